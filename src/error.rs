@@ -1,0 +1,99 @@
+//! What can go wrong, and what to do about it.
+
+use std::path::{Path, PathBuf};
+
+/// The result of every fallible call of this crate.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// Everything that can go wrong. Each message names the value given, what is allowed, and what to change.
+///
+/// ```
+/// use hymba::{Hymba, HymbaOptions};
+///
+/// let error = Hymba::build(HymbaOptions::new(8).num_heads(3)).unwrap_err();
+/// assert!(error.to_string().contains("hidden_size"));
+/// ```
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// An option is outside its range, or two options do not fit together.
+    #[error("option {option} = {given} is not usable: {allowed}")]
+    Option {
+        /// The option's name, as in [`HymbaOptions`](crate::HymbaOptions).
+        option: &'static str,
+        /// The value given.
+        given: String,
+        /// The allowed range, and what to change.
+        allowed: String,
+    },
+
+    /// An array argument has the wrong shape.
+    #[error("{argument} has shape {given:?}, expected {expected}")]
+    Shape {
+        /// The argument's name.
+        argument: &'static str,
+        /// The expected shape, with its letters, and what to change.
+        expected: String,
+        /// The shape given.
+        given: Vec<usize>,
+    },
+
+    /// The lengths of a ragged batch do not fit its frames.
+    #[error("lengths do not fit the input: {0}")]
+    Lengths(String),
+
+    /// A streaming state does not belong to this model or to this frame.
+    #[error("the state cannot be used here: {0}")]
+    State(String),
+
+    /// A file could not be read or written.
+    #[error("{}: {source}", path.display())]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+
+    /// A file is not what it should be: damaged, cut short, of another format, or hostile.
+    #[error("{}: {reason}", path.display())]
+    Format {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+
+    /// A file is well-formed, but its tensors are not those of the model. Every difference is listed.
+    #[error("{}: the tensors do not fit the model{}", path.display(), list(problems))]
+    Tensors {
+        /// The file.
+        path: PathBuf,
+        /// One line for each missing, unexpected or misshapen tensor.
+        problems: Vec<String>,
+    },
+}
+
+impl Error {
+    pub(crate) fn io(path: &Path, source: std::io::Error) -> Self {
+        Error::Io { path: path.to_path_buf(), source }
+    }
+
+    pub(crate) fn format(path: &Path, reason: impl Into<String>) -> Self {
+        Error::Format { path: path.to_path_buf(), reason: reason.into() }
+    }
+}
+
+/// The problems, one a line; a file of strangers' names is not allowed to flood the screen.
+fn list(problems: &[String]) -> String {
+    const SHOWN: usize = 40;
+    let mut text = String::new();
+    for problem in problems.iter().take(SHOWN) {
+        text.push_str("\n  ");
+        text.push_str(problem);
+    }
+    if problems.len() > SHOWN {
+        text.push_str(&format!("\n  and {} more", problems.len() - SHOWN));
+    }
+    text
+}
