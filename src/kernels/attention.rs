@@ -1,0 +1,430 @@
+//! Softmax attention of frames over meta tokens and a causal window of frames, without an l × l matrix.
+
+use std::ops::Range;
+
+use ndarray::{ArrayView2, ArrayViewMut2, Axis, s};
+
+use super::math;
+use super::matmul::{Out, PANEL, Packed, Rows, matmul_part};
+use super::parallel;
+use super::simd::{Kernel, LANES, Simd, dispatch};
+
+/// Queries that pass over the keys together.
+const QUERIES: usize = 24;
+/// Keys whose scores are held at a time, for each of these queries.
+const KEYS: usize = 8 * PANEL;
+
+/// One sequence: l frames in front of which stand k meta tokens, all `[rows, h]`, and the heads side by side in h.
+#[derive(Clone, Copy)]
+pub(crate) struct Sequence<'a> {
+    pub queries: ArrayView2<'a, f32>,
+    pub keys: ArrayView2<'a, f32>,
+    pub values: ArrayView2<'a, f32>,
+    pub meta_keys: ArrayView2<'a, f32>,
+    pub meta_values: ArrayView2<'a, f32>,
+    pub heads: usize,
+    /// Frames a frame sees, itself included; `None` is the whole past.
+    pub window: Option<usize>,
+}
+
+impl<'a> Sequence<'a> {
+    /// Scores are multiplied by 1/√p.
+    fn scale(&self) -> f32 {
+        1.0 / ((self.queries.ncols() / self.heads) as f32).sqrt()
+    }
+
+    /// The first frame that frame `i` sees.
+    fn first_seen(&self, i: usize) -> usize {
+        self.window.map_or(0, |window| (i + 1).saturating_sub(window))
+    }
+
+    /// One head alone.
+    pub(crate) fn head(&self, head: usize) -> Sequence<'a> {
+        let p = self.queries.ncols() / self.heads;
+        let columns = s![.., head * p..(head + 1) * p];
+        Sequence {
+            queries: self.queries.slice_move(columns),
+            keys: self.keys.slice_move(columns),
+            values: self.values.slice_move(columns),
+            meta_keys: self.meta_keys.slice_move(columns),
+            meta_values: self.meta_values.slice_move(columns),
+            heads: 1,
+            window: self.window,
+        }
+    }
+}
+
+/// out `[l, h]` = softmax(queries · keysᵀ/√p over what each frame sees) · values, head by head.
+pub(crate) fn attend(sequence: Sequence, out: ArrayViewMut2<f32>) {
+    attend_heads(sequence, 0, sequence.heads, out);
+}
+
+/// `count` heads from `first` on, whose columns `out` holds.
+fn attend_heads(sequence: Sequence, first: usize, count: usize, out: ArrayViewMut2<f32>) {
+    if count == 1 {
+        return attend_head(sequence.head(first), out);
+    }
+    let half = count / 2;
+    let (l, columns) = out.dim();
+    let seen = sequence.meta_keys.nrows() + sequence.window.map_or(l, |window| window.min(l));
+    let (left, right) = out.split_at(Axis(1), columns / count * half);
+    parallel::join_if(
+        l * seen * columns,
+        || attend_heads(sequence, first, half, left),
+        || attend_heads(sequence, first + half, count - half, right),
+    );
+}
+
+fn attend_head(head: Sequence, mut out: ArrayViewMut2<f32>) {
+    // What a query does not see has weight 0, and 0 times a number is 0 only if the number is finite. Otherwise frames
+    // must really not be touched by what lies after them.
+    if !head.values.iter().chain(&head.meta_values).all(|v| v.is_finite()) {
+        return attend_head_plainly(head, out);
+    }
+    let (k, p) = head.meta_keys.dim();
+    let rows = k + head.keys.nrows();
+    let gather = |meta: ArrayView2<f32>, frames: ArrayView2<f32>| -> Vec<f32> {
+        meta.iter().chain(frames.iter()).copied().collect()
+    };
+    let keys = Packed::new(&gather(head.meta_keys, head.keys), rows, p, p, None);
+    let values = Packed::transposed(&gather(head.meta_values, head.values), p, rows, p);
+    let tiles = out.axis_chunks_iter_mut(Axis(0), QUERIES).enumerate().collect();
+    let tile = |(tile, out): (usize, ArrayViewMut2<f32>)| attend_tile(head, &keys, &values, tile * QUERIES, out);
+    if head.queries.nrows() > 16 * QUERIES {
+        parallel::for_each(tiles, tile);
+    } else {
+        tiles.into_iter().for_each(tile);
+    }
+}
+
+/// The queries from `first` on, as many as `out` has rows. Keys come in pieces, and what is summed so far is rescaled
+/// whenever a piece holds a new largest score (the online softmax of flash attention).
+fn attend_tile(head: Sequence, keys: &Packed, values: &Packed, first: usize, mut out: ArrayViewMut2<f32>) {
+    let (m, p) = out.dim();
+    let k = head.meta_keys.nrows();
+    let queries: Vec<f32> = head.queries.slice(s![first..first + m, ..]).iter().copied().collect();
+    let mut sums = vec![0.0; m * p];
+    let mut softmax = vec![RunningSoftmax { largest: f32::NEG_INFINITY, sum: 0.0 }; m];
+    let mut scores = vec![0.0; m * KEYS];
+
+    for columns in pieces(k, k + head.first_seen(first), k + first + m) {
+        let width = columns.len();
+        let rows = Rows { data: &queries, stride: p };
+        matmul_part(rows, m, keys, columns.clone(), 0..p, &mut scores, width, Out::Set);
+        for (i, softmax) in softmax.iter_mut().enumerate() {
+            let frame = first + i;
+            let here = |from: usize, to: usize| {
+                let place = |column: usize| column.clamp(columns.start, columns.end) - columns.start;
+                place(from)..place(to)
+            };
+            dispatch(SoftmaxRow {
+                scores: &mut scores[i * width..][..width],
+                meta: here(0, k),
+                frames: here(k + head.first_seen(frame), k + frame + 1),
+                scale: head.scale(),
+                softmax,
+                sums: &mut sums[i * p..][..p],
+            });
+        }
+        let rows = Rows { data: &scores, stride: width };
+        matmul_part(rows, m, values, 0..p, columns, &mut sums, p, Out::Add);
+    }
+    for (i, mut out) in out.rows_mut().into_iter().enumerate() {
+        for (out, sum) in out.iter_mut().zip(&sums[i * p..]) {
+            *out = sum / softmax[i].sum;
+        }
+    }
+}
+
+/// The columns of keys that some query of a tile sees, in pieces that start at a panel: the `k` meta tokens in front, and
+/// from `seen` to `end`. Where there is nothing between the two to be left out, they are one run.
+fn pieces(k: usize, seen: usize, end: usize) -> impl Iterator<Item = Range<usize>> {
+    let run = |from: usize, to: usize| (from..to).step_by(KEYS).map(move |begin| begin..to.min(begin + KEYS));
+    let hidden = k.next_multiple_of(PANEL)..seen / PANEL * PANEL;
+    if hidden.is_empty() { run(0, 0).chain(run(0, end)) } else { run(0, k).chain(run(hidden.end, end)) }
+}
+
+/// The softmax of one query over the keys so far.
+#[derive(Clone, Copy)]
+struct RunningSoftmax {
+    largest: f32,
+    /// Σ exp(score − largest)
+    sum: f32,
+}
+
+/// Turns the scores of one query into weights exp(score − largest), those of hidden keys into 0, and rescales the sums
+/// to the new largest score.
+struct SoftmaxRow<'a> {
+    scores: &'a mut [f32],
+    /// The columns of `scores` that the query sees, in two runs.
+    meta: Range<usize>,
+    frames: Range<usize>,
+    scale: f32,
+    softmax: &'a mut RunningSoftmax,
+    sums: &'a mut [f32],
+}
+
+impl Kernel for SoftmaxRow<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let SoftmaxRow { scores, meta, frames, scale, softmax, sums } = self;
+        if meta.is_empty() && frames.is_empty() {
+            scores.fill(0.0);
+            return;
+        }
+        let mut largest = softmax.largest;
+        for run in [&meta, &frames] {
+            largest = max(s, &scores[run.clone()], scale, largest);
+        }
+        scores[..meta.start].fill(0.0);
+        scores[meta.end..frames.start.max(meta.end)].fill(0.0);
+        scores[frames.end.max(meta.end)..].fill(0.0);
+        let mut sum = 0.0;
+        for run in [meta, frames] {
+            sum += exp_sum(s, &mut scores[run], scale, largest);
+        }
+        let faded = (softmax.largest - largest).exp();
+        if faded != 1.0 {
+            for sum in sums.chunks_mut(LANES) {
+                s.store_some(s.mul(s.splat(faded), s.load_some(sum)), sum);
+            }
+        }
+        *softmax = RunningSoftmax { largest, sum: softmax.sum * faded + sum };
+    }
+}
+
+/// The largest of scale·x and `so_far`.
+#[inline(always)]
+fn max<S: Simd>(s: S, x: &[f32], scale: f32, so_far: f32) -> f32 {
+    let (whole, rest) = x.as_chunks();
+    let mut largest = s.splat(f32::NEG_INFINITY);
+    for x in whole {
+        largest = s.max(s.load(x), largest);
+    }
+    let mut lanes = [0.0; LANES];
+    s.store(largest, &mut lanes);
+    lanes.iter().chain(rest).fold(so_far, |largest, x| largest.max(scale * x))
+}
+
+/// Replaces x by exp(scale·x − largest) and returns the sum.
+#[inline(always)]
+fn exp_sum<S: Simd>(s: S, x: &mut [f32], scale: f32, largest: f32) -> f32 {
+    let (scale_all, shift) = (s.splat(scale), s.splat(-largest));
+    let mut sum = s.splat(0.0);
+    let (whole, rest) = x.as_chunks_mut();
+    for x in whole {
+        let e = math::exp(s, s.mul_add(scale_all, s.load(x), shift));
+        s.store(e, x);
+        sum = s.add(sum, e);
+    }
+    let e = math::exp(s, s.mul_add(scale_all, s.load_some(rest), shift));
+    s.store_some(e, rest);
+    s.sum(sum) + rest.iter().sum::<f32>()
+}
+
+/// The weights of frame `i` of one head: first those of the k meta tokens, then those of all frames, hidden ones 0. The
+/// oracle of the fast path.
+pub(crate) fn weights(head: Sequence, i: usize) -> Vec<f32> {
+    let k = head.meta_keys.nrows();
+    let query = head.queries.row(i);
+    let mut weights = vec![0.0; k + head.keys.nrows()];
+    let seen = (0..k).chain(k + head.first_seen(i)..k + i + 1);
+    let mut largest = f32::NEG_INFINITY;
+    for column in seen.clone() {
+        let key = if column < k { head.meta_keys.row(column) } else { head.keys.row(column - k) };
+        weights[column] = query.dot(&key) * head.scale();
+        largest = largest.max(weights[column]);
+    }
+    let mut sum = 0.0;
+    for column in seen.clone() {
+        weights[column] = (weights[column] - largest).exp();
+        sum += weights[column];
+    }
+    for column in seen {
+        weights[column] /= sum;
+    }
+    weights
+}
+
+/// One head by the definition, touching nothing a frame does not see.
+fn attend_head_plainly(head: Sequence, mut out: ArrayViewMut2<f32>) {
+    let k = head.meta_keys.nrows();
+    for (i, mut out) in out.rows_mut().into_iter().enumerate() {
+        let weights = weights(head, i);
+        out.fill(0.0);
+        for column in (0..k).chain(k + head.first_seen(i)..k + i + 1) {
+            let value = if column < k { head.meta_values.row(column) } else { head.values.row(column - k) };
+            out.scaled_add(weights[column], &value);
+        }
+    }
+}
+
+/// Keys and values `[rows, h]` of meta tokens or of frames.
+#[derive(Clone, Copy)]
+pub(crate) struct Seen<'a> {
+    pub keys: &'a [f32],
+    pub values: &'a [f32],
+}
+
+/// One query `[h]` over everything in `seen`: the streaming form of [`attend`].
+pub(crate) fn attend_step(query: &[f32], seen: [Seen; 2], heads: usize, out: &mut [f32]) {
+    dispatch(Step { query, seen, heads, out });
+}
+
+struct Step<'a> {
+    query: &'a [f32],
+    seen: [Seen<'a>; 2],
+    heads: usize,
+    out: &'a mut [f32],
+}
+
+impl Kernel for Step<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let h = self.query.len();
+        let p = h / self.heads;
+        let scale = 1.0 / (p as f32).sqrt();
+        let mut scores = Vec::with_capacity(self.seen.iter().map(|seen| seen.keys.len() / h).sum());
+        for (head, out) in self.out.chunks_exact_mut(p).enumerate() {
+            let columns = head * p..(head + 1) * p;
+            let query = &self.query[columns.clone()];
+            scores.clear();
+            for seen in &self.seen {
+                for key in seen.keys.chunks_exact(h) {
+                    scores.push(math::dot(s, query, &key[columns.clone()]));
+                }
+            }
+            let largest = max(s, &scores, scale, f32::NEG_INFINITY);
+            let sum = exp_sum(s, &mut scores, scale, largest);
+            out.fill(0.0);
+            let values = self.seen.iter().flat_map(|seen| seen.values.chunks_exact(h));
+            for (weight, value) in scores.iter().zip(values) {
+                math::axpy(s, *weight, &value[columns.clone()], out);
+            }
+            for out in out {
+                *out /= sum;
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::simd::{Level, dispatch_at};
+    use super::*;
+    use ndarray::Array2;
+
+    fn wave(rows: usize, h: usize, step: usize) -> Array2<f32> {
+        Array2::from_shape_fn((rows, h), |(i, j)| ((i * 31 + j * step) % 41) as f32 / 10.0 - 2.0)
+    }
+
+    #[test]
+    fn tiles_equal_the_definition() {
+        for l in (1..130).step_by(3).chain([600]) {
+            for (k, window, heads, p) in [
+                (4, Some(60), 2, 8),
+                (0, Some(60), 1, 5),
+                (3, Some(1), 1, 4),
+                (40, Some(7), 3, 3),
+                (33, None, 1, 16),
+                (300, Some(20), 1, 4),
+            ] {
+                let h = heads * p;
+                let (q, keys, values) = (wave(l, h, 7), wave(l, h, 11), wave(l, h, 13));
+                let (meta_keys, meta_values) = (wave(k, h, 17), wave(k, h, 19));
+                let sequence = Sequence {
+                    queries: q.view(),
+                    keys: keys.view(),
+                    values: values.view(),
+                    meta_keys: meta_keys.view(),
+                    meta_values: meta_values.view(),
+                    heads,
+                    window,
+                };
+                let (mut fast, mut plain) = (Array2::zeros((l, h)), Array2::zeros((l, h)));
+                attend(sequence, fast.view_mut());
+                for head in 0..heads {
+                    attend_head_plainly(sequence.head(head), plain.slice_mut(s![.., head * p..(head + 1) * p]));
+                }
+                for (fast, plain) in fast.iter().zip(&plain) {
+                    assert!((fast - plain).abs() < 1e-5, "l {l} k {k} window {window:?}: {fast} {plain}");
+                }
+                // the last frame again, as a step
+                let first = sequence.first_seen(l - 1);
+                let (seen_keys, seen_values) = (keys.slice(s![first.., ..]), values.slice(s![first.., ..]));
+                let step = [
+                    Seen { keys: meta_keys.as_slice().unwrap(), values: meta_values.as_slice().unwrap() },
+                    Seen { keys: seen_keys.as_slice().unwrap(), values: seen_values.as_slice().unwrap() },
+                ];
+                for level in Level::ALL.into_iter().filter(|level| level.is_available()) {
+                    let mut out = vec![0.0; h];
+                    let query = q.row(l - 1).to_vec();
+                    dispatch_at(level, Step { query: &query, seen: step, heads, out: &mut out });
+                    for (out, plain) in out.iter().zip(plain.row(l - 1)) {
+                        assert!((out - plain).abs() < 1e-5, "{level:?}");
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn softmax_rows_agree_on_every_level() {
+        for width in 0..130 {
+            let scores: Vec<f32> = (0..width).map(|i| (i * 7 % 23) as f32 - 11.0).collect();
+            for (meta, frames) in [(0..width / 3, width / 2..width), (0..0, 0..width), (0..width, width..width)] {
+                for level in Level::ALL.into_iter().filter(|level| level.is_available()) {
+                    let mut got = scores.clone();
+                    let mut softmax = RunningSoftmax { largest: 1.0, sum: 2.0 };
+                    let mut sums = [3.0; 5];
+                    dispatch_at(
+                        level,
+                        SoftmaxRow {
+                            scores: &mut got,
+                            meta: meta.clone(),
+                            frames: frames.clone(),
+                            scale: 0.5,
+                            softmax: &mut softmax,
+                            sums: &mut sums,
+                        },
+                    );
+                    let seen = |i: &usize| meta.contains(i) || frames.contains(i);
+                    let largest = (0..width).filter(seen).fold(1.0f32, |m, i| m.max(0.5 * scores[i]));
+                    let mut sum = 2.0 * (1.0 - largest).exp();
+                    for i in 0..width {
+                        let want = if seen(&i) { (0.5 * scores[i] - largest).exp() } else { 0.0 };
+                        assert!((got[i] - want).abs() < 1e-6, "{level:?} width {width} {i}");
+                        sum += want;
+                    }
+                    assert!((softmax.sum - sum).abs() < 1e-5 * sum && softmax.largest == largest);
+                    assert!((sums[4] - 3.0 * (1.0 - largest).exp()).abs() < 1e-5);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn what_lies_ahead_touches_nothing() {
+        let mut values = wave(9, 4, 3);
+        values[[5, 2]] = f32::NAN;
+        let (q, meta) = (wave(9, 4, 7), wave(2, 4, 5));
+        let sequence = Sequence {
+            queries: q.view(),
+            keys: q.view(),
+            values: values.view(),
+            meta_keys: meta.view(),
+            meta_values: meta.view(),
+            heads: 2,
+            window: Some(3),
+        };
+        let mut out = Array2::zeros((9, 4));
+        attend(sequence, out.view_mut());
+        for (i, row) in out.rows().into_iter().enumerate() {
+            assert_eq!(row.iter().any(|x| x.is_nan()), (5..8).contains(&i), "frame {i}");
+        }
+    }
+}

@@ -1,0 +1,301 @@
+//! x·Wᵀ with W packed once: every product of the crate.
+//!
+//! W `[n, k]` is cut into panels of [`PANEL`] outputs; a panel holds, for each of the k inputs, its outputs' weights side
+//! by side and aligned to 64 bytes. A tile of the product, a few rows of x by one panel, stays in registers over the
+//! whole of k: each weight is read once for all rows of the tile, in the order it lies in memory, and nothing is packed
+//! during the call.
+//!
+//! Every output is one sum over k in ascending order, whatever the shape of the product and however it is shared among
+//! threads. So a row's result does not depend on the batch it is in.
+
+use super::parallel;
+use super::simd::{Kernel, LANES, Simd, dispatch};
+
+/// Outputs of a panel.
+pub(crate) const PANEL: usize = 2 * LANES;
+
+/// Half a panel's weights for one input: a cache line.
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+struct Line([f32; LANES]);
+
+type PanelRow = [Line; 2];
+
+const ZERO_ROW: PanelRow = [Line([0.0; LANES]); 2];
+
+/// A matrix `[n, k]` in panels, with a bias `[n]`.
+pub(crate) struct Packed {
+    /// n, the outputs.
+    n: usize,
+    /// k, the inputs.
+    k: usize,
+    /// `[n / PANEL, k]`, the last panel filled up with zeros.
+    panels: Vec<PanelRow>,
+    /// `[n / PANEL]`; empty without a bias.
+    bias: Vec<PanelRow>,
+}
+
+impl Packed {
+    /// Packs `w`, whose n rows of k numbers start `stride` apart, and the bias `[n]`, if any.
+    pub(crate) fn new(w: &[f32], n: usize, k: usize, stride: usize, bias: Option<&[f32]>) -> Self {
+        let mut panels = vec![ZERO_ROW; n.div_ceil(PANEL) * k];
+        for output in 0..n {
+            let panel = &mut panels[output / PANEL * k..][..k];
+            let (line, lane) = (output % PANEL / LANES, output % LANES);
+            for (row, &weight) in panel.iter_mut().zip(&w[output * stride..]) {
+                row[line].0[lane] = weight;
+            }
+        }
+        let bias = bias.map_or(Vec::new(), |bias| bias.chunks(PANEL).map(panel_row).collect());
+        Packed { n, k, panels, bias }
+    }
+
+    /// Packs the transpose of `w`, whose k rows of n numbers start `stride` apart.
+    pub(crate) fn transposed(w: &[f32], n: usize, k: usize, stride: usize) -> Self {
+        let mut panels = Vec::with_capacity(n.div_ceil(PANEL) * k);
+        for first in (0..n).step_by(PANEL) {
+            let width = PANEL.min(n - first);
+            panels.extend((0..k).map(|input| panel_row(&w[input * stride + first..][..width])));
+        }
+        Packed { n, k, panels, bias: Vec::new() }
+    }
+
+    /// n, the outputs.
+    pub(crate) fn outputs(&self) -> usize {
+        self.n
+    }
+}
+
+/// At most [`PANEL`] numbers, filled up with zeros.
+fn panel_row(numbers: &[f32]) -> PanelRow {
+    let mut row = ZERO_ROW;
+    for (line, numbers) in row.iter_mut().zip(numbers.chunks(LANES)) {
+        line.0[..numbers.len()].copy_from_slice(numbers);
+    }
+    row
+}
+
+/// Rows of numbers in memory, `stride` apart.
+#[derive(Clone, Copy)]
+pub(crate) struct Rows<'a> {
+    pub data: &'a [f32],
+    pub stride: usize,
+}
+
+/// What becomes of the numbers that `out` holds before a product.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Out {
+    /// They are overwritten.
+    Set,
+    /// The product is added to them.
+    Add,
+}
+
+/// out `[m, n]` = x `[m, k]` · Wᵀ + bias, on several threads if that pays.
+pub(crate) fn matmul(x: Rows, m: usize, w: &Packed, out: &mut [f32], mode: Out) {
+    let half = m.div_ceil(2).next_multiple_of(12);
+    if half < m && half * w.n * w.k >= parallel::MIN_WORK {
+        let (top, bottom) = out.split_at_mut(half * w.n);
+        let below = Rows { data: &x.data[half * x.stride..], ..x };
+        parallel::join(|| matmul(x, half, w, top, mode), || matmul(below, m - half, w, bottom, mode));
+    } else {
+        matmul_part(x, m, w, 0..w.n, 0..w.k, out, w.n, mode);
+    }
+}
+
+/// The columns `outputs` of the product (from a multiple of [`PANEL`] on), summed over `inputs` only, on this thread.
+/// Row i of `x` starts with input `inputs.start`; row i of `out`, at `i * out_stride`, with column `outputs.start`.
+#[allow(clippy::too_many_arguments)]
+pub(crate) fn matmul_part(
+    x: Rows,
+    m: usize,
+    w: &Packed,
+    outputs: std::ops::Range<usize>,
+    inputs: std::ops::Range<usize>,
+    out: &mut [f32],
+    out_stride: usize,
+    mode: Out,
+) {
+    debug_assert!(outputs.start.is_multiple_of(PANEL) && outputs.end <= w.n && inputs.end <= w.k);
+    dispatch(Product { x, m, w, outputs, inputs, out, out_stride, mode });
+}
+
+struct Product<'a> {
+    x: Rows<'a>,
+    m: usize,
+    w: &'a Packed,
+    outputs: std::ops::Range<usize>,
+    inputs: std::ops::Range<usize>,
+    out: &'a mut [f32],
+    out_stride: usize,
+    mode: Out,
+}
+
+impl Kernel for Product<'_> {
+    type Output = ();
+
+    /// Panels outside, rows inside: a panel is fetched once and stays in the first cache while all rows pass.
+    #[inline(always)]
+    fn run<S: Simd>(mut self, s: S) {
+        let panels = self.outputs.end.div_ceil(PANEL);
+        let mut panel = self.outputs.start / PANEL;
+        // few rows leave registers for several panels, whose sums then do not wait for each other
+        let wide = if self.m <= 2 { 4 } else { 1 };
+        while panel < panels {
+            let width = if panel + wide <= panels { wide } else { 1 };
+            let mut row = 0;
+            while row < self.m {
+                let rows = (self.m - row).min(S::TILE_ROWS);
+                match (rows, width) {
+                    (1, 4) => self.tile::<S, 1, 4>(s, row, panel),
+                    (2, 4) => self.tile::<S, 2, 4>(s, row, panel),
+                    (1, _) => self.tile::<S, 1, 1>(s, row, panel),
+                    (2, _) => self.tile::<S, 2, 1>(s, row, panel),
+                    (3, _) => self.tile::<S, 3, 1>(s, row, panel),
+                    (4, _) => self.tile::<S, 4, 1>(s, row, panel),
+                    (5, _) => self.tile::<S, 5, 1>(s, row, panel),
+                    (6, _) => self.tile::<S, 6, 1>(s, row, panel),
+                    (7, _) => self.tile::<S, 7, 1>(s, row, panel),
+                    (8, _) => self.tile::<S, 8, 1>(s, row, panel),
+                    (9, _) => self.tile::<S, 9, 1>(s, row, panel),
+                    (10, _) => self.tile::<S, 10, 1>(s, row, panel),
+                    (11, _) => self.tile::<S, 11, 1>(s, row, panel),
+                    _ => self.tile::<S, 12, 1>(s, row, panel),
+                }
+                row += rows;
+            }
+            panel += width;
+        }
+    }
+}
+
+impl Product<'_> {
+    /// R rows from `row` on by P panels from `panel` on.
+    #[inline(always)]
+    fn tile<S: Simd, const R: usize, const P: usize>(&mut self, s: S, row: usize, panel: usize) {
+        let k = self.inputs.len();
+        let x: [&[f32]; R] = std::array::from_fn(|r| &self.x.data[(row + r) * self.x.stride..][..k]);
+        let w: [&[PanelRow]; P] =
+            std::array::from_fn(|p| &self.w.panels[(panel + p) * self.w.k + self.inputs.start..][..k]);
+        let mut sums = [[[s.splat(0.0); 2]; P]; R];
+        for i in 0..k {
+            for p in 0..P {
+                let low = s.load(&w[p][i][0].0);
+                let high = s.load(&w[p][i][1].0);
+                for r in 0..R {
+                    let x = s.splat(x[r][i]);
+                    sums[r][p][0] = s.mul_add(x, low, sums[r][p][0]);
+                    sums[r][p][1] = s.mul_add(x, high, sums[r][p][1]);
+                }
+            }
+        }
+        for (r, sums) in sums.into_iter().enumerate() {
+            for (p, sums) in sums.into_iter().enumerate() {
+                for (half, mut sum) in sums.into_iter().enumerate() {
+                    let column = (panel + p) * PANEL + half * LANES;
+                    if column >= self.outputs.end {
+                        break;
+                    }
+                    let width = LANES.min(self.outputs.end - column);
+                    let out = &mut self.out[(row + r) * self.out_stride + column - self.outputs.start..][..width];
+                    if let Some(bias) = self.w.bias.get(panel + p) {
+                        sum = s.add(sum, s.load(&bias[half].0));
+                    }
+                    if self.mode == Out::Add {
+                        sum = s.add(s.load_some(out), sum);
+                    }
+                    s.store_some(sum, out);
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::simd::{Level, dispatch_at};
+    use super::*;
+
+    fn numbers(count: usize, step: usize) -> Vec<f32> {
+        (0..count).map(|i| (i * step % 17) as f32 / 8.0 - 1.0).collect()
+    }
+
+    /// The plainest product there is: the oracle.
+    fn reference(x: &[f32], w: &[f32], bias: &[f32], m: usize, n: usize, k: usize) -> Vec<f64> {
+        let mut out = Vec::new();
+        for i in 0..m {
+            for j in 0..n {
+                let sum: f64 = (0..k).map(|p| x[i * k + p] as f64 * w[j * k + p] as f64).sum();
+                out.push(sum + bias[j] as f64);
+            }
+        }
+        out
+    }
+
+    #[test]
+    fn every_level_equals_the_plain_product() {
+        for level in Level::ALL.into_iter().filter(|level| level.is_available()) {
+            for (m, n, k) in (0..27).map(|m| (m, 33, 19)).chain((0..130).map(|n| (3, n, 7))).chain([
+                (1, 130, 64),
+                (2, 257, 3),
+                (5, 40, 0),
+                (12, 64, 130),
+            ]) {
+                let (x, w, bias) = (numbers(m * k, 5), numbers(n * k, 7), numbers(n, 3));
+                let want = reference(&x, &w, &bias, m, n, k);
+                let rows = Rows { data: &x, stride: k };
+                let packed = Packed::new(&w, n, k, k, Some(&bias));
+                let mut out = vec![1.0; m * n];
+                for mode in [Out::Set, Out::Add] {
+                    let (outputs, inputs) = (0..n, 0..k);
+                    let product =
+                        Product { x: rows, m, w: &packed, outputs, inputs, out: &mut out, out_stride: n, mode };
+                    dispatch_at(level, product);
+                    let times = if mode == Out::Set { 1.0 } else { 2.0 };
+                    for (got, want) in out.iter().zip(&want) {
+                        assert!((*got as f64 - times * want).abs() < 1e-4, "{level:?} {m}x{n}x{k} {got} {want}");
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn parts_transposes_and_strides_are_the_same_product() {
+        let (m, n, k) = (7, 70, 40);
+        let (x, w) = (numbers(m * k, 5), numbers(n * k, 7));
+        let mut transposed = vec![0.0; n * k];
+        for j in 0..n {
+            for p in 0..k {
+                transposed[p * n + j] = w[j * k + p];
+            }
+        }
+        let want = reference(&x, &w, &vec![0.0; n], m, n, k);
+        let packed = Packed::transposed(&transposed, n, k, n);
+        // columns 32.. summed over the inputs 8..31, then over the rest
+        let mut out = vec![0.0; m * (n - 32)];
+        for inputs in [8..31, 0..8, 31..k] {
+            let rows = Rows { data: &x[inputs.start..], stride: k };
+            matmul_part(rows, m, &packed, 32..n, inputs, &mut out, n - 32, Out::Add);
+        }
+        for i in 0..m {
+            for j in 32..n {
+                assert!((out[i * (n - 32) + j - 32] as f64 - want[i * n + j]).abs() < 1e-4);
+            }
+        }
+    }
+
+    #[test]
+    fn a_row_does_not_depend_on_its_batch() {
+        let (m, n, k) = (100, 300, 400);
+        let (x, w) = (numbers(m * k, 5), numbers(n * k, 7));
+        let packed = Packed::new(&w, n, k, k, None);
+        let mut all = vec![0.0; m * n];
+        matmul(Rows { data: &x, stride: k }, m, &packed, &mut all, Out::Set);
+        for i in [0, 13, 99] {
+            let mut one = vec![0.0; n];
+            matmul(Rows { data: &x[i * k..], stride: k }, 1, &packed, &mut one, Out::Set);
+            assert_eq!(one, all[i * n..][..n]);
+        }
+    }
+}

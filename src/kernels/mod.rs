@@ -1,0 +1,13 @@
+//! The arithmetic, for the instruction sets of the CPU at hand and for several threads.
+//!
+//! Each kernel is written once over sixteen lanes ([`simd`]) and tested, on every instruction set, against a plain
+//! reference that stands in its tests.
+
+pub(crate) mod attention;
+pub(crate) mod conv;
+pub(crate) mod math;
+pub(crate) mod matmul;
+pub(crate) mod norm;
+pub(crate) mod parallel;
+pub(crate) mod scan;
+pub(crate) mod simd;

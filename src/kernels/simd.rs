@@ -1,0 +1,351 @@
+//! Sixteen lanes of `f32` on whatever the CPU has. The only file of the crate with `unsafe` code.
+//!
+//! A kernel is a struct of its arguments that implements [`Kernel`]; its `run` is written once, in safe code, over the
+//! operations of [`Simd`]. [`dispatch`] compiles it for every instruction set and picks one at run time. A value of a
+//! type implementing `Simd` is the proof that the CPU has the instructions, which is why its methods are safe.
+//!
+//! The environment variable `HYMBA_SIMD=scalar|avx2|avx512` forces a path (if the CPU has it), so that tests can prove
+//! each one was taken.
+
+use std::sync::OnceLock;
+
+/// Numbers in one vector, on every instruction set.
+pub(crate) const LANES: usize = 16;
+
+/// A kernel: a struct of arguments whose `run` must be `#[inline(always)]`, so that it is compiled inside the function
+/// that turns the instruction set on.
+pub(crate) trait Kernel {
+    type Output;
+    fn run<S: Simd>(self, simd: S) -> Self::Output;
+}
+
+/// Vector operations of one instruction set.
+pub(crate) trait Simd: Copy {
+    /// Sixteen numbers.
+    type V: Copy;
+    /// Rows of the product tile that fit the register file beside two vectors of weights.
+    const TILE_ROWS: usize;
+
+    fn splat(self, x: f32) -> Self::V;
+    fn load(self, x: &[f32; LANES]) -> Self::V;
+    fn store(self, v: Self::V, x: &mut [f32; LANES]);
+    fn add(self, a: Self::V, b: Self::V) -> Self::V;
+    fn sub(self, a: Self::V, b: Self::V) -> Self::V;
+    fn mul(self, a: Self::V, b: Self::V) -> Self::V;
+    fn div(self, a: Self::V, b: Self::V) -> Self::V;
+    /// a·b + c
+    fn mul_add(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V;
+    /// The larger of a and b; `b` where either is NaN.
+    fn max(self, a: Self::V, b: Self::V) -> Self::V;
+    /// The smaller of a and b; `b` where either is NaN.
+    fn min(self, a: Self::V, b: Self::V) -> Self::V;
+    /// 2^n for whole n in −126 … 127.
+    fn exp2_whole(self, n: Self::V) -> Self::V;
+    /// The sum of the lanes, in an order fixed for all instruction sets.
+    fn sum(self, v: Self::V) -> f32 {
+        let mut lanes = [0.0; LANES];
+        self.store(v, &mut lanes);
+        let mut width = LANES / 2;
+        while width > 0 {
+            for i in 0..width {
+                lanes[i] += lanes[i + width];
+            }
+            width /= 2;
+        }
+        lanes[0]
+    }
+
+    /// The first numbers of `x`, at most sixteen; the other lanes are zero.
+    #[inline(always)]
+    fn load_some(self, x: &[f32]) -> Self::V {
+        match x.first_chunk() {
+            Some(full) => self.load(full),
+            None => {
+                let mut lanes = [0.0; LANES];
+                lanes[..x.len()].copy_from_slice(x);
+                self.load(&lanes)
+            }
+        }
+    }
+
+    /// Writes as many lanes as `x` holds, at most sixteen.
+    #[inline(always)]
+    fn store_some(self, v: Self::V, x: &mut [f32]) {
+        match x.first_chunk_mut() {
+            Some(full) => self.store(v, full),
+            None => {
+                let mut lanes = [0.0; LANES];
+                self.store(v, &mut lanes);
+                let len = x.len();
+                x.copy_from_slice(&lanes[..len]);
+            }
+        }
+    }
+}
+
+/// The instruction sets there are code paths for, worst first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Level {
+    Scalar,
+    Avx2,
+    Avx512,
+}
+
+impl Level {
+    pub(crate) const ALL: [Level; 3] = [Level::Scalar, Level::Avx2, Level::Avx512];
+
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Level::Scalar => "scalar",
+            Level::Avx2 => "avx2",
+            Level::Avx512 => "avx512",
+        }
+    }
+
+    pub(crate) fn is_available(self) -> bool {
+        match self {
+            Level::Scalar => true,
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx2 => is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma"),
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx512 => is_x86_feature_detected!("avx512f") && Level::Avx2.is_available(),
+            #[cfg(not(target_arch = "x86_64"))]
+            _ => false,
+        }
+    }
+
+    /// The level in use: the one `HYMBA_SIMD` names, if the CPU has it, or else the best there is.
+    pub(crate) fn current() -> Level {
+        static CURRENT: OnceLock<Level> = OnceLock::new();
+        *CURRENT.get_or_init(|| {
+            let forced = std::env::var("HYMBA_SIMD").unwrap_or_default();
+            let usable = || Level::ALL.into_iter().rev().filter(|level| level.is_available());
+            usable().find(|level| level.name() == forced).or_else(|| usable().next()).unwrap_or(Level::Scalar)
+        })
+    }
+}
+
+/// Runs a kernel on the best instruction set of this CPU.
+pub(crate) fn dispatch<K: Kernel>(kernel: K) -> K::Output {
+    dispatch_at(Level::current(), kernel)
+}
+
+/// Runs a kernel on one instruction set; on the scalar path if the CPU lacks it.
+#[inline]
+pub(crate) fn dispatch_at<K: Kernel>(level: Level, kernel: K) -> K::Output {
+    #[cfg(target_arch = "x86_64")]
+    match level {
+        // SAFETY: the CPU has the instructions, as just checked (std caches the answer).
+        Level::Avx512 if level.is_available() => return unsafe { x86::run_avx512(kernel) },
+        Level::Avx2 if level.is_available() => return unsafe { x86::run_avx2(kernel) },
+        _ => {}
+    }
+    let _ = level;
+    kernel.run(Scalar)
+}
+
+/// Plain arrays. The compiler makes of it what the target's baseline allows (NEON on aarch64, SSE2 on x86-64).
+#[derive(Clone, Copy)]
+pub(crate) struct Scalar;
+
+#[inline(always)]
+fn lanewise(f: impl Fn(usize) -> f32) -> [f32; LANES] {
+    let mut v = [0.0; LANES];
+    for (i, lane) in v.iter_mut().enumerate() {
+        *lane = f(i);
+    }
+    v
+}
+
+impl Simd for Scalar {
+    type V = [f32; LANES];
+    const TILE_ROWS: usize = 2;
+
+    #[inline(always)]
+    fn splat(self, x: f32) -> Self::V {
+        [x; LANES]
+    }
+    #[inline(always)]
+    fn load(self, x: &[f32; LANES]) -> Self::V {
+        *x
+    }
+    #[inline(always)]
+    fn store(self, v: Self::V, x: &mut [f32; LANES]) {
+        *x = v;
+    }
+    #[inline(always)]
+    fn add(self, a: Self::V, b: Self::V) -> Self::V {
+        lanewise(|i| a[i] + b[i])
+    }
+    #[inline(always)]
+    fn sub(self, a: Self::V, b: Self::V) -> Self::V {
+        lanewise(|i| a[i] - b[i])
+    }
+    #[inline(always)]
+    fn mul(self, a: Self::V, b: Self::V) -> Self::V {
+        lanewise(|i| a[i] * b[i])
+    }
+    #[inline(always)]
+    fn div(self, a: Self::V, b: Self::V) -> Self::V {
+        lanewise(|i| a[i] / b[i])
+    }
+    #[inline(always)]
+    fn mul_add(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V {
+        // not f32::mul_add: without the instruction that is a slow library call
+        lanewise(|i| a[i] * b[i] + c[i])
+    }
+    #[inline(always)]
+    fn max(self, a: Self::V, b: Self::V) -> Self::V {
+        lanewise(|i| if a[i] > b[i] { a[i] } else { b[i] })
+    }
+    #[inline(always)]
+    fn min(self, a: Self::V, b: Self::V) -> Self::V {
+        lanewise(|i| if a[i] < b[i] { a[i] } else { b[i] })
+    }
+    #[inline(always)]
+    fn exp2_whole(self, n: Self::V) -> Self::V {
+        lanewise(|i| f32::from_bits((n[i] + EXPONENT_MAGIC).to_bits() << 23))
+    }
+}
+
+/// Adding it to a small whole number n leaves n + 127, an exponent field, in the low bits.
+const EXPONENT_MAGIC: f32 = (3u32 << 22) as f32 + 127.0;
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    use super::{EXPONENT_MAGIC, Kernel, LANES, Simd};
+    use std::arch::x86_64::*;
+
+    #[target_feature(enable = "avx512f,avx2,fma")]
+    pub(super) fn run_avx512<K: Kernel>(kernel: K) -> K::Output {
+        kernel.run(Avx512(()))
+    }
+
+    #[target_feature(enable = "avx2,fma")]
+    pub(super) fn run_avx2<K: Kernel>(kernel: K) -> K::Output {
+        kernel.run(Avx2(()))
+    }
+
+    /// Exists only inside [`run_avx512`].
+    #[derive(Clone, Copy)]
+    pub(super) struct Avx512(());
+
+    // SAFETY of every block below: an `Avx512` exists only where the CPU has AVX-512F, and the pointers come from
+    // references to sixteen numbers.
+    impl Simd for Avx512 {
+        type V = __m512;
+        const TILE_ROWS: usize = 12;
+
+        #[inline(always)]
+        fn splat(self, x: f32) -> __m512 {
+            unsafe { _mm512_set1_ps(x) }
+        }
+        #[inline(always)]
+        fn load(self, x: &[f32; LANES]) -> __m512 {
+            unsafe { _mm512_loadu_ps(x.as_ptr()) }
+        }
+        #[inline(always)]
+        fn store(self, v: __m512, x: &mut [f32; LANES]) {
+            unsafe { _mm512_storeu_ps(x.as_mut_ptr(), v) }
+        }
+        #[inline(always)]
+        fn add(self, a: __m512, b: __m512) -> __m512 {
+            unsafe { _mm512_add_ps(a, b) }
+        }
+        #[inline(always)]
+        fn sub(self, a: __m512, b: __m512) -> __m512 {
+            unsafe { _mm512_sub_ps(a, b) }
+        }
+        #[inline(always)]
+        fn mul(self, a: __m512, b: __m512) -> __m512 {
+            unsafe { _mm512_mul_ps(a, b) }
+        }
+        #[inline(always)]
+        fn div(self, a: __m512, b: __m512) -> __m512 {
+            unsafe { _mm512_div_ps(a, b) }
+        }
+        #[inline(always)]
+        fn mul_add(self, a: __m512, b: __m512, c: __m512) -> __m512 {
+            unsafe { _mm512_fmadd_ps(a, b, c) }
+        }
+        #[inline(always)]
+        fn max(self, a: __m512, b: __m512) -> __m512 {
+            unsafe { _mm512_max_ps(a, b) }
+        }
+        #[inline(always)]
+        fn min(self, a: __m512, b: __m512) -> __m512 {
+            unsafe { _mm512_min_ps(a, b) }
+        }
+        #[inline(always)]
+        fn exp2_whole(self, n: __m512) -> __m512 {
+            unsafe {
+                let biased = _mm512_castps_si512(_mm512_add_ps(n, _mm512_set1_ps(EXPONENT_MAGIC)));
+                _mm512_castsi512_ps(_mm512_slli_epi32::<23>(biased))
+            }
+        }
+    }
+
+    /// Exists only inside [`run_avx2`].
+    #[derive(Clone, Copy)]
+    pub(super) struct Avx2(());
+
+    // SAFETY of every block below: an `Avx2` exists only where the CPU has AVX2 and FMA, and the pointers come from
+    // references to sixteen numbers, of which the second half starts at the eighth.
+    impl Simd for Avx2 {
+        type V = [__m256; 2];
+        const TILE_ROWS: usize = 2;
+
+        #[inline(always)]
+        fn splat(self, x: f32) -> Self::V {
+            unsafe { [_mm256_set1_ps(x); 2] }
+        }
+        #[inline(always)]
+        fn load(self, x: &[f32; LANES]) -> Self::V {
+            unsafe { [_mm256_loadu_ps(x.as_ptr()), _mm256_loadu_ps(x.as_ptr().add(8))] }
+        }
+        #[inline(always)]
+        fn store(self, v: Self::V, x: &mut [f32; LANES]) {
+            unsafe {
+                _mm256_storeu_ps(x.as_mut_ptr(), v[0]);
+                _mm256_storeu_ps(x.as_mut_ptr().add(8), v[1]);
+            }
+        }
+        #[inline(always)]
+        fn add(self, a: Self::V, b: Self::V) -> Self::V {
+            unsafe { [_mm256_add_ps(a[0], b[0]), _mm256_add_ps(a[1], b[1])] }
+        }
+        #[inline(always)]
+        fn sub(self, a: Self::V, b: Self::V) -> Self::V {
+            unsafe { [_mm256_sub_ps(a[0], b[0]), _mm256_sub_ps(a[1], b[1])] }
+        }
+        #[inline(always)]
+        fn mul(self, a: Self::V, b: Self::V) -> Self::V {
+            unsafe { [_mm256_mul_ps(a[0], b[0]), _mm256_mul_ps(a[1], b[1])] }
+        }
+        #[inline(always)]
+        fn div(self, a: Self::V, b: Self::V) -> Self::V {
+            unsafe { [_mm256_div_ps(a[0], b[0]), _mm256_div_ps(a[1], b[1])] }
+        }
+        #[inline(always)]
+        fn mul_add(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V {
+            unsafe { [_mm256_fmadd_ps(a[0], b[0], c[0]), _mm256_fmadd_ps(a[1], b[1], c[1])] }
+        }
+        #[inline(always)]
+        fn max(self, a: Self::V, b: Self::V) -> Self::V {
+            unsafe { [_mm256_max_ps(a[0], b[0]), _mm256_max_ps(a[1], b[1])] }
+        }
+        #[inline(always)]
+        fn min(self, a: Self::V, b: Self::V) -> Self::V {
+            unsafe { [_mm256_min_ps(a[0], b[0]), _mm256_min_ps(a[1], b[1])] }
+        }
+        #[inline(always)]
+        fn exp2_whole(self, n: Self::V) -> Self::V {
+            unsafe {
+                let magic = _mm256_set1_ps(EXPONENT_MAGIC);
+                let low = _mm256_castps_si256(_mm256_add_ps(n[0], magic));
+                let high = _mm256_castps_si256(_mm256_add_ps(n[1], magic));
+                [_mm256_castsi256_ps(_mm256_slli_epi32::<23>(low)), _mm256_castsi256_ps(_mm256_slli_epi32::<23>(high))]
+            }
+        }
+    }
+}
