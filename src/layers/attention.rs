@@ -1,0 +1,201 @@
+//! The attention branch: causal multi-head attention with learned meta tokens in front.
+
+use ndarray::{Array2, Array4, ArrayView2, s};
+use rand_distr::{Distribution, Normal};
+
+use super::{Linear, Rng, Visitor, VisitorMut, flat, join};
+use crate::HymbaOptions;
+use crate::block::Prefix;
+use crate::kernels::attention::{Seen, Sequence, attend, attend_step, weights};
+
+/// The branch that recalls: every frame looks at the meta tokens and at the last `window_size` frames.
+///
+/// Queries, keys, values and output are linear maps with bias; scores are scaled by 1/√p for heads of width `p = h/a`.
+/// There is no position encoding, as the Mamba branch carries order. Frame `i` sees frame `j ≤ i` if `i − j < w`, and
+/// always all meta tokens, whose keys and values come from the tokens as they travel through the blocks (in the Edifice
+/// preset: from two parameters of the block).
+#[derive(Debug, Clone)]
+pub struct MetaTokenAttention {
+    heads: usize,
+    q_proj: Linear,
+    k_proj: Linear,
+    v_proj: Linear,
+    out_proj: Linear,
+    /// Keys and values `[k, h]` of the Edifice preset.
+    own_meta: Option<(Array2<f32>, Array2<f32>)>,
+}
+
+/// The keys and values of the frames that each sequence of a batch can still see.
+#[derive(Debug, Clone)]
+pub(crate) struct AttentionState {
+    sequences: Vec<(Ring, Ring)>,
+}
+
+impl AttentionState {
+    /// Nothing seen yet. With a `window` of `None` the state grows with every frame.
+    pub(crate) fn new(batch: usize, h: usize, window: Option<usize>) -> Self {
+        let ring = || Ring::new(h, window);
+        AttentionState { sequences: (0..batch).map(|_| (ring(), ring())).collect() }
+    }
+
+    /// All keys and values `[rows, h]` of the first sequence.
+    pub(crate) fn into_first(self) -> Option<(Array2<f32>, Array2<f32>)> {
+        let (keys, values) = self.sequences.into_iter().next()?;
+        Some((keys.into_rows(), values.into_rows()))
+    }
+
+    pub(crate) fn num_numbers(&self) -> usize {
+        self.sequences.iter().map(|(keys, values)| keys.rows.len() + values.rows.len()).sum()
+    }
+}
+
+/// The last `window` rows pushed, in any order: softmax does not mind.
+#[derive(Debug, Clone)]
+struct Ring {
+    h: usize,
+    window: Option<usize>,
+    rows: Vec<f32>,
+    /// Where the oldest row begins, once there are `window` of them.
+    oldest: usize,
+}
+
+impl Ring {
+    /// Rows there is room for from the start.
+    const RESERVED: usize = 64;
+
+    fn new(h: usize, window: Option<usize>) -> Self {
+        let reserved = window.unwrap_or(Self::RESERVED).min(Self::RESERVED);
+        Ring { h, window, rows: Vec::with_capacity(reserved * h), oldest: 0 }
+    }
+
+    fn push(&mut self, row: &[f32]) {
+        if self.window.is_some_and(|window| self.rows.len() / self.h >= window) {
+            self.rows[self.oldest..self.oldest + self.h].copy_from_slice(row);
+            self.oldest = (self.oldest + self.h) % self.rows.len();
+        } else {
+            self.rows.extend_from_slice(row);
+        }
+    }
+
+    fn into_rows(self) -> Array2<f32> {
+        Array2::from_shape_vec((self.rows.len() / self.h, self.h), self.rows).unwrap_or_default()
+    }
+}
+
+impl MetaTokenAttention {
+    pub(crate) fn zeros(options: &HymbaOptions) -> Self {
+        let h = options.hidden_size;
+        let meta = || Array2::zeros((options.num_meta_tokens, h));
+        MetaTokenAttention {
+            heads: options.num_heads,
+            q_proj: Linear::zeros(h, h, true),
+            k_proj: Linear::zeros(h, h, true),
+            v_proj: Linear::zeros(h, h, true),
+            out_proj: Linear::zeros(h, h, true),
+            own_meta: options.preset.rules().own_meta_rows.then(|| (meta(), meta())),
+        }
+    }
+
+    pub(crate) fn init(&mut self, rng: &mut Rng) {
+        for linear in [&mut self.q_proj, &mut self.k_proj, &mut self.v_proj, &mut self.out_proj] {
+            linear.init(rng);
+        }
+        if let Some((keys, values)) = &mut self.own_meta {
+            init_meta_tokens(keys, rng);
+            init_meta_tokens(values, rng);
+        }
+    }
+
+    /// The meta keys and values `[k, h]` that are parameters of this layer, if they are.
+    pub(crate) fn own_meta(&self) -> Option<&(Array2<f32>, Array2<f32>)> {
+        self.own_meta.as_ref()
+    }
+
+    /// u `[b·l, h]`, with `prefix` in front of every sequence → `[b·l, h]`
+    pub(crate) fn forward(&self, u: ArrayView2<f32>, batch: usize, prefix: &Prefix) -> Array2<f32> {
+        let (q, k, v) = (self.q_proj.forward(u), self.k_proj.forward(u), self.v_proj.forward(u));
+        let mut mixed: Array2<f32> = Array2::zeros(q.dim());
+        let l = u.nrows() / batch;
+        for i in 0..batch {
+            let rows = s![i * l..(i + 1) * l, ..];
+            let sequence = self.sequence(prefix, q.slice(rows), k.slice(rows), v.slice(rows));
+            attend(sequence, mixed.slice_mut(rows));
+        }
+        self.out_proj.forward(mixed.view())
+    }
+
+    /// The next frame of each sequence, u `[b, h]` → `[b, h]`; `state` moves on by one frame.
+    pub(crate) fn step(&self, u: ArrayView2<f32>, prefix: &Prefix, state: &mut AttentionState) -> Array2<f32> {
+        let (q, k, v) = (self.q_proj.forward(u), self.k_proj.forward(u), self.v_proj.forward(u));
+        let mut mixed: Array2<f32> = Array2::zeros(q.dim());
+        for (i, (keys, values)) in state.sequences.iter_mut().enumerate() {
+            keys.push(flat(&k.row(i)));
+            values.push(flat(&v.row(i)));
+            let meta = Seen { keys: flat(&prefix.keys), values: flat(&prefix.values) };
+            let frames = Seen { keys: &keys.rows, values: &values.rows };
+            let mut mixed = mixed.slice_mut(s![i, ..]);
+            let mixed = mixed.as_slice_mut().expect("a row of a new array");
+            attend_step(flat(&q.row(i)), [meta, frames], self.heads, mixed);
+        }
+        self.out_proj.forward(mixed.view())
+    }
+
+    /// The attention weights `[b, a, l, k + l]`: what each frame takes from each meta token, then from each frame.
+    pub(crate) fn weights(&self, u: ArrayView2<f32>, batch: usize, prefix: &Prefix) -> Array4<f32> {
+        let (q, k, v) = (self.q_proj.forward(u), self.k_proj.forward(u), self.v_proj.forward(u));
+        let l = u.nrows() / batch;
+        let mut all = Array4::zeros((batch, self.heads, l, prefix.keys.nrows() + l));
+        for (i, mut all) in all.outer_iter_mut().enumerate() {
+            let rows = s![i * l..(i + 1) * l, ..];
+            let sequence = self.sequence(prefix, q.slice(rows), k.slice(rows), v.slice(rows));
+            for (head, mut all) in all.outer_iter_mut().enumerate() {
+                for (frame, mut all) in all.outer_iter_mut().enumerate() {
+                    all.iter_mut().zip(weights(sequence.head(head), frame)).for_each(|(all, weight)| *all = weight);
+                }
+            }
+        }
+        all
+    }
+
+    fn sequence<'a>(
+        &self,
+        prefix: &'a Prefix,
+        queries: ArrayView2<'a, f32>,
+        keys: ArrayView2<'a, f32>,
+        values: ArrayView2<'a, f32>,
+    ) -> Sequence<'a> {
+        let (meta_keys, meta_values) = (prefix.keys.view(), prefix.values.view());
+        Sequence { queries, keys, values, meta_keys, meta_values, heads: self.heads, window: prefix.window }
+    }
+
+    pub(crate) fn visit(&self, name: &str, f: &mut Visitor) {
+        self.q_proj.visit(&join(name, "q_proj"), f);
+        self.k_proj.visit(&join(name, "k_proj"), f);
+        self.v_proj.visit(&join(name, "v_proj"), f);
+        self.out_proj.visit(&join(name, "out_proj"), f);
+        if let Some((keys, values)) = &self.own_meta {
+            f(&join(name, "meta_k"), keys.view().into_dyn());
+            f(&join(name, "meta_v"), values.view().into_dyn());
+        }
+    }
+
+    pub(crate) fn visit_mut(&mut self, name: &str, f: &mut VisitorMut) {
+        self.q_proj.visit_mut(&join(name, "q_proj"), f);
+        self.k_proj.visit_mut(&join(name, "k_proj"), f);
+        self.v_proj.visit_mut(&join(name, "v_proj"), f);
+        self.out_proj.visit_mut(&join(name, "out_proj"), f);
+        if let Some((keys, values)) = &mut self.own_meta {
+            f(&join(name, "meta_k"), keys.view_mut().into_dyn());
+            f(&join(name, "meta_v"), values.view_mut().into_dyn());
+        }
+    }
+}
+
+/// Standard deviation of new meta tokens.
+const META_DEVIATION: f32 = 0.02;
+
+/// Meta tokens start out normal, with mean 0 and deviation 0.02.
+pub(crate) fn init_meta_tokens(tokens: &mut Array2<f32>, rng: &mut Rng) {
+    let normal = Normal::new(0.0, META_DEVIATION).expect("the deviation is positive");
+    tokens.mapv_inplace(|_| normal.sample(rng));
+}

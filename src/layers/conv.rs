@@ -1,0 +1,90 @@
+//! The short causal convolution in front of the scan, one filter a channel.
+
+use ndarray::{Array1, Array2, ArrayView2, ArrayViewMut2, s};
+use rand::RngExt;
+
+use super::{Derived, Rng, Visitor, VisitorMut, flat, join};
+use crate::kernels::conv::{TAPS, conv_silu};
+use crate::kernels::matmul::Rows;
+
+/// Rows the convolution looks back.
+pub(crate) const HISTORY: usize = TAPS - 1;
+
+/// silu(bias + Σᵢ weight\[·, i\] ⊙ x_{t−3+i}), weight `[d, 4]` and bias `[d]`.
+#[derive(Debug, Clone)]
+pub(crate) struct CausalConv {
+    weight: Array2<f32>,
+    bias: Array1<f32>,
+    /// weightᵀ `[4, d]`, so that channels lie side by side.
+    taps: Derived<Array2<f32>>,
+}
+
+impl CausalConv {
+    pub(crate) fn zeros(d: usize) -> Self {
+        CausalConv { weight: Array2::zeros((d, TAPS)), bias: Array1::zeros(d), taps: Derived::new() }
+    }
+
+    /// Weights uniform in ±1/√4, bias zero.
+    pub(crate) fn init(&mut self, rng: &mut Rng) {
+        self.taps.forget();
+        let bound = 1.0 / (TAPS as f32).sqrt();
+        self.weight.mapv_inplace(|_| rng.random_range(-bound..=bound));
+    }
+
+    /// One sequence: the first d columns of x `[l, ≥ d]` → out `[l, d]`. `history` `[3, d]` holds the rows in front of
+    /// x, oldest first, and is brought up to date.
+    pub(crate) fn step(&self, x: ArrayView2<f32>, mut history: ArrayViewMut2<f32>, out: &mut [f32]) {
+        let d = self.bias.len();
+        let taps = self.taps.get(|| self.weight.t().as_standard_layout().into_owned());
+        let rows = Rows { data: flat(&x), stride: x.ncols() };
+        conv_silu(rows, flat(&history.view()), flat(taps), flat(&self.bias), out);
+
+        let kept = HISTORY.saturating_sub(x.nrows());
+        for i in 0..kept {
+            let (mut to, from) = history.multi_slice_mut((s![i, ..], s![i + HISTORY - kept, ..]));
+            to.assign(&from);
+        }
+        let newest = x.slice(s![x.nrows() - (HISTORY - kept).., ..d]);
+        history.slice_mut(s![kept.., ..]).assign(&newest);
+    }
+
+    pub(crate) fn visit(&self, name: &str, f: &mut Visitor) {
+        f(&join(name, "weight"), self.weight.view().into_dyn());
+        f(&join(name, "bias"), self.bias.view().into_dyn());
+    }
+
+    pub(crate) fn visit_mut(&mut self, name: &str, f: &mut VisitorMut) {
+        self.taps.forget();
+        f(&join(name, "weight"), self.weight.view_mut().into_dyn());
+        f(&join(name, "bias"), self.bias.view_mut().into_dyn());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use ndarray::Array3;
+    use rand::SeedableRng;
+
+    #[test]
+    fn pieces_of_any_length_continue_each_other() {
+        let (d, l) = (5, 11);
+        let mut conv = CausalConv::zeros(d);
+        conv.init(&mut Rng::seed_from_u64(1));
+        let x = Array2::from_shape_fn((l, d + 2), |(i, j)| (i * 3 + j * 5 % 7) as f32 / 10.0 - 1.0);
+        let mut whole = vec![0.0; l * d];
+        let mut history = Array3::zeros((2, HISTORY, d));
+        conv.step(x.view(), history.slice_mut(s![0, .., ..]), &mut whole);
+        for piece in 1..l {
+            history.slice_mut(s![1, .., ..]).fill(0.0);
+            let mut pieces = vec![0.0; l * d];
+            for from in (0..l).step_by(piece) {
+                let to = l.min(from + piece);
+                let out = &mut pieces[from * d..to * d];
+                conv.step(x.slice(s![from..to, ..]), history.slice_mut(s![1, .., ..]), out);
+            }
+            assert_eq!(whole, pieces);
+            assert_eq!(history.slice(s![0, .., ..]), history.slice(s![1, .., ..]));
+        }
+    }
+}

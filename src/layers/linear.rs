@@ -1,0 +1,77 @@
+//! A linear map: y = x·Wᵀ + b.
+
+use ndarray::{Array1, Array2, ArrayView2};
+use rand::RngExt;
+
+use super::{Derived, Rng, Visitor, VisitorMut, flat, flat_mut, join};
+use crate::kernels::matmul::{Out, Packed, Rows, matmul};
+
+/// W `[out, in]` and, where there is one, b `[out]`.
+#[derive(Debug, Clone)]
+pub(crate) struct Linear {
+    weight: Array2<f32>,
+    bias: Option<Array1<f32>>,
+    /// The weights in the order the product reads them.
+    packed: Derived<Packed>,
+}
+
+impl Linear {
+    /// All zero.
+    pub(crate) fn zeros(inputs: usize, outputs: usize, bias: bool) -> Self {
+        Linear {
+            weight: Array2::zeros((outputs, inputs)),
+            bias: bias.then(|| Array1::zeros(outputs)),
+            packed: Derived::new(),
+        }
+    }
+
+    /// Weights uniform in ±1/√inputs, bias zero.
+    pub(crate) fn init(&mut self, rng: &mut Rng) {
+        self.packed.forget();
+        let bound = 1.0 / (self.weight.ncols() as f32).sqrt();
+        self.weight.mapv_inplace(|_| rng.random_range(-bound..=bound));
+    }
+
+    /// x `[rows, in]` → `[rows, out]`. Rows may be longer than `in`; the rest is not read.
+    pub(crate) fn forward(&self, x: ArrayView2<f32>) -> Array2<f32> {
+        let mut y = Array2::zeros((x.nrows(), self.weight.nrows()));
+        let rows = Rows { data: flat(&x), stride: x.ncols() };
+        self.apply(rows, x.nrows(), flat_mut(&mut y), Out::Set);
+        y
+    }
+
+    /// y `[rows, out]` += x·Wᵀ + b
+    pub(crate) fn add_to(&self, x: ArrayView2<f32>, y: &mut Array2<f32>) {
+        let rows = Rows { data: flat(&x), stride: x.ncols() };
+        self.apply(rows, x.nrows(), flat_mut(y), Out::Add);
+    }
+
+    fn apply(&self, x: Rows, rows: usize, y: &mut [f32], mode: Out) {
+        let packed = self.packed.get(|| {
+            let (outputs, inputs) = self.weight.dim();
+            Packed::new(flat(&self.weight), outputs, inputs, inputs, self.bias.as_ref().map(|bias| flat(bias)))
+        });
+        matmul(x, rows, packed, y, mode);
+    }
+
+    /// Sets each number of the bias.
+    pub(crate) fn init_bias(&mut self, mut value: impl FnMut() -> f32) {
+        self.packed.forget();
+        self.bias.iter_mut().flatten().for_each(|bias| *bias = value());
+    }
+
+    pub(crate) fn visit(&self, name: &str, f: &mut Visitor) {
+        f(&join(name, "weight"), self.weight.view().into_dyn());
+        if let Some(bias) = &self.bias {
+            f(&join(name, "bias"), bias.view().into_dyn());
+        }
+    }
+
+    pub(crate) fn visit_mut(&mut self, name: &str, f: &mut VisitorMut) {
+        self.packed.forget();
+        f(&join(name, "weight"), self.weight.view_mut().into_dyn());
+        if let Some(bias) = &mut self.bias {
+            f(&join(name, "bias"), bias.view_mut().into_dyn());
+        }
+    }
+}

@@ -1,0 +1,86 @@
+//! The layers: one file each, read top to bottom: struct, `new`, `forward`, `step`, `visit`, tests.
+//!
+//! The contract. Activations are `[rows, width]`, a batch's sequences one after the other. `forward` keeps nothing. `step`,
+//! folded over frames, equals `forward`. `visit` and `visit_mut` walk the parameters in a fixed order under the names they
+//! have in files, and that one walk serves saving, loading, counting and the summary. Layers trust their shapes: what the
+//! user gives is checked once, at the model's door.
+
+mod attention;
+mod conv;
+mod ffn;
+mod gate;
+mod linear;
+mod mamba;
+mod norm;
+mod scan;
+
+use std::fmt;
+use std::sync::OnceLock;
+
+use ndarray::{ArrayBase, ArrayViewD, ArrayViewMutD, Data, Dimension};
+
+pub use attention::MetaTokenAttention;
+pub(crate) use attention::{AttentionState, init_meta_tokens};
+pub(crate) use conv::CausalConv;
+pub(crate) use ffn::FeedForward;
+pub(crate) use gate::Gate;
+pub(crate) use linear::Linear;
+pub use mamba::MambaBranch;
+pub(crate) use mamba::MambaState;
+pub(crate) use norm::LayerNorm;
+pub(crate) use scan::{SelectiveScan, TimeStep};
+
+/// What is called with every parameter and its name in files.
+pub(crate) type Visitor<'a> = dyn FnMut(&str, ArrayViewD<'_, f32>) + 'a;
+/// As [`Visitor`], for changing the parameters.
+pub(crate) type VisitorMut<'a> = dyn FnMut(&str, ArrayViewMutD<'_, f32>) + 'a;
+
+/// The generator behind every `seed` of this crate: ChaCha with 8 rounds, the same numbers on every platform.
+pub(crate) type Rng = rand::rngs::ChaCha8Rng;
+
+/// Something computed from the parameters when first needed and kept until they change.
+pub(crate) struct Derived<T>(OnceLock<T>);
+
+impl<T> Derived<T> {
+    pub(crate) const fn new() -> Self {
+        Derived(OnceLock::new())
+    }
+
+    pub(crate) fn get(&self, compute: impl FnOnce() -> T) -> &T {
+        self.0.get_or_init(compute)
+    }
+
+    /// To be called wherever parameters are lent out for changing.
+    pub(crate) fn forget(&mut self) {
+        self.0 = OnceLock::new();
+    }
+}
+
+/// A clone computes its own.
+impl<T> Clone for Derived<T> {
+    fn clone(&self) -> Self {
+        Derived::new()
+    }
+}
+
+impl<T> fmt::Debug for Derived<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(if self.0.get().is_some() { "computed" } else { "not computed" })
+    }
+}
+
+/// The numbers of an array in row-major order. The arrays that layers pass to each other and keep all lie in memory that
+/// way.
+pub(crate) fn flat<S: Data<Elem = f32>, D: Dimension>(array: &ArrayBase<S, D>) -> &[f32] {
+    array.as_slice().expect("arrays inside the model are in standard layout")
+}
+
+/// As [`flat`], for writing.
+pub(crate) fn flat_mut<D: Dimension>(array: &mut ndarray::Array<f32, D>) -> &mut [f32] {
+    array.as_slice_mut().expect("arrays inside the model are in standard layout")
+}
+
+/// `name` under `prefix`: `blocks.0` and `norm` give `blocks.0.norm`.
+pub(crate) fn join(prefix: &str, name: &str) -> String {
+    if prefix.is_empty() { name.to_string() } else { format!("{prefix}.{name}") }
+}

@@ -1,0 +1,46 @@
+//! Layer normalisation over the features of a frame.
+
+use ndarray::{Array1, Array2, ArrayView2};
+
+use super::{Visitor, VisitorMut, flat, flat_mut, join};
+use crate::kernels::norm::{SmallVariance, layer_norm};
+
+/// ε of every norm.
+const EPSILON: f32 = 1e-5;
+
+/// weight ⊙ (x − mean) / √(variance + ε) + bias, weight and bias `[h]`.
+#[derive(Debug, Clone)]
+pub(crate) struct LayerNorm {
+    weight: Array1<f32>,
+    bias: Array1<f32>,
+    small_variance: SmallVariance,
+}
+
+impl LayerNorm {
+    pub(crate) fn zeros(h: usize, small_variance: SmallVariance) -> Self {
+        LayerNorm { weight: Array1::zeros(h), bias: Array1::zeros(h), small_variance }
+    }
+
+    /// Weight 1, bias 0.
+    pub(crate) fn init(&mut self) {
+        self.weight.fill(1.0);
+        self.bias.fill(0.0);
+    }
+
+    /// x `[rows, h]` → `[rows, h]`
+    pub(crate) fn forward(&self, x: ArrayView2<f32>) -> Array2<f32> {
+        let mut y = Array2::zeros(x.dim());
+        layer_norm(flat(&x), flat(&self.weight), flat(&self.bias), EPSILON, self.small_variance, flat_mut(&mut y));
+        y
+    }
+
+    pub(crate) fn visit(&self, name: &str, f: &mut Visitor) {
+        f(&join(name, "weight"), self.weight.view().into_dyn());
+        f(&join(name, "bias"), self.bias.view().into_dyn());
+    }
+
+    pub(crate) fn visit_mut(&mut self, name: &str, f: &mut VisitorMut) {
+        f(&join(name, "weight"), self.weight.view_mut().into_dyn());
+        f(&join(name, "bias"), self.bias.view_mut().into_dyn());
+    }
+}
