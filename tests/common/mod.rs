@@ -1,0 +1,73 @@
+//! Reading the folders of `tests/data`.
+
+#![allow(dead_code)] // every test file uses a part of it
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use hymba::ndarray::{Array2, Array3, ArrayD, Dimension, IxDyn};
+use hymba::{Hymba, HymbaOptions};
+use safetensors::{Dtype, SafeTensors};
+
+pub fn data(folder: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data").join(folder)
+}
+
+/// All tensors of a file as f64, whatever their type.
+pub fn tensors(path: &Path) -> BTreeMap<String, ArrayD<f64>> {
+    let bytes = std::fs::read(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+    let file = SafeTensors::deserialize(&bytes).unwrap();
+    file.tensors()
+        .into_iter()
+        .map(|(name, tensor)| {
+            let data = tensor.data();
+            let numbers: Vec<f64> = match tensor.dtype() {
+                Dtype::F32 => data.chunks(4).map(|b| f32::from_le_bytes(b.try_into().unwrap()) as f64).collect(),
+                Dtype::F64 => data.chunks(8).map(|b| f64::from_le_bytes(b.try_into().unwrap())).collect(),
+                Dtype::I64 => data.chunks(8).map(|b| i64::from_le_bytes(b.try_into().unwrap()) as f64).collect(),
+                other => panic!("{name} is {other:?}"),
+            };
+            (name, ArrayD::from_shape_vec(IxDyn(tensor.shape()), numbers).unwrap())
+        })
+        .collect()
+}
+
+pub fn frames(array: &ArrayD<f64>) -> Array3<f32> {
+    array.mapv(|x| x as f32).into_dimensionality().unwrap()
+}
+
+pub fn options(folder: &Path) -> HymbaOptions {
+    serde_json::from_slice(&std::fs::read(folder.join("config.json")).unwrap()).unwrap()
+}
+
+/// The model of a `hymba` folder.
+pub fn model(folder: &Path) -> Hymba {
+    let mut model = Hymba::build(options(folder)).unwrap();
+    let mut weights = tensors(&folder.join("model.safetensors"));
+    model.visit_mut(&mut |name, mut parameter| {
+        let weight = weights.remove(name).unwrap_or_else(|| panic!("{name} is missing"));
+        assert_eq!(parameter.shape(), weight.shape(), "{name}");
+        parameter.assign(&weight.mapv(|x| x as f32));
+    });
+    assert!(weights.is_empty(), "not used: {:?}", weights.keys());
+    model
+}
+
+/// The largest absolute difference; NaN if there is one.
+pub fn difference<D: Dimension>(got: &hymba::ndarray::Array<f32, D>, want: &ArrayD<f64>) -> f64 {
+    assert_eq!(got.shape(), want.shape());
+    let differences = got.iter().zip(want.iter()).map(|(got, want)| (*got as f64 - want).abs());
+    differences.fold(0.0, |largest, d| if d.is_nan() || d > largest { d } else { largest })
+}
+
+/// A smooth, deterministic batch.
+pub fn wave(batch: usize, length: usize, width: usize) -> Array3<f32> {
+    Array3::from_shape_fn((batch, length, width), |(b, t, i)| {
+        (0.37 * t as f32 + 1.3 * i as f32 + 2.1 * b as f32).sin() + 0.3 * (0.05 * (t * (i + 1)) as f32).cos()
+    })
+}
+
+/// Frame `t` of every sequence.
+pub fn frame(x: &Array3<f32>, t: usize) -> Array2<f32> {
+    x.index_axis(hymba::ndarray::Axis(1), t).to_owned()
+}
