@@ -6,7 +6,7 @@ use crate::HymbaOptions;
 use crate::kernels::parallel;
 use crate::layers::{
     AttentionState, FeedForward, Gate, LayerNorm, MambaBranch, MambaState, MetaTokenAttention, Rng, Visitor,
-    VisitorMut, join,
+    VisitorMut, debug_shapes, join,
 };
 
 /// A block of the model (Hymba, arXiv 2411.13676, figure 2, with the learned gate of `Edifice.SSM.Hymba` in place of the
@@ -18,7 +18,7 @@ use crate::layers::{
 /// x = x + g ⊙ Mamba(u) + (1 − g) ⊙ Attention(u)       [l, h]
 /// x = x + FFN(LayerNorm(x))                           [l, h]
 /// ```
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct HymbaBlock {
     norm: LayerNorm,
     mamba: MambaBranch,
@@ -30,7 +30,7 @@ pub struct HymbaBlock {
 
 /// What lies in front of the frames in one block, the same for every sequence: what the meta tokens left behind. It follows
 /// from the weights alone.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub(crate) struct Prefix {
     /// Keys and values `[k, h]` of the meta tokens.
     pub keys: Array2<f32>,
@@ -50,7 +50,7 @@ impl Prefix {
 }
 
 /// What a block remembers of each sequence of a batch.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub(crate) struct BlockState {
     mamba: MambaState,
     attention: AttentionState,
@@ -84,6 +84,8 @@ pub struct BlockInspection {
     /// What each frame takes from each meta token, then from each frame: `[b, a, l, k + l]`, rows sum to 1.
     pub attention_weights: Array4<f32>,
 }
+
+debug_shapes!(HymbaBlock);
 
 impl HymbaBlock {
     pub(crate) fn zeros(options: &HymbaOptions) -> Self {

@@ -219,11 +219,11 @@ impl Hymba {
     /// ```
     pub fn forward_sequence(&self, x: &ArrayRef3<f32>) -> Result<Array3<f32>> {
         let (batch, l) = self.check_input(x)?;
-        let rows: Vec<usize> = (0..batch).collect();
-        let groups = self.groups(&rows, &vec![l; batch]);
+        let (rows, lengths) = (Vec::from_iter(0..batch), vec![l; batch]);
+        let groups = self.groups(&rows, &lengths);
         let encoded = parallel::enter_if(self.work(batch * l), || {
             parallel::map(groups, |group| {
-                let frames = self.run(x, group.rows, l);
+                let frames = self.run(x, group, &lengths);
                 sequences(self.final_norm.forward(frames.view()), group.rows.len())
             })
         });
@@ -325,7 +325,7 @@ impl Hymba {
     /// # Ok::<(), hymba::Error>(())
     /// ```
     pub fn inspect(&self, x: &ArrayRef3<f32>) -> Result<Inspection> {
-        let (batch, _) = self.check_input(x)?;
+        let (batch, l) = self.check_input(x)?;
         let mut meta = Vec::new();
         if let Some(tokens) = &self.meta_tokens {
             let (none, mut x) = (Prefix::none(&self.options), tokens.clone());
@@ -335,8 +335,8 @@ impl Hymba {
                 meta.push(seen);
             }
         }
-        let (batch_rows, l) = ((0..batch).collect::<Vec<_>>(), x.dim().1);
-        let mut x = self.project(gather(x, &batch_rows, l));
+        let group = Group { rows: &Vec::from_iter(0..batch), l };
+        let mut x = self.project(gather(x, group, &vec![l; batch]));
         let mut blocks = Vec::with_capacity(self.blocks.len());
         for (block, prefix) in self.blocks.iter().zip(self.prefixes()) {
             let seen = block.inspect(x, batch, prefix);
@@ -424,8 +424,8 @@ impl Hymba {
         let groups = self.groups(&order, lengths);
         let h = self.options.hidden_size;
         let encoded = parallel::enter_if(self.work(lengths.iter().sum()), || {
-            parallel::map(groups.clone(), |group| {
-                let frames = self.run(x, group.rows, group.l);
+            parallel::map(groups.iter().collect(), |group: &Group| {
+                let frames = self.run(x, *group, lengths);
                 let mut last = Array2::zeros((group.rows.len(), h));
                 for (i, &row) in group.rows.iter().enumerate() {
                     last.row_mut(i).assign(&frames.row(i * group.l + lengths[row] - 1));
@@ -452,7 +452,7 @@ impl Hymba {
         let mut range: Range<usize> = 0..0;
         for i in 0..order.len() {
             // lengths ascend, so the one at hand is the longest so far
-            if range.len() > 0 && (range.len() + 1) * lengths[order[i]] > frames {
+            if !range.is_empty() && (range.len() + 1) * lengths[order[i]] > frames {
                 groups.push(Group { rows: &order[range.clone()], l: lengths[order[i - 1]] });
                 range.start = i;
             }
@@ -469,11 +469,11 @@ impl Hymba {
         frames.saturating_mul(24 * self.options.hidden_size * self.options.hidden_size * self.blocks.len())
     }
 
-    /// The first `l` frames of some rows of x through all blocks: `[rows·l, h]`, before the final norm.
-    fn run(&self, x: &ArrayRef3<f32>, rows: &[usize], l: usize) -> Array2<f32> {
-        let mut x = self.project(gather(x, rows, l));
+    /// The sequences of a group through all blocks: `[rows·l, h]`, before the final norm.
+    fn run(&self, x: &ArrayRef3<f32>, group: Group, lengths: &[usize]) -> Array2<f32> {
+        let mut x = self.project(gather(x, group, lengths));
         for (block, prefix) in self.blocks.iter().zip(self.prefixes()) {
-            x = block.forward(x, rows.len(), prefix);
+            x = block.forward(x, group.rows.len(), prefix);
         }
         x
     }
@@ -518,11 +518,12 @@ struct Group<'a> {
     l: usize,
 }
 
-/// The first `l` frames of some rows of x, one sequence after the other.
-fn gather(x: &ArrayRef3<f32>, rows: &[usize], l: usize) -> Array2<f32> {
-    let mut frames = Array2::zeros((rows.len() * l, x.dim().2));
-    for (i, &row) in rows.iter().enumerate() {
-        frames.slice_mut(s![i * l..(i + 1) * l, ..]).assign(&x.slice(s![row, ..l, ..]));
+/// The sequences of a group, one after the other, zero from their end on: what fills up a row has no influence at all.
+fn gather(x: &ArrayRef3<f32>, group: Group, lengths: &[usize]) -> Array2<f32> {
+    let mut frames = Array2::zeros((group.rows.len() * group.l, x.dim().2));
+    for (i, &row) in group.rows.iter().enumerate() {
+        let first = i * group.l;
+        frames.slice_mut(s![first..first + lengths[row], ..]).assign(&x.slice(s![row, ..lengths[row], ..]));
     }
     frames
 }

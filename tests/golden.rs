@@ -4,8 +4,10 @@ mod common;
 
 use common::{data, difference, frame, frames, model, tensors};
 use hymba::ndarray::{Axis, concatenate, s};
+use hymba::{Hymba, HymbaOptions};
 
 const TOLERANCE: f64 = 1e-5;
+const EDIFICE_TOLERANCE: f64 = 2e-5;
 
 #[test]
 fn hymba_outputs_and_every_block() {
@@ -59,4 +61,45 @@ fn hymba_outputs_and_every_block() {
             }
         }
     }
+}
+
+#[test]
+fn edifice_outputs_and_every_block() {
+    for case in ["small", "no_input_projection", "single", "long", "grad_small"] {
+        let folder = data("edifice").join(case);
+        let options: HymbaOptions = common::options(&folder);
+        let expected = tensors(&folder.join("expected.safetensors"));
+        let x = frames(&expected["input"]);
+        let (batch, l, _) = x.dim();
+        let files = ["model.safetensors", "model.nx", "model_data.nx"].map(|file| folder.join(file));
+        for file in files.iter().filter(|file| file.exists()) {
+            let model = Hymba::load_edifice(file, options.clone()).unwrap();
+            let y = model.forward(&x).unwrap();
+            for name in ["output", "output_f64"] {
+                assert!(difference(&y, &expected[name]) <= EDIFICE_TOLERANCE, "{} {name}", file.display());
+            }
+            let mut state = model.new_state(batch);
+            let last = (0..l).map(|t| model.step(&frame(&x, t), &mut state).unwrap()).last().unwrap();
+            assert!(difference(&last, &expected["output"]) <= EDIFICE_TOLERANCE, "{} steps", file.display());
+        }
+    }
+
+    let folder = data("edifice").join("small");
+    let model = Hymba::load_edifice(folder.join("model.nx"), common::options(&folder)).unwrap();
+    let x = frames(&tensors(&folder.join("expected.safetensors"))["input"]);
+    let layers = tensors(&folder.join("intermediates.safetensors"));
+    let seen = model.inspect(&x).unwrap();
+    assert!(seen.meta.is_empty());
+    for (i, block) in seen.blocks.iter().enumerate() {
+        for (layer, got) in [
+            ("mamba_out_proj", &block.mamba),
+            ("attn_out_proj", &block.attention),
+            ("fusion_gate", &block.gate),
+            ("ffn_residual", &block.output),
+        ] {
+            let name = format!("hymba_block_{}_{layer}", i + 1);
+            assert!(difference(got, &layers[&name]) <= EDIFICE_TOLERANCE, "{name}");
+        }
+    }
+    assert!(difference(&model.forward_sequence(&x).unwrap(), &layers["final_norm"]) <= EDIFICE_TOLERANCE);
 }

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use ndarray::{ArrayView2, ArrayViewMut2, Axis, s};
+use ndarray::{ArrayViewMut2, Axis};
 
 use super::math;
 use super::matmul::{Out, PANEL, Packed, Rows, matmul_part};
@@ -14,15 +14,20 @@ const QUERIES: usize = 24;
 /// Keys whose scores are held at a time, for each of these queries.
 const KEYS: usize = 8 * PANEL;
 
-/// One sequence: l frames in front of which stand k meta tokens, all `[rows, h]`, and the heads side by side in h.
+/// One sequence: l frames in front of which stand k meta tokens; rows of h numbers, the heads side by side.
 #[derive(Clone, Copy)]
 pub(crate) struct Sequence<'a> {
-    pub queries: ArrayView2<'a, f32>,
-    pub keys: ArrayView2<'a, f32>,
-    pub values: ArrayView2<'a, f32>,
-    pub meta_keys: ArrayView2<'a, f32>,
-    pub meta_values: ArrayView2<'a, f32>,
-    pub heads: usize,
+    pub queries: Rows<'a>,
+    pub keys: Rows<'a>,
+    pub values: Rows<'a>,
+    pub meta_keys: Rows<'a>,
+    pub meta_values: Rows<'a>,
+    /// l
+    pub frames: usize,
+    /// k
+    pub meta: usize,
+    /// p
+    pub head_width: usize,
     /// Frames a frame sees, itself included; `None` is the whole past.
     pub window: Option<usize>,
 }
@@ -30,7 +35,7 @@ pub(crate) struct Sequence<'a> {
 impl<'a> Sequence<'a> {
     /// Scores are multiplied by 1/√p.
     fn scale(&self) -> f32 {
-        1.0 / ((self.queries.ncols() / self.heads) as f32).sqrt()
+        1.0 / (self.head_width as f32).sqrt()
     }
 
     /// The first frame that frame `i` sees.
@@ -38,79 +43,91 @@ impl<'a> Sequence<'a> {
         self.window.map_or(0, |window| (i + 1).saturating_sub(window))
     }
 
-    /// One head alone.
+    /// One head, as the first of what is left of the rows.
     pub(crate) fn head(&self, head: usize) -> Sequence<'a> {
-        let p = self.queries.ncols() / self.heads;
-        let columns = s![.., head * p..(head + 1) * p];
+        let from = |rows: Rows<'a>| Rows { data: rows.data.get(head * self.head_width..).unwrap_or(&[]), ..rows };
         Sequence {
-            queries: self.queries.slice_move(columns),
-            keys: self.keys.slice_move(columns),
-            values: self.values.slice_move(columns),
-            meta_keys: self.meta_keys.slice_move(columns),
-            meta_values: self.meta_values.slice_move(columns),
-            heads: 1,
-            window: self.window,
+            queries: from(self.queries),
+            keys: from(self.keys),
+            values: from(self.values),
+            meta_keys: from(self.meta_keys),
+            meta_values: from(self.meta_values),
+            ..*self
         }
+    }
+
+    /// The key of the first head in a column: the meta tokens come first, then the frames.
+    fn key(&self, column: usize) -> &'a [f32] {
+        self.row(self.meta_keys, self.keys, column)
+    }
+
+    /// As [`key`](Self::key).
+    fn value(&self, column: usize) -> &'a [f32] {
+        self.row(self.meta_values, self.values, column)
+    }
+
+    fn row(&self, meta: Rows<'a>, frames: Rows<'a>, column: usize) -> &'a [f32] {
+        match column.checked_sub(self.meta) {
+            None => meta.row(column, self.head_width),
+            Some(frame) => frames.row(frame, self.head_width),
+        }
+    }
+
+    /// All columns that frame `i` sees.
+    fn seen(&self, i: usize) -> impl Iterator<Item = usize> + Clone + use<> {
+        (0..self.meta).chain(self.meta + self.first_seen(i)..self.meta + i + 1)
     }
 }
 
 /// out `[l, h]` = softmax(queries · keysᵀ/√p over what each frame sees) · values, head by head.
 pub(crate) fn attend(sequence: Sequence, out: ArrayViewMut2<f32>) {
-    attend_heads(sequence, 0, sequence.heads, out);
-}
-
-/// `count` heads from `first` on, whose columns `out` holds.
-fn attend_heads(sequence: Sequence, first: usize, count: usize, out: ArrayViewMut2<f32>) {
-    if count == 1 {
-        return attend_head(sequence.head(first), out);
+    let (l, h) = out.dim();
+    if h == sequence.head_width {
+        return attend_head(sequence, out);
     }
-    let half = count / 2;
-    let (l, columns) = out.dim();
-    let seen = sequence.meta_keys.nrows() + sequence.window.map_or(l, |window| window.min(l));
-    let (left, right) = out.split_at(Axis(1), columns / count * half);
-    parallel::join_if(
-        l * seen * columns,
-        || attend_heads(sequence, first, half, left),
-        || attend_heads(sequence, first + half, count - half, right),
-    );
+    let half = h / sequence.head_width / 2;
+    let seen = sequence.meta + sequence.window.map_or(l, |window| window.min(l));
+    let (left, right) = out.split_at(Axis(1), half * sequence.head_width);
+    parallel::join_if(l * seen * h, || attend(sequence, left), || attend(sequence.head(half), right));
 }
 
 fn attend_head(head: Sequence, mut out: ArrayViewMut2<f32>) {
+    let (columns, p) = (head.meta + head.frames, head.head_width);
     // What a query does not see has weight 0, and 0 times a number is 0 only if the number is finite. Otherwise frames
     // must really not be touched by what lies after them.
-    if !head.values.iter().chain(&head.meta_values).all(|v| v.is_finite()) {
+    if !(0..columns).all(|column| all_finite(head.value(column))) {
         return attend_head_plainly(head, out);
     }
-    let (k, p) = head.meta_keys.dim();
-    let rows = k + head.keys.nrows();
-    let gather = |meta: ArrayView2<f32>, frames: ArrayView2<f32>| -> Vec<f32> {
-        meta.iter().chain(frames.iter()).copied().collect()
-    };
-    let keys = Packed::new(&gather(head.meta_keys, head.keys), rows, p, p, None);
-    let values = Packed::transposed(&gather(head.meta_values, head.values), p, rows, p);
+    let keys = Packed::from_rows(columns, p, |column| head.key(column), None);
+    let values = Packed::from_columns(p, columns, |column| head.value(column));
     let tiles = out.axis_chunks_iter_mut(Axis(0), QUERIES).enumerate().collect();
     let tile = |(tile, out): (usize, ArrayViewMut2<f32>)| attend_tile(head, &keys, &values, tile * QUERIES, out);
-    if head.queries.nrows() > 16 * QUERIES {
+    if head.frames > 16 * QUERIES {
         parallel::for_each(tiles, tile);
     } else {
         tiles.into_iter().for_each(tile);
     }
 }
 
+/// No NaN and no infinity. Written so that the compiler vectorises it.
+fn all_finite(x: &[f32]) -> bool {
+    let largest = x.iter().fold(0, |largest, x| u32::max(largest, x.abs().to_bits()));
+    largest < f32::INFINITY.to_bits()
+}
+
 /// The queries from `first` on, as many as `out` has rows. Keys come in pieces, and what is summed so far is rescaled
 /// whenever a piece holds a new largest score (the online softmax of flash attention).
 fn attend_tile(head: Sequence, keys: &Packed, values: &Packed, first: usize, mut out: ArrayViewMut2<f32>) {
     let (m, p) = out.dim();
-    let k = head.meta_keys.nrows();
-    let queries: Vec<f32> = head.queries.slice(s![first..first + m, ..]).iter().copied().collect();
+    let k = head.meta;
+    let queries = Rows { data: &head.queries.data[first * head.queries.stride..], ..head.queries };
     let mut sums = vec![0.0; m * p];
     let mut softmax = vec![RunningSoftmax { largest: f32::NEG_INFINITY, sum: 0.0 }; m];
     let mut scores = vec![0.0; m * KEYS];
 
     for columns in pieces(k, k + head.first_seen(first), k + first + m) {
         let width = columns.len();
-        let rows = Rows { data: &queries, stride: p };
-        matmul_part(rows, m, keys, columns.clone(), 0..p, &mut scores, width, Out::Set);
+        matmul_part(queries, m, keys, columns.clone(), 0..p, &mut scores, width, Out::Set);
         for (i, softmax) in softmax.iter_mut().enumerate() {
             let frame = first + i;
             let here = |from: usize, to: usize| {
@@ -227,22 +244,20 @@ fn exp_sum<S: Simd>(s: S, x: &mut [f32], scale: f32, largest: f32) -> f32 {
 /// The weights of frame `i` of one head: first those of the k meta tokens, then those of all frames, hidden ones 0. The
 /// oracle of the fast path.
 pub(crate) fn weights(head: Sequence, i: usize) -> Vec<f32> {
-    let k = head.meta_keys.nrows();
-    let query = head.queries.row(i);
-    let mut weights = vec![0.0; k + head.keys.nrows()];
-    let seen = (0..k).chain(k + head.first_seen(i)..k + i + 1);
+    let query = head.queries.row(i, head.head_width);
+    let mut weights = vec![0.0; head.meta + head.frames];
     let mut largest = f32::NEG_INFINITY;
-    for column in seen.clone() {
-        let key = if column < k { head.meta_keys.row(column) } else { head.keys.row(column - k) };
-        weights[column] = query.dot(&key) * head.scale();
+    for column in head.seen(i) {
+        let score: f32 = query.iter().zip(head.key(column)).map(|(q, k)| q * k).sum();
+        weights[column] = score * head.scale();
         largest = largest.max(weights[column]);
     }
     let mut sum = 0.0;
-    for column in seen.clone() {
+    for column in head.seen(i) {
         weights[column] = (weights[column] - largest).exp();
         sum += weights[column];
     }
-    for column in seen {
+    for column in head.seen(i) {
         weights[column] /= sum;
     }
     weights
@@ -250,13 +265,11 @@ pub(crate) fn weights(head: Sequence, i: usize) -> Vec<f32> {
 
 /// One head by the definition, touching nothing a frame does not see.
 fn attend_head_plainly(head: Sequence, mut out: ArrayViewMut2<f32>) {
-    let k = head.meta_keys.nrows();
     for (i, mut out) in out.rows_mut().into_iter().enumerate() {
         let weights = weights(head, i);
         out.fill(0.0);
-        for column in (0..k).chain(k + head.first_seen(i)..k + i + 1) {
-            let value = if column < k { head.meta_values.row(column) } else { head.values.row(column - k) };
-            out.scaled_add(weights[column], &value);
+        for column in head.seen(i) {
+            out.iter_mut().zip(head.value(column)).for_each(|(out, value)| *out += weights[column] * value);
         }
     }
 }
@@ -316,7 +329,11 @@ impl Kernel for Step<'_> {
 mod tests {
     use super::super::simd::{Level, dispatch_at};
     use super::*;
-    use ndarray::Array2;
+    use ndarray::{Array2, s};
+
+    fn rows(x: &Array2<f32>) -> Rows<'_> {
+        Rows { data: x.as_slice().unwrap(), stride: x.ncols() }
+    }
 
     fn wave(rows: usize, h: usize, step: usize) -> Array2<f32> {
         Array2::from_shape_fn((rows, h), |(i, j)| ((i * 31 + j * step) % 41) as f32 / 10.0 - 2.0)
@@ -337,12 +354,14 @@ mod tests {
                 let (q, keys, values) = (wave(l, h, 7), wave(l, h, 11), wave(l, h, 13));
                 let (meta_keys, meta_values) = (wave(k, h, 17), wave(k, h, 19));
                 let sequence = Sequence {
-                    queries: q.view(),
-                    keys: keys.view(),
-                    values: values.view(),
-                    meta_keys: meta_keys.view(),
-                    meta_values: meta_values.view(),
-                    heads,
+                    queries: rows(&q),
+                    keys: rows(&keys),
+                    values: rows(&values),
+                    meta_keys: rows(&meta_keys),
+                    meta_values: rows(&meta_values),
+                    frames: l,
+                    meta: k,
+                    head_width: p,
                     window,
                 };
                 let (mut fast, mut plain) = (Array2::zeros((l, h)), Array2::zeros((l, h)));
@@ -413,12 +432,14 @@ mod tests {
         values[[5, 2]] = f32::NAN;
         let (q, meta) = (wave(9, 4, 7), wave(2, 4, 5));
         let sequence = Sequence {
-            queries: q.view(),
-            keys: q.view(),
-            values: values.view(),
-            meta_keys: meta.view(),
-            meta_values: meta.view(),
-            heads: 2,
+            queries: rows(&q),
+            keys: rows(&q),
+            values: rows(&values),
+            meta_keys: rows(&meta),
+            meta_values: rows(&meta),
+            frames: 9,
+            meta: 2,
+            head_width: 2,
             window: Some(3),
         };
         let mut out = Array2::zeros((9, 4));

@@ -36,33 +36,28 @@ pub(crate) struct Packed {
 }
 
 impl Packed {
-    /// Packs `w`, whose n rows of k numbers start `stride` apart, and the bias `[n]`, if any.
-    pub(crate) fn new(w: &[f32], n: usize, k: usize, stride: usize, bias: Option<&[f32]>) -> Self {
+    /// Packs the matrix with these n rows of k numbers, and the bias `[n]`, if any.
+    pub(crate) fn from_rows<'a>(n: usize, k: usize, row: impl Fn(usize) -> &'a [f32], bias: Option<&[f32]>) -> Self {
         let mut panels = vec![ZERO_ROW; n.div_ceil(PANEL) * k];
         for output in 0..n {
             let panel = &mut panels[output / PANEL * k..][..k];
             let (line, lane) = (output % PANEL / LANES, output % LANES);
-            for (row, &weight) in panel.iter_mut().zip(&w[output * stride..]) {
-                row[line].0[lane] = weight;
+            for (to, &weight) in panel.iter_mut().zip(row(output)) {
+                to[line].0[lane] = weight;
             }
         }
         let bias = bias.map_or(Vec::new(), |bias| bias.chunks(PANEL).map(panel_row).collect());
         Packed { n, k, panels, bias }
     }
 
-    /// Packs the transpose of `w`, whose k rows of n numbers start `stride` apart.
-    pub(crate) fn transposed(w: &[f32], n: usize, k: usize, stride: usize) -> Self {
+    /// Packs the matrix with these k columns of n numbers.
+    pub(crate) fn from_columns<'a>(n: usize, k: usize, column: impl Fn(usize) -> &'a [f32]) -> Self {
         let mut panels = Vec::with_capacity(n.div_ceil(PANEL) * k);
         for first in (0..n).step_by(PANEL) {
-            let width = PANEL.min(n - first);
-            panels.extend((0..k).map(|input| panel_row(&w[input * stride + first..][..width])));
+            let outputs = first..n.min(first + PANEL);
+            panels.extend((0..k).map(|input| panel_row(&column(input)[outputs.clone()])));
         }
         Packed { n, k, panels, bias: Vec::new() }
-    }
-
-    /// n, the outputs.
-    pub(crate) fn outputs(&self) -> usize {
-        self.n
     }
 }
 
@@ -80,6 +75,13 @@ fn panel_row(numbers: &[f32]) -> PanelRow {
 pub(crate) struct Rows<'a> {
     pub data: &'a [f32],
     pub stride: usize,
+}
+
+impl<'a> Rows<'a> {
+    /// The first `width` numbers of row `i`.
+    pub(crate) fn row(&self, i: usize, width: usize) -> &'a [f32] {
+        &self.data[i * self.stride..][..width]
+    }
 }
 
 /// What becomes of the numbers that `out` holds before a product.
@@ -174,7 +176,7 @@ impl Product<'_> {
     #[inline(always)]
     fn tile<S: Simd, const R: usize, const P: usize>(&mut self, s: S, row: usize, panel: usize) {
         let k = self.inputs.len();
-        let x: [&[f32]; R] = std::array::from_fn(|r| &self.x.data[(row + r) * self.x.stride..][..k]);
+        let x: [&[f32]; R] = std::array::from_fn(|r| self.x.row(row + r, k));
         let w: [&[PanelRow]; P] =
             std::array::from_fn(|p| &self.w.panels[(panel + p) * self.w.k + self.inputs.start..][..k]);
         let mut sums = [[[s.splat(0.0); 2]; P]; R];
@@ -244,7 +246,7 @@ mod tests {
                 let (x, w, bias) = (numbers(m * k, 5), numbers(n * k, 7), numbers(n, 3));
                 let want = reference(&x, &w, &bias, m, n, k);
                 let rows = Rows { data: &x, stride: k };
-                let packed = Packed::new(&w, n, k, k, Some(&bias));
+                let packed = Packed::from_rows(n, k, |i| &w[i * k..][..k], Some(&bias));
                 let mut out = vec![1.0; m * n];
                 for mode in [Out::Set, Out::Add] {
                     let (outputs, inputs) = (0..n, 0..k);
@@ -271,7 +273,7 @@ mod tests {
             }
         }
         let want = reference(&x, &w, &vec![0.0; n], m, n, k);
-        let packed = Packed::transposed(&transposed, n, k, n);
+        let packed = Packed::from_columns(n, k, |i| &transposed[i * n..][..n]);
         // columns 32.. summed over the inputs 8..31, then over the rest
         let mut out = vec![0.0; m * (n - 32)];
         for inputs in [8..31, 0..8, 31..k] {
@@ -289,7 +291,7 @@ mod tests {
     fn a_row_does_not_depend_on_its_batch() {
         let (m, n, k) = (100, 300, 400);
         let (x, w) = (numbers(m * k, 5), numbers(n * k, 7));
-        let packed = Packed::new(&w, n, k, k, None);
+        let packed = Packed::from_rows(n, k, |i| &w[i * k..][..k], None);
         let mut all = vec![0.0; m * n];
         matmul(Rows { data: &x, stride: k }, m, &packed, &mut all, Out::Set);
         for i in [0, 13, 99] {

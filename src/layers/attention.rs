@@ -3,10 +3,11 @@
 use ndarray::{Array2, Array4, ArrayView2, s};
 use rand_distr::{Distribution, Normal};
 
-use super::{Linear, Rng, Visitor, VisitorMut, flat, join};
+use super::{Linear, Rng, Visitor, VisitorMut, debug_shapes, flat, join};
 use crate::HymbaOptions;
 use crate::block::Prefix;
 use crate::kernels::attention::{Seen, Sequence, attend, attend_step, weights};
+use crate::kernels::matmul::Rows;
 
 /// The branch that recalls: every frame looks at the meta tokens and at the last `window_size` frames.
 ///
@@ -14,7 +15,7 @@ use crate::kernels::attention::{Seen, Sequence, attend, attend_step, weights};
 /// There is no position encoding, as the Mamba branch carries order. Frame `i` sees frame `j ≤ i` if `i − j < w`, and
 /// always all meta tokens, whose keys and values come from the tokens as they travel through the blocks (in the Edifice
 /// preset: from two parameters of the block).
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct MetaTokenAttention {
     heads: usize,
     q_proj: Linear,
@@ -26,7 +27,7 @@ pub struct MetaTokenAttention {
 }
 
 /// The keys and values of the frames that each sequence of a batch can still see.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub(crate) struct AttentionState {
     sequences: Vec<(Ring, Ring)>,
 }
@@ -50,7 +51,7 @@ impl AttentionState {
 }
 
 /// The last `window` rows pushed, in any order: softmax does not mind.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 struct Ring {
     h: usize,
     window: Option<usize>,
@@ -81,6 +82,8 @@ impl Ring {
         Array2::from_shape_vec((self.rows.len() / self.h, self.h), self.rows).unwrap_or_default()
     }
 }
+
+debug_shapes!(MetaTokenAttention);
 
 impl MetaTokenAttention {
     pub(crate) fn zeros(options: &HymbaOptions) -> Self {
@@ -164,8 +167,19 @@ impl MetaTokenAttention {
         keys: ArrayView2<'a, f32>,
         values: ArrayView2<'a, f32>,
     ) -> Sequence<'a> {
-        let (meta_keys, meta_values) = (prefix.keys.view(), prefix.values.view());
-        Sequence { queries, keys, values, meta_keys, meta_values, heads: self.heads, window: prefix.window }
+        let (frames, h) = queries.dim();
+        let rows = |array: ArrayView2<'a, f32>| Rows { data: array.to_slice().expect("whole rows"), stride: h };
+        Sequence {
+            queries: rows(queries),
+            keys: rows(keys),
+            values: rows(values),
+            meta_keys: rows(prefix.keys.view()),
+            meta_values: rows(prefix.values.view()),
+            frames,
+            meta: prefix.keys.nrows(),
+            head_width: h / self.heads,
+            window: prefix.window,
+        }
     }
 
     pub(crate) fn visit(&self, name: &str, f: &mut Visitor) {

@@ -11,7 +11,7 @@ use crate::kernels::matmul::Rows;
 pub(crate) const HISTORY: usize = TAPS - 1;
 
 /// silu(bias + Σᵢ weight\[·, i\] ⊙ x_{t−3+i}), weight `[d, 4]` and bias `[d]`.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub(crate) struct CausalConv {
     weight: Array2<f32>,
     bias: Array1<f32>,

@@ -9,7 +9,7 @@ use crate::kernels::math;
 type Activation = math::Gelu;
 
 /// W_down · gelu(W_up · x + b_up) + b_down, four times as wide inside.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub(crate) struct FeedForward {
     up: Linear,
     down: Linear,

@@ -6,7 +6,7 @@ use super::{Linear, Rng, Visitor, VisitorMut, flat_mut};
 use crate::kernels::math::{self, Sigmoid};
 
 /// g = sigmoid(u·W_gᵀ + b_g), one number for each feature of each frame.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub(crate) struct Gate {
     linear: Linear,
 }

@@ -7,7 +7,7 @@ use super::{Derived, Rng, Visitor, VisitorMut, flat, flat_mut, join};
 use crate::kernels::matmul::{Out, Packed, Rows, matmul};
 
 /// W `[out, in]` and, where there is one, b `[out]`.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub(crate) struct Linear {
     weight: Array2<f32>,
     bias: Option<Array1<f32>>,
@@ -49,7 +49,9 @@ impl Linear {
     fn apply(&self, x: Rows, rows: usize, y: &mut [f32], mode: Out) {
         let packed = self.packed.get(|| {
             let (outputs, inputs) = self.weight.dim();
-            Packed::new(flat(&self.weight), outputs, inputs, inputs, self.bias.as_ref().map(|bias| flat(bias)))
+            let weight = flat(&self.weight);
+            let row = |output: usize| &weight[output * inputs..][..inputs];
+            Packed::from_rows(outputs, inputs, row, self.bias.as_ref().map(flat))
         });
         matmul(x, rows, packed, y, mode);
     }

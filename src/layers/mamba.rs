@@ -4,7 +4,7 @@ use ndarray::{Array2, Array3, ArrayView2, Axis, s};
 use rand::RngExt;
 
 use super::conv::HISTORY;
-use super::{CausalConv, Linear, Rng, SelectiveScan, Visitor, VisitorMut, flat_mut, join};
+use super::{CausalConv, Linear, Rng, SelectiveScan, Visitor, VisitorMut, debug_shapes, flat_mut, join};
 use crate::HymbaOptions;
 
 /// The branch that carries order and the far past: a gated selective state space model.
@@ -20,7 +20,7 @@ use crate::HymbaOptions;
 /// | `(y ⊙ silu(z))·W_outᵀ` | `[l, h]` |
 ///
 /// with `d = 2h` and `r = ⌈h/16⌉`. The Edifice preset differs as [`HymbaOptions::edifice`] says.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct MambaBranch {
     in_proj: Linear,
     conv: CausalConv,
@@ -31,7 +31,7 @@ pub struct MambaBranch {
 }
 
 /// What the branch remembers of each sequence of a batch.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub(crate) struct MambaState {
     /// The last rows of xi `[b, 3, d]`, oldest first.
     conv: Array3<f32>,
@@ -59,6 +59,8 @@ impl MambaState {
         self.conv.len() + self.scan.len()
     }
 }
+
+debug_shapes!(MambaBranch);
 
 impl MambaBranch {
     pub(crate) fn zeros(options: &HymbaOptions) -> Self {

@@ -14,7 +14,6 @@ mod mamba;
 mod norm;
 mod scan;
 
-use std::fmt;
 use std::sync::OnceLock;
 
 use ndarray::{ArrayBase, ArrayViewD, ArrayViewMutD, Data, Dimension};
@@ -63,11 +62,22 @@ impl<T> Clone for Derived<T> {
     }
 }
 
-impl<T> fmt::Debug for Derived<T> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(if self.0.get().is_some() { "computed" } else { "not computed" })
-    }
+/// `Debug` of a layer: the names and shapes of its parameters, not their numbers.
+macro_rules! debug_shapes {
+    ($layer:ident) => {
+        impl std::fmt::Debug for $layer {
+            fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str(concat!(stringify!($layer), " "))?;
+                let mut map = f.debug_map();
+                self.visit("", &mut |name, parameter| {
+                    map.entry(&name, &parameter.shape());
+                });
+                map.finish()
+            }
+        }
+    };
 }
+pub(crate) use debug_shapes;
 
 /// The numbers of an array in row-major order. The arrays that layers pass to each other and keep all lie in memory that
 /// way.

@@ -9,7 +9,7 @@ use crate::kernels::norm::{SmallVariance, layer_norm};
 const EPSILON: f32 = 1e-5;
 
 /// weight ⊙ (x − mean) / √(variance + ε) + bias, weight and bias `[h]`.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub(crate) struct LayerNorm {
     weight: Array1<f32>,
     bias: Array1<f32>,

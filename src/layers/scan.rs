@@ -21,7 +21,7 @@ pub(crate) enum TimeStep {
 const CLIP: (f32, f32) = (0.001, 0.1);
 
 /// d channels with n states each.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub(crate) struct SelectiveScan {
     n: usize,
     d: usize,

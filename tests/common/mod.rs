@@ -42,15 +42,7 @@ pub fn options(folder: &Path) -> HymbaOptions {
 
 /// The model of a `hymba` folder.
 pub fn model(folder: &Path) -> Hymba {
-    let mut model = Hymba::build(options(folder)).unwrap();
-    let mut weights = tensors(&folder.join("model.safetensors"));
-    model.visit_mut(&mut |name, mut parameter| {
-        let weight = weights.remove(name).unwrap_or_else(|| panic!("{name} is missing"));
-        assert_eq!(parameter.shape(), weight.shape(), "{name}");
-        parameter.assign(&weight.mapv(|x| x as f32));
-    });
-    assert!(weights.is_empty(), "not used: {:?}", weights.keys());
-    model
+    Hymba::load_with(folder.join("model.safetensors"), options(folder)).unwrap()
 }
 
 /// The largest absolute difference; NaN if there is one.

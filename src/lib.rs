@@ -1,0 +1,99 @@
+//! Hybrid Mamba-attention sequence models on the CPU, in pure Rust.
+//!
+//! Every block of a [`Hymba`] runs two branches side by side: a Mamba branch (a selective state space model), which carries
+//! order and the far past in a state of fixed size, and an attention branch, which recalls single frames of a window and a
+//! few learned meta tokens. A learned gate mixes them, feature by feature: `gate ⊙ mamba + (1 − gate) ⊙ attention`. The idea
+//! is that of *Hymba: A Hybrid-head Architecture for Small Language Models* (arXiv 2411.13676); the options and their
+//! defaults are those of `Edifice.SSM.Hymba` (Elixir, Axon), whose trained models [`Hymba::load_edifice`] reads.
+//!
+//! # A model in ten lines
+//!
+//! ```
+//! use hymba::ndarray::{Array2, Array3};
+//! use hymba::{Hymba, HymbaOptions};
+//!
+//! // frames of 12 numbers in, vectors of 64 out
+//! let model = Hymba::build(HymbaOptions::new(12).hidden_size(64).num_layers(2))?;
+//!
+//! // a batch of 3 sequences of 20 frames → one vector a sequence
+//! let x = Array3::<f32>::ones((3, 20, 12));
+//! assert_eq!(model.forward(&x)?.dim(), (3, 64));
+//!
+//! // the same, frame by frame, at a cost that does not grow
+//! let mut state = model.new_state(1);
+//! for _ in 0..20 {
+//!     let y = model.step(&Array2::ones((1, 12)), &mut state)?;
+//!     assert_eq!(y.dim(), (1, 64));
+//! }
+//! # Ok::<(), hymba::Error>(())
+//! ```
+//!
+//! | to | call |
+//! |---|---|
+//! | describe a model | [`HymbaOptions::new`] and its setters; [`recommended`](HymbaOptions::recommended), [`edifice`](HymbaOptions::edifice) |
+//! | build it | [`Hymba::build`] |
+//! | encode sequences | [`Hymba::forward`], [`forward_ragged`](Hymba::forward_ragged) for different lengths, [`forward_sequence`](Hymba::forward_sequence) for every frame |
+//! | stream | [`Hymba::new_state`], [`Hymba::step`] |
+//! | save and load | [`Hymba::save`], [`Hymba::load`], [`load_with`](Hymba::load_with) for files made elsewhere, [`load_edifice`](Hymba::load_edifice) |
+//! | look inside | [`Hymba::summary`], [`Hymba::inspect`], [`Hymba::visit`] |
+//!
+//! # Letters
+//!
+//! The same in code, documentation, messages and tests.
+//!
+//! | letter | size | letter | size |
+//! |---|---|---|---|
+//! | `b` | batch | `r` | rank of the time step, ⌈h/16⌉ |
+//! | `l` | length, in frames | `k` | meta tokens |
+//! | `h` | hidden_size | `w` | window_size |
+//! | `d` | inner width of the Mamba branch, 2h | `a` | attention heads |
+//! | `n` | state_size | `p` | width of a head, h/a |
+//!
+//! Arrays are row-major `f32`; weights are `[out, in]`, as PyTorch and safetensors files have them.
+//!
+//! # What to rely on
+//!
+//! * Everything is causal: position t of the output depends on the frames up to t.
+//! * Folding [`step`](Hymba::step) over frames equals [`forward`](Hymba::forward) on them (within 1e-5), past the window, too.
+//! * Results are the same, bit for bit, for any number of threads, and for a sequence alone or in any batch.
+//! * Whatever is handed over, an array, a number, a damaged or hostile file, the answer is a result or an [`Error`], not a
+//!   panic.
+//!
+//! # Features
+//!
+//! | feature | default | |
+//! |---|---|---|
+//! | `rayon` | yes | runs the sequences of a batch, the two branches of a block and large products on several threads |
+//!
+//! The instruction set (AVX-512, AVX2 or plain code) is chosen at run time: [`simd_level`].
+
+#![warn(missing_docs)]
+
+mod block;
+mod edifice;
+mod error;
+mod kernels;
+mod layers;
+mod model;
+mod options;
+mod summary;
+mod weights;
+
+pub use block::{BlockInspection, HymbaBlock};
+pub use error::{Error, Result};
+pub use layers::{MambaBranch, MetaTokenAttention};
+pub use model::{Hymba, HymbaState, Inspection};
+pub use ndarray;
+pub use options::{HymbaOptions, Preset};
+
+/// The instruction set the kernels use on this machine: `"avx512"`, `"avx2"` or `"scalar"` (which is what the compiler
+/// makes of plain code for the target, NEON on aarch64).
+///
+/// The environment variable `HYMBA_SIMD`, read once, chooses one by name; a name the CPU lacks is ignored.
+///
+/// ```
+/// assert!(["avx512", "avx2", "scalar"].contains(&hymba::simd_level()));
+/// ```
+pub fn simd_level() -> &'static str {
+    kernels::simd::Level::current().name()
+}

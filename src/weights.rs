@@ -1,0 +1,357 @@
+//! Models in files: [`Hymba::save`] and [`Hymba::load`].
+//!
+//! The format is safetensors. Files are written through a temporary one, and read as a stranger's: see
+//! [`tensors`] for the checks.
+
+use std::collections::{BTreeMap, HashMap};
+use std::fs::{self, File};
+use std::io::{self, BufWriter, Write};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use safetensors::tensor::{Metadata, TensorInfo};
+use safetensors::{Dtype, SafeTensorError};
+use serde::{Deserialize, Serialize};
+
+use self::header::printable;
+use self::tensors::{MAX_HEADER, MAX_TENSORS, Source, Tensors};
+use crate::{Error, Hymba, HymbaOptions, Result};
+
+pub(crate) mod header;
+pub(crate) mod tensors;
+
+/// Where the metadata of a file has the options. One entry, so that saving a model twice gives the same bytes.
+const OPTIONS_KEY: &str = "hymba";
+/// The version of what this crate writes.
+const VERSION: u32 = 1;
+
+/// The metadata entry of a saved model.
+#[derive(Serialize, Deserialize)]
+struct Saved {
+    version: u32,
+    options: HymbaOptions,
+}
+
+impl Hymba {
+    /// Writes the model to a safetensors file: every parameter as f32 under its own name, the options in the metadata.
+    ///
+    /// The file is written under a temporary name in the same folder and then renamed, so that `path` is at all times
+    /// the old file, if there was one, or the complete new one.
+    ///
+    /// ```
+    /// use hymba::{Hymba, HymbaOptions};
+    ///
+    /// let folder = tempfile::tempdir()?;
+    /// let path = folder.path().join("model.safetensors");
+    /// let model = Hymba::build(HymbaOptions::new(3).hidden_size(8).num_layers(1))?;
+    /// model.save(&path)?;
+    /// assert_eq!(Hymba::load(&path)?.options(), model.options());
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Io`] when the file cannot be written; an old file is then untouched. [`Error::Format`] when the model
+    /// has so many blocks that [`load`](Self::load) would refuse the file.
+    pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
+        let path = path.as_ref();
+        let (header, tensors) = self.header().map_err(|error| Error::format(path, error.to_string()))?;
+        if tensors > MAX_TENSORS || header.len() as u64 > MAX_HEADER {
+            return Err(Error::format(path, "the model has too many blocks for one file; set a smaller num_layers"));
+        }
+        replace(path, |file| {
+            file.write_all(&(header.len() as u64).to_le_bytes())?;
+            file.write_all(&header)?;
+            let mut written = Ok(());
+            self.visit(&mut |_, array| {
+                for number in &array {
+                    if written.is_ok() {
+                        written = file.write_all(&number.to_le_bytes());
+                    }
+                }
+            });
+            written
+        })
+        .map_err(|source| Error::io(path, source))
+    }
+
+    /// The header of the model's file, padded so that the data begins at a multiple of 8 bytes, and how many tensors are
+    /// in it.
+    fn header(&self) -> Result<(Vec<u8>, usize), SafeTensorError> {
+        let options = serde_json::to_string(&Saved { version: VERSION, options: self.options().clone() })?;
+        let mut tensors = Vec::new();
+        let mut end = 0;
+        self.visit(&mut |name, array| {
+            let start = end;
+            end += array.len() * size_of::<f32>();
+            let (dtype, shape, data_offsets) = (Dtype::F32, array.shape().to_vec(), (start, end));
+            tensors.push((name.to_string(), TensorInfo { dtype, shape, data_offsets }));
+        });
+        let count = tensors.len();
+        let metadata = HashMap::from([(OPTIONS_KEY.to_string(), options)]);
+        let mut header = serde_json::to_vec(&Metadata::new(Some(metadata), tensors)?)?;
+        header.resize(header.len().next_multiple_of(8), b' ');
+        Ok((header, count))
+    }
+
+    /// Reads a model that [`save`](Self::save) wrote. Nothing but `path` is needed: the options are in the file.
+    ///
+    /// A file made elsewhere, without the options, is read by [`load_with`](Self::load_with).
+    ///
+    /// The file need not be trusted. Reading takes no more memory than twice its length and a few megabytes.
+    ///
+    /// ```
+    /// use hymba::{Hymba, HymbaOptions};
+    ///
+    /// let folder = tempfile::tempdir()?;
+    /// let path = folder.path().join("model.safetensors");
+    /// Hymba::build(HymbaOptions::new(3).hidden_size(8).num_layers(1))?.save(&path)?;
+    /// let model = Hymba::load(&path)?;
+    /// assert_eq!(model.options().hidden_size, 8);
+    ///
+    /// std::fs::write(&path, "not a model")?;
+    /// assert!(Hymba::load(&path).is_err());
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Io`] when the file cannot be read, [`Error::Format`] when it is damaged, hostile, or of another format,
+    /// and [`Error::Tensors`], with the whole list, when tensors are missing, unexpected or of the wrong shape or type.
+    pub fn load(path: impl AsRef<Path>) -> Result<Hymba> {
+        let (tensors, saved) = header::read(Source::open(path.as_ref())?)?;
+        let options = options(saved.as_deref(), &tensors)?;
+        fill(options, tensors)
+    }
+
+    /// Reads the parameters of a model with these options from a safetensors file made elsewhere, in Python for
+    /// instance. The tensors have the names that [`visit`](Self::visit) gives, matrices are `[out, in]`, and f32, f64,
+    /// f16 and bf16 all become f32. Options in the file are not looked at.
+    ///
+    /// The file need not be trusted, as in [`load`](Self::load).
+    ///
+    /// ```
+    /// use hymba::{Hymba, HymbaOptions};
+    ///
+    /// let folder = tempfile::tempdir()?;
+    /// let path = folder.path().join("model.safetensors");
+    /// let options = HymbaOptions::new(3).hidden_size(8).num_layers(1);
+    /// Hymba::build(options.clone())?.save(&path)?;
+    /// Hymba::load_with(&path, options.clone())?;
+    ///
+    /// let error = Hymba::load_with(&path, options.num_layers(2)).unwrap_err();
+    /// assert!(error.to_string().contains("\"blocks.1.norm.weight\": missing, expected shape [8]"));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// Those of [`load`](Self::load), and [`Error::Option`] when the options are not usable.
+    pub fn load_with(path: impl AsRef<Path>, options: HymbaOptions) -> Result<Hymba> {
+        options.validate()?;
+        let (tensors, _) = header::read(Source::open(path.as_ref())?)?;
+        fill(options, tensors)
+    }
+}
+
+/// A model with these options and the `tensors` as its parameters.
+fn fill(options: HymbaOptions, mut tensors: Tensors) -> Result<Hymba> {
+    check_size(&options, &tensors)?;
+    let mut model = Hymba::zeros(options);
+    let mut expected = BTreeMap::new();
+    model.visit(&mut |name, array| {
+        expected.insert(name.to_string(), array.shape().to_vec());
+    });
+    tensors.check(&expected, Vec::new())?;
+    let mut filled = Ok(());
+    model.visit_mut(&mut |name, array| {
+        if filled.is_ok() {
+            filled = tensors.read_into(name, array);
+        }
+    });
+    filled.map(|()| model)
+}
+
+/// The options that were saved with the `tensors`.
+fn options(saved: Option<&str>, tensors: &Tensors) -> Result<HymbaOptions> {
+    /// Read first: the options of another version may not be readable.
+    #[derive(Deserialize)]
+    struct Version {
+        version: u32,
+    }
+
+    let Some(saved) = saved else {
+        return Err(tensors.error(format!(
+            "its metadata has no entry {OPTIONS_KEY:?} with the options of a model: {}",
+            origin(tensors)
+        )));
+    };
+    let unusable = |error: serde_json::Error| {
+        let reason = printable(&error.to_string());
+        tensors.error(format!("the options in its metadata are not usable: {reason}"))
+    };
+    let Version { version } = serde_json::from_str(saved).map_err(unusable)?;
+    if version != VERSION {
+        return Err(tensors.error(format!(
+            "written in version {version} of the format, and this version of the crate reads version {VERSION}"
+        )));
+    }
+    let Saved { options, .. } = serde_json::from_str(saved).map_err(unusable)?;
+    Ok(options)
+}
+
+/// Where a file without options probably comes from, by the names of its tensors.
+fn origin(tensors: &Tensors) -> &'static str {
+    let has = |prefix: &str| tensors.names().any(|name| name.starts_with(prefix));
+    if has("hymba_block_") {
+        "it seems to come from Edifice; read it with Hymba::load_edifice"
+    } else if has("model.layers.") {
+        "it seems to be a language model of Hugging Face, which Hymba::load does not read"
+    } else if has("blocks.") {
+        "its tensors look right, so it was probably made elsewhere; read it with Hymba::load_with and the options"
+    } else {
+        "it is some other model"
+    }
+}
+
+/// Checks, before memory is taken, that the file holds enough for a model with these `options`.
+fn check_size(options: &HymbaOptions, tensors: &Tensors) -> Result<()> {
+    /// So much any file may ask for: a small model is built although tensors are missing, and then all are listed.
+    const SMALL: usize = 1 << 20;
+    let twice_the_file = usize::try_from(tensors.file_length()).unwrap_or(usize::MAX).saturating_mul(2);
+    let parameters = options.parameters().unwrap_or(usize::MAX);
+    if parameters.saturating_mul(size_of::<f32>()) <= twice_the_file.max(SMALL) {
+        return Ok(());
+    }
+    Err(tensors.error(format!(
+        "the options ask for {parameters} parameters, which do not fit in a file of {} bytes",
+        tensors.file_length()
+    )))
+}
+
+/// Gives `path` the contents that `write` writes, all of them or none.
+fn replace(path: &Path, write: impl FnOnce(&mut BufWriter<File>) -> io::Result<()>) -> io::Result<()> {
+    let (temporary, file) = temporary_beside(path)?;
+    let mut file = BufWriter::new(file);
+    let replaced = write(&mut file)
+        .and_then(|()| file.into_inner().map_err(io::IntoInnerError::into_error)?.sync_all())
+        .and_then(|()| fs::rename(&temporary, path));
+    if replaced.is_err() {
+        // the first error is the one to report
+        let _ = fs::remove_file(&temporary);
+    }
+    replaced
+}
+
+/// A new file in the folder of `path`: only within a folder is renaming sure to be a single step.
+fn temporary_beside(path: &Path) -> io::Result<(PathBuf, File)> {
+    static COUNT: AtomicU64 = AtomicU64::new(0);
+    loop {
+        let count = COUNT.fetch_add(1, Ordering::Relaxed);
+        let temporary = path.with_file_name(format!(".hymba-{}-{count}.tmp", std::process::id()));
+        match File::create_new(&temporary) {
+            // left behind by a process that had our number
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+            created => return created.map(|file| (temporary, file)),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn model() -> Hymba {
+        let options = HymbaOptions::new(3).hidden_size(4).num_layers(2).num_heads(2).dropout(0.3).seed(u64::MAX);
+        Hymba::build(options).unwrap()
+    }
+
+    fn parameters(model: &Hymba) -> Vec<(String, Vec<usize>, Vec<u32>)> {
+        let mut all = Vec::new();
+        model.visit(&mut |name, array| {
+            all.push((name.to_string(), array.shape().to_vec(), array.iter().map(|number| number.to_bits()).collect()));
+        });
+        all
+    }
+
+    #[test]
+    fn a_saved_model_comes_back_to_the_bit() {
+        let folder = tempfile::tempdir().unwrap();
+        let (first, second) = (folder.path().join("first"), folder.path().join("second"));
+        let mut model = model();
+        let unusual = [f32::from_bits(0x7fc0_1234), f32::NEG_INFINITY, -0.0, f32::from_bits(1)];
+        model.visit_mut(&mut |_, mut array| array.iter_mut().zip(unusual).for_each(|(place, number)| *place = number));
+        model.save(&first).unwrap();
+        let loaded = Hymba::load(&first).unwrap();
+        assert_eq!(loaded.options(), model.options());
+        assert_eq!(parameters(&loaded), parameters(&model));
+        loaded.save(&second).unwrap();
+        assert!(fs::read(first).unwrap() == fs::read(second).unwrap());
+    }
+
+    #[test]
+    fn saving_replaces_the_old_file_or_leaves_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let files = || fs::read_dir(folder.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect::<Vec<_>>();
+        let path = folder.path().join("model");
+        fs::write(&path, "old").unwrap();
+
+        let interrupted = replace(&path, |file| {
+            file.write_all(b"new")?;
+            Err(io::Error::other("power cut"))
+        });
+        assert_eq!(interrupted.unwrap_err().to_string(), "power cut");
+        assert_eq!(fs::read(&path).unwrap(), b"old");
+        assert_eq!(files(), ["model"]);
+
+        model().save(&path).unwrap();
+        assert!(Hymba::load(&path).is_ok());
+        assert_eq!(files(), ["model"]);
+
+        fs::remove_file(&path).unwrap();
+        fs::create_dir(&path).unwrap();
+        assert!(matches!(model().save(&path), Err(Error::Io { .. })));
+        assert_eq!(files(), ["model"]);
+        assert!(matches!(model().save(path.join("absent/model")), Err(Error::Io { .. })));
+        assert_eq!(fs::read_dir(&path).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn what_could_not_be_loaded_is_not_saved() {
+        let folder = tempfile::tempdir().unwrap();
+        let options = HymbaOptions::new(1).hidden_size(1).num_heads(1).state_size(1).num_layers(MAX_TENSORS / 20);
+        let error = Hymba::build(options).unwrap().save(folder.path().join("model")).unwrap_err();
+        assert!(error.to_string().contains("num_layers"), "{error}");
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn files_of_other_writers_and_types_are_read() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("model");
+        let mut model = model();
+        // numbers that bf16 can hold
+        model
+            .visit_mut(&mut |_, mut array| array.mapv_inplace(|number| f32::from_bits(number.to_bits() & 0xffff_0000)));
+        let options =
+            r#"{"version": 1, "options": {"embed_dim": 3, "hidden_size": 4, "num_layers": 2, "num_heads": 2}}"#;
+        type Bytes = fn(f32) -> Vec<u8>;
+        let types: [(Dtype, Bytes); 2] = [
+            (Dtype::F64, |number| f64::from(number).to_le_bytes().to_vec()),
+            (Dtype::BF16, |number| number.to_le_bytes()[2..].to_vec()),
+        ];
+        for (dtype, bytes) in types {
+            let mut tensors = Vec::new();
+            model.visit(&mut |name, array| {
+                let data: Vec<u8> = array.iter().flat_map(|&number| bytes(number)).collect();
+                tensors.push((name.to_string(), array.shape().to_vec(), data));
+            });
+            let views = tensors.iter().map(|(name, shape, data)| {
+                (name, safetensors::tensor::TensorView::new(dtype, shape.clone(), data).unwrap())
+            });
+            let metadata = HashMap::from([("format", "pt"), (OPTIONS_KEY, options)].map(|(k, v)| (k.into(), v.into())));
+            fs::write(&path, safetensors::serialize(views, Some(metadata)).unwrap()).unwrap();
+            assert_eq!(parameters(&Hymba::load(&path).unwrap()), parameters(&model), "{dtype}");
+        }
+    }
+}

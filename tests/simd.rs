@@ -1,0 +1,58 @@
+//! Every instruction set the CPU has is really taken when asked for, and gives the same model. The kernels themselves are
+//! tested one by one beside their code.
+
+mod common;
+
+use std::process::Command;
+
+use common::wave;
+use hymba::{Hymba, HymbaOptions};
+
+const CHILD: &str = "HYMBA_TEST_CHILD";
+
+/// Runs only as a child process: prints the level and some results.
+#[test]
+fn child() {
+    if std::env::var_os(CHILD).is_none() {
+        return;
+    }
+    let model = Hymba::build(HymbaOptions::new(11).hidden_size(48).num_layers(2).window_size(20).seed(4)).unwrap();
+    let y = model.forward(&wave(2, 50, 11)).unwrap();
+    println!("\nlevel {}", hymba::simd_level());
+    y.iter().for_each(|y| println!("y {y}"));
+}
+
+fn run(level: &str) -> (String, Vec<f32>) {
+    let output = Command::new(std::env::current_exe().unwrap())
+        .args(["child", "--exact", "--nocapture"])
+        .env(CHILD, "1")
+        .env("HYMBA_SIMD", level)
+        .output()
+        .unwrap();
+    let text = String::from_utf8(output.stdout).unwrap();
+    let level = text.lines().find_map(|line| line.strip_prefix("level ")).unwrap().to_string();
+    (level, text.lines().filter_map(|line| line.strip_prefix("y ")?.parse().ok()).collect())
+}
+
+#[test]
+fn a_forced_level_is_taken_and_gives_the_same_results() {
+    let (level, want) = run("scalar");
+    assert_eq!(level, "scalar");
+    assert_eq!(want.len(), 2 * 48);
+    let mut levels = vec![];
+    #[cfg(target_arch = "x86_64")]
+    {
+        let avx2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
+        levels.extend(avx2.then_some("avx2"));
+        levels.extend((avx2 && is_x86_feature_detected!("avx512f")).then_some("avx512"));
+    }
+    for forced in &levels {
+        let (level, got) = run(forced);
+        assert_eq!(level, *forced);
+        for (got, want) in got.iter().zip(&want) {
+            assert!((got - want).abs() < 1e-5, "{level}: {got} {want}");
+        }
+    }
+    // a name nobody knows: the best there is
+    assert_eq!(run("abacus").0, levels.last().copied().unwrap_or("scalar"));
+}
