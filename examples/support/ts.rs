@@ -1,0 +1,302 @@
+//! Reads the `.ts` text format of the UEA and UCR time series archives.
+//!
+//! A file is a header of `@key value` lines, then `@data`, then one case a line: dimensions separated by `:`, the values
+//! of a dimension by `,`, and at the end a class or a number where the header announces one. `?` is a missing value.
+//! Of the header only what decides how the lines are read is used (`@timestamps`, `@dimensions`, `@univariate`,
+//! `@classLabel`, `@targetLabel`, in any case of letters); lengths and missing values are taken as the lines give them.
+
+#![allow(dead_code, reason = "each example uses a part of this reader")]
+
+use std::borrow::Borrow;
+use std::fmt;
+use std::path::{Path, PathBuf};
+
+use hymba::ndarray::{Array2, Array3, s};
+
+/// The contents of one file.
+#[derive(Debug, Clone, Default)]
+pub struct Dataset {
+    /// What `@problemName` says, or nothing.
+    pub name: String,
+    /// Width of every frame.
+    pub dims: usize,
+    /// The class names, in the order of the header.
+    pub classes: Vec<String>,
+    /// The series, in the order of the file.
+    pub cases: Vec<Case>,
+}
+
+/// One series and what is to be predicted from it.
+#[derive(Debug, Clone)]
+pub struct Case {
+    /// `[length, dims]`, NaN where a value is missing.
+    pub frames: Array2<f32>,
+    /// The class or number at the end of the line.
+    pub target: Target,
+}
+
+/// What stands at the end of a case.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Target {
+    /// Nothing, or `?`.
+    None,
+    /// A class, as its place in [`Dataset::classes`].
+    Class(usize),
+    /// The number of a regression problem.
+    Value(f32),
+}
+
+/// Why a file could not be read.
+#[derive(Debug)]
+pub struct TsError {
+    path: Option<PathBuf>,
+    line: Option<usize>,
+    reason: String,
+}
+
+impl std::error::Error for TsError {}
+
+impl fmt::Display for TsError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let Some(path) = &self.path {
+            write!(f, "{}: ", path.display())?;
+        }
+        if let Some(line) = self.line {
+            write!(f, "line {line}: ")?;
+        }
+        f.write_str(&self.reason)
+    }
+}
+
+impl Dataset {
+    /// Reads a file.
+    pub fn read(path: &Path) -> Result<Dataset, TsError> {
+        let with_path = |error| TsError { path: Some(path.to_path_buf()), ..error };
+        let bytes = std::fs::read(path)
+            .map_err(|error| with_path(TsError { path: None, line: None, reason: error.to_string() }))?;
+        // comments may be in any encoding; everything that is read is ASCII
+        Dataset::parse(&String::from_utf8_lossy(&bytes)).map_err(with_path)
+    }
+
+    /// Reads the text of a file.
+    pub fn parse(text: &str) -> Result<Dataset, TsError> {
+        let mut header = Header::default();
+        let mut cases = Vec::new();
+        let mut in_data = false;
+        for (index, line) in text.trim_start_matches('\u{feff}').lines().enumerate() {
+            let at_this_line = |reason| TsError { path: None, line: Some(index + 1), reason };
+            let line = line.trim();
+            if line.is_empty() || line.starts_with(['#', '%']) {
+                continue;
+            }
+            if in_data {
+                cases.push(header.read_case(line).map_err(at_this_line)?);
+            } else if line.eq_ignore_ascii_case("@data") {
+                header.check().map_err(at_this_line)?;
+                in_data = true;
+            } else {
+                header.read_entry(line).map_err(at_this_line)?;
+            }
+        }
+        let reason = match (in_data, cases.is_empty()) {
+            (false, _) => "there is no @data line; is this a .ts file?",
+            (true, true) => "there are no cases after @data",
+            (true, false) => {
+                let Header { name, dims, classes, .. } = header;
+                return Ok(Dataset { name, dims: dims.unwrap_or(0), classes, cases });
+            }
+        };
+        Err(TsError { path: None, line: None, reason: reason.into() })
+    }
+}
+
+/// What the header says about the lines after it.
+#[derive(Default)]
+struct Header {
+    name: String,
+    /// `None` until the header or the first case tells.
+    dims: Option<usize>,
+    has_class: bool,
+    has_value: bool,
+    classes: Vec<String>,
+}
+
+impl Header {
+    /// Reads one `@key value…` line. Keys that are not needed are passed over.
+    fn read_entry(&mut self, line: &str) -> Result<(), String> {
+        let Some(entry) = line.strip_prefix('@') else {
+            return Err(format!("expected a header line such as `@problemName x`, found `{}`", short(line)));
+        };
+        let mut words = entry.split_whitespace();
+        let key = words.next().unwrap_or_default();
+        let value = words.next();
+        match key.to_ascii_lowercase().as_str() {
+            "problemname" => self.name = value.unwrap_or_default().to_string(),
+            "timestamps" if yes_or_no(key, value)? => {
+                return Err(
+                    "series with timestamps are not read; give evenly spaced values and `@timestamps false`".into()
+                );
+            }
+            "univariate" if yes_or_no(key, value)? => self.set_dims(1)?,
+            "dimension" | "dimensions" => match value.and_then(|value| value.parse().ok()) {
+                Some(dims) if dims > 0 => self.set_dims(dims)?,
+                _ => return Err(format!("@{key} needs a whole number of at least 1, found {}", quoted(value))),
+            },
+            "classlabel" => {
+                self.has_class = yes_or_no(key, value)?;
+                self.classes = words.map(str::to_string).collect();
+                if self.has_class && self.classes.is_empty() {
+                    return Err(format!("@{key} true needs the names of the classes after it"));
+                }
+            }
+            "targetlabel" => self.has_value = yes_or_no(key, value)?,
+            _ => {}
+        }
+        Ok(())
+    }
+
+    fn set_dims(&mut self, dims: usize) -> Result<(), String> {
+        match self.dims.replace(dims) {
+            Some(before) if before != dims => {
+                Err(format!("the header says both {before} and {dims} dimensions (`@univariate true` means 1)"))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// What only the whole header can tell.
+    fn check(&self) -> Result<(), String> {
+        if self.has_class && self.has_value {
+            return Err(
+                "the header has both `@classLabel true` and `@targetLabel true`; a case ends with one of them".into()
+            );
+        }
+        Ok(())
+    }
+
+    /// Reads one line after `@data`.
+    fn read_case(&mut self, line: &str) -> Result<Case, String> {
+        let mut fields: Vec<&str> = line.split(':').map(str::trim).collect();
+        let (targets, end) = match (self.has_class, self.has_value) {
+            (true, _) => (1, " and a class"),
+            (_, true) => (1, " and a target number"),
+            _ => (0, ""),
+        };
+        let found = fields.len();
+        let dims = *self.dims.get_or_insert_with(|| found.saturating_sub(targets).max(1));
+        if found.checked_sub(targets) != Some(dims) {
+            return Err(format!("fields separated by `:`: {found}, but expected {dims} with values{end}"));
+        }
+
+        let target = match fields.get(dims) {
+            Some(&label) => self.read_target(label)?,
+            None => Target::None,
+        };
+        fields.truncate(dims);
+
+        let mut columns = Vec::with_capacity(dims);
+        for (index, field) in fields.iter().enumerate() {
+            let column = read_values(field).map_err(|reason| format!("dimension {}: {reason}", index + 1))?;
+            columns.push(column);
+        }
+        let length = columns[0].len();
+        if let Some(other) = columns.iter().position(|column| column.len() != length) {
+            return Err(format!(
+                "lengths differ: dimension 1 has {length}, dimension {} has {}; a frame needs a value of each",
+                other + 1,
+                columns[other].len()
+            ));
+        }
+        let frames = Array2::from_shape_fn((length, dims), |(time, dim)| columns[dim][time]);
+        Ok(Case { frames, target })
+    }
+
+    fn read_target(&self, label: &str) -> Result<Target, String> {
+        if label == "?" {
+            return Ok(Target::None);
+        }
+        if self.has_value {
+            return number(label).map(Target::Value).map_err(|reason| format!("target: {reason}"));
+        }
+        match self.classes.iter().position(|class| class == label) {
+            Some(class) => Ok(Target::Class(class)),
+            None => {
+                Err(format!("class `{}` is not in the header's list: {}", short(label), short(&self.classes.join(" "))))
+            }
+        }
+    }
+}
+
+/// The values of one dimension, NaN for a missing one.
+fn read_values(field: &str) -> Result<Vec<f32>, String> {
+    if field.is_empty() {
+        return Err("no values".into());
+    }
+    let mut values = Vec::new();
+    for (index, text) in field.split(',').map(str::trim).enumerate() {
+        let value = match text {
+            "?" => f32::NAN,
+            _ if text.eq_ignore_ascii_case("nan") => f32::NAN,
+            _ => number(text).map_err(|reason| format!("value {}: {reason}", index + 1))?,
+        };
+        values.push(value);
+    }
+    Ok(values)
+}
+
+fn number(text: &str) -> Result<f32, String> {
+    match text.parse::<f32>() {
+        Ok(value) if value.is_finite() => Ok(value),
+        Ok(_) => Err(format!("`{}` is not a finite 32-bit number", short(text))),
+        Err(_) if text.starts_with('(') => Err(format!("`{}` looks like a timestamp, which is not read", short(text))),
+        Err(_) => Err(format!("`{}` is not a number", short(text))),
+    }
+}
+
+fn yes_or_no(key: &str, value: Option<&str>) -> Result<bool, String> {
+    match value {
+        Some(value) if value.eq_ignore_ascii_case("true") => Ok(true),
+        Some(value) if value.eq_ignore_ascii_case("false") => Ok(false),
+        _ => Err(format!("@{key} needs `true` or `false`, found {}", quoted(value))),
+    }
+}
+
+fn quoted(value: Option<&str>) -> String {
+    value.map_or("nothing".into(), |value| format!("`{}`", short(value)))
+}
+
+/// The start of a text that may be a whole line of numbers.
+fn short(text: &str) -> String {
+    const SHOWN: usize = 40;
+    match text.char_indices().nth(SHOWN) {
+        Some((end, _)) => format!("{}…", &text[..end]),
+        None => text.to_string(),
+    }
+}
+
+/// Puts the value before it in the place of every missing one; at the start the first known one, and 0 where a dimension
+/// has none at all.
+pub fn fill_missing(frames: &mut Array2<f32>) {
+    for mut column in frames.columns_mut() {
+        let mut known = column.iter().copied().find(|value| !value.is_nan()).unwrap_or(0.0);
+        for value in column.iter_mut() {
+            if value.is_nan() {
+                *value = known;
+            }
+            known = *value;
+        }
+    }
+}
+
+/// Stacks series of different lengths: `[b, l, dims]`, zeros after the end of each, and the lengths.
+pub fn pad<C: Borrow<Case>>(cases: &[C]) -> (Array3<f32>, Vec<usize>) {
+    let lengths: Vec<usize> = cases.iter().map(|case| case.borrow().frames.nrows()).collect();
+    let longest = lengths.iter().copied().max().unwrap_or(0);
+    let dims = cases.iter().map(|case| case.borrow().frames.ncols()).max().unwrap_or(0);
+    let mut frames = Array3::zeros((cases.len(), longest, dims));
+    for (row, case) in cases.iter().enumerate() {
+        let case = &case.borrow().frames;
+        frames.slice_mut(s![row, ..case.nrows(), ..case.ncols()]).assign(case);
+    }
+    (frames, lengths)
+}

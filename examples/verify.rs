@@ -1,0 +1,379 @@
+//! Checks this crate against numbers computed elsewhere, for people who bring weights from Python or Elixir.
+//!
+//! ```sh
+//! cargo run --release --example verify -- tests/data/*/*        # or your own folders
+//! cargo run --release --example verify -- --tolerance 1e-4 DIR…
+//! ```
+//!
+//! Each folder holds `config.json` (the options), `model.safetensors` (the weights) and `expected.safetensors`: an
+//! `input [b, l, embed_dim]`, where rows are ragged their `lengths [b]`, and what the other program makes of them under
+//! any of the names below. The names of the weights tell whether the model is a `hymba` or an `edifice`
+//! (`Edifice.SSM.Hymba`, for which `intermediates.safetensors`, `model.nx` and `model_data.nx` are checked as well).
+//! The input is also given to `step` frame by frame.
+//!
+//! | tensor | compared with |
+//! |---|---|
+//! | `output`, `output_f64` `[b, h]` | `forward` or `forward_ragged`, and the last `step` |
+//! | `sequence_output` `[b, l, h]` | `forward_sequence`, and every `step` |
+//! | `block_<i>.mamba`, `.attention`, `.gate`, `.output` `[b, k + l, h]` | `inspect`, meta tokens first |
+//! | Edifice: `hymba_block_<i>_…`, `final_norm`, `last_timestep` | `inspect`, `forward_sequence`, `forward` |
+//!
+//! The exit status is 0 if all agree, 1 if any does not or a folder cannot be read, 2 if the arguments make no sense.
+
+use std::error::Error;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use hymba::ndarray::{Array2, Array3, ArrayD, Axis, IxDyn, concatenate};
+use hymba::{BlockInspection, Hymba, HymbaOptions, Preset};
+
+#[path = "support/compare.rs"]
+mod compare;
+#[path = "support/tensors.rs"]
+mod tensors;
+
+use compare::{Comparison, Tolerance};
+use tensors::Tensors;
+
+const WEIGHTS: &str = "model.safetensors";
+const EXPECTED: &str = "expected.safetensors";
+/// What `step` is compared with at every frame even where the folder holds the last one only.
+const OWN_SEQUENCE: &str = "forward_sequence";
+const USAGE: &str = "usage: verify [--tolerance X] DIR…";
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    if arguments.iter().any(|argument| argument == "--help" || argument == "-h") {
+        println!("{USAGE}");
+        return ExitCode::SUCCESS;
+    }
+    match parse(arguments) {
+        Ok((tolerance, folders)) => verify_all(tolerance, &folders),
+        Err(error) => {
+            eprintln!("verify: {error}\n{USAGE}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+fn parse(arguments: Vec<String>) -> Result<(Option<Tolerance>, Vec<PathBuf>), String> {
+    let mut tolerance = None;
+    let mut folders = Vec::new();
+    let mut arguments = arguments.into_iter();
+    while let Some(argument) = arguments.next() {
+        if argument == "--tolerance" {
+            let value = arguments.next().unwrap_or_default();
+            match value.parse::<f64>() {
+                Ok(absolute) if absolute >= 0.0 && absolute.is_finite() => {
+                    tolerance = Some(Tolerance { absolute, relative: 0.0 });
+                }
+                _ => return Err(format!("--tolerance needs a number such as 1e-5, found `{value}`")),
+            }
+        } else if argument.starts_with('-') {
+            return Err(format!("unknown option {argument}"));
+        } else {
+            folders.push(PathBuf::from(argument));
+        }
+    }
+    if folders.is_empty() {
+        return Err("no folder given".into());
+    }
+    Ok((tolerance, folders))
+}
+
+fn verify_all(tolerance: Option<Tolerance>, paths: &[PathBuf]) -> ExitCode {
+    let mut comparisons = Vec::new();
+    let mut unchecked = 0;
+    for path in paths {
+        if path.is_file() {
+            println!("{}: not a folder, passed over\n", path.display());
+            continue;
+        }
+        println!("{}", path.display());
+        match verify(path, tolerance) {
+            Ok(of_this_folder) => comparisons.extend(of_this_folder.into_iter().map(|comparison| (path, comparison))),
+            Err(error) => {
+                println!("  FAILED  {error}");
+                unchecked += 1;
+            }
+        }
+        println!();
+    }
+
+    let failed = comparisons.iter().filter(|(_, comparison)| !comparison.holds()).count();
+    println!("{} comparisons, {failed} failed; {unchecked} folders could not be checked", comparisons.len());
+    if let Some((folder, worst)) = comparisons.iter().rev().max_by(|(_, a), (_, b)| a.strain.total_cmp(&b.strain)) {
+        let title = if worst.holds() { "closest to its tolerance" } else { "worst" };
+        println!("{title}, in {}:\n  {worst}", folder.display());
+    }
+    if failed == 0 && unchecked == 0 && !comparisons.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+/// What a folder holds; the weights' names tell.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Hymba,
+    Edifice,
+}
+
+impl Kind {
+    fn of(weights: &[String]) -> Result<Kind, String> {
+        let have = |name: &str| weights.iter().any(|weight| weight == name);
+        if have("final_norm.weight") {
+            Ok(Kind::Hymba)
+        } else if have("final_norm.gamma") {
+            Ok(Kind::Edifice)
+        } else {
+            let some = weights.iter().take(3).map(|weight| format!("{weight:?}, ")).collect::<String>();
+            Err(format!(
+                "{WEIGHTS} has neither \"final_norm.weight\" (hymba) nor \"final_norm.gamma\" (edifice), but {some}…"
+            ))
+        }
+    }
+
+    fn name(self) -> &'static str {
+        match self {
+            Kind::Hymba => "hymba",
+            Kind::Edifice => "edifice",
+        }
+    }
+
+    /// The rounding of the original programs in `f32`, times about ten.
+    fn tolerance(self) -> Tolerance {
+        match self {
+            Kind::Hymba => Tolerance { absolute: 1e-5, relative: 0.0 },
+            Kind::Edifice => Tolerance { absolute: 2e-5, relative: 0.0 },
+        }
+    }
+
+    /// Everything that the model of a folder gives for the input.
+    fn run(self, folder: &Path, input: &Input) -> Result<Values, Box<dyn Error>> {
+        let options = options(folder, self)?;
+        let model = match self {
+            Kind::Hymba => Hymba::load_with(folder.join(WEIGHTS), options)?,
+            Kind::Edifice => Hymba::load_edifice(folder.join(WEIGHTS), options)?,
+        };
+        println!("  {}, num_layers {}, input {:?}", self.name(), model.options().num_layers, input.frames.dim());
+
+        let mut values = Values::default();
+        whole(self, &model, input, &mut values)?;
+        frame_by_frame(&model, input, &mut values)?;
+        if self == Kind::Edifice {
+            other_files(folder, &model, input, &mut values)?;
+        }
+        Ok(values)
+    }
+
+    /// What the files call the parts of block `index`.
+    fn block_names(self, index: usize) -> [String; 4] {
+        match self {
+            Kind::Hymba => ["mamba", "attention", "gate", "output"].map(|part| format!("block_{index}.{part}")),
+            Kind::Edifice => ["mamba_out_proj", "attn_out_proj", "fusion_gate", "ffn_residual"]
+                .map(|part| format!("hymba_block_{}_{part}", index + 1)),
+        }
+    }
+}
+
+fn options(folder: &Path, kind: Kind) -> Result<HymbaOptions, String> {
+    let path = folder.join("config.json");
+    let fault = |reason: String| format!("{}: {reason}", path.display());
+    let text = std::fs::read_to_string(&path).map_err(|error| fault(error.to_string()))?;
+    let mut options: HymbaOptions = serde_json::from_str(&text).map_err(|error| fault(error.to_string()))?;
+    if kind == Kind::Edifice {
+        options.preset = Preset::Edifice;
+    }
+    Ok(options)
+}
+
+/// Checks one folder and prints a line per comparison.
+fn verify(folder: &Path, tolerance: Option<Tolerance>) -> Result<Vec<Comparison>, Box<dyn Error>> {
+    let kind = Kind::of(&tensors::names(&folder.join(WEIGHTS))?)?;
+    let expected = tensors::read(&folder.join(EXPECTED))?;
+    let input = Input::new(&expected).map_err(|error| format!("{EXPECTED}: {error}"))?;
+    let values = kind.run(folder, &input)?;
+
+    let mut references = vec![(&expected, kind.tolerance())];
+    let intermediates = folder.join("intermediates.safetensors");
+    let intermediates = if intermediates.exists() { tensors::read(&intermediates)? } else { Tensors::new() };
+    references.push((&intermediates, Tolerance { absolute: 1e-5, relative: 1e-5 }));
+    if references.iter().all(|(tensors, _)| values.among(tensors).next().is_none()) {
+        return Err(format!("{EXPECTED} has nothing that the model gives, such as output").into());
+    }
+    references.push((&values.own, kind.tolerance()));
+
+    let mut comparisons = Vec::new();
+    for &(tensors, usual) in &references {
+        for (value, expected) in values.among(tensors) {
+            let padding = |index: &IxDyn| input.is_padding(expected.shape(), index);
+            let tolerance = tolerance.unwrap_or(usual);
+            let comparison = Comparison::new(value.label(), &value.array, expected, padding, tolerance);
+            println!("  {comparison}");
+            comparisons.push(comparison);
+        }
+    }
+    let names = references.iter().flat_map(|(tensors, _)| tensors.keys());
+    print_skipped(folder, names.filter(|name| !values.have(name)).map(String::as_str));
+    Ok(comparisons)
+}
+
+/// Says which tensors were not compared, and why.
+fn print_skipped<'a>(folder: &Path, names: impl Iterator<Item = &'a str>) {
+    let (gradients, inner): (Vec<&str>, Vec<&str>) = names
+        .filter(|name| !["input", "lengths"].contains(name))
+        .partition(|name| ["cotangent", "loss_f64"].contains(name));
+    if !inner.is_empty() {
+        println!("  skipped {} tensors the model does not show: {}", inner.len(), shortened(&inner));
+    }
+    if !gradients.is_empty() {
+        println!("  skipped {}: of use with gradients only", gradients.join(", "));
+    }
+    if folder.join("grads.safetensors").exists() {
+        println!("  skipped grads.safetensors: this program does not check gradients yet");
+    }
+}
+
+fn shortened(names: &[&str]) -> String {
+    const SHOWN: usize = 4;
+    let more = if names.len() > SHOWN { ", …" } else { "" };
+    format!("{}{more}", names[..names.len().min(SHOWN)].join(", "))
+}
+
+/// What the model is given.
+struct Input {
+    /// `[b, l, embed_dim]`
+    frames: Array3<f32>,
+    /// The number of valid frames of each row.
+    lengths: Vec<usize>,
+    ragged: bool,
+}
+
+impl Input {
+    fn new(expected: &Tensors) -> Result<Input, String> {
+        let frames: Array3<f32> = tensors::get(expected, "input")?;
+        let (b, l, _) = frames.dim();
+        let lengths = match expected.get("lengths") {
+            Some(lengths) => lengths.iter().map(|&length| length as usize).collect(),
+            None => vec![l; b],
+        };
+        if b == 0 || lengths.len() != b || !lengths.iter().all(|length| (1..=l).contains(length)) {
+            return Err(format!("input has shape {:?}, which does not go with lengths {lengths:?}", frames.dim()));
+        }
+        Ok(Input { ragged: expected.contains_key("lengths"), frames, lengths })
+    }
+
+    /// Whether an element of `[b, l, …]` or `[b, k + l, …]` lies past the end of its row.
+    fn is_padding(&self, shape: &[usize], index: &IxDyn) -> bool {
+        match *shape {
+            [_, positions, _] => positions - index[1] <= self.frames.dim().1 - self.lengths[index[0]],
+            _ => false,
+        }
+    }
+
+    fn encode(&self, model: &Hymba) -> hymba::Result<Array2<f32>> {
+        if self.ragged { model.forward_ragged(&self.frames, &self.lengths) } else { model.forward(&self.frames) }
+    }
+}
+
+/// What the model gives, each under the name of the tensor it is to be compared with.
+#[derive(Default)]
+struct Values {
+    all: Vec<Value>,
+    /// What the model is to agree with itself about.
+    own: Tensors,
+}
+
+struct Value {
+    name: String,
+    /// How the value came about, where it is not the plain way.
+    how: &'static str,
+    array: ArrayD<f32>,
+}
+
+impl Value {
+    fn label(&self) -> String {
+        if self.how.is_empty() { self.name.clone() } else { format!("{} ({})", self.name, self.how) }
+    }
+}
+
+impl Values {
+    /// The values that one of the tensors is to be compared with, and that tensor.
+    fn among<'a>(&'a self, tensors: &'a Tensors) -> impl Iterator<Item = (&'a Value, &'a ArrayD<f64>)> {
+        self.all.iter().filter_map(|value| Some((value, tensors.get(&value.name)?)))
+    }
+
+    fn have(&self, name: &str) -> bool {
+        self.all.iter().any(|value| value.name == name)
+    }
+
+    fn add(&mut self, name: &str, how: &'static str, array: ArrayD<f32>) {
+        self.all.push(Value { name: name.into(), how, array });
+    }
+
+    fn add_output(&mut self, how: &'static str, output: Array2<f32>) {
+        for name in ["output", "output_f64", "last_timestep"] {
+            self.add(name, how, output.clone().into_dyn());
+        }
+    }
+
+    fn add_sequence(&mut self, how: &'static str, sequence: Array3<f32>) {
+        for name in ["sequence_output", "final_norm"] {
+            self.add(name, how, sequence.clone().into_dyn());
+        }
+    }
+}
+
+/// All frames at once.
+fn whole(kind: Kind, model: &Hymba, input: &Input, values: &mut Values) -> hymba::Result<()> {
+    values.add_output("", input.encode(model)?);
+    let sequence = model.forward_sequence(&input.frames)?;
+    values.own.insert(OWN_SEQUENCE.into(), sequence.mapv(f64::from).into_dyn());
+    values.add_sequence("", sequence);
+    let inspection = model.inspect(&input.frames)?;
+    let parts: [fn(&BlockInspection) -> &Array3<f32>; 4] =
+        [|block| &block.mamba, |block| &block.attention, |block| &block.gate, |block| &block.output];
+    for (index, block) in inspection.blocks.iter().enumerate() {
+        for (name, part) in kind.block_names(index).iter().zip(parts) {
+            let frames = part(block);
+            let array = match inspection.meta.get(index) {
+                Some(meta) => with_meta(part(meta), frames),
+                None => frames.clone(),
+            };
+            values.add(name, "", array.into_dyn());
+        }
+    }
+    Ok(())
+}
+
+/// `[b, k + l, h]`: the rows of the meta tokens, which all of the batch shares, in front of those of the frames.
+fn with_meta(meta: &Array3<f32>, frames: &Array3<f32>) -> Array3<f32> {
+    let rows = meta.broadcast((frames.dim().0, meta.dim().1, meta.dim().2));
+    rows.and_then(|rows| concatenate(Axis(1), &[rows, frames.view()]).ok()).unwrap_or_else(|| frames.clone())
+}
+
+/// The same frames one at a time.
+fn frame_by_frame(model: &Hymba, input: &Input, values: &mut Values) -> hymba::Result<()> {
+    let (b, l, _) = input.frames.dim();
+    let h = model.options().output_size();
+    let mut state = model.new_state(b);
+    let mut sequence = Array3::zeros((b, l, h));
+    for (frame, mut row) in input.frames.axis_iter(Axis(1)).zip(sequence.axis_iter_mut(Axis(1))) {
+        row.assign(&model.step(&frame, &mut state)?);
+    }
+    let last = Array2::from_shape_fn((b, h), |(row, column)| sequence[[row, input.lengths[row] - 1, column]]);
+    values.add_output("last step", last);
+    values.add(OWN_SEQUENCE, "every step", sequence.clone().into_dyn());
+    values.add_sequence("every step", sequence);
+    Ok(())
+}
+
+/// The same weights in the other formats of Elixir.
+fn other_files(folder: &Path, model: &Hymba, input: &Input, values: &mut Values) -> hymba::Result<()> {
+    for file in ["model.nx", "model_data.nx"] {
+        let path = folder.join(file);
+        if path.exists() {
+            let model = Hymba::load_edifice(&path, model.options().clone())?;
+            values.add_output(file, input.encode(&model)?);
+        }
+    }
+    Ok(())
+}
