@@ -7,9 +7,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use ndarray::{Array2, Array3, ArrayRef2, ArrayRef3, ArrayViewD, ArrayViewMutD, s};
 use rand::SeedableRng;
 
-use crate::block::{BlockInspection, BlockState, HymbaBlock, Prefix, sequences};
+use crate::block::{BlockCache, BlockInspection, BlockState, HymbaBlock, Prefix, sequences};
 use crate::kernels::parallel;
-use crate::layers::{Derived, LayerNorm, Linear, Rng, init_meta_tokens};
+use crate::layers::{Derived, LayerNorm, Linear, Rng, dropout, init_meta_tokens};
 use crate::{Error, HymbaOptions, Result};
 
 /// A Hymba encoder: sequences of frames in, one vector (or one a frame) out.
@@ -64,6 +64,35 @@ pub struct HymbaState {
     batch: usize,
     frames: u64,
     blocks: Vec<BlockState>,
+}
+
+/// What [`Hymba::backward`] reads of a forward pass: about 25·h numbers for each block and frame.
+pub struct TrainCache {
+    model: u64,
+    seed: u64,
+    l: usize,
+    lengths: Vec<usize>,
+    /// `[b·l, embed_dim]`
+    input: Array2<f32>,
+    prefixes: Vec<Prefix>,
+    /// The meta tokens' way, if there are any.
+    meta: Vec<BlockCache>,
+    blocks: Vec<BlockCache>,
+    /// Input of the final norm, `[b, h]` or `[b·l, h]`.
+    last: Array2<f32>,
+}
+
+impl TrainCache {
+    /// Where the last valid frame of a sequence is among `[b·l, h]`.
+    fn last_row(&self, row: usize) -> usize {
+        row * self.l + self.lengths[row] - 1
+    }
+}
+
+impl fmt::Debug for TrainCache {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("TrainCache").field("lengths", &self.lengths).field("blocks", &self.blocks.len()).finish()
+    }
 }
 
 impl HymbaState {
@@ -184,18 +213,7 @@ impl Hymba {
     /// ```
     pub fn forward_ragged(&self, x: &ArrayRef3<f32>, lengths: &[usize]) -> Result<Array2<f32>> {
         let (batch, l) = self.check_input(x)?;
-        if lengths.len() != batch {
-            return Err(Error::Lengths(format!(
-                "{} lengths for a batch of {batch}; give one for each row",
-                lengths.len()
-            )));
-        }
-        if let Some(row) = lengths.iter().position(|length| !(1..=l).contains(length)) {
-            return Err(Error::Lengths(format!(
-                "lengths[{row}] = {}, but it must be from 1 to {l}, the padded length",
-                lengths[row]
-            )));
-        }
+        check_lengths(lengths, batch, l)?;
         Ok(self.encode(x, lengths))
     }
 
@@ -234,6 +252,188 @@ impl Hymba {
             first += encoded.dim().0;
         }
         Ok(y)
+    }
+
+    /// As [`forward_ragged`](Self::forward_ragged), for training: drops numbers between the blocks at the rate of the option
+    /// `dropout`, and returns also what [`backward`](Self::backward) reads. `lengths` of `None` are full ones. Which numbers are
+    /// dropped follows from `seed`; give every batch another one. Without dropout the outputs are those of
+    /// [`forward`](Self::forward), to the bit.
+    ///
+    /// # Errors
+    ///
+    /// As [`forward_ragged`](Self::forward_ragged).
+    ///
+    /// ```
+    /// use hymba::{Hymba, HymbaOptions};
+    /// use hymba::ndarray::Array3;
+    ///
+    /// let model = Hymba::build(HymbaOptions::recommended(5).hidden_size(16).num_heads(2).num_layers(2))?;
+    /// let x = Array3::<f32>::ones((2, 30, 5));
+    /// let (y, cache) = model.forward_train(&x, Some(&[30, 7]), 1)?;
+    /// let mut grads = model.zeros_like();
+    /// let dx = model.backward(&cache, &y, &mut grads)?; // of Σ y²/2
+    /// assert_eq!(dx.dim(), x.dim());
+    /// # Ok::<(), hymba::Error>(())
+    /// ```
+    pub fn forward_train(
+        &self,
+        x: &ArrayRef3<f32>,
+        lengths: Option<&[usize]>,
+        seed: u64,
+    ) -> Result<(Array2<f32>, TrainCache)> {
+        let (frames, mut cache) = self.run_train(x, lengths, seed)?;
+        let mut last = Array2::zeros((cache.lengths.len(), self.options.hidden_size));
+        for (row, mut last) in last.rows_mut().into_iter().enumerate() {
+            last.assign(&frames.row(cache.last_row(row)));
+        }
+        let y = self.final_norm.forward(last.view());
+        cache.last = last;
+        Ok((y, cache))
+    }
+
+    /// As [`forward_sequence`](Self::forward_sequence), for training: the counterpart of
+    /// [`forward_train`](Self::forward_train) that returns every position, `[b, l, hidden_size]`. What stands in positions past
+    /// a sequence's length means nothing; give it a gradient of zero.
+    ///
+    /// # Errors
+    ///
+    /// As [`forward_ragged`](Self::forward_ragged).
+    pub fn forward_sequence_train(
+        &self,
+        x: &ArrayRef3<f32>,
+        lengths: Option<&[usize]>,
+        seed: u64,
+    ) -> Result<(Array3<f32>, TrainCache)> {
+        let (frames, mut cache) = self.run_train(x, lengths, seed)?;
+        let y = self.final_norm.forward(frames.view());
+        cache.last = frames;
+        Ok((sequences(y, cache.lengths.len()), cache))
+    }
+
+    /// The gradient of [`forward_train`](Self::forward_train): dy `[b, hidden_size]`, the gradient of a loss by the outputs →
+    /// that by the inputs, `[b, l, embed_dim]`. **Adds** the gradients by the parameters to `grads`, which
+    /// [`zeros_like`](Self::zeros_like) makes. Frames past a sequence's length get gradients of exactly zero.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Shape`] if dy has not the shape of the outputs; [`Error::State`] if `cache` is of another model, or of this one
+    /// before its parameters changed, or of [`forward_sequence_train`](Self::forward_sequence_train), or if `grads` is of a
+    /// model with other options. Nothing is added then.
+    pub fn backward(&self, cache: &TrainCache, dy: &ArrayRef2<f32>, grads: &mut Hymba) -> Result<Array3<f32>> {
+        self.check_backward(cache, &[cache.lengths.len()], dy.shape(), grads)?;
+        let dy = dy.as_standard_layout();
+        let dlast = self.final_norm.backward(cache.last.view(), dy.view(), &mut grads.final_norm);
+        let mut dframes = Array2::zeros((cache.lengths.len() * cache.l, self.options.hidden_size));
+        for (row, dlast) in dlast.rows().into_iter().enumerate() {
+            dframes.row_mut(cache.last_row(row)).assign(&dlast);
+        }
+        Ok(self.run_backward(cache, dframes, grads))
+    }
+
+    /// The gradient of [`forward_sequence_train`](Self::forward_sequence_train): dy `[b, l, hidden_size]` → `[b, l, embed_dim]`;
+    /// otherwise as [`backward`](Self::backward). Positions past a sequence's length are taken for zero.
+    ///
+    /// # Errors
+    ///
+    /// As [`backward`](Self::backward).
+    pub fn backward_sequence(&self, cache: &TrainCache, dy: &ArrayRef3<f32>, grads: &mut Hymba) -> Result<Array3<f32>> {
+        let batch = cache.lengths.len();
+        self.check_backward(cache, &[batch, cache.l], dy.shape(), grads)?;
+        let group = Group { rows: &Vec::from_iter(0..batch), l: cache.l };
+        let dy = gather(dy, group, &cache.lengths);
+        let dframes = self.final_norm.backward(cache.last.view(), dy.view(), &mut grads.final_norm);
+        Ok(self.run_backward(cache, dframes, grads))
+    }
+
+    /// A model with the same options whose parameters are all zero: where gradients are gathered.
+    pub fn zeros_like(&self) -> Hymba {
+        Hymba::zeros(self.options.clone())
+    }
+
+    /// All blocks of a training step, up to the final norm. The whole batch goes through a layer together, so that the
+    /// gradient of a matrix is one product and one sum over all frames.
+    fn run_train(&self, x: &ArrayRef3<f32>, lengths: Option<&[usize]>, seed: u64) -> Result<(Array2<f32>, TrainCache)> {
+        let (batch, l) = self.check_input(x)?;
+        let lengths = match lengths {
+            Some(lengths) => {
+                check_lengths(lengths, batch, l)?;
+                lengths.to_vec()
+            }
+            None => vec![l; batch],
+        };
+        Ok(parallel::enter_if(self.work(batch * l), || {
+            let input = gather(x, Group { rows: &Vec::from_iter(0..batch), l }, &lengths);
+            let mut x = self.project(input.clone());
+            let (prefixes, meta) = self.pass_meta_tokens();
+            let mut blocks = Vec::with_capacity(self.blocks.len());
+            for (i, (block, prefix)) in self.blocks.iter().zip(&prefixes).enumerate() {
+                if i > 0 {
+                    dropout(&mut x, self.options.dropout, seed, i);
+                }
+                let (y, cache, _) = block.forward_train(x, batch, prefix);
+                blocks.push(cache);
+                x = y;
+            }
+            let last = Array2::zeros((0, 0));
+            let cache = TrainCache { model: self.id, seed, l, lengths, input, prefixes, meta, blocks, last };
+            (x, cache)
+        }))
+    }
+
+    /// The way back of [`run_train`](Self::run_train).
+    fn run_backward(&self, cache: &TrainCache, mut dx: Array2<f32>, grads: &mut Hymba) -> Array3<f32> {
+        let batch = cache.lengths.len();
+        grads.prefixes.forget();
+        grads.id = next_id();
+        parallel::enter_if(self.work(batch * cache.l), || {
+            let none = Prefix::none(&self.options);
+            // of the meta tokens, behind the block at hand
+            let mut dtokens = self.meta_tokens.as_ref().map(|tokens| Array2::zeros(tokens.dim()));
+            for (i, block) in self.blocks.iter().enumerate().rev() {
+                let (prefix, grad) = (&cache.prefixes[i], &mut grads.blocks[i]);
+                let mut dprefix = prefix.zeros_like();
+                dx = block.backward(&cache.blocks[i], prefix, dx, None, grad, &mut dprefix);
+                if i > 0 {
+                    dropout(&mut dx, self.options.dropout, cache.seed, i);
+                }
+                dtokens = dtokens
+                    .map(|dy| block.backward(&cache.meta[i], &none, dy, Some(&dprefix), grad, &mut none.zeros_like()));
+                grad.add_own_prefix(&dprefix);
+            }
+            if let (Some(grad), Some(dtokens)) = (&mut grads.meta_tokens, dtokens) {
+                *grad += &dtokens;
+            }
+            let dinput = match (&self.input_proj, &mut grads.input_proj) {
+                (Some(input_proj), Some(grad)) => input_proj.backward(cache.input.view(), dx.view(), grad),
+                _ => dx,
+            };
+            sequences(dinput, batch)
+        })
+    }
+
+    fn check_backward(&self, cache: &TrainCache, outer: &[usize], given: &[usize], grads: &Hymba) -> Result<()> {
+        let expected = [outer, &[self.options.hidden_size]].concat();
+        if given != expected {
+            return Err(Error::Shape {
+                argument: "dy",
+                expected: format!("{expected:?}, the shape of the outputs"),
+                given: given.to_vec(),
+            });
+        }
+        if cache.model != self.id {
+            let advice = "another model made it, or the parameters have changed since; run the forward pass again";
+            return Err(Error::State(advice.into()));
+        }
+        let outputs = outer.iter().product::<usize>();
+        if cache.last.nrows() != outputs {
+            let advice = "backward goes with forward_train, backward_sequence with forward_sequence_train";
+            return Err(Error::State(advice.into()));
+        }
+        let same = |options: &HymbaOptions| HymbaOptions { dropout: 0.0, seed: 0, ..options.clone() };
+        if same(&grads.options) != same(&self.options) {
+            return Err(Error::State("grads is of a model with other options; make it with zeros_like".into()));
+        }
+        Ok(())
     }
 
     /// A state for `batch` streams that have seen no frame yet.
@@ -374,7 +574,7 @@ impl Hymba {
     /// assert_eq!(shapes[0], ("input_proj.weight".to_string(), vec![16, 5]));
     /// # Ok::<(), hymba::Error>(())
     /// ```
-    pub fn visit(&self, f: &mut dyn FnMut(&str, ArrayViewD<'_, f32>)) {
+    pub fn visit<'a>(&'a self, f: &mut dyn FnMut(&str, ArrayViewD<'a, f32>)) {
         if let Some(input_proj) = &self.input_proj {
             input_proj.visit("input_proj", f);
         }
@@ -388,7 +588,7 @@ impl Hymba {
     }
 
     /// As [`visit`](Self::visit), for changing the parameters. States made before can no longer be used.
-    pub fn visit_mut(&mut self, f: &mut dyn FnMut(&str, ArrayViewMutD<'_, f32>)) {
+    pub fn visit_mut<'a>(&'a mut self, f: &mut dyn FnMut(&str, ArrayViewMutD<'a, f32>)) {
         self.prefixes.forget();
         self.id = next_id();
         if let Some(input_proj) = &mut self.input_proj {
@@ -486,21 +686,29 @@ impl Hymba {
         }
     }
 
-    /// What stands in front of the frames in each block. The meta tokens pass through the blocks like frames of a stream
-    /// in which everything is seen.
+    /// What stands in front of the frames in each block.
     fn prefixes(&self) -> &[Prefix] {
-        self.prefixes.get(|| {
-            let none = Prefix::none(&self.options);
-            let mut states: Vec<BlockState> = self.blocks.iter().map(|_| BlockState::new(1, &none)).collect();
-            for token in self.meta_tokens.iter().flat_map(|tokens| tokens.rows()) {
-                let mut x = token.insert_axis(ndarray::Axis(0)).to_owned();
-                for (block, state) in self.blocks.iter().zip(&mut states) {
-                    x = block.step(x, &none, state);
-                }
-            }
-            let window = self.options.window();
-            self.blocks.iter().zip(states).map(|(block, state)| block.prefix(state, window)).collect()
-        })
+        self.prefixes.get(|| self.pass_meta_tokens().0)
+    }
+
+    /// Takes the meta tokens through the blocks, as a batch of one sequence in which everything is seen. Returns what they
+    /// leave in front of the frames in each block, and what the way back reads; of the latter nothing where there are no
+    /// tokens.
+    fn pass_meta_tokens(&self) -> (Vec<Prefix>, Vec<BlockCache>) {
+        let none = Prefix::none(&self.options);
+        let mut tokens = self.meta_tokens.clone();
+        let (mut prefixes, mut caches) = (Vec::new(), Vec::new());
+        for block in &self.blocks {
+            let Some(x) = tokens.take() else {
+                prefixes.push(block.prefix(None, &self.options));
+                continue;
+            };
+            let (y, cache, state) = block.forward_train(x, 1, &none);
+            prefixes.push(block.prefix(Some((&cache, state)), &self.options));
+            caches.push(cache);
+            tokens = Some(y);
+        }
+        (prefixes, caches)
     }
 }
 
@@ -532,6 +740,21 @@ fn gather(x: &ArrayRef3<f32>, group: Group, lengths: &[usize]) -> Array2<f32> {
 fn rows(x: &Array3<f32>) -> Array2<f32> {
     let (batch, l, h) = x.dim();
     x.to_shape((batch * l, h)).expect("the same numbers").into_owned()
+}
+
+/// One length for each row, from 1 to l.
+fn check_lengths(lengths: &[usize], batch: usize, l: usize) -> Result<()> {
+    if lengths.len() != batch {
+        let advice = format!("{} lengths for a batch of {batch}; give one for each row", lengths.len());
+        return Err(Error::Lengths(advice));
+    }
+    if let Some(row) = lengths.iter().position(|length| !(1..=l).contains(length)) {
+        let length = lengths[row];
+        return Err(Error::Lengths(format!(
+            "lengths[{row}] = {length}, but it must be from 1 to {l}, the padded length"
+        )));
+    }
+    Ok(())
 }
 
 fn next_id() -> u64 {

@@ -78,6 +78,11 @@ pub(crate) struct Rows<'a> {
 }
 
 impl<'a> Rows<'a> {
+    /// Without the first columns.
+    pub(crate) fn from_column(self, column: usize) -> Self {
+        Rows { data: self.data.get(column..).unwrap_or(&[]), ..self }
+    }
+
     /// The first `width` numbers of row `i`.
     pub(crate) fn row(&self, i: usize, width: usize) -> &'a [f32] {
         &self.data[i * self.stride..][..width]

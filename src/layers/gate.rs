@@ -32,11 +32,37 @@ impl Gate {
         Zip::from(x).and(gate).and(mamba).and(attention).for_each(|x, &g, &m, &a| *x += g * m + (1.0 - g) * a);
     }
 
-    pub(crate) fn visit(&self, name: &str, f: &mut Visitor) {
+    /// The gradient of [`forward`](Self::forward) at u, for its result g: dg `[rows, h]` → du `[rows, h]`.
+    pub(crate) fn backward(
+        &self,
+        u: ArrayView2<f32>,
+        gate: &Array2<f32>,
+        mut dgate: Array2<f32>,
+        grad: &mut Gate,
+    ) -> Array2<f32> {
+        Zip::from(&mut dgate).and(gate).for_each(|dg, &g| *dg *= g * (1.0 - g)); // sigmoid′
+        self.linear.backward(u, dgate.view(), &mut grad.linear)
+    }
+
+    /// The gradients of [`mix`](Self::mix): dx `[rows, h]`, which is also that of the x before, → those of the gate, of mamba
+    /// and of attention.
+    pub(crate) fn mix_backward(
+        gate: &Array2<f32>,
+        mamba: &Array2<f32>,
+        attention: &Array2<f32>,
+        dx: &Array2<f32>,
+    ) -> (Array2<f32>, Array2<f32>, Array2<f32>) {
+        let dgate = Zip::from(dx).and(mamba).and(attention).map_collect(|&dx, &m, &a| dx * (m - a));
+        let dmamba = Zip::from(dx).and(gate).map_collect(|&dx, &g| dx * g);
+        let dattention = Zip::from(dx).and(gate).map_collect(|&dx, &g| dx * (1.0 - g));
+        (dgate, dmamba, dattention)
+    }
+
+    pub(crate) fn visit<'a>(&'a self, name: &str, f: &mut Visitor<'_, 'a>) {
         self.linear.visit(name, f);
     }
 
-    pub(crate) fn visit_mut(&mut self, name: &str, f: &mut VisitorMut) {
+    pub(crate) fn visit_mut<'a>(&'a mut self, name: &str, f: &mut VisitorMut<'_, 'a>) {
         self.linear.visit_mut(name, f);
     }
 }

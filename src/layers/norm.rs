@@ -3,7 +3,7 @@
 use ndarray::{Array1, Array2, ArrayView2};
 
 use super::{Visitor, VisitorMut, flat, flat_mut, join};
-use crate::kernels::norm::{SmallVariance, layer_norm};
+use crate::kernels::norm::{SmallVariance, layer_norm, layer_norm_backward};
 
 /// ε of every norm.
 const EPSILON: f32 = 1e-5;
@@ -34,12 +34,28 @@ impl LayerNorm {
         y
     }
 
-    pub(crate) fn visit(&self, name: &str, f: &mut Visitor) {
+    /// The gradient of [`forward`](Self::forward) at x: dy `[rows, h]` → dx `[rows, h]`.
+    pub(crate) fn backward(&self, x: ArrayView2<f32>, dy: ArrayView2<f32>, grad: &mut LayerNorm) -> Array2<f32> {
+        let mut dx = Array2::zeros(x.dim());
+        layer_norm_backward(
+            flat(&x),
+            flat(&self.weight),
+            EPSILON,
+            self.small_variance,
+            flat(&dy),
+            flat_mut(&mut dx),
+            flat_mut(&mut grad.weight),
+            flat_mut(&mut grad.bias),
+        );
+        dx
+    }
+
+    pub(crate) fn visit<'a>(&'a self, name: &str, f: &mut Visitor<'_, 'a>) {
         f(&join(name, "weight"), self.weight.view().into_dyn());
         f(&join(name, "bias"), self.bias.view().into_dyn());
     }
 
-    pub(crate) fn visit_mut(&mut self, name: &str, f: &mut VisitorMut) {
+    pub(crate) fn visit_mut<'a>(&'a mut self, name: &str, f: &mut VisitorMut<'_, 'a>) {
         f(&join(name, "weight"), self.weight.view_mut().into_dyn());
         f(&join(name, "bias"), self.bias.view_mut().into_dyn());
     }
