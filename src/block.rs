@@ -5,7 +5,7 @@ use ndarray::{Array2, Array3, Array4, ArrayView2};
 use crate::HymbaOptions;
 use crate::kernels::parallel;
 use crate::layers::{
-    AttentionCache, AttentionState, FeedForward, Gate, LayerNorm, MambaBranch, MambaCache, MambaState,
+    AttentionCache, AttentionState, Buffer, FeedForward, Gate, LayerNorm, MambaBranch, MambaCache, MambaState,
     MetaTokenAttention, Rng, Visitor, VisitorMut, debug_shapes, join,
 };
 
@@ -59,19 +59,19 @@ impl Prefix {
 /// What [`HymbaBlock::backward`] reads.
 pub(crate) struct BlockCache {
     /// Input of the first norm, and its output, `[b·l, h]`.
-    x: Array2<f32>,
-    u: Array2<f32>,
+    x: Buffer,
+    u: Buffer,
     mamba_cache: MambaCache,
     attention_cache: AttentionCache,
     /// The branches and the gate `[b·l, h]`.
-    mamba: Array2<f32>,
-    attention: Array2<f32>,
-    gate: Array2<f32>,
+    mamba: Buffer,
+    attention: Buffer,
+    gate: Buffer,
     /// Input of the second norm, and its output, `[b·l, h]`.
-    mixed: Array2<f32>,
-    ffn_u: Array2<f32>,
+    mixed: Buffer,
+    ffn_u: Buffer,
     /// What goes into the activation, `[b·l, 4h]`.
-    ffn_inner: Array2<f32>,
+    ffn_inner: Buffer,
 }
 
 /// What a block remembers of each sequence of a batch.
@@ -140,7 +140,7 @@ impl HymbaBlock {
         let mut prefix = Prefix { window: options.window(), ..Prefix::none(options) };
         if let Some((cache, state)) = passed {
             let (keys, values) = cache.attention_cache.keys_and_values();
-            (prefix.keys, prefix.values, prefix.mamba) = (keys.clone(), values.clone(), state);
+            (prefix.keys, prefix.values, prefix.mamba) = (keys.to_owned(), values.to_owned(), state);
         } else if let Some((keys, values)) = self.attention.own_meta() {
             (prefix.keys, prefix.values) = (keys.clone(), values.clone());
         }
@@ -148,7 +148,7 @@ impl HymbaBlock {
     }
 
     /// x `[b·l, h]` → `[b·l, h]`, with `prefix` in front of every sequence.
-    pub(crate) fn forward(&self, mut x: Array2<f32>, batch: usize, prefix: &Prefix) -> Array2<f32> {
+    pub(crate) fn forward(&self, mut x: Buffer, batch: usize, prefix: &Prefix) -> Buffer {
         let u = self.norm.forward(x.view());
         let (mamba, attention, gate) = self.branches(u.view(), batch, prefix);
         self.finish(&mamba, &attention, &gate, &mut x);
@@ -156,22 +156,17 @@ impl HymbaBlock {
     }
 
     /// As [`forward`](Self::forward); returns also what [`backward`](Self::backward) reads, and the states after the frames.
-    pub(crate) fn forward_train(
-        &self,
-        x: Array2<f32>,
-        batch: usize,
-        prefix: &Prefix,
-    ) -> (Array2<f32>, BlockCache, MambaState) {
+    pub(crate) fn forward_train(&self, x: Buffer, batch: usize, prefix: &Prefix) -> (Buffer, BlockCache, MambaState) {
         let u = self.norm.forward(x.view());
         let ((mamba, mamba_cache, state), ((attention, attention_cache), gate)) = parallel::join_if(
             4 * x.len() * x.ncols(),
             || self.mamba.forward_train(u.view(), batch, &prefix.mamba),
             || (self.attention.forward_train(u.view(), batch, prefix), self.gate.forward(u.view())),
         );
-        let mut mixed = x.clone();
+        let mut mixed = Buffer::copy_of(&x);
         Gate::mix(&gate, &mamba, &attention, &mut mixed);
         let ffn_u = self.ffn_norm.forward(mixed.view());
-        let mut y = mixed.clone();
+        let mut y = Buffer::copy_of(&mixed);
         let ffn_inner = self.ffn.add_to_train(ffn_u.view(), &mut y);
         let cache = BlockCache { x, u, mamba_cache, attention_cache, mamba, attention, gate, mixed, ffn_u, ffn_inner };
         (y, cache, state)
@@ -183,14 +178,14 @@ impl HymbaBlock {
         &self,
         cache: &BlockCache,
         prefix: &Prefix,
-        mut dy: Array2<f32>,
+        mut dy: Buffer,
         dend: Option<&Prefix>,
         grad: &mut HymbaBlock,
         dprefix: &mut Prefix,
-    ) -> Array2<f32> {
+    ) -> Buffer {
         // y = mixed + FFN(LayerNorm(mixed))
         let dffn_u = self.ffn.backward(cache.ffn_u.view(), &cache.ffn_inner, dy.view(), &mut grad.ffn);
-        dy += &self.ffn_norm.backward(cache.mixed.view(), dffn_u.view(), &mut grad.ffn_norm);
+        *dy += &*self.ffn_norm.backward(cache.mixed.view(), dffn_u.view(), &mut grad.ffn_norm);
         // mixed = x + g ⊙ Mamba(u) + (1 − g) ⊙ Attention(u)
         let (dgate, dmamba, dattention) = Gate::mix_backward(&cache.gate, &cache.mamba, &cache.attention, &dy);
         let u = cache.u.view();
@@ -208,13 +203,13 @@ impl HymbaBlock {
                 let attention = &cache.attention_cache;
                 let mut du =
                     self.attention.backward(u, attention, prefix, dattention.view(), dend, attention_grad, dprefix);
-                du += &self.gate.backward(u, &cache.gate, dgate, gate_grad);
+                *du += &*self.gate.backward(u, &cache.gate, dgate, gate_grad);
                 du
             },
         );
-        du += &from_attention;
+        *du += &*from_attention;
         // u = LayerNorm(x)
-        dy += &self.norm.backward(cache.x.view(), du.view(), &mut grad.norm);
+        *dy += &*self.norm.backward(cache.x.view(), du.view(), &mut grad.norm);
         dy
     }
 
@@ -224,7 +219,7 @@ impl HymbaBlock {
     }
 
     /// The next frame of each sequence, x `[b, h]` → `[b, h]`.
-    pub(crate) fn step(&self, mut x: Array2<f32>, prefix: &Prefix, state: &mut BlockState) -> Array2<f32> {
+    pub(crate) fn step(&self, mut x: Buffer, prefix: &Prefix, state: &mut BlockState) -> Buffer {
         let u = self.norm.forward(x.view());
         let mamba = self.mamba.step(u.view(), &mut state.mamba);
         let attention = self.attention.step(u.view(), prefix, &mut state.attention);
@@ -234,21 +229,21 @@ impl HymbaBlock {
     }
 
     /// As [`forward`](Self::forward), keeping what is worth looking at.
-    pub(crate) fn inspect(&self, mut x: Array2<f32>, batch: usize, prefix: &Prefix) -> BlockInspection {
+    pub(crate) fn inspect(&self, mut x: Buffer, batch: usize, prefix: &Prefix) -> BlockInspection {
         let u = self.norm.forward(x.view());
         let (mamba, attention, gate) = self.branches(u.view(), batch, prefix);
         self.finish(&mamba, &attention, &gate, &mut x);
         BlockInspection {
-            mamba: sequences(mamba, batch),
-            attention: sequences(attention, batch),
-            gate: sequences(gate, batch),
-            output: sequences(x, batch),
+            mamba: sequences(mamba.into_array(), batch),
+            attention: sequences(attention.into_array(), batch),
+            gate: sequences(gate.into_array(), batch),
+            output: sequences(x.into_array(), batch),
             attention_weights: self.attention.weights(u.view(), batch, prefix),
         }
     }
 
     /// Mamba(u), Attention(u) and the gate, the two branches at the same time.
-    fn branches(&self, u: ArrayView2<f32>, batch: usize, prefix: &Prefix) -> (Array2<f32>, Array2<f32>, Array2<f32>) {
+    fn branches(&self, u: ArrayView2<f32>, batch: usize, prefix: &Prefix) -> (Buffer, Buffer, Buffer) {
         let (rows, h) = u.dim();
         let (mamba, (attention, gate)) = parallel::join_if(
             4 * rows * h * h,

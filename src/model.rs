@@ -9,7 +9,7 @@ use rand::SeedableRng;
 
 use crate::block::{BlockCache, BlockInspection, BlockState, HymbaBlock, Prefix, sequences};
 use crate::kernels::parallel;
-use crate::layers::{Derived, LayerNorm, Linear, Rng, dropout, init_meta_tokens};
+use crate::layers::{Buffer, Derived, LayerNorm, Linear, Rng, dropout, init_meta_tokens};
 use crate::{Error, HymbaOptions, Result};
 
 /// A Hymba encoder: sequences of frames in, one vector (or one a frame) out.
@@ -73,13 +73,13 @@ pub struct TrainCache {
     l: usize,
     lengths: Vec<usize>,
     /// `[b·l, embed_dim]`
-    input: Array2<f32>,
+    input: Buffer,
     prefixes: Vec<Prefix>,
     /// The meta tokens' way, if there are any.
     meta: Vec<BlockCache>,
     blocks: Vec<BlockCache>,
     /// Input of the final norm, `[b, h]` or `[b·l, h]`.
-    last: Array2<f32>,
+    last: Buffer,
 }
 
 impl TrainCache {
@@ -242,7 +242,7 @@ impl Hymba {
         let encoded = parallel::enter_if(self.work(batch * l), || {
             parallel::map(groups, |group| {
                 let frames = self.run(x, group, &lengths);
-                sequences(self.final_norm.forward(frames.view()), group.rows.len())
+                sequences(self.final_norm.forward(frames.view()).into_array(), group.rows.len())
             })
         });
         let mut y = Array3::zeros((batch, l, self.options.hidden_size));
@@ -287,8 +287,8 @@ impl Hymba {
             last.assign(&frames.row(cache.last_row(row)));
         }
         let y = self.final_norm.forward(last.view());
-        cache.last = last;
-        Ok((y, cache))
+        cache.last = last.into();
+        Ok((y.into_array(), cache))
     }
 
     /// As [`forward_sequence`](Self::forward_sequence), for training: the counterpart of
@@ -307,7 +307,7 @@ impl Hymba {
         let (frames, mut cache) = self.run_train(x, lengths, seed)?;
         let y = self.final_norm.forward(frames.view());
         cache.last = frames;
-        Ok((sequences(y, cache.lengths.len()), cache))
+        Ok((sequences(y.into_array(), cache.lengths.len()), cache))
     }
 
     /// The gradient of [`forward_train`](Self::forward_train): dy `[b, hidden_size]`, the gradient of a loss by the outputs →
@@ -323,7 +323,7 @@ impl Hymba {
         self.check_backward(cache, &[cache.lengths.len()], dy.shape(), grads)?;
         let dy = dy.as_standard_layout();
         let dlast = self.final_norm.backward(cache.last.view(), dy.view(), &mut grads.final_norm);
-        let mut dframes = Array2::zeros((cache.lengths.len() * cache.l, self.options.hidden_size));
+        let mut dframes = Buffer::zeros((cache.lengths.len() * cache.l, self.options.hidden_size));
         for (row, dlast) in dlast.rows().into_iter().enumerate() {
             dframes.row_mut(cache.last_row(row)).assign(&dlast);
         }
@@ -352,7 +352,7 @@ impl Hymba {
 
     /// All blocks of a training step, up to the final norm. The whole batch goes through a layer together, so that the
     /// gradient of a matrix is one product and one sum over all frames.
-    fn run_train(&self, x: &ArrayRef3<f32>, lengths: Option<&[usize]>, seed: u64) -> Result<(Array2<f32>, TrainCache)> {
+    fn run_train(&self, x: &ArrayRef3<f32>, lengths: Option<&[usize]>, seed: u64) -> Result<(Buffer, TrainCache)> {
         let (batch, l) = self.check_input(x)?;
         let lengths = match lengths {
             Some(lengths) => {
@@ -363,7 +363,7 @@ impl Hymba {
         };
         Ok(parallel::enter_if(self.work(batch * l), || {
             let input = gather(x, Group { rows: &Vec::from_iter(0..batch), l }, &lengths);
-            let mut x = self.project(input.clone());
+            let mut x = self.project(Buffer::copy_of(&input));
             let (prefixes, meta) = self.pass_meta_tokens();
             let mut blocks = Vec::with_capacity(self.blocks.len());
             for (i, (block, prefix)) in self.blocks.iter().zip(&prefixes).enumerate() {
@@ -374,21 +374,21 @@ impl Hymba {
                 blocks.push(cache);
                 x = y;
             }
-            let last = Array2::zeros((0, 0));
+            let last = Buffer::any((0, 0));
             let cache = TrainCache { model: self.id, seed, l, lengths, input, prefixes, meta, blocks, last };
             (x, cache)
         }))
     }
 
     /// The way back of [`run_train`](Self::run_train).
-    fn run_backward(&self, cache: &TrainCache, mut dx: Array2<f32>, grads: &mut Hymba) -> Array3<f32> {
+    fn run_backward(&self, cache: &TrainCache, mut dx: Buffer, grads: &mut Hymba) -> Array3<f32> {
         let batch = cache.lengths.len();
         grads.prefixes.forget();
         grads.id = next_id();
         parallel::enter_if(self.work(batch * cache.l), || {
             let none = Prefix::none(&self.options);
             // of the meta tokens, behind the block at hand
-            let mut dtokens = self.meta_tokens.as_ref().map(|tokens| Array2::zeros(tokens.dim()));
+            let mut dtokens = self.meta_tokens.as_ref().map(|tokens| Buffer::zeros(tokens.dim()));
             for (i, block) in self.blocks.iter().enumerate().rev() {
                 let (prefix, grad) = (&cache.prefixes[i], &mut grads.blocks[i]);
                 let mut dprefix = prefix.zeros_like();
@@ -401,13 +401,13 @@ impl Hymba {
                 grad.add_own_prefix(&dprefix);
             }
             if let (Some(grad), Some(dtokens)) = (&mut grads.meta_tokens, dtokens) {
-                *grad += &dtokens;
+                *grad += &*dtokens;
             }
             let dinput = match (&self.input_proj, &mut grads.input_proj) {
                 (Some(input_proj), Some(grad)) => input_proj.backward(cache.input.view(), dx.view(), grad),
                 _ => dx,
             };
-            sequences(dinput, batch)
+            sequences(dinput.into_array(), batch)
         })
     }
 
@@ -496,12 +496,12 @@ impl Hymba {
         if state.blocks.len() != self.blocks.len() {
             return Err(Error::State(format!("{batch} streams do not fit into memory; stream fewer at a time")));
         }
-        let mut x = self.project(frame.as_standard_layout().into_owned());
+        let mut x = self.project(frame.as_standard_layout().into_owned().into());
         for ((block, prefix), state) in self.blocks.iter().zip(self.prefixes()).zip(&mut state.blocks) {
             x = block.step(x, prefix, state);
         }
         state.frames += 1;
-        Ok(self.final_norm.forward(x.view()))
+        Ok(self.final_norm.forward(x.view()).into_array())
     }
 
     /// What every block does to x `[b, l, embed_dim]`: the two branches, the gate that mixes them, and the attention
@@ -528,7 +528,7 @@ impl Hymba {
         let (batch, l) = self.check_input(x)?;
         let mut meta = Vec::new();
         if let Some(tokens) = &self.meta_tokens {
-            let (none, mut x) = (Prefix::none(&self.options), tokens.clone());
+            let (none, mut x) = (Prefix::none(&self.options), Buffer::copy_of(tokens));
             for block in &self.blocks {
                 let seen = block.inspect(x, 1, &none);
                 x = rows(&seen.output);
@@ -670,7 +670,7 @@ impl Hymba {
     }
 
     /// The sequences of a group through all blocks: `[rows·l, h]`, before the final norm.
-    fn run(&self, x: &ArrayRef3<f32>, group: Group, lengths: &[usize]) -> Array2<f32> {
+    fn run(&self, x: &ArrayRef3<f32>, group: Group, lengths: &[usize]) -> Buffer {
         let mut x = self.project(gather(x, group, lengths));
         for (block, prefix) in self.blocks.iter().zip(self.prefixes()) {
             x = block.forward(x, group.rows.len(), prefix);
@@ -679,7 +679,7 @@ impl Hymba {
     }
 
     /// `[rows, embed_dim]` → `[rows, h]`
-    fn project(&self, frames: Array2<f32>) -> Array2<f32> {
+    fn project(&self, frames: Buffer) -> Buffer {
         match &self.input_proj {
             Some(input_proj) => input_proj.forward(frames.view()),
             None => frames,
@@ -696,7 +696,7 @@ impl Hymba {
     /// tokens.
     fn pass_meta_tokens(&self) -> (Vec<Prefix>, Vec<BlockCache>) {
         let none = Prefix::none(&self.options);
-        let mut tokens = self.meta_tokens.clone();
+        let mut tokens = self.meta_tokens.as_ref().map(Buffer::copy_of);
         let (mut prefixes, mut caches) = (Vec::new(), Vec::new());
         for block in &self.blocks {
             let Some(x) = tokens.take() else {
@@ -727,8 +727,8 @@ struct Group<'a> {
 }
 
 /// The sequences of a group, one after the other, zero from their end on: what fills up a row has no influence at all.
-fn gather(x: &ArrayRef3<f32>, group: Group, lengths: &[usize]) -> Array2<f32> {
-    let mut frames = Array2::zeros((group.rows.len() * group.l, x.dim().2));
+fn gather(x: &ArrayRef3<f32>, group: Group, lengths: &[usize]) -> Buffer {
+    let mut frames = Buffer::zeros((group.rows.len() * group.l, x.dim().2));
     for (i, &row) in group.rows.iter().enumerate() {
         let first = i * group.l;
         frames.slice_mut(s![first..first + lengths[row], ..]).assign(&x.slice(s![row, ..lengths[row], ..]));
@@ -737,9 +737,9 @@ fn gather(x: &ArrayRef3<f32>, group: Group, lengths: &[usize]) -> Array2<f32> {
 }
 
 /// `[b, l, h]` → `[b·l, h]`
-fn rows(x: &Array3<f32>) -> Array2<f32> {
+fn rows(x: &Array3<f32>) -> Buffer {
     let (batch, l, h) = x.dim();
-    x.to_shape((batch * l, h)).expect("the same numbers").into_owned()
+    x.to_shape((batch * l, h)).expect("the same numbers").into_owned().into()
 }
 
 /// One length for each row, from 1 to l.

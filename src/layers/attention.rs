@@ -3,7 +3,7 @@
 use ndarray::{Array2, Array3, Array4, ArrayView2, Axis, s};
 use rand_distr::{Distribution, Normal};
 
-use super::{Linear, Rng, Visitor, VisitorMut, debug_shapes, flat, join};
+use super::{Buffer, Linear, Rng, Visitor, VisitorMut, debug_shapes, flat, join};
 use crate::HymbaOptions;
 use crate::block::Prefix;
 use crate::kernels::attention::{
@@ -33,11 +33,11 @@ pub struct MetaTokenAttention {
 pub(crate) struct AttentionCache {
     batch: usize,
     /// Queries, keys and values `[b·l, h]`.
-    q: Array2<f32>,
-    k: Array2<f32>,
-    v: Array2<f32>,
+    q: Buffer,
+    k: Buffer,
+    v: Buffer,
     /// What goes into the last projection, `[b·l, h]`.
-    mixed: Array2<f32>,
+    mixed: Buffer,
     /// ln Σ exp(score), `[b·l, a]`.
     log_sums: Array2<f32>,
 }
@@ -128,17 +128,12 @@ impl MetaTokenAttention {
     }
 
     /// u `[b·l, h]`, with `prefix` in front of every sequence → `[b·l, h]`
-    pub(crate) fn forward(&self, u: ArrayView2<f32>, batch: usize, prefix: &Prefix) -> Array2<f32> {
+    pub(crate) fn forward(&self, u: ArrayView2<f32>, batch: usize, prefix: &Prefix) -> Buffer {
         self.out_proj.forward(self.run(u, batch, prefix, None).mixed.view())
     }
 
     /// As [`forward`](Self::forward); returns also what [`backward`](Self::backward) reads.
-    pub(crate) fn forward_train(
-        &self,
-        u: ArrayView2<f32>,
-        batch: usize,
-        prefix: &Prefix,
-    ) -> (Array2<f32>, AttentionCache) {
+    pub(crate) fn forward_train(&self, u: ArrayView2<f32>, batch: usize, prefix: &Prefix) -> (Buffer, AttentionCache) {
         let mut log_sums = Array2::zeros((u.nrows(), self.heads));
         let cache = self.run(u, batch, prefix, Some(&mut log_sums));
         (self.out_proj.forward(cache.mixed.view()), AttentionCache { log_sums, ..cache })
@@ -156,12 +151,12 @@ impl MetaTokenAttention {
         dend: Option<(&Array2<f32>, &Array2<f32>)>,
         grad: &mut MetaTokenAttention,
         dprefix: (&mut Array2<f32>, &mut Array2<f32>),
-    ) -> Array2<f32> {
+    ) -> Buffer {
         let (rows, h) = u.dim();
         let (k, batch) = (prefix.keys.nrows(), cache.batch);
         let l = rows / batch;
         let dmixed = self.out_proj.backward(cache.mixed.view(), dy, &mut grad.out_proj);
-        let [mut dq, mut dk, mut dv] = [(); 3].map(|()| Array2::zeros((rows, h)));
+        let [mut dq, mut dk, mut dv] = [(); 3].map(|()| Buffer::any((rows, h)));
         let [mut dmeta_keys, mut dmeta_values] = [(); 2].map(|()| Array3::zeros((batch, k, h)));
         let sequences: Vec<_> = (0..batch)
             .zip(dq.axis_chunks_iter_mut(Axis(0), l))
@@ -187,12 +182,12 @@ impl MetaTokenAttention {
         *dprefix.0 += &dmeta_keys.sum_axis(Axis(0));
         *dprefix.1 += &dmeta_values.sum_axis(Axis(0));
         if let Some((dkeys, dvalues)) = dend {
-            dk += dkeys;
-            dv += dvalues;
+            *dk += dkeys;
+            *dv += dvalues;
         }
         let mut du = self.q_proj.backward(u, dq.view(), &mut grad.q_proj);
-        du += &self.k_proj.backward(u, dk.view(), &mut grad.k_proj);
-        du += &self.v_proj.backward(u, dv.view(), &mut grad.v_proj);
+        *du += &*self.k_proj.backward(u, dk.view(), &mut grad.k_proj);
+        *du += &*self.v_proj.backward(u, dv.view(), &mut grad.v_proj);
         du
     }
 
@@ -213,7 +208,7 @@ impl MetaTokenAttention {
         log_sums: Option<&mut Array2<f32>>,
     ) -> AttentionCache {
         let (q, k, v) = (self.q_proj.forward(u), self.k_proj.forward(u), self.v_proj.forward(u));
-        let mut mixed: Array2<f32> = Array2::zeros(q.dim());
+        let mut mixed = Buffer::any(q.dim());
         let l = u.nrows() / batch;
         let mut log_sums = log_sums.map(|sums| sums.axis_chunks_iter_mut(Axis(0), l));
         let sequences: Vec<_> = (0..batch)
@@ -229,9 +224,9 @@ impl MetaTokenAttention {
     }
 
     /// The next frame of each sequence, u `[b, h]` → `[b, h]`; `state` moves on by one frame.
-    pub(crate) fn step(&self, u: ArrayView2<f32>, prefix: &Prefix, state: &mut AttentionState) -> Array2<f32> {
+    pub(crate) fn step(&self, u: ArrayView2<f32>, prefix: &Prefix, state: &mut AttentionState) -> Buffer {
         let (q, k, v) = (self.q_proj.forward(u), self.k_proj.forward(u), self.v_proj.forward(u));
-        let mut mixed: Array2<f32> = Array2::zeros(q.dim());
+        let mut mixed = Buffer::any(q.dim());
         for (i, (keys, values)) in state.sequences.iter_mut().enumerate() {
             keys.push(flat(&k.row(i)));
             values.push(flat(&v.row(i)));

@@ -2,7 +2,7 @@
 
 use ndarray::{Array2, ArrayView2};
 
-use super::{Linear, Rng, Visitor, VisitorMut, flat, flat_mut, join};
+use super::{Buffer, Linear, Rng, Visitor, VisitorMut, flat, flat_mut, join};
 use crate::kernels::math;
 
 /// The activation between the two maps.
@@ -33,7 +33,7 @@ impl FeedForward {
     }
 
     /// As [`add_to`](Self::add_to); returns what goes into the activation, `[rows, 4h]`.
-    pub(crate) fn add_to_train(&self, x: ArrayView2<f32>, y: &mut Array2<f32>) -> Array2<f32> {
+    pub(crate) fn add_to_train(&self, x: ArrayView2<f32>, y: &mut Array2<f32>) -> Buffer {
         let inner = self.up.forward(x);
         self.down.add_to(activated(&inner).view(), y);
         inner
@@ -47,7 +47,7 @@ impl FeedForward {
         inner: &Array2<f32>,
         dy: ArrayView2<f32>,
         grad: &mut FeedForward,
-    ) -> Array2<f32> {
+    ) -> Buffer {
         let mut dinner = self.down.backward(activated(inner).view(), dy, &mut grad.down);
         math::map_backward::<Activation>(flat(inner), flat_mut(&mut dinner));
         self.up.backward(x, dinner.view(), &mut grad.up)
@@ -64,8 +64,8 @@ impl FeedForward {
     }
 }
 
-fn activated(inner: &Array2<f32>) -> Array2<f32> {
-    let mut activated = inner.clone();
+fn activated(inner: &Array2<f32>) -> Buffer {
+    let mut activated = Buffer::copy_of(inner);
     math::map::<Activation>(flat_mut(&mut activated));
     activated
 }

@@ -2,7 +2,7 @@
 
 use ndarray::{Array2, ArrayView2, Zip};
 
-use super::{Linear, Rng, Visitor, VisitorMut, flat_mut};
+use super::{Buffer, Linear, Rng, Visitor, VisitorMut, flat_mut};
 use crate::kernels::math::{self, Sigmoid};
 
 /// g = sigmoid(u·W_gᵀ + b_g), one number for each feature of each frame.
@@ -21,7 +21,7 @@ impl Gate {
     }
 
     /// u `[rows, h]` → g `[rows, h]`
-    pub(crate) fn forward(&self, u: ArrayView2<f32>) -> Array2<f32> {
+    pub(crate) fn forward(&self, u: ArrayView2<f32>) -> Buffer {
         let mut gate = self.linear.forward(u);
         math::map::<Sigmoid>(flat_mut(&mut gate));
         gate
@@ -37,10 +37,10 @@ impl Gate {
         &self,
         u: ArrayView2<f32>,
         gate: &Array2<f32>,
-        mut dgate: Array2<f32>,
+        mut dgate: Buffer,
         grad: &mut Gate,
-    ) -> Array2<f32> {
-        Zip::from(&mut dgate).and(gate).for_each(|dg, &g| *dg *= g * (1.0 - g)); // sigmoid′
+    ) -> Buffer {
+        Zip::from(&mut *dgate).and(gate).for_each(|dg, &g| *dg *= g * (1.0 - g)); // sigmoid′
         self.linear.backward(u, dgate.view(), &mut grad.linear)
     }
 
@@ -51,10 +51,14 @@ impl Gate {
         mamba: &Array2<f32>,
         attention: &Array2<f32>,
         dx: &Array2<f32>,
-    ) -> (Array2<f32>, Array2<f32>, Array2<f32>) {
-        let dgate = Zip::from(dx).and(mamba).and(attention).map_collect(|&dx, &m, &a| dx * (m - a));
-        let dmamba = Zip::from(dx).and(gate).map_collect(|&dx, &g| dx * g);
-        let dattention = Zip::from(dx).and(gate).map_collect(|&dx, &g| dx * (1.0 - g));
+    ) -> (Buffer, Buffer, Buffer) {
+        let (mut dgate, mut dmamba, mut dattention) =
+            (Buffer::any(dx.dim()), Buffer::any(dx.dim()), Buffer::any(dx.dim()));
+        Zip::from(&mut *dgate).and(dx).and(mamba).and(attention).for_each(|dg, &dx, &m, &a| *dg = dx * (m - a));
+        Zip::from(&mut *dmamba).and(&mut *dattention).and(dx).and(gate).for_each(|dm, da, &dx, &g| {
+            *dm = dx * g;
+            *da = dx * (1.0 - g);
+        });
         (dgate, dmamba, dattention)
     }
 

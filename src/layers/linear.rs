@@ -3,7 +3,7 @@
 use ndarray::{Array1, Array2, ArrayView2};
 use rand::RngExt;
 
-use super::{Derived, Rng, Visitor, VisitorMut, flat, flat_mut, join};
+use super::{Buffer, Derived, Rng, Visitor, VisitorMut, flat, flat_mut, join};
 use crate::kernels::matmul::{Out, Packed, Rows, matmul, matmul_gradient};
 use crate::kernels::parallel;
 
@@ -34,8 +34,8 @@ impl Linear {
     }
 
     /// x `[rows, in]` → `[rows, out]`. Rows may be longer than `in`; the rest is not read.
-    pub(crate) fn forward(&self, x: ArrayView2<f32>) -> Array2<f32> {
-        let mut y = Array2::zeros((x.nrows(), self.weight.nrows()));
+    pub(crate) fn forward(&self, x: ArrayView2<f32>) -> Buffer {
+        let mut y = Buffer::any((x.nrows(), self.weight.nrows()));
         let rows = Rows { data: flat(&x), stride: x.ncols() };
         self.apply(rows, x.nrows(), flat_mut(&mut y), Out::Set);
         y
@@ -50,7 +50,7 @@ impl Linear {
     /// The gradient of [`forward`](Self::forward) at x: dy `[rows, out]` → dx `[rows, in]`.
     ///
     /// dx = dy·W, dW += dyᵀ·x, db += Σ_rows dy
-    pub(crate) fn backward(&self, x: ArrayView2<f32>, dy: ArrayView2<f32>, grad: &mut Linear) -> Array2<f32> {
+    pub(crate) fn backward(&self, x: ArrayView2<f32>, dy: ArrayView2<f32>, grad: &mut Linear) -> Buffer {
         let (outputs, inputs) = self.weight.dim();
         let rows = dy.nrows();
         let (x, dy) = (Rows { data: flat(&x), stride: x.ncols() }, Rows { data: flat(&dy), stride: outputs });
@@ -60,7 +60,7 @@ impl Linear {
             || {
                 let weight = flat(&self.weight);
                 let across = Packed::from_columns(inputs, outputs, |output| &weight[output * inputs..][..inputs]);
-                let mut dx = Array2::zeros((rows, inputs));
+                let mut dx = Buffer::any((rows, inputs));
                 matmul(dy, rows, &across, flat_mut(&mut dx), Out::Set);
                 dx
             },

@@ -5,7 +5,7 @@ use rand::RngExt;
 
 use super::conv::HISTORY;
 use super::scan::{ScanPartial, ScanRows, ScanRowsGradient};
-use super::{CausalConv, Linear, Rng, SelectiveScan, Visitor, VisitorMut, debug_shapes, flat, flat_mut, join};
+use super::{Buffer, CausalConv, Linear, Rng, SelectiveScan, Visitor, VisitorMut, debug_shapes, flat, flat_mut, join};
 use crate::HymbaOptions;
 use crate::kernels::matmul::Rows;
 use crate::kernels::parallel;
@@ -37,15 +37,15 @@ pub struct MambaBranch {
 /// What [`MambaBranch::backward`] reads.
 pub(crate) struct MambaCache {
     /// `[b·l, d | d]`
-    xz: Array2<f32>,
+    xz: Buffer,
     /// `[b·l, d]`
-    v: Array2<f32>,
+    v: Buffer,
     /// `[b·l, r | n | n]`
-    dbc: Array2<f32>,
+    dbc: Buffer,
     /// Δ `[b·l, d]`
-    delta: Array2<f32>,
+    delta: Buffer,
     /// `[b·l, d]`, after the gate.
-    y: Array2<f32>,
+    y: Buffer,
     /// The states `[b, ⌈l/16⌉, n, d]` at the start of every 16 frames.
     checkpoints: Array4<f32>,
 }
@@ -130,7 +130,7 @@ impl MambaBranch {
     }
 
     /// u `[b·l, h]`, every sequence starting from the one state `start` → `[b·l, h]`
-    pub(crate) fn forward(&self, u: ArrayView2<f32>, batch: usize, start: &MambaState) -> Array2<f32> {
+    pub(crate) fn forward(&self, u: ArrayView2<f32>, batch: usize, start: &MambaState) -> Buffer {
         self.step(u, &mut start.repeat(batch))
     }
 
@@ -140,7 +140,7 @@ impl MambaBranch {
         u: ArrayView2<f32>,
         batch: usize,
         start: &MambaState,
-    ) -> (Array2<f32>, MambaCache, MambaState) {
+    ) -> (Buffer, MambaCache, MambaState) {
         let mut state = start.repeat(batch);
         let chunks = (u.nrows() / batch).div_ceil(CHUNK);
         let (_, n, d) = start.scan.dim();
@@ -161,17 +161,17 @@ impl MambaBranch {
         dend: Option<&MambaState>,
         grad: &mut MambaBranch,
         dstart: &mut MambaState,
-    ) -> Array2<f32> {
+    ) -> Buffer {
         let (batch, _, n, d) = cache.checkpoints.dim();
         let (rows, l) = (u.nrows(), u.nrows() / batch);
         let width = cache.dbc.ncols();
         let dout = self.out_proj.backward(cache.y.view(), dy, &mut grad.out_proj); // [b·l, d]
 
         // the scan, each sequence on its own; what they share is summed afterwards, in their order
-        let mut ddelta = Array2::zeros((rows, d));
-        let mut dv = Array2::zeros((rows, d));
-        let mut ddbc = Array2::zeros((rows, width));
-        let mut dxz = Array2::zeros((rows, 2 * d));
+        let mut ddelta = Buffer::any((rows, d));
+        let mut dv = Buffer::any((rows, d));
+        let mut ddbc = Buffer::any((rows, width));
+        let mut dxz = Buffer::any((rows, 2 * d));
         let mut dstates = dend.map_or_else(|| Array3::zeros((batch, n, d)), |dend| dend.scan.clone());
         let mut da = Array3::zeros((batch, n, d));
         let mut dskip = Array2::zeros((batch, d));
@@ -202,7 +202,7 @@ impl MambaBranch {
 
         let dlow = self.dt_proj.backward(cache.dbc.view(), ddelta.view(), &mut grad.dt_proj); // [b·l, r]
         ddbc.slice_mut(s![.., ..dlow.ncols()]).assign(&dlow);
-        dv += &self.x_proj.backward(cache.v.view(), ddbc.view(), &mut grad.x_proj);
+        *dv += &*self.x_proj.backward(cache.v.view(), ddbc.view(), &mut grad.x_proj);
         let history = start.conv.index_axis(Axis(0), 0);
         for i in 0..batch {
             let rows = s![i * l..(i + 1) * l, ..];
@@ -223,7 +223,7 @@ impl MambaBranch {
     }
 
     /// The next frames of each sequence, u `[b·l, h]` → `[b·l, h]`; `state` moves on by l frames, usually one.
-    pub(crate) fn step(&self, u: ArrayView2<f32>, state: &mut MambaState) -> Array2<f32> {
+    pub(crate) fn step(&self, u: ArrayView2<f32>, state: &mut MambaState) -> Buffer {
         self.out_proj.forward(self.run(u, state, None).y.view())
     }
 
@@ -232,7 +232,7 @@ impl MambaBranch {
         let (batch, _, d) = state.conv.dim();
         let l = u.nrows() / batch;
         let xz = self.in_proj.forward(u); // [b·l, 2d]
-        let mut v = Array2::zeros((batch * l, d));
+        let mut v = Buffer::any((batch * l, d));
         let histories = state.conv.outer_iter_mut();
         let sequences = histories.zip(flat_mut(&mut v).chunks_exact_mut(l * d)).enumerate().collect();
         parallel::for_each_if(batch * l * d * CONV_WORK, sequences, |(i, (history, v))| {
@@ -241,10 +241,10 @@ impl MambaBranch {
         });
         let dbc = self.x_proj.forward(v.view()); // [b·l, r | n | n]
         let mut delta = self.dt_proj.forward(dbc.view()); // [b·l, d]
-        let mut y: Array2<f32> = Array2::zeros((batch * l, d));
+        let mut y = Buffer::any((batch * l, d));
         let none = Array4::zeros((0, 0, 0, 0));
         let mut cache =
-            MambaCache { xz, v, dbc, delta: Array2::zeros((0, 0)), y: Array2::zeros((0, 0)), checkpoints: none };
+            MambaCache { xz, v, dbc, delta: Buffer::any((0, 0)), y: Buffer::any((0, 0)), checkpoints: none };
         let work = l * state.scan.len() * SCAN_WORK;
         let mut checkpoints = checkpoints.map(|checkpoints| checkpoints.outer_iter_mut());
         let sequences: Vec<_> = (0..batch)

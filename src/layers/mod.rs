@@ -9,6 +9,7 @@
 //! user gives is checked once, at the model's door.
 
 mod attention;
+mod buffer;
 mod conv;
 mod dropout;
 mod ffn;
@@ -24,6 +25,7 @@ use ndarray::{ArrayBase, ArrayViewD, ArrayViewMutD, Data, Dimension};
 
 pub use attention::MetaTokenAttention;
 pub(crate) use attention::{AttentionCache, AttentionState, init_meta_tokens};
+pub(crate) use buffer::Buffer;
 pub(crate) use conv::CausalConv;
 pub(crate) use dropout::dropout;
 pub(crate) use ffn::FeedForward;

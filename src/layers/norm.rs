@@ -1,8 +1,8 @@
 //! Layer normalisation over the features of a frame.
 
-use ndarray::{Array1, Array2, ArrayView2};
+use ndarray::{Array1, ArrayView2};
 
-use super::{Visitor, VisitorMut, flat, flat_mut, join};
+use super::{Buffer, Visitor, VisitorMut, flat, flat_mut, join};
 use crate::kernels::norm::{SmallVariance, layer_norm, layer_norm_backward};
 
 /// ε of every norm.
@@ -28,15 +28,15 @@ impl LayerNorm {
     }
 
     /// x `[rows, h]` → `[rows, h]`
-    pub(crate) fn forward(&self, x: ArrayView2<f32>) -> Array2<f32> {
-        let mut y = Array2::zeros(x.dim());
+    pub(crate) fn forward(&self, x: ArrayView2<f32>) -> Buffer {
+        let mut y = Buffer::any(x.dim());
         layer_norm(flat(&x), flat(&self.weight), flat(&self.bias), EPSILON, self.small_variance, flat_mut(&mut y));
         y
     }
 
     /// The gradient of [`forward`](Self::forward) at x: dy `[rows, h]` → dx `[rows, h]`.
-    pub(crate) fn backward(&self, x: ArrayView2<f32>, dy: ArrayView2<f32>, grad: &mut LayerNorm) -> Array2<f32> {
-        let mut dx = Array2::zeros(x.dim());
+    pub(crate) fn backward(&self, x: ArrayView2<f32>, dy: ArrayView2<f32>, grad: &mut LayerNorm) -> Buffer {
+        let mut dx = Buffer::any(x.dim());
         layer_norm_backward(
             flat(&x),
             flat(&self.weight),
