@@ -63,6 +63,12 @@ impl Packed {
 
 /// At most [`PANEL`] numbers, filled up with zeros.
 fn panel_row(numbers: &[f32]) -> PanelRow {
+    // copies of a length known beforehand are a few instructions
+    if let Some((low, high)) = numbers.split_first_chunk()
+        && let Ok(high) = high.try_into()
+    {
+        return [Line(*low), Line(high)];
+    }
     let mut row = ZERO_ROW;
     for (line, numbers) in row.iter_mut().zip(numbers.chunks(LANES)) {
         line.0[..numbers.len()].copy_from_slice(numbers);
@@ -79,7 +85,7 @@ pub(crate) struct Rows<'a> {
 
 impl<'a> Rows<'a> {
     /// Without the first columns.
-    pub(crate) fn from_column(self, column: usize) -> Self {
+    pub(crate) fn skip_columns(self, column: usize) -> Self {
         Rows { data: self.data.get(column..).unwrap_or(&[]), ..self }
     }
 
@@ -271,6 +277,7 @@ impl Product<'_> {
 
     /// The first `rows` of R rows, the first of which is `row`, by P panels from `panel` on.
     #[inline(always)]
+    #[allow(clippy::needless_range_loop)] // with plain indices the compiler keeps all sums in registers
     fn tile<S: Simd, const R: usize, const P: usize>(
         &mut self,
         s: S,

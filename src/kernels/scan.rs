@@ -221,7 +221,7 @@ impl Kernel for ScanBackward<'_> {
         // sums over channels, still in lanes
         let mut db = vec![s.splat(0.0); CHUNK * n];
         let mut dc = vec![s.splat(0.0); CHUNK * n];
-        let mut dsteps = vec![s.splat(0.0); CHUNK];
+        let mut dsteps = [s.splat(0.0); CHUNK];
 
         for (chunk, kept) in self.checkpoints.outer_iter().enumerate().rev() {
             let frames = chunk * CHUNK..l.min((chunk + 1) * CHUNK);

@@ -157,13 +157,13 @@ impl SelectiveScan {
     }
 
     fn input<'a>(&'a self, delta: &'a [f32], rows: ScanRows<'a>, input_step: Option<&'a [f32]>) -> ScanInput<'a> {
-        let bc = rows.bc.from_column(rows.bc.stride - 2 * self.n);
+        let bc = rows.bc.skip_columns(rows.bc.stride - 2 * self.n);
         ScanInput {
             delta: Rows { data: delta, stride: self.d },
             v: rows.v,
             b: bc,
-            c: bc.from_column(self.n),
-            z: rows.xz.from_column(rows.xz.stride - self.d),
+            c: bc.skip_columns(self.n),
+            z: rows.xz.skip_columns(rows.xz.stride - self.d),
             a: flat(self.a()),
             skip: self.learned.as_ref().map(|(_, skip)| flat(skip)),
             input_step,
