@@ -5,8 +5,8 @@ use ndarray::{Array2, Array3, Array4, ArrayView2};
 use crate::HymbaOptions;
 use crate::kernels::parallel;
 use crate::layers::{
-    AttentionState, FeedForward, Gate, LayerNorm, MambaBranch, MambaState, MetaTokenAttention, Rng, Visitor,
-    VisitorMut, debug_shapes, join,
+    AttentionCache, AttentionState, Buffer, FeedForward, Gate, LayerNorm, MambaBranch, MambaCache, MambaState,
+    MetaTokenAttention, Rng, Visitor, VisitorMut, debug_shapes, join,
 };
 
 /// A block of the model (Hymba, arXiv 2411.13676, figure 2, with the learned gate of `Edifice.SSM.Hymba` in place of the
@@ -42,11 +42,36 @@ pub(crate) struct Prefix {
 }
 
 impl Prefix {
+    /// A gradient of this prefix.
+    pub(crate) fn zeros_like(&self) -> Self {
+        let zeros = |rows: &Array2<f32>| Array2::zeros(rows.dim());
+        let (keys, values) = (zeros(&self.keys), zeros(&self.values));
+        Prefix { keys, values, mamba: self.mamba.zeros_like(), window: self.window }
+    }
+
     /// Nothing in front, and everything that follows is seen: how the meta tokens themselves are read.
     pub(crate) fn none(options: &HymbaOptions) -> Self {
         let rows = Array2::zeros((0, options.hidden_size));
         Prefix { keys: rows.clone(), values: rows, mamba: MambaState::zeros(1, options), window: None }
     }
+}
+
+/// What [`HymbaBlock::backward`] reads.
+pub(crate) struct BlockCache {
+    /// Input of the first norm, and its output, `[b·l, h]`.
+    x: Buffer,
+    u: Buffer,
+    mamba_cache: MambaCache,
+    attention_cache: AttentionCache,
+    /// The branches and the gate `[b·l, h]`.
+    mamba: Buffer,
+    attention: Buffer,
+    gate: Buffer,
+    /// Input of the second norm, and its output, `[b·l, h]`.
+    mixed: Buffer,
+    ffn_u: Buffer,
+    /// What goes into the activation, `[b·l, 4h]`.
+    ffn_inner: Buffer,
 }
 
 /// What a block remembers of each sequence of a batch.
@@ -110,23 +135,91 @@ impl HymbaBlock {
         self.ffn.init(rng);
     }
 
-    /// The prefix of the frames after the meta tokens have passed through this block and left `state` behind.
-    pub(crate) fn prefix(&self, state: BlockState, window: Option<usize>) -> Prefix {
-        let travelled = state.attention.into_first();
-        let (keys, values) = self.attention.own_meta().cloned().or(travelled).unwrap_or_default();
-        Prefix { keys, values, mamba: state.mamba, window }
+    /// The prefix of the frames after the meta tokens, if any, have passed through this block; `passed` is what they left.
+    pub(crate) fn prefix(&self, passed: Option<(&BlockCache, MambaState)>, options: &HymbaOptions) -> Prefix {
+        let mut prefix = Prefix { window: options.window(), ..Prefix::none(options) };
+        if let Some((cache, state)) = passed {
+            let (keys, values) = cache.attention_cache.keys_and_values();
+            (prefix.keys, prefix.values, prefix.mamba) = (keys.to_owned(), values.to_owned(), state);
+        } else if let Some((keys, values)) = self.attention.own_meta() {
+            (prefix.keys, prefix.values) = (keys.clone(), values.clone());
+        }
+        prefix
     }
 
     /// x `[b·l, h]` → `[b·l, h]`, with `prefix` in front of every sequence.
-    pub(crate) fn forward(&self, mut x: Array2<f32>, batch: usize, prefix: &Prefix) -> Array2<f32> {
+    pub(crate) fn forward(&self, mut x: Buffer, batch: usize, prefix: &Prefix) -> Buffer {
         let u = self.norm.forward(x.view());
         let (mamba, attention, gate) = self.branches(u.view(), batch, prefix);
         self.finish(&mamba, &attention, &gate, &mut x);
         x
     }
 
+    /// As [`forward`](Self::forward); returns also what [`backward`](Self::backward) reads, and the states after the frames.
+    pub(crate) fn forward_train(&self, x: Buffer, batch: usize, prefix: &Prefix) -> (Buffer, BlockCache, MambaState) {
+        let u = self.norm.forward(x.view());
+        let ((mamba, mamba_cache, state), ((attention, attention_cache), gate)) = parallel::join_if(
+            4 * x.len() * x.ncols(),
+            || self.mamba.forward_train(u.view(), batch, &prefix.mamba),
+            || (self.attention.forward_train(u.view(), batch, prefix), self.gate.forward(u.view())),
+        );
+        let mut mixed = Buffer::copy_of(&x);
+        Gate::mix(&gate, &mamba, &attention, &mut mixed);
+        let ffn_u = self.ffn_norm.forward(mixed.view());
+        let mut y = Buffer::copy_of(&mixed);
+        let ffn_inner = self.ffn.add_to_train(ffn_u.view(), &mut y);
+        let cache = BlockCache { x, u, mamba_cache, attention_cache, mamba, attention, gate, mixed, ffn_u, ffn_inner };
+        (y, cache, state)
+    }
+
+    /// The gradient of [`forward_train`](Self::forward_train): dy `[b·l, h]` → dx `[b·l, h]`. `dend` is the gradient of what the
+    /// frames left behind, where they are meta tokens. Adds that of what was in front of them to `dprefix`.
+    pub(crate) fn backward(
+        &self,
+        cache: &BlockCache,
+        prefix: &Prefix,
+        mut dy: Buffer,
+        dend: Option<&Prefix>,
+        grad: &mut HymbaBlock,
+        dprefix: &mut Prefix,
+    ) -> Buffer {
+        // y = mixed + FFN(LayerNorm(mixed))
+        let dffn_u = self.ffn.backward(cache.ffn_u.view(), &cache.ffn_inner, dy.view(), &mut grad.ffn);
+        *dy += &*self.ffn_norm.backward(cache.mixed.view(), dffn_u.view(), &mut grad.ffn_norm);
+        // mixed = x + g ⊙ Mamba(u) + (1 − g) ⊙ Attention(u)
+        let (dgate, dmamba, dattention) = Gate::mix_backward(&cache.gate, &cache.mamba, &cache.attention, &dy);
+        let u = cache.u.view();
+        let HymbaBlock { mamba: mamba_grad, attention: attention_grad, gate: gate_grad, .. } = grad;
+        let (mut du, from_attention) = parallel::join_if(
+            8 * dy.len() * dy.ncols(),
+            || {
+                let dend = dend.map(|dend| &dend.mamba);
+                let (start, dstart) = (&prefix.mamba, &mut dprefix.mamba);
+                self.mamba.backward(u, &cache.mamba_cache, start, dmamba.view(), dend, mamba_grad, dstart)
+            },
+            || {
+                let dend = dend.map(|dend| (&dend.keys, &dend.values));
+                let dprefix = (&mut dprefix.keys, &mut dprefix.values);
+                let attention = &cache.attention_cache;
+                let mut du =
+                    self.attention.backward(u, attention, prefix, dattention.view(), dend, attention_grad, dprefix);
+                *du += &*self.gate.backward(u, &cache.gate, dgate, gate_grad);
+                du
+            },
+        );
+        *du += &*from_attention;
+        // u = LayerNorm(x)
+        *dy += &*self.norm.backward(cache.x.view(), du.view(), &mut grad.norm);
+        dy
+    }
+
+    /// Adds the gradient of a prefix that consists of this block's own parameters.
+    pub(crate) fn add_own_prefix(&mut self, dprefix: &Prefix) {
+        self.attention.add_own_meta(&dprefix.keys, &dprefix.values);
+    }
+
     /// The next frame of each sequence, x `[b, h]` → `[b, h]`.
-    pub(crate) fn step(&self, mut x: Array2<f32>, prefix: &Prefix, state: &mut BlockState) -> Array2<f32> {
+    pub(crate) fn step(&self, mut x: Buffer, prefix: &Prefix, state: &mut BlockState) -> Buffer {
         let u = self.norm.forward(x.view());
         let mamba = self.mamba.step(u.view(), &mut state.mamba);
         let attention = self.attention.step(u.view(), prefix, &mut state.attention);
@@ -136,21 +229,21 @@ impl HymbaBlock {
     }
 
     /// As [`forward`](Self::forward), keeping what is worth looking at.
-    pub(crate) fn inspect(&self, mut x: Array2<f32>, batch: usize, prefix: &Prefix) -> BlockInspection {
+    pub(crate) fn inspect(&self, mut x: Buffer, batch: usize, prefix: &Prefix) -> BlockInspection {
         let u = self.norm.forward(x.view());
         let (mamba, attention, gate) = self.branches(u.view(), batch, prefix);
         self.finish(&mamba, &attention, &gate, &mut x);
         BlockInspection {
-            mamba: sequences(mamba, batch),
-            attention: sequences(attention, batch),
-            gate: sequences(gate, batch),
-            output: sequences(x, batch),
+            mamba: sequences(mamba.into_array(), batch),
+            attention: sequences(attention.into_array(), batch),
+            gate: sequences(gate.into_array(), batch),
+            output: sequences(x.into_array(), batch),
             attention_weights: self.attention.weights(u.view(), batch, prefix),
         }
     }
 
     /// Mamba(u), Attention(u) and the gate, the two branches at the same time.
-    fn branches(&self, u: ArrayView2<f32>, batch: usize, prefix: &Prefix) -> (Array2<f32>, Array2<f32>, Array2<f32>) {
+    fn branches(&self, u: ArrayView2<f32>, batch: usize, prefix: &Prefix) -> (Buffer, Buffer, Buffer) {
         let (rows, h) = u.dim();
         let (mamba, (attention, gate)) = parallel::join_if(
             4 * rows * h * h,
@@ -167,7 +260,7 @@ impl HymbaBlock {
         self.ffn.add_to(u.view(), x);
     }
 
-    pub(crate) fn visit(&self, name: &str, f: &mut Visitor) {
+    pub(crate) fn visit<'a>(&'a self, name: &str, f: &mut Visitor<'_, 'a>) {
         self.norm.visit(&join(name, "norm"), f);
         self.mamba.visit(&join(name, "mamba"), f);
         self.attention.visit(&join(name, "attention"), f);
@@ -176,7 +269,7 @@ impl HymbaBlock {
         self.ffn.visit(&join(name, "ffn"), f);
     }
 
-    pub(crate) fn visit_mut(&mut self, name: &str, f: &mut VisitorMut) {
+    pub(crate) fn visit_mut<'a>(&'a mut self, name: &str, f: &mut VisitorMut<'_, 'a>) {
         self.norm.visit_mut(&join(name, "norm"), f);
         self.mamba.visit_mut(&join(name, "mamba"), f);
         self.attention.visit_mut(&join(name, "attention"), f);

@@ -82,7 +82,7 @@ mod weights;
 pub use block::{BlockInspection, HymbaBlock};
 pub use error::{Error, Result};
 pub use layers::{MambaBranch, MetaTokenAttention};
-pub use model::{Hymba, HymbaState, Inspection};
+pub use model::{Hymba, HymbaState, Inspection, TrainCache};
 pub use ndarray;
 pub use options::{HymbaOptions, Preset};
 

@@ -4,13 +4,19 @@ use std::fmt;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use ndarray::{Array2, Array3, ArrayRef2, ArrayRef3, ArrayViewD, ArrayViewMutD, s};
+use ndarray::{Array2, Array3, ArrayRef3, ArrayViewD, ArrayViewMutD, s};
 use rand::SeedableRng;
 
-use crate::block::{BlockInspection, BlockState, HymbaBlock, Prefix, sequences};
+use crate::block::{BlockCache, BlockInspection, HymbaBlock, Prefix, sequences};
 use crate::kernels::parallel;
-use crate::layers::{Derived, LayerNorm, Linear, Rng, init_meta_tokens};
+use crate::layers::{Buffer, Derived, LayerNorm, Linear, Rng, init_meta_tokens};
 use crate::{Error, HymbaOptions, Result};
+
+mod streaming;
+mod training;
+
+pub use streaming::HymbaState;
+pub use training::TrainCache;
 
 /// A Hymba encoder: sequences of frames in, one vector (or one a frame) out.
 ///
@@ -51,43 +57,6 @@ pub struct Hymba {
     prefixes: Derived<Vec<Prefix>>,
     /// Tells models with other weights apart. Clones, having the same, share it.
     id: u64,
-}
-
-/// What a model remembers of a batch of streams between two calls of [`Hymba::step`].
-///
-/// A state belongs to the model that made it, and to its clones, as long as their parameters do not change. Cloning a
-/// state forks the streams. Its size is constant from the frame on that fills the window; only in the Edifice preset,
-/// whose attention has no window, it grows with every frame.
-#[derive(Clone)]
-pub struct HymbaState {
-    model: u64,
-    batch: usize,
-    frames: u64,
-    blocks: Vec<BlockState>,
-}
-
-impl HymbaState {
-    /// The number of streams.
-    pub fn batch(&self) -> usize {
-        self.batch
-    }
-
-    /// Frames seen so far by each stream.
-    pub fn frames(&self) -> u64 {
-        self.frames
-    }
-
-    /// Bytes of what is remembered.
-    pub fn num_bytes(&self) -> usize {
-        self.blocks.iter().map(BlockState::num_numbers).sum::<usize>() * size_of::<f32>()
-    }
-}
-
-impl fmt::Debug for HymbaState {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let mut f = f.debug_struct("HymbaState");
-        f.field("batch", &self.batch).field("frames", &self.frames).field("bytes", &self.num_bytes()).finish()
-    }
 }
 
 /// What every block did to an input: see [`Hymba::inspect`].
@@ -184,18 +153,7 @@ impl Hymba {
     /// ```
     pub fn forward_ragged(&self, x: &ArrayRef3<f32>, lengths: &[usize]) -> Result<Array2<f32>> {
         let (batch, l) = self.check_input(x)?;
-        if lengths.len() != batch {
-            return Err(Error::Lengths(format!(
-                "{} lengths for a batch of {batch}; give one for each row",
-                lengths.len()
-            )));
-        }
-        if let Some(row) = lengths.iter().position(|length| !(1..=l).contains(length)) {
-            return Err(Error::Lengths(format!(
-                "lengths[{row}] = {}, but it must be from 1 to {l}, the padded length",
-                lengths[row]
-            )));
-        }
+        check_lengths(lengths, batch, l)?;
         Ok(self.encode(x, lengths))
     }
 
@@ -224,7 +182,7 @@ impl Hymba {
         let encoded = parallel::enter_if(self.work(batch * l), || {
             parallel::map(groups, |group| {
                 let frames = self.run(x, group, &lengths);
-                sequences(self.final_norm.forward(frames.view()), group.rows.len())
+                sequences(self.final_norm.forward(frames.view()).into_array(), group.rows.len())
             })
         });
         let mut y = Array3::zeros((batch, l, self.options.hidden_size));
@@ -234,74 +192,6 @@ impl Hymba {
             first += encoded.dim().0;
         }
         Ok(y)
-    }
-
-    /// A state for `batch` streams that have seen no frame yet.
-    ///
-    /// A batch whose state does not fit into memory gives a state that [`step`](Self::step) refuses.
-    pub fn new_state(&self, batch: usize) -> HymbaState {
-        let prefixes = self.prefixes();
-        let one: usize = prefixes.iter().map(|prefix| BlockState::new(1, prefix).num_numbers()).sum();
-        let window_rows = self.options.window().unwrap_or(0).min(64);
-        let numbers = one + self.blocks.len() * 2 * window_rows * self.options.hidden_size;
-        let fits =
-            numbers.checked_mul(batch).is_some_and(|numbers| Vec::<f32>::new().try_reserve_exact(numbers).is_ok());
-        let blocks =
-            if fits { prefixes.iter().map(|prefix| BlockState::new(batch, prefix)).collect() } else { Vec::new() };
-        HymbaState { model: self.id, batch, frames: 0, blocks }
-    }
-
-    /// The next frame of each stream: frame `[b, embed_dim]` → `[b, hidden_size]`, which equals [`forward`](Self::forward)
-    /// on all frames given so far. The cost does not depend on how many they were (except in the Edifice preset, whose
-    /// attention has no window).
-    ///
-    /// # Errors
-    ///
-    /// [`Error::Shape`] if the width is not `embed_dim` or b is 0; [`Error::State`] if the state is of another batch
-    /// size, was made by another model, or before the parameters changed. The state is then untouched.
-    ///
-    /// ```
-    /// use hymba::{Hymba, HymbaOptions};
-    /// use hymba::ndarray::Array2;
-    ///
-    /// let model = Hymba::build(HymbaOptions::new(5).hidden_size(16).num_heads(2).num_layers(1))?;
-    /// let mut state = model.new_state(1);
-    /// for _ in 0..100 {
-    ///     let y = model.step(&Array2::<f32>::ones((1, 5)), &mut state)?;
-    ///     assert_eq!(y.dim(), (1, 16));
-    /// }
-    /// assert_eq!(state.frames(), 100);
-    /// # Ok::<(), hymba::Error>(())
-    /// ```
-    pub fn step(&self, frame: &ArrayRef2<f32>, state: &mut HymbaState) -> Result<Array2<f32>> {
-        let (batch, width) = frame.dim();
-        if batch == 0 || width != self.options.embed_dim {
-            return Err(Error::Shape {
-                argument: "frame",
-                expected: format!("[b, embed_dim] with b ≥ 1 and embed_dim = {}", self.options.embed_dim),
-                given: frame.shape().to_vec(),
-            });
-        }
-        if state.model != self.id {
-            return Err(Error::State(
-                "another model made it, or the parameters have changed since; make one with new_state".into(),
-            ));
-        }
-        if state.batch != batch {
-            return Err(Error::State(format!(
-                "it holds {} streams, and the frame has {batch} rows; make one with new_state({batch})",
-                state.batch
-            )));
-        }
-        if state.blocks.len() != self.blocks.len() {
-            return Err(Error::State(format!("{batch} streams do not fit into memory; stream fewer at a time")));
-        }
-        let mut x = self.project(frame.as_standard_layout().into_owned());
-        for ((block, prefix), state) in self.blocks.iter().zip(self.prefixes()).zip(&mut state.blocks) {
-            x = block.step(x, prefix, state);
-        }
-        state.frames += 1;
-        Ok(self.final_norm.forward(x.view()))
     }
 
     /// What every block does to x `[b, l, embed_dim]`: the two branches, the gate that mixes them, and the attention
@@ -328,7 +218,7 @@ impl Hymba {
         let (batch, l) = self.check_input(x)?;
         let mut meta = Vec::new();
         if let Some(tokens) = &self.meta_tokens {
-            let (none, mut x) = (Prefix::none(&self.options), tokens.clone());
+            let (none, mut x) = (Prefix::none(&self.options), Buffer::copy_of(tokens));
             for block in &self.blocks {
                 let seen = block.inspect(x, 1, &none);
                 x = rows(&seen.output);
@@ -374,7 +264,7 @@ impl Hymba {
     /// assert_eq!(shapes[0], ("input_proj.weight".to_string(), vec![16, 5]));
     /// # Ok::<(), hymba::Error>(())
     /// ```
-    pub fn visit(&self, f: &mut dyn FnMut(&str, ArrayViewD<'_, f32>)) {
+    pub fn visit<'a>(&'a self, f: &mut dyn FnMut(&str, ArrayViewD<'a, f32>)) {
         if let Some(input_proj) = &self.input_proj {
             input_proj.visit("input_proj", f);
         }
@@ -388,7 +278,7 @@ impl Hymba {
     }
 
     /// As [`visit`](Self::visit), for changing the parameters. States made before can no longer be used.
-    pub fn visit_mut(&mut self, f: &mut dyn FnMut(&str, ArrayViewMutD<'_, f32>)) {
+    pub fn visit_mut<'a>(&'a mut self, f: &mut dyn FnMut(&str, ArrayViewMutD<'a, f32>)) {
         self.prefixes.forget();
         self.id = next_id();
         if let Some(input_proj) = &mut self.input_proj {
@@ -470,7 +360,7 @@ impl Hymba {
     }
 
     /// The sequences of a group through all blocks: `[rows·l, h]`, before the final norm.
-    fn run(&self, x: &ArrayRef3<f32>, group: Group, lengths: &[usize]) -> Array2<f32> {
+    fn run(&self, x: &ArrayRef3<f32>, group: Group, lengths: &[usize]) -> Buffer {
         let mut x = self.project(gather(x, group, lengths));
         for (block, prefix) in self.blocks.iter().zip(self.prefixes()) {
             x = block.forward(x, group.rows.len(), prefix);
@@ -479,28 +369,36 @@ impl Hymba {
     }
 
     /// `[rows, embed_dim]` → `[rows, h]`
-    fn project(&self, frames: Array2<f32>) -> Array2<f32> {
+    fn project(&self, frames: Buffer) -> Buffer {
         match &self.input_proj {
             Some(input_proj) => input_proj.forward(frames.view()),
             None => frames,
         }
     }
 
-    /// What stands in front of the frames in each block. The meta tokens pass through the blocks like frames of a stream
-    /// in which everything is seen.
+    /// What stands in front of the frames in each block.
     fn prefixes(&self) -> &[Prefix] {
-        self.prefixes.get(|| {
-            let none = Prefix::none(&self.options);
-            let mut states: Vec<BlockState> = self.blocks.iter().map(|_| BlockState::new(1, &none)).collect();
-            for token in self.meta_tokens.iter().flat_map(|tokens| tokens.rows()) {
-                let mut x = token.insert_axis(ndarray::Axis(0)).to_owned();
-                for (block, state) in self.blocks.iter().zip(&mut states) {
-                    x = block.step(x, &none, state);
-                }
-            }
-            let window = self.options.window();
-            self.blocks.iter().zip(states).map(|(block, state)| block.prefix(state, window)).collect()
-        })
+        self.prefixes.get(|| self.pass_meta_tokens().0)
+    }
+
+    /// Takes the meta tokens through the blocks, as a batch of one sequence in which everything is seen. Returns what they
+    /// leave in front of the frames in each block, and what the way back reads; of the latter nothing where there are no
+    /// tokens.
+    fn pass_meta_tokens(&self) -> (Vec<Prefix>, Vec<BlockCache>) {
+        let none = Prefix::none(&self.options);
+        let mut tokens = self.meta_tokens.as_ref().map(Buffer::copy_of);
+        let (mut prefixes, mut caches) = (Vec::new(), Vec::new());
+        for block in &self.blocks {
+            let Some(x) = tokens.take() else {
+                prefixes.push(block.prefix(None, &self.options));
+                continue;
+            };
+            let (y, cache, state) = block.forward_train(x, 1, &none);
+            prefixes.push(block.prefix(Some((&cache, state)), &self.options));
+            caches.push(cache);
+            tokens = Some(y);
+        }
+        (prefixes, caches)
     }
 }
 
@@ -519,8 +417,8 @@ struct Group<'a> {
 }
 
 /// The sequences of a group, one after the other, zero from their end on: what fills up a row has no influence at all.
-fn gather(x: &ArrayRef3<f32>, group: Group, lengths: &[usize]) -> Array2<f32> {
-    let mut frames = Array2::zeros((group.rows.len() * group.l, x.dim().2));
+fn gather(x: &ArrayRef3<f32>, group: Group, lengths: &[usize]) -> Buffer {
+    let mut frames = Buffer::zeros((group.rows.len() * group.l, x.dim().2));
     for (i, &row) in group.rows.iter().enumerate() {
         let first = i * group.l;
         frames.slice_mut(s![first..first + lengths[row], ..]).assign(&x.slice(s![row, ..lengths[row], ..]));
@@ -529,9 +427,24 @@ fn gather(x: &ArrayRef3<f32>, group: Group, lengths: &[usize]) -> Array2<f32> {
 }
 
 /// `[b, l, h]` → `[b·l, h]`
-fn rows(x: &Array3<f32>) -> Array2<f32> {
+fn rows(x: &Array3<f32>) -> Buffer {
     let (batch, l, h) = x.dim();
-    x.to_shape((batch * l, h)).expect("the same numbers").into_owned()
+    x.to_shape((batch * l, h)).expect("the same numbers").into_owned().into()
+}
+
+/// One length for each row, from 1 to l.
+fn check_lengths(lengths: &[usize], batch: usize, l: usize) -> Result<()> {
+    if lengths.len() != batch {
+        let advice = format!("{} lengths for a batch of {batch}; give one for each row", lengths.len());
+        return Err(Error::Lengths(advice));
+    }
+    if let Some(row) = lengths.iter().position(|length| !(1..=l).contains(length)) {
+        let length = lengths[row];
+        return Err(Error::Lengths(format!(
+            "lengths[{row}] = {length}, but it must be from 1 to {l}, the padded length"
+        )));
+    }
+    Ok(())
 }
 
 fn next_id() -> u64 {

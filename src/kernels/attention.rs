@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use ndarray::{ArrayViewMut2, Axis};
+use ndarray::{ArrayView2, ArrayViewMut2, Axis};
 
 use super::math;
 use super::matmul::{Out, PANEL, Packed, Rows, matmul_part};
@@ -45,13 +45,13 @@ impl<'a> Sequence<'a> {
 
     /// One head, as the first of what is left of the rows.
     pub(crate) fn head(&self, head: usize) -> Sequence<'a> {
-        let from = |rows: Rows<'a>| Rows { data: rows.data.get(head * self.head_width..).unwrap_or(&[]), ..rows };
+        let column = head * self.head_width;
         Sequence {
-            queries: from(self.queries),
-            keys: from(self.keys),
-            values: from(self.values),
-            meta_keys: from(self.meta_keys),
-            meta_values: from(self.meta_values),
+            queries: self.queries.skip_columns(column),
+            keys: self.keys.skip_columns(column),
+            values: self.values.skip_columns(column),
+            meta_keys: self.meta_keys.skip_columns(column),
+            meta_values: self.meta_values.skip_columns(column),
             ..*self
         }
     }
@@ -73,39 +73,66 @@ impl<'a> Sequence<'a> {
         }
     }
 
+    /// Meta tokens and frames that a frame sees, at most.
+    pub(crate) fn most_seen(&self) -> usize {
+        self.meta + self.window.map_or(self.frames, |window| window.min(self.frames))
+    }
+
     /// All columns that frame `i` sees.
     fn seen(&self, i: usize) -> impl Iterator<Item = usize> + Clone + use<> {
         (0..self.meta).chain(self.meta + self.first_seen(i)..self.meta + i + 1)
     }
 }
 
+/// Where ln Σ exp(score) of every frame and head `[l, a]` is kept for the backward pass.
+pub(crate) type LogSums<'a> = Option<ArrayViewMut2<'a, f32>>;
+
 /// out `[l, h]` = softmax(queries · keysᵀ/√p over what each frame sees) · values, head by head.
-pub(crate) fn attend(sequence: Sequence, out: ArrayViewMut2<f32>) {
+pub(crate) fn attend(sequence: Sequence, out: ArrayViewMut2<f32>, log_sums: LogSums) {
     let (l, h) = out.dim();
     if h == sequence.head_width {
-        return attend_head(sequence, out);
+        return attend_head(sequence, out, log_sums);
     }
     let half = h / sequence.head_width / 2;
-    let seen = sequence.meta + sequence.window.map_or(l, |window| window.min(l));
     let (left, right) = out.split_at(Axis(1), half * sequence.head_width);
-    parallel::join_if(l * seen * h, || attend(sequence, left), || attend(sequence.head(half), right));
+    let (left_sums, right_sums) = match log_sums.map(|sums| sums.split_at(Axis(1), half)) {
+        Some((left, right)) => (Some(left), Some(right)),
+        None => (None, None),
+    };
+    parallel::join_if(
+        l * sequence.most_seen() * h,
+        || attend(sequence, left, left_sums),
+        || attend(sequence.head(half), right, right_sums),
+    );
 }
 
-fn attend_head(head: Sequence, mut out: ArrayViewMut2<f32>) {
+fn attend_head(head: Sequence, mut out: ArrayViewMut2<f32>, log_sums: LogSums) {
     let (columns, p) = (head.meta + head.frames, head.head_width);
     // What a query does not see has weight 0, and 0 times a number is 0 only if the number is finite. Otherwise frames
     // must really not be touched by what lies after them.
     if !(0..columns).all(|column| all_finite(head.value(column))) {
+        if let Some(mut sums) = log_sums {
+            sums.fill(f32::NAN); // such a sequence has no gradient
+        }
         return attend_head_plainly(head, out);
     }
     let keys = Packed::from_rows(columns, p, |column| head.key(column), None);
     let values = Packed::from_columns(p, columns, |column| head.value(column));
-    let tiles = out.axis_chunks_iter_mut(Axis(0), QUERIES).enumerate().collect();
-    let tile = |(tile, out): (usize, ArrayViewMut2<f32>)| attend_tile(head, &keys, &values, tile * QUERIES, out);
+    let mut tiles: Vec<_> = out.axis_chunks_iter_mut(Axis(0), QUERIES).map(|out| (0, out, None)).collect();
+    for (i, tile) in tiles.iter_mut().enumerate() {
+        tile.0 = i * QUERIES;
+    }
+    let mut log_sums = log_sums;
+    if let Some(sums) = &mut log_sums {
+        for (tile, sums) in tiles.iter_mut().zip(sums.axis_chunks_iter_mut(Axis(0), QUERIES)) {
+            tile.2 = Some(sums);
+        }
+    }
+    let attend = |(first, out, sums)| attend_tile(head, &keys, &values, first, out, sums);
     if head.frames > 16 * QUERIES {
-        parallel::for_each(tiles, tile);
+        parallel::for_each(tiles, attend);
     } else {
-        tiles.into_iter().for_each(tile);
+        tiles.into_iter().for_each(attend);
     }
 }
 
@@ -117,7 +144,14 @@ fn all_finite(x: &[f32]) -> bool {
 
 /// The queries from `first` on, as many as `out` has rows. Keys come in pieces, and what is summed so far is rescaled
 /// whenever a piece holds a new largest score (the online softmax of flash attention).
-fn attend_tile(head: Sequence, keys: &Packed, values: &Packed, first: usize, mut out: ArrayViewMut2<f32>) {
+fn attend_tile(
+    head: Sequence,
+    keys: &Packed,
+    values: &Packed,
+    first: usize,
+    mut out: ArrayViewMut2<f32>,
+    log_sums: LogSums,
+) {
     let (m, p) = out.dim();
     let k = head.meta;
     let queries = Rows { data: &head.queries.data[first * head.queries.stride..], ..head.queries };
@@ -150,6 +184,9 @@ fn attend_tile(head: Sequence, keys: &Packed, values: &Packed, first: usize, mut
         for (out, sum) in out.iter_mut().zip(&sums[i * p..]) {
             *out = sum / softmax[i].sum;
         }
+    }
+    if let Some(mut sums) = log_sums {
+        sums.iter_mut().zip(softmax).for_each(|(sum, softmax)| *sum = softmax.largest + softmax.sum.ln());
     }
 }
 
@@ -274,6 +311,173 @@ fn attend_head_plainly(head: Sequence, mut out: ArrayViewMut2<f32>) {
     }
 }
 
+/// What [`attend_backward`] writes, for one sequence; all overwritten.
+pub(crate) struct AttentionGradient<'a> {
+    /// `[l, h]`
+    pub queries: ArrayViewMut2<'a, f32>,
+    pub keys: ArrayViewMut2<'a, f32>,
+    pub values: ArrayViewMut2<'a, f32>,
+    /// `[k, h]`
+    pub meta_keys: ArrayViewMut2<'a, f32>,
+    pub meta_values: ArrayViewMut2<'a, f32>,
+}
+
+impl<'a> AttentionGradient<'a> {
+    /// The columns before `column`, and the others.
+    fn split_at(self, column: usize) -> (Self, Self) {
+        let (queries, right_queries) = self.queries.split_at(Axis(1), column);
+        let (keys, right_keys) = self.keys.split_at(Axis(1), column);
+        let (values, right_values) = self.values.split_at(Axis(1), column);
+        let (meta_keys, right_meta_keys) = self.meta_keys.split_at(Axis(1), column);
+        let (meta_values, right_meta_values) = self.meta_values.split_at(Axis(1), column);
+        let right = AttentionGradient {
+            queries: right_queries,
+            keys: right_keys,
+            values: right_values,
+            meta_keys: right_meta_keys,
+            meta_values: right_meta_values,
+        };
+        (AttentionGradient { queries, keys, values, meta_keys, meta_values }, right)
+    }
+}
+
+/// What the forward pass left: its output and the gradient of that `[l, h]`, and the log-sums `[l, a]`.
+#[derive(Clone, Copy)]
+pub(crate) struct Attended<'a> {
+    pub out: Rows<'a>,
+    pub dout: Rows<'a>,
+    pub log_sums: ArrayView2<'a, f32>,
+}
+
+/// The gradient of [`attend`]. The weights P = exp(scores − log-sum) are computed again, piece by piece; with dout the
+/// gradient of out = P·V,
+///
+/// ```text
+/// dV = Pᵀ·dout
+/// dS = P ⊙ (dout·Vᵀ − Σ dout ⊙ out)/√p          of the products of queries and keys
+/// dQ = dS·K,  dK = dSᵀ·Q
+/// ```
+pub(crate) fn attend_backward(sequence: Sequence, attended: Attended, gradient: AttentionGradient) {
+    let (l, h) = gradient.queries.dim();
+    if h == sequence.head_width {
+        return attend_head_backward(sequence, attended, gradient);
+    }
+    let half = h / sequence.head_width / 2;
+    let column = half * sequence.head_width;
+    let (left, right) = gradient.split_at(column);
+    let (left_sums, right_sums) = attended.log_sums.split_at(Axis(1), half);
+    let right_attended = Attended {
+        out: attended.out.skip_columns(column),
+        dout: attended.dout.skip_columns(column),
+        log_sums: right_sums,
+    };
+    parallel::join_if(
+        2 * l * sequence.most_seen() * h,
+        || attend_backward(sequence, Attended { log_sums: left_sums, ..attended }, left),
+        || attend_backward(sequence.head(half), right_attended, right),
+    );
+}
+
+fn attend_head_backward(head: Sequence, attended: Attended, mut gradient: AttentionGradient) {
+    let (columns, p, k) = (head.meta + head.frames, head.head_width, head.meta);
+    let keys = Packed::from_rows(columns, p, |column| head.key(column), None);
+    let values = Packed::from_rows(columns, p, |column| head.value(column), None);
+    let keys_across = Packed::from_columns(p, columns, |column| head.key(column));
+    let (mut dkeys, mut dvalues) = (vec![0.0; columns * p], vec![0.0; columns * p]);
+    let mut weights = vec![0.0; QUERIES * KEYS]; // P
+    let mut dscores = vec![0.0; QUERIES * KEYS]; // dS
+    let mut turned = vec![0.0; QUERIES * KEYS];
+    for first in (0..head.frames).step_by(QUERIES) {
+        let m = QUERIES.min(head.frames - first);
+        let queries = Rows { data: &head.queries.data[first * head.queries.stride..], ..head.queries };
+        let dout = Rows { data: &attended.dout.data[first * attended.dout.stride..], ..attended.dout };
+        let queries_across = Packed::from_columns(p, m, |i| queries.row(i, p));
+        let dout_across = Packed::from_columns(p, m, |i| dout.row(i, p));
+        let mut dqueries = vec![0.0; m * p];
+        for columns in pieces(k, k + head.first_seen(first), k + first + m) {
+            let width = columns.len();
+            matmul_part(queries, m, &keys, columns.clone(), 0..p, &mut weights, width, Out::Set);
+            matmul_part(dout, m, &values, columns.clone(), 0..p, &mut dscores, width, Out::Set);
+            for i in 0..m {
+                let frame = first + i;
+                let here = |from: usize, to: usize| {
+                    let place = |column: usize| column.clamp(columns.start, columns.end) - columns.start;
+                    place(from)..place(to)
+                };
+                let dout = dout.row(i, p);
+                dispatch(SoftmaxBackward {
+                    scores: &mut weights[i * width..][..width],
+                    dscores: &mut dscores[i * width..][..width],
+                    meta: here(0, k),
+                    frames: here(k + head.first_seen(frame), k + frame + 1),
+                    scale: head.scale(),
+                    log_sum: attended.log_sums[[frame, 0]],
+                    projection: dout.iter().zip(attended.out.row(frame, p)).map(|(dout, out)| dout * out).sum(),
+                });
+            }
+            let scores = Rows { data: &dscores, stride: width };
+            matmul_part(scores, m, &keys_across, 0..p, columns.clone(), &mut dqueries, p, Out::Add);
+            let here = columns.start * p..columns.end * p;
+            for (across, from, to) in
+                [(&queries_across, &dscores, &mut dkeys[here.clone()]), (&dout_across, &weights, &mut dvalues[here])]
+            {
+                for (i, row) in from.chunks_exact(width).enumerate().take(m) {
+                    row.iter().enumerate().for_each(|(column, number)| turned[column * m + i] = *number);
+                }
+                let rows = Rows { data: &turned, stride: m };
+                matmul_part(rows, width, across, 0..p, 0..m, to, p, Out::Add);
+            }
+        }
+        for (i, dquery) in dqueries.chunks_exact(p).enumerate() {
+            gradient.queries.row_mut(first + i).iter_mut().zip(dquery).for_each(|(to, from)| *to = *from);
+        }
+    }
+    for (from, mut meta, mut frames) in
+        [(&dkeys, gradient.meta_keys, gradient.keys), (&dvalues, gradient.meta_values, gradient.values)]
+    {
+        let rows = meta.rows_mut().into_iter().chain(frames.rows_mut());
+        for (mut to, from) in rows.zip(from.chunks_exact(p)) {
+            to.iter_mut().zip(from).for_each(|(to, from)| *to = *from);
+        }
+    }
+}
+
+/// Turns the scores of one query into its weights P, and dout·Vᵀ into dS = P ⊙ (dout·Vᵀ − projection)·scale; both are 0 for
+/// hidden keys.
+struct SoftmaxBackward<'a> {
+    scores: &'a mut [f32],
+    dscores: &'a mut [f32],
+    /// The columns that the query sees, in two runs.
+    meta: Range<usize>,
+    frames: Range<usize>,
+    scale: f32,
+    log_sum: f32,
+    /// Σ dout ⊙ out
+    projection: f32,
+}
+
+impl Kernel for SoftmaxBackward<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let SoftmaxBackward { scores, dscores, meta, frames, scale, log_sum, projection } = self;
+        for hidden in [0..meta.start, meta.end..frames.start.max(meta.end), frames.end.max(meta.end)..scores.len()] {
+            scores[hidden.clone()].fill(0.0);
+            dscores[hidden].fill(0.0);
+        }
+        let (scale_all, shift, projection) = (s.splat(scale), s.splat(-log_sum), s.splat(projection));
+        for run in [meta, frames] {
+            for (score, dscore) in scores[run.clone()].chunks_mut(LANES).zip(dscores[run].chunks_mut(LANES)) {
+                let weight = math::exp(s, s.mul_add(scale_all, s.load_some(score), shift));
+                let dweight = s.sub(s.load_some(dscore), projection);
+                s.store_some(weight, score);
+                s.store_some(s.mul(s.mul(weight, dweight), scale_all), dscore);
+            }
+        }
+    }
+}
+
 /// Keys and values `[rows, h]` of meta tokens or of frames.
 #[derive(Clone, Copy)]
 pub(crate) struct Seen<'a> {
@@ -326,126 +530,4 @@ impl Kernel for Step<'_> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::super::simd::{Level, dispatch_at};
-    use super::*;
-    use ndarray::{Array2, s};
-
-    fn rows(x: &Array2<f32>) -> Rows<'_> {
-        Rows { data: x.as_slice().unwrap(), stride: x.ncols() }
-    }
-
-    fn wave(rows: usize, h: usize, step: usize) -> Array2<f32> {
-        Array2::from_shape_fn((rows, h), |(i, j)| ((i * 31 + j * step) % 41) as f32 / 10.0 - 2.0)
-    }
-
-    #[test]
-    fn tiles_equal_the_definition() {
-        for l in (1..130).step_by(3).chain([600]) {
-            for (k, window, heads, p) in [
-                (4, Some(60), 2, 8),
-                (0, Some(60), 1, 5),
-                (3, Some(1), 1, 4),
-                (40, Some(7), 3, 3),
-                (33, None, 1, 16),
-                (300, Some(20), 1, 4),
-            ] {
-                let h = heads * p;
-                let (q, keys, values) = (wave(l, h, 7), wave(l, h, 11), wave(l, h, 13));
-                let (meta_keys, meta_values) = (wave(k, h, 17), wave(k, h, 19));
-                let sequence = Sequence {
-                    queries: rows(&q),
-                    keys: rows(&keys),
-                    values: rows(&values),
-                    meta_keys: rows(&meta_keys),
-                    meta_values: rows(&meta_values),
-                    frames: l,
-                    meta: k,
-                    head_width: p,
-                    window,
-                };
-                let (mut fast, mut plain) = (Array2::zeros((l, h)), Array2::zeros((l, h)));
-                attend(sequence, fast.view_mut());
-                for head in 0..heads {
-                    attend_head_plainly(sequence.head(head), plain.slice_mut(s![.., head * p..(head + 1) * p]));
-                }
-                for (fast, plain) in fast.iter().zip(&plain) {
-                    assert!((fast - plain).abs() < 1e-5, "l {l} k {k} window {window:?}: {fast} {plain}");
-                }
-                // the last frame again, as a step
-                let first = sequence.first_seen(l - 1);
-                let (seen_keys, seen_values) = (keys.slice(s![first.., ..]), values.slice(s![first.., ..]));
-                let step = [
-                    Seen { keys: meta_keys.as_slice().unwrap(), values: meta_values.as_slice().unwrap() },
-                    Seen { keys: seen_keys.as_slice().unwrap(), values: seen_values.as_slice().unwrap() },
-                ];
-                for level in Level::ALL.into_iter().filter(|level| level.is_available()) {
-                    let mut out = vec![0.0; h];
-                    let query = q.row(l - 1).to_vec();
-                    dispatch_at(level, Step { query: &query, seen: step, heads, out: &mut out });
-                    for (out, plain) in out.iter().zip(plain.row(l - 1)) {
-                        assert!((out - plain).abs() < 1e-5, "{level:?}");
-                    }
-                }
-            }
-        }
-    }
-
-    #[test]
-    fn softmax_rows_agree_on_every_level() {
-        for width in 0..130 {
-            let scores: Vec<f32> = (0..width).map(|i| (i * 7 % 23) as f32 - 11.0).collect();
-            for (meta, frames) in [(0..width / 3, width / 2..width), (0..0, 0..width), (0..width, width..width)] {
-                for level in Level::ALL.into_iter().filter(|level| level.is_available()) {
-                    let mut got = scores.clone();
-                    let mut softmax = RunningSoftmax { largest: 1.0, sum: 2.0 };
-                    let mut sums = [3.0; 5];
-                    dispatch_at(
-                        level,
-                        SoftmaxRow {
-                            scores: &mut got,
-                            meta: meta.clone(),
-                            frames: frames.clone(),
-                            scale: 0.5,
-                            softmax: &mut softmax,
-                            sums: &mut sums,
-                        },
-                    );
-                    let seen = |i: &usize| meta.contains(i) || frames.contains(i);
-                    let largest = (0..width).filter(seen).fold(1.0f32, |m, i| m.max(0.5 * scores[i]));
-                    let mut sum = 2.0 * (1.0 - largest).exp();
-                    for i in 0..width {
-                        let want = if seen(&i) { (0.5 * scores[i] - largest).exp() } else { 0.0 };
-                        assert!((got[i] - want).abs() < 1e-6, "{level:?} width {width} {i}");
-                        sum += want;
-                    }
-                    assert!((softmax.sum - sum).abs() < 1e-5 * sum && softmax.largest == largest);
-                    assert!((sums[4] - 3.0 * (1.0 - largest).exp()).abs() < 1e-5);
-                }
-            }
-        }
-    }
-
-    #[test]
-    fn what_lies_ahead_touches_nothing() {
-        let mut values = wave(9, 4, 3);
-        values[[5, 2]] = f32::NAN;
-        let (q, meta) = (wave(9, 4, 7), wave(2, 4, 5));
-        let sequence = Sequence {
-            queries: rows(&q),
-            keys: rows(&q),
-            values: rows(&values),
-            meta_keys: rows(&meta),
-            meta_values: rows(&meta),
-            frames: 9,
-            meta: 2,
-            head_width: 2,
-            window: Some(3),
-        };
-        let mut out = Array2::zeros((9, 4));
-        attend(sequence, out.view_mut());
-        for (i, row) in out.rows().into_iter().enumerate() {
-            assert_eq!(row.iter().any(|x| x.is_nan()), (5..8).contains(&i), "frame {i}");
-        }
-    }
-}
+mod tests;

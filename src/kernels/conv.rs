@@ -7,10 +7,15 @@ use super::simd::{Kernel, LANES, Simd, dispatch};
 /// Taps of the convolution.
 pub(crate) const TAPS: usize = 4;
 
+/// out `[l, d]`: out_t = bias + Σᵢ weight_i ⊙ x_{t−3+i} for i = 0 … 3, what [`conv_silu`] takes the silu of.
+pub(crate) fn conv(x: Rows, before: &[f32], weight: &[f32], bias: &[f32], out: &mut [f32]) {
+    dispatch(Conv { x, before, weight, bias, out });
+}
+
 /// out `[l, d]`: out_t = silu(bias + Σᵢ weight_i ⊙ x_{t−3+i}) for i = 0 … 3. `weight` is `[4, d]`; `before` `[3, d]` holds
 /// the rows of x in front of the first, oldest first.
 pub(crate) fn conv_silu(x: Rows, before: &[f32], weight: &[f32], bias: &[f32], out: &mut [f32]) {
-    dispatch(Conv { x, before, weight, bias, out });
+    conv(x, before, weight, bias, out);
     math::map::<Silu>(out);
 }
 
@@ -47,6 +52,81 @@ impl Kernel for Conv<'_> {
     }
 }
 
+/// What [`conv_backward`] writes: dx `[l, d]` with rows `stride` apart is overwritten, the others are added to.
+pub(crate) struct ConvGradient<'a> {
+    pub dx: &'a mut [f32],
+    pub stride: usize,
+    /// `[3, d]`, of the rows in front of x.
+    pub before: &'a mut [f32],
+    /// `[4, d]`
+    pub weight: &'a mut [f32],
+    /// `[d]`
+    pub bias: &'a mut [f32],
+}
+
+/// The gradient of [`conv`] for dy `[l, d]`: row t of x went into the outputs t … t + 3, through weight 3 … 0.
+pub(crate) fn conv_backward(x: Rows, before: &[f32], weight: &[f32], dy: &[f32], gradient: ConvGradient) {
+    dispatch(ConvBackward { x, before, weight, dy, gradient });
+}
+
+struct ConvBackward<'a> {
+    x: Rows<'a>,
+    before: &'a [f32],
+    weight: &'a [f32],
+    dy: &'a [f32],
+    gradient: ConvGradient<'a>,
+}
+
+impl Kernel for ConvBackward<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let ConvGradient { dx, stride, before: dbefore, weight: dweight, bias: dbias } = self.gradient;
+        let d = dbias.len();
+        let l = self.dy.len() / d;
+        for first in (0..d).step_by(LANES) {
+            let lanes = first..d.min(first + LANES);
+            let mut taps = [s.splat(0.0); TAPS];
+            for (tap, lane) in taps.iter_mut().enumerate() {
+                *lane = s.load_some(&self.weight[tap * d..][lanes.clone()]);
+            }
+            let mut dtaps = [s.splat(0.0); TAPS];
+            let mut dsum = s.load_some(&dbias[lanes.clone()]);
+            // row j of the history and x together is seen by output j − tap through each tap
+            for j in 0..l + TAPS - 1 {
+                let x = match j.checked_sub(TAPS - 1) {
+                    Some(t) => s.load_some(&self.x.data[t * self.x.stride..][lanes.clone()]),
+                    None => s.load_some(&self.before[j * d..][lanes.clone()]),
+                };
+                let mut sum = s.splat(0.0);
+                for (tap, (weight, dweight)) in taps.iter().zip(&mut dtaps).enumerate() {
+                    if let Some(t) = j.checked_sub(tap).filter(|&t| t < l) {
+                        let dy = s.load_some(&self.dy[t * d..][lanes.clone()]);
+                        sum = s.mul_add(*weight, dy, sum);
+                        *dweight = s.mul_add(dy, x, *dweight);
+                    }
+                }
+                match j.checked_sub(TAPS - 1) {
+                    Some(t) => {
+                        dsum = s.add(dsum, s.load_some(&self.dy[t * d..][lanes.clone()]));
+                        s.store_some(sum, &mut dx[t * stride..][lanes.clone()]);
+                    }
+                    None => {
+                        let dbefore = &mut dbefore[j * d..][lanes.clone()];
+                        s.store_some(s.add(s.load_some(dbefore), sum), dbefore);
+                    }
+                }
+            }
+            s.store_some(dsum, &mut dbias[lanes.clone()]);
+            for (tap, lane) in dtaps.into_iter().enumerate() {
+                let dweight = &mut dweight[tap * d..][lanes.clone()];
+                s.store_some(s.add(s.load_some(dweight), lane), dweight);
+            }
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::super::simd::{Level, dispatch_at};
@@ -75,6 +155,62 @@ mod tests {
                         }
                         assert!((out[t * d + c] - want).abs() < 1e-5);
                     }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn gradients_equal_the_plain_sums_on_every_level() {
+        let wave = |i: usize| ((i * 29 % 31) as f32 - 15.0) / 10.0;
+        for level in Level::ALL.into_iter().filter(|level| level.is_available()) {
+            for (d, l) in [(1, 1), (7, 2), (16, 3), (33, 9), (70, 5)] {
+                let stride = d + 3;
+                let x: Vec<f32> = (0..l * stride).map(wave).collect();
+                let before: Vec<f32> = (0..3 * d).map(|i| wave(i + 5)).collect();
+                let weight: Vec<f32> = (0..4 * d).map(|i| wave(i + 11)).collect();
+                let dy: Vec<f32> = (0..l * d).map(|i| wave(i + 3)).collect();
+                let (mut dx, mut dbefore) = (vec![7.0; l * stride], vec![1.0; 3 * d]);
+                let (mut dweight, mut dbias) = (vec![1.0; 4 * d], vec![1.0; d]);
+                dispatch_at(
+                    level,
+                    ConvBackward {
+                        x: Rows { data: &x, stride },
+                        before: &before,
+                        weight: &weight,
+                        dy: &dy,
+                        gradient: ConvGradient {
+                            dx: &mut dx,
+                            stride,
+                            before: &mut dbefore,
+                            weight: &mut dweight,
+                            bias: &mut dbias,
+                        },
+                    },
+                );
+                let (mut want_x, mut want_before) = (vec![0.0; l * d], vec![1.0; 3 * d]);
+                let (mut want_weight, mut want_bias) = (vec![1.0; 4 * d], vec![1.0; d]);
+                for t in 0..l {
+                    for c in 0..d {
+                        let dy = dy[t * d + c];
+                        want_bias[c] += dy;
+                        for tap in 0..TAPS {
+                            let weight = weight[tap * d + c];
+                            if t + tap < 3 {
+                                want_before[(t + tap) * d + c] += weight * dy;
+                                want_weight[tap * d + c] += before[(t + tap) * d + c] * dy;
+                            } else {
+                                want_x[(t + tap - 3) * d + c] += weight * dy;
+                                want_weight[tap * d + c] += x[(t + tap - 3) * stride + c] * dy;
+                            }
+                        }
+                    }
+                }
+                let close = |got: &[f32], want: &[f32]| got.iter().zip(want).all(|(a, b)| (a - b).abs() < 1e-4);
+                assert!(close(&dbefore, &want_before) && close(&dweight, &want_weight) && close(&dbias, &want_bias));
+                for t in 0..l {
+                    assert!(close(&dx[t * stride..][..d], &want_x[t * d..][..d]), "{level:?}");
+                    assert!(dx[t * stride + d..][..3].iter().all(|dx| *dx == 7.0));
                 }
             }
         }

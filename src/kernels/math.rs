@@ -13,6 +13,30 @@ pub(crate) fn map<F: Unary>(x: &mut [f32]) {
     dispatch(Map::<F>(x, std::marker::PhantomData));
 }
 
+/// A function and its derivative.
+pub(crate) trait Differentiable: Unary {
+    fn derivative<S: Simd>(s: S, x: S::V) -> S::V;
+}
+
+/// dy ⊙ f′(x), in place of dy.
+pub(crate) fn map_backward<F: Differentiable>(x: &[f32], dy: &mut [f32]) {
+    dispatch(MapBackward::<F>(x, dy, std::marker::PhantomData));
+}
+
+struct MapBackward<'a, F>(&'a [f32], &'a mut [f32], std::marker::PhantomData<F>);
+
+impl<F: Differentiable> Kernel for MapBackward<'_, F> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        for (x, dy) in self.0.chunks(LANES).zip(self.1.chunks_mut(LANES)) {
+            let slope = F::derivative(s, s.load_some(x));
+            s.store_some(s.mul(slope, s.load_some(dy)), dy);
+        }
+    }
+}
+
 struct Map<'a, F>(&'a mut [f32], std::marker::PhantomData<F>);
 
 impl<F: Unary> Kernel for Map<'_, F> {
@@ -71,6 +95,14 @@ pub(crate) fn silu<S: Simd>(s: S, x: S::V) -> S::V {
     s.div(x, s.add(s.splat(1.0), exp(s, s.sub(s.splat(0.0), x))))
 }
 
+/// d silu / dx = σ(x)·(1 + x·(1 − σ(x)))
+#[inline(always)]
+pub(crate) fn silu_derivative<S: Simd>(s: S, x: S::V) -> S::V {
+    let one = s.splat(1.0);
+    let sigmoid = sigmoid(s, x);
+    s.mul(sigmoid, s.mul_add(x, s.sub(one, sigmoid), one))
+}
+
 /// ln(1 + eˣ) as max(x, 0) + ln(1 + u) with u = e^−|x|.
 #[inline(always)]
 pub(crate) fn softplus<S: Simd>(s: S, x: S::V) -> S::V {
@@ -88,6 +120,16 @@ pub(crate) fn softplus<S: Simd>(s: S, x: S::V) -> S::V {
 pub(crate) fn gelu<S: Simd>(s: S, x: S::V) -> S::V {
     let half = s.mul(x, s.splat(0.5));
     s.mul_add(half, erf(s, s.mul(x, s.splat(std::f32::consts::FRAC_1_SQRT_2))), half)
+}
+
+/// d gelu / dx = Φ(x) + x·φ(x), with φ(x) = e^(−x²/2)/√(2π) and Φ its integral.
+#[inline(always)]
+fn gelu_derivative<S: Simd>(s: S, x: S::V) -> S::V {
+    const FRAC_1_SQRT_2PI: f32 = 0.398_942_3;
+    let half = s.splat(0.5);
+    let integral = s.mul_add(half, erf(s, s.mul(x, s.splat(std::f32::consts::FRAC_1_SQRT_2))), half);
+    let density = s.mul(s.splat(FRAC_1_SQRT_2PI), exp(s, s.mul(s.mul(x, x), s.splat(-0.5))));
+    s.mul_add(x, density, integral)
 }
 
 /// erf(x) = x·P(x²)/Q(x²) up to |x| = 3.8, beyond which erf is ±1 in f32 (minimax fit, relative error 1.2e-8).
@@ -119,6 +161,20 @@ unary! {
     Silu = silu: "x · sigmoid(x)";
     Softplus = softplus: "ln(1 + eˣ)";
     Gelu = gelu: "x/2 · (1 + erf(x/√2))";
+}
+
+impl Differentiable for Silu {
+    #[inline(always)]
+    fn derivative<S: Simd>(s: S, x: S::V) -> S::V {
+        silu_derivative(s, x)
+    }
+}
+
+impl Differentiable for Gelu {
+    #[inline(always)]
+    fn derivative<S: Simd>(s: S, x: S::V) -> S::V {
+        gelu_derivative(s, x)
+    }
 }
 
 /// out = x·y + out, the running sum of one product of a vector with a number.
@@ -194,6 +250,27 @@ mod tests {
         check::<Softplus>(|x| x.max(0.0) + (-x.abs()).exp().ln_1p(), 2.0, 0.0, 4e-7);
         check::<Gelu>(|x| 0.5 * x * (1.0 + erf_f64(x / 2f64.sqrt())), 6.0, 8e-7, 4e-7);
         check::<Gelu>(|x| 0.5 * x * (1.0 + erf_f64(x / 2f64.sqrt())), 0.5, 0.0, 4e-7);
+    }
+
+    #[test]
+    fn derivatives_equal_their_f64_values_on_every_level() {
+        fn check<F: Differentiable>(oracle: impl Fn(f64) -> f64) {
+            for level in Level::ALL.into_iter().filter(|level| level.is_available()) {
+                for len in 0..130 {
+                    let x: Vec<f32> = (0..len).map(|i| (i * 37 % 131) as f32 / 13.0 - 5.0).collect();
+                    let mut dy = vec![2.0; len];
+                    dispatch_at(level, MapBackward::<F>(&x, &mut dy, std::marker::PhantomData));
+                    for (x, dy) in x.iter().zip(&dy) {
+                        let want = 2.0 * oracle(*x as f64);
+                        assert!((*dy as f64 - want).abs() <= 1e-6, "{level:?} f′({x}) = {dy}, not {want}");
+                    }
+                }
+            }
+        }
+        let sigmoid = |x: f64| 1.0 / (1.0 + (-x).exp());
+        check::<Silu>(|x| sigmoid(x) * (1.0 + x * (1.0 - sigmoid(x))));
+        let density = |x: f64| (-0.5 * x * x).exp() / (2.0 * std::f64::consts::PI).sqrt();
+        check::<Gelu>(|x| 0.5 * (1.0 + erf_f64(x / 2f64.sqrt())) + x * density(x));
     }
 
     #[test]

@@ -63,6 +63,12 @@ impl Packed {
 
 /// At most [`PANEL`] numbers, filled up with zeros.
 fn panel_row(numbers: &[f32]) -> PanelRow {
+    // copies of a length known beforehand are a few instructions
+    if let Some((low, high)) = numbers.split_first_chunk()
+        && let Ok(high) = high.try_into()
+    {
+        return [Line(*low), Line(high)];
+    }
     let mut row = ZERO_ROW;
     for (line, numbers) in row.iter_mut().zip(numbers.chunks(LANES)) {
         line.0[..numbers.len()].copy_from_slice(numbers);
@@ -78,6 +84,11 @@ pub(crate) struct Rows<'a> {
 }
 
 impl<'a> Rows<'a> {
+    /// Without the first columns.
+    pub(crate) fn skip_columns(self, column: usize) -> Self {
+        Rows { data: self.data.get(column..).unwrap_or(&[]), ..self }
+    }
+
     /// The first `width` numbers of row `i`.
     pub(crate) fn row(&self, i: usize, width: usize) -> &'a [f32] {
         &self.data[i * self.stride..][..width]
@@ -119,11 +130,73 @@ pub(crate) fn matmul_part(
     mode: Out,
 ) {
     debug_assert!(outputs.start.is_multiple_of(PANEL) && outputs.end <= w.n && inputs.end <= w.k);
-    dispatch(Product { x, m, w, outputs, inputs, out, out_stride, mode });
+    dispatch(Product { x: Left::Rows(x), m, w, outputs, inputs, out, out_stride, mode });
+}
+
+/// grad `[n, k]` += dyᵀ·x for dy `[m, n]` and x `[m, k]`: the gradient of a matrix from those of its outputs.
+pub(crate) fn matmul_gradient(dy: Rows, n: usize, x: Rows, k: usize, m: usize, grad: &mut [f32]) {
+    let dy = Packed::from_columns(n, m, |i| dy.row(i, n));
+    let x = Packed::from_columns(k, m, |i| x.row(i, k));
+    gradient_rows(&dy, 0, n, &x, grad);
+}
+
+/// The rows from `first` on of the product in [`matmul_gradient`], as many as `grad` holds.
+fn gradient_rows(dy: &Packed, first: usize, n: usize, x: &Packed, grad: &mut [f32]) {
+    let half = n.div_ceil(2).next_multiple_of(COLUMN_TILE);
+    if half < n && half * x.n * x.k >= parallel::MIN_WORK {
+        let (top, bottom) = grad.split_at_mut(half * x.n);
+        parallel::join(
+            || gradient_rows(dy, first, half, x, top),
+            || gradient_rows(dy, first + half, n - half, x, bottom),
+        );
+    } else {
+        let left = Left::Columns(dy, first);
+        let (outputs, inputs) = (0..x.n, 0..x.k);
+        dispatch(Product { x: left, m: n, w: x, outputs, inputs, out: grad, out_stride: x.n, mode: Out::Add });
+    }
+}
+
+/// The left operand of a product.
+#[derive(Clone, Copy)]
+enum Left<'a> {
+    Rows(Rows<'a>),
+    /// The columns of a packed matrix `[m, k]` from this one on: it is read transposed.
+    Columns(&'a Packed, usize),
+}
+
+/// Columns of a panel that are the rows of one tile.
+const COLUMN_TILE: usize = 8;
+
+/// Some rows of the left operand.
+trait LeftTile: Copy {
+    fn at(self, row: usize, input: usize) -> f32;
+}
+
+impl<const R: usize> LeftTile for [&[f32]; R] {
+    #[inline(always)]
+    fn at(self, row: usize, input: usize) -> f32 {
+        self[row][input]
+    }
+}
+
+/// Eight columns of a panel, as rows.
+#[derive(Clone, Copy)]
+struct PanelColumns<'a> {
+    panel: &'a [PanelRow],
+    first: usize,
+}
+
+impl LeftTile for PanelColumns<'_> {
+    #[inline(always)]
+    fn at(self, row: usize, input: usize) -> f32 {
+        let (line, lane) = (self.first / LANES, self.first % LANES);
+        let (tiles, _): (&[[f32; COLUMN_TILE]], _) = self.panel[input][line].0.as_chunks();
+        tiles[lane / COLUMN_TILE][row]
+    }
 }
 
 struct Product<'a> {
-    x: Rows<'a>,
+    x: Left<'a>,
     m: usize,
     w: &'a Packed,
     outputs: std::ops::Range<usize>,
@@ -145,53 +218,92 @@ impl Kernel for Product<'_> {
         let wide = if self.m <= 2 { 4 } else { 1 };
         while panel < panels {
             let width = if panel + wide <= panels { wide } else { 1 };
-            let mut row = 0;
-            while row < self.m {
-                let rows = (self.m - row).min(S::TILE_ROWS);
-                match (rows, width) {
-                    (1, 4) => self.tile::<S, 1, 4>(s, row, panel),
-                    (2, 4) => self.tile::<S, 2, 4>(s, row, panel),
-                    (1, _) => self.tile::<S, 1, 1>(s, row, panel),
-                    (2, _) => self.tile::<S, 2, 1>(s, row, panel),
-                    (3, _) => self.tile::<S, 3, 1>(s, row, panel),
-                    (4, _) => self.tile::<S, 4, 1>(s, row, panel),
-                    (5, _) => self.tile::<S, 5, 1>(s, row, panel),
-                    (6, _) => self.tile::<S, 6, 1>(s, row, panel),
-                    (7, _) => self.tile::<S, 7, 1>(s, row, panel),
-                    (8, _) => self.tile::<S, 8, 1>(s, row, panel),
-                    (9, _) => self.tile::<S, 9, 1>(s, row, panel),
-                    (10, _) => self.tile::<S, 10, 1>(s, row, panel),
-                    (11, _) => self.tile::<S, 11, 1>(s, row, panel),
-                    _ => self.tile::<S, 12, 1>(s, row, panel),
-                }
-                row += rows;
+            match self.x {
+                Left::Rows(x) => self.rows_by_panels(s, x, panel, width),
+                Left::Columns(x, first) => self.columns_by_panel(s, x, first, panel),
             }
-            panel += width;
+            panel += if let Left::Rows(_) = self.x { width } else { 1 };
         }
     }
 }
 
 impl Product<'_> {
-    /// R rows from `row` on by P panels from `panel` on.
+    /// All rows of x by one or four panels.
     #[inline(always)]
-    fn tile<S: Simd, const R: usize, const P: usize>(&mut self, s: S, row: usize, panel: usize) {
+    fn rows_by_panels<S: Simd>(&mut self, s: S, x: Rows, panel: usize, width: usize) {
+        let mut row = 0;
+        while row < self.m {
+            let rows = (self.m - row).min(S::TILE_ROWS);
+            match (rows, width) {
+                (1, 4) => self.rows::<S, 1, 4>(s, x, row, panel),
+                (2, 4) => self.rows::<S, 2, 4>(s, x, row, panel),
+                (1, _) => self.rows::<S, 1, 1>(s, x, row, panel),
+                (2, _) => self.rows::<S, 2, 1>(s, x, row, panel),
+                (3, _) => self.rows::<S, 3, 1>(s, x, row, panel),
+                (4, _) => self.rows::<S, 4, 1>(s, x, row, panel),
+                (5, _) => self.rows::<S, 5, 1>(s, x, row, panel),
+                (6, _) => self.rows::<S, 6, 1>(s, x, row, panel),
+                (7, _) => self.rows::<S, 7, 1>(s, x, row, panel),
+                (8, _) => self.rows::<S, 8, 1>(s, x, row, panel),
+                (9, _) => self.rows::<S, 9, 1>(s, x, row, panel),
+                (10, _) => self.rows::<S, 10, 1>(s, x, row, panel),
+                (11, _) => self.rows::<S, 11, 1>(s, x, row, panel),
+                _ => self.rows::<S, 12, 1>(s, x, row, panel),
+            }
+            row += rows;
+        }
+    }
+
+    /// R rows of x from `row` on by P panels from `panel` on.
+    #[inline(always)]
+    fn rows<S: Simd, const R: usize, const P: usize>(&mut self, s: S, x: Rows, row: usize, panel: usize) {
         let k = self.inputs.len();
-        let x: [&[f32]; R] = std::array::from_fn(|r| self.x.row(row + r, k));
-        let w: [&[PanelRow]; P] =
-            std::array::from_fn(|p| &self.w.panels[(panel + p) * self.w.k + self.inputs.start..][..k]);
+        let mut tile: [&[f32]; R] = [&[]; R];
+        for (r, tile) in tile.iter_mut().enumerate() {
+            *tile = x.row(row + r, k);
+        }
+        self.tile::<S, R, P>(s, tile, row, R, panel);
+    }
+
+    /// All columns of the packed x from `first` on, as rows, by one panel.
+    #[inline(always)]
+    fn columns_by_panel<S: Simd>(&mut self, s: S, x: &Packed, first: usize, panel: usize) {
+        for row in (0..self.m).step_by(COLUMN_TILE) {
+            let column = first + row;
+            let columns = PanelColumns { panel: &x.panels[column / PANEL * x.k..][..x.k], first: column % PANEL };
+            self.tile::<S, COLUMN_TILE, 1>(s, columns, row, COLUMN_TILE.min(self.m - row), panel);
+        }
+    }
+
+    /// The first `rows` of R rows, the first of which is `row`, by P panels from `panel` on.
+    #[inline(always)]
+    #[allow(clippy::needless_range_loop)] // with plain indices the compiler keeps all sums in registers
+    fn tile<S: Simd, const R: usize, const P: usize>(
+        &mut self,
+        s: S,
+        x: impl LeftTile,
+        row: usize,
+        rows: usize,
+        panel: usize,
+    ) {
+        let k = self.inputs.len();
+        let mut w: [&[PanelRow]; P] = [&[]; P];
+        for (p, w) in w.iter_mut().enumerate() {
+            *w = &self.w.panels[(panel + p) * self.w.k + self.inputs.start..][..k];
+        }
         let mut sums = [[[s.splat(0.0); 2]; P]; R];
         for i in 0..k {
             for p in 0..P {
                 let low = s.load(&w[p][i][0].0);
                 let high = s.load(&w[p][i][1].0);
                 for r in 0..R {
-                    let x = s.splat(x[r][i]);
+                    let x = s.splat(x.at(r, i));
                     sums[r][p][0] = s.mul_add(x, low, sums[r][p][0]);
                     sums[r][p][1] = s.mul_add(x, high, sums[r][p][1]);
                 }
             }
         }
-        for (r, sums) in sums.into_iter().enumerate() {
+        for (r, sums) in sums.into_iter().enumerate().take(rows) {
             for (p, sums) in sums.into_iter().enumerate() {
                 for (half, mut sum) in sums.into_iter().enumerate() {
                     let column = (panel + p) * PANEL + half * LANES;
@@ -250,8 +362,16 @@ mod tests {
                 let mut out = vec![1.0; m * n];
                 for mode in [Out::Set, Out::Add] {
                     let (outputs, inputs) = (0..n, 0..k);
-                    let product =
-                        Product { x: rows, m, w: &packed, outputs, inputs, out: &mut out, out_stride: n, mode };
+                    let product = Product {
+                        x: Left::Rows(rows),
+                        m,
+                        w: &packed,
+                        outputs,
+                        inputs,
+                        out: &mut out,
+                        out_stride: n,
+                        mode,
+                    };
                     dispatch_at(level, product);
                     let times = if mode == Out::Set { 1.0 } else { 2.0 };
                     for (got, want) in out.iter().zip(&want) {
@@ -298,6 +418,21 @@ mod tests {
             let mut one = vec![0.0; n];
             matmul(Rows { data: &x[i * k..], stride: k }, 1, &packed, &mut one, Out::Set);
             assert_eq!(one, all[i * n..][..n]);
+        }
+    }
+
+    #[test]
+    fn gradients_of_a_matrix_equal_the_plain_product() {
+        for (m, n, k) in [(1, 1, 1), (5, 9, 40), (33, 70, 3), (200, 17, 33), (3, 32, 32), (150, 300, 260)] {
+            let (dy, x) = (numbers(m * n, 5), numbers(m * k, 7));
+            let mut grad = vec![1.0; n * k];
+            matmul_gradient(Rows { data: &dy, stride: n }, n, Rows { data: &x, stride: k }, k, m, &mut grad);
+            for j in 0..n {
+                for p in 0..k {
+                    let want: f64 = (0..m).map(|i| dy[i * n + j] as f64 * x[i * k + p] as f64).sum();
+                    assert!((grad[j * k + p] as f64 - 1.0 - want).abs() < 1e-4, "{m}x{n}x{k}");
+                }
+            }
         }
     }
 }

@@ -13,16 +13,88 @@ pub(crate) enum SmallVariance {
 
 impl SmallVariance {
     pub(crate) fn reciprocal_deviation(self, variance: f32, epsilon: f32) -> f32 {
-        match self {
-            SmallVariance::ClipBelowEpsilon if variance < epsilon => epsilon.sqrt().recip(),
-            _ => (variance + epsilon).sqrt().recip(),
+        match self.is_clipped(variance, epsilon) {
+            true => epsilon.sqrt().recip(),
+            false => (variance + epsilon).sqrt().recip(),
         }
+    }
+
+    fn is_clipped(self, variance: f32, epsilon: f32) -> bool {
+        self == SmallVariance::ClipBelowEpsilon && variance < epsilon
     }
 }
 
 /// out = weight ⊙ (x − mean) / deviation + bias, for each row of `weight.len()` numbers.
 pub(crate) fn layer_norm(x: &[f32], weight: &[f32], bias: &[f32], epsilon: f32, rule: SmallVariance, out: &mut [f32]) {
     dispatch(LayerNorm { x, weight, bias, epsilon, rule, out });
+}
+
+/// The gradient of [`layer_norm`]: dx is overwritten, the gradients of weight and bias are added to. With x̂ the normalised
+/// row and ĝ = weight ⊙ dy,
+///
+/// dx = (ĝ − mean(ĝ) − x̂·mean(ĝ ⊙ x̂)) / deviation
+///
+/// without the last term where the deviation is clipped, and so constant.
+#[allow(clippy::too_many_arguments)]
+pub(crate) fn layer_norm_backward(
+    x: &[f32],
+    weight: &[f32],
+    epsilon: f32,
+    rule: SmallVariance,
+    dy: &[f32],
+    dx: &mut [f32],
+    dweight: &mut [f32],
+    dbias: &mut [f32],
+) {
+    dispatch(LayerNormBackward { x, weight, epsilon, rule, dy, dx, dweight, dbias });
+}
+
+struct LayerNormBackward<'a> {
+    x: &'a [f32],
+    weight: &'a [f32],
+    epsilon: f32,
+    rule: SmallVariance,
+    dy: &'a [f32],
+    dx: &'a mut [f32],
+    dweight: &'a mut [f32],
+    dbias: &'a mut [f32],
+}
+
+impl Kernel for LayerNormBackward<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let h = self.weight.len();
+        for ((x, dy), dx) in self.x.chunks_exact(h).zip(self.dy.chunks_exact(h)).zip(self.dx.chunks_exact_mut(h)) {
+            let (mean, variance) = moments(s, x);
+            let scale = self.rule.reciprocal_deviation(variance, self.epsilon);
+            let (centre, scale_all) = (s.splat(mean), s.splat(scale));
+            let (mut sum, mut projection) = (s.splat(0.0), s.splat(0.0));
+            let gradients = self.dweight.chunks_mut(LANES).zip(self.dbias.chunks_mut(LANES));
+            let rows = x.chunks(LANES).zip(dy.chunks(LANES)).zip(self.weight.chunks(LANES));
+            for (((x, dy), weight), (dweight, dbias)) in rows.zip(gradients) {
+                let dy = s.load_some(dy);
+                let hat = s.mul(s.sub(s.load_some(x), centre), scale_all);
+                let g = s.mul(s.load_some(weight), dy); // zero in the lanes past the end
+                sum = s.add(sum, g);
+                projection = s.mul_add(g, hat, projection);
+                s.store_some(s.mul_add(dy, hat, s.load_some(dweight)), dweight);
+                s.store_some(s.add(dy, s.load_some(dbias)), dbias);
+            }
+            let sum = s.splat(s.sum(sum) / h as f32);
+            let projection = match self.rule.is_clipped(variance, self.epsilon) {
+                true => s.splat(0.0),
+                false => s.splat(-s.sum(projection) / h as f32),
+            };
+            let rows = x.chunks(LANES).zip(dy.chunks(LANES)).zip(self.weight.chunks(LANES));
+            for (((x, dy), weight), dx) in rows.zip(dx.chunks_mut(LANES)) {
+                let hat = s.mul(s.sub(s.load_some(x), centre), scale_all);
+                let g = s.sub(s.mul(s.load_some(weight), s.load_some(dy)), sum);
+                s.store_some(s.mul(scale_all, s.mul_add(projection, hat, g)), dx);
+            }
+        }
+    }
 }
 
 struct LayerNorm<'a> {
@@ -41,22 +113,8 @@ impl Kernel for LayerNorm<'_> {
     fn run<S: Simd>(self, s: S) {
         let h = self.weight.len();
         for (x, out) in self.x.chunks_exact(h).zip(self.out.chunks_exact_mut(h)) {
-            let mut sum = s.splat(0.0);
-            for x in x.chunks(LANES) {
-                sum = s.add(sum, s.load_some(x));
-            }
-            let mean = s.sum(sum) / h as f32;
-
+            let (mean, variance) = moments(s, x);
             let centre = s.splat(mean);
-            let mut squares = s.splat(0.0);
-            let (whole, rest) = x.as_chunks();
-            for x in whole {
-                let x = s.sub(s.load(x), centre);
-                squares = s.mul_add(x, x, squares);
-            }
-            let rest: f32 = rest.iter().map(|x| (x - mean) * (x - mean)).sum();
-            let variance = (s.sum(squares) + rest) / h as f32;
-
             let scale = s.splat(self.rule.reciprocal_deviation(variance, self.epsilon));
             let parameters = self.weight.chunks(LANES).zip(self.bias.chunks(LANES));
             for ((x, out), (weight, bias)) in x.chunks(LANES).zip(out.chunks_mut(LANES)).zip(parameters) {
@@ -66,6 +124,26 @@ impl Kernel for LayerNorm<'_> {
             }
         }
     }
+}
+
+/// Mean and variance of a row.
+#[inline(always)]
+fn moments<S: Simd>(s: S, x: &[f32]) -> (f32, f32) {
+    let mut sum = s.splat(0.0);
+    for x in x.chunks(LANES) {
+        sum = s.add(sum, s.load_some(x));
+    }
+    let mean = s.sum(sum) / x.len() as f32;
+
+    let centre = s.splat(mean);
+    let mut squares = s.splat(0.0);
+    let (whole, rest) = x.as_chunks();
+    for x in whole {
+        let x = s.sub(s.load(x), centre);
+        squares = s.mul_add(x, x, squares);
+    }
+    let rest: f32 = rest.iter().map(|x| (x - mean) * (x - mean)).sum();
+    (mean, (s.sum(squares) + rest) / x.len() as f32)
 }
 
 #[cfg(test)]
@@ -90,6 +168,64 @@ mod tests {
                     for i in 0..h {
                         let want = (x[i] as f64 - mean) / (variance + 1e-5).sqrt() * weight[i] as f64 + bias[i] as f64;
                         assert!((out[i] as f64 - want).abs() < 1e-5, "{level:?} h {h}: {} {want}", out[i]);
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn gradients_equal_finite_differences_on_every_level() {
+        for rule in [SmallVariance::AddEpsilon, SmallVariance::ClipBelowEpsilon] {
+            for (h, spread) in [(1, 1.0), (5, 1.0), (16, 1.0), (37, 1.0), (37, 1e-3)] {
+                let x: Vec<f32> = (0..2 * h).map(|i| ((i * 7 % 13) as f32 - 5.5) * spread).collect();
+                let weight: Vec<f32> = (0..h).map(|i| 1.0 + i as f32 / 10.0).collect();
+                let dy: Vec<f32> = (0..2 * h).map(|i| (i as f32).sin()).collect();
+                // Σ dy ⊙ norm(x), in f64
+                let value = |x: &[f64]| -> f64 {
+                    let mut total = 0.0;
+                    for (x, dy) in x.chunks(h).zip(dy.chunks(h)) {
+                        let mean = x.iter().sum::<f64>() / h as f64;
+                        let variance = x.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / h as f64;
+                        let clipped = rule.is_clipped(variance as f32, 1e-5);
+                        let deviation = if clipped { 1e-5f64.sqrt() } else { (variance + 1e-5).sqrt() };
+                        let terms = x.iter().zip(dy).zip(&weight);
+                        total += terms.map(|((x, dy), w)| (x - mean) / deviation * *w as f64 * *dy as f64).sum::<f64>();
+                    }
+                    total
+                };
+                for level in Level::ALL.into_iter().filter(|level| level.is_available()) {
+                    let (mut dx, mut dweight, mut dbias) = (vec![9.0; 2 * h], vec![1.0; h], vec![2.0; h]);
+                    dispatch_at(
+                        level,
+                        LayerNormBackward {
+                            x: &x,
+                            weight: &weight,
+                            epsilon: 1e-5,
+                            rule,
+                            dy: &dy,
+                            dx: &mut dx,
+                            dweight: &mut dweight,
+                            dbias: &mut dbias,
+                        },
+                    );
+                    let wide: Vec<f64> = x.iter().map(|x| *x as f64).collect();
+                    let largest = dx.iter().fold(1.0f64, |m, dx| m.max(dx.abs() as f64));
+                    for i in 0..2 * h {
+                        let step = 1e-6 * spread as f64;
+                        let (mut above, mut below) = (wide.clone(), wide.clone());
+                        above[i] += step;
+                        below[i] -= step;
+                        let slope = (value(&above) - value(&below)) / (2.0 * step);
+                        assert!((dx[i] as f64 - slope).abs() < 1e-4 * largest, "{level:?} {rule:?} {h}");
+                    }
+                    for i in 0..h {
+                        assert!((dbias[i] - 2.0 - dy[i] - dy[h + i]).abs() < 1e-5);
+                    }
+                    let mut y = vec![0.0; 2 * h];
+                    layer_norm(&x, &vec![1.0; h], &vec![0.0; h], 1e-5, rule, &mut y);
+                    for i in 0..h {
+                        assert!((dweight[i] - 1.0 - dy[i] * y[i] - dy[h + i] * y[h + i]).abs() < 1e-5);
                     }
                 }
             }

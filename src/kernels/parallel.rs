@@ -42,6 +42,11 @@ pub(crate) fn for_each<T>(items: Vec<T>, f: impl Fn(T)) {
     items.into_iter().for_each(f);
 }
 
+/// Calls `f` for every item, on several threads if the work is worth handing over.
+pub(crate) fn for_each_if<T: Send>(work: usize, items: Vec<T>, f: impl Fn(T) + Sync + Send) {
+    if work >= MIN_WORK { for_each(items, f) } else { items.into_iter().for_each(f) }
+}
+
 /// The results of `f` for every item, in order, on several threads.
 #[cfg(feature = "rayon")]
 pub(crate) fn map<T: Send, R: Send>(items: Vec<T>, f: impl Fn(T) -> R + Sync + Send) -> Vec<R> {

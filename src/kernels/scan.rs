@@ -1,6 +1,6 @@
 //! The selective scan: the recurrence at the heart of Mamba.
 
-use ndarray::{ArrayViewMut1, ArrayViewMut2, Axis};
+use ndarray::{ArrayView3, ArrayViewMut1, ArrayViewMut2, ArrayViewMut3, Axis};
 
 use super::math;
 use super::matmul::Rows;
@@ -32,15 +32,34 @@ pub(crate) struct ScanInput<'a> {
     pub input_step: Option<&'a [f32]>,
 }
 
+/// Frames of a chunk: the states at the start of each are kept for the backward pass, those inside computed again. Keeping all
+/// would take n times as much memory as the output; with 16 frames the states and decays of a chunk (64 kB at n = 16) stay in
+/// the second cache, and what is kept is one number in 16.
+pub(crate) const CHUNK: usize = 16;
+
+/// Where the states `[⌈l/16⌉, n, d]` at the start of each chunk are kept.
+pub(crate) type Checkpoints<'a> = Option<ArrayViewMut3<'a, f32>>;
+
 /// For t = 0 … l−1, with the state S `[n, d]` (transposed against the paper, so that channels lie side by side):
 ///
 /// S = exp(Δ_t A) ⊙ S + B_t (Δ_t ⊙ v_t)ᵀ,  out_t = (S·C_t + D ⊙ v_t) ⊙ silu(z_t).
-pub(crate) fn selective_scan(input: ScanInput, state: ArrayViewMut2<f32>, out: ArrayViewMut2<f32>) {
-    scan_channels(input, 0, state, out);
+pub(crate) fn selective_scan(
+    input: ScanInput,
+    state: ArrayViewMut2<f32>,
+    out: ArrayViewMut2<f32>,
+    checkpoints: Checkpoints,
+) {
+    scan_channels(input, 0, state, out, checkpoints);
 }
 
 /// The channels from `first` on, as many as `out` has columns, on several threads if that pays.
-fn scan_channels(input: ScanInput, first: usize, state: ArrayViewMut2<f32>, out: ArrayViewMut2<f32>) {
+fn scan_channels(
+    input: ScanInput,
+    first: usize,
+    state: ArrayViewMut2<f32>,
+    out: ArrayViewMut2<f32>,
+    checkpoints: Checkpoints,
+) {
     /// Multiplications that take as long as one exp and what surrounds it.
     const STATE_WORK: usize = 50;
     let half = (out.ncols() / 2).next_multiple_of(CHANNELS);
@@ -48,12 +67,16 @@ fn scan_channels(input: ScanInput, first: usize, state: ArrayViewMut2<f32>, out:
     if half < out.ncols() && work >= parallel::MIN_WORK {
         let (left, right) = out.split_at(Axis(1), half);
         let (left_state, right_state) = state.split_at(Axis(1), half);
+        let (left_kept, right_kept) = match checkpoints.map(|kept| kept.split_at(Axis(2), half)) {
+            Some((left, right)) => (Some(left), Some(right)),
+            None => (None, None),
+        };
         parallel::join(
-            || scan_channels(input, first, left_state, left),
-            || scan_channels(input, first + half, right_state, right),
+            || scan_channels(input, first, left_state, left, left_kept),
+            || scan_channels(input, first + half, right_state, right, right_kept),
         );
     } else {
-        dispatch(Scan { input, first, state, out });
+        dispatch(Scan { input, first, state, out, checkpoints });
     }
 }
 
@@ -62,6 +85,7 @@ struct Scan<'a> {
     first: usize,
     state: ArrayViewMut2<'a, f32>,
     out: ArrayViewMut2<'a, f32>,
+    checkpoints: Checkpoints<'a>,
 }
 
 impl Kernel for Scan<'_> {
@@ -90,6 +114,12 @@ impl Kernel for Scan<'_> {
             };
 
             for (t, out) in self.out.rows_mut().into_iter().enumerate() {
+                if let (0, Some(kept)) = (t % CHUNK, &mut self.checkpoints) {
+                    let mut kept = kept.index_axis_mut(Axis(0), t / CHUNK);
+                    for (row, state) in kept.rows_mut().into_iter().zip(&states) {
+                        store_pair(s, *state, &mut cells(row)[begin..end]);
+                    }
+                }
                 let delta = load_pair(s, &delta.data[t * delta.stride..][here.clone()]);
                 let v = load_pair(s, &v.data[t * v.stride..][here.clone()]);
                 let z = load_pair(s, &z.data[t * z.stride..][here.clone()]);
@@ -115,6 +145,202 @@ impl Kernel for Scan<'_> {
 
             for (row, state) in self.state.rows_mut().into_iter().zip(&states) {
                 store_pair(s, *state, &mut cells(row)[begin..end]);
+            }
+        }
+    }
+}
+
+/// What [`selective_scan_backward`] writes. Rows of `bc` and `xz` are longer than what belongs to the scan.
+pub(crate) struct ScanGradient<'a> {
+    /// dΔ `[l, d]`, overwritten.
+    pub delta: &'a mut [f32],
+    /// dv `[l, d]`, overwritten.
+    pub v: &'a mut [f32],
+    /// dB | dC in the last 2n columns of `[l, ·]`, overwritten.
+    pub bc: RowsMut<'a>,
+    /// dz in the last d columns of `[l, ·]`, overwritten.
+    pub z: RowsMut<'a>,
+    /// dA `[n, d]`, added to.
+    pub a: &'a mut [f32],
+    /// dD `[d]`, added to, if there is a skip.
+    pub skip: Option<&'a mut [f32]>,
+    /// The gradient `[n, d]` of the state after the last frame; becomes that of the state before the first.
+    pub state: &'a mut [f32],
+    /// The gradient `[l]` of the one time step a frame, if B goes with it.
+    pub input_step: Option<&'a mut [f32]>,
+}
+
+/// Rows of numbers to write, `stride` apart.
+pub(crate) struct RowsMut<'a> {
+    pub data: &'a mut [f32],
+    pub stride: usize,
+}
+
+/// The gradient of [`selective_scan`] for dout `[l, d]`, as the reverse recurrence. With dy = dout ⊙ silu(z), step Δ or the one
+/// of the frame, and from the last frame to the first
+///
+/// ```text
+/// dS   = dS + dy Cᵀ                      of the state after the frame
+/// dC   = Σ_channels dy S_t               dB = Σ_channels dS · step · v
+/// dv   = step · (dS · B) + D dy          dstep = v · (dS · B)
+/// dE   = dS ⊙ exp(Δ A) ⊙ S_{t−1}         of the exponent Δ A:  dΔ += dE · A,  dA += dE · Δ
+/// dS   = dS ⊙ exp(Δ A)                   of the state before the frame
+/// ```
+pub(crate) fn selective_scan_backward(
+    input: ScanInput,
+    checkpoints: ArrayView3<f32>,
+    dout: &[f32],
+    gradient: ScanGradient,
+) {
+    dispatch(ScanBackward { input, checkpoints, dout, gradient });
+}
+
+struct ScanBackward<'a> {
+    input: ScanInput<'a>,
+    checkpoints: ArrayView3<'a, f32>,
+    dout: &'a [f32],
+    gradient: ScanGradient<'a>,
+}
+
+impl Kernel for ScanBackward<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let ScanInput { delta, v, b, c, z, a, skip, input_step } = self.input;
+        let mut gradient = self.gradient;
+        let (_, n, d) = self.checkpoints.dim();
+        let l = self.dout.len() / d;
+        let zero = [s.splat(0.0); 2];
+        let mut rates = vec![zero; n]; // A of the channels at hand
+        let mut drates = vec![zero; n];
+        let mut dstates = vec![zero; n]; // dS
+        let mut decays = vec![zero; CHUNK * n]; // exp(Δ A) of the chunk
+        let mut states = vec![zero; CHUNK * n]; // S before each frame of the chunk
+        let mut state = vec![zero; n]; // S at the frame at hand
+        // sums over channels, still in lanes
+        let mut db = vec![s.splat(0.0); CHUNK * n];
+        let mut dc = vec![s.splat(0.0); CHUNK * n];
+        let mut dsteps = [s.splat(0.0); CHUNK];
+
+        for (chunk, kept) in self.checkpoints.outer_iter().enumerate().rev() {
+            let frames = chunk * CHUNK..l.min((chunk + 1) * CHUNK);
+            let first = frames.start;
+            db.fill(s.splat(0.0));
+            dc.fill(s.splat(0.0));
+            dsteps.fill(s.splat(0.0));
+            for begin in (0..d).step_by(CHANNELS) {
+                let here = begin..d.min(begin + CHANNELS);
+                let row = |i: usize| i * d + here.start..i * d + here.end;
+                for i in 0..n {
+                    rates[i] = load_pair(s, &a[row(i)]);
+                    dstates[i] = load_pair(s, &gradient.state[row(i)]);
+                    drates[i] = load_pair(s, &gradient.a[row(i)]);
+                    let kept = kept.row(i).to_slice().expect("checkpoints are in standard layout");
+                    state[i] = load_pair(s, &kept[here.clone()]);
+                }
+
+                for t in frames.clone() {
+                    let delta = load_pair(s, &delta.data[t * delta.stride..][here.clone()]);
+                    let v = load_pair(s, &v.data[t * v.stride..][here.clone()]);
+                    let step = match input_step {
+                        Some(step) => [s.splat(step[t]); 2],
+                        None => delta,
+                    };
+                    let input = [s.mul(step[0], v[0]), s.mul(step[1], v[1])];
+                    let b = &b.data[t * b.stride..][..n];
+                    let place = (t - first) * n..(t - first + 1) * n;
+                    let chunk = decays[place.clone()].iter_mut().zip(&mut states[place]);
+                    for (((decay, before), state), (rate, &b)) in chunk.zip(&mut state).zip(rates.iter().zip(b)) {
+                        let b = s.splat(b);
+                        *before = *state;
+                        for i in 0..2 {
+                            decay[i] = math::exp(s, s.mul(delta[i], rate[i]));
+                            state[i] = s.mul_add(input[i], b, s.mul(decay[i], state[i]));
+                        }
+                    }
+                }
+
+                let skips = match skip {
+                    Some(skip) => load_pair(s, &skip[here.clone()]),
+                    None => zero,
+                };
+                let mut dskip = zero;
+                for t in frames.clone().rev() {
+                    let delta = load_pair(s, &delta.data[t * delta.stride..][here.clone()]);
+                    let v = load_pair(s, &v.data[t * v.stride..][here.clone()]);
+                    let z = load_pair(s, &z.data[t * z.stride..][here.clone()]);
+                    let dout = load_pair(s, &self.dout[row(t)]);
+                    let dy = [s.mul(dout[0], math::silu(s, z[0])), s.mul(dout[1], math::silu(s, z[1]))];
+                    let step = match input_step {
+                        Some(step) => [s.splat(step[t]); 2],
+                        None => delta,
+                    };
+                    let input = [s.mul(step[0], v[0]), s.mul(step[1], v[1])];
+                    let b = &b.data[t * b.stride..][..n];
+                    let c = &c.data[t * c.stride..][..n];
+                    let mut y = [s.mul(skips[0], v[0]), s.mul(skips[1], v[1])];
+                    let mut written = zero; // dS · B
+                    let mut ddelta = zero;
+                    let place = (t - first) * n..(t - first + 1) * n;
+                    for i in 0..n {
+                        let (bs, cs) = (s.splat(b[i]), s.splat(c[i]));
+                        let (decay, before) = (decays[place.start + i], states[place.start + i]);
+                        let (mut dbs, mut dcs) = (db[place.start + i], dc[place.start + i]);
+                        for half in 0..2 {
+                            let kept = s.mul(decay[half], before[half]);
+                            let state = s.mul_add(input[half], bs, kept);
+                            y[half] = s.mul_add(state, cs, y[half]);
+                            dcs = s.mul_add(dy[half], state, dcs);
+                            let dstate = s.mul_add(dy[half], cs, dstates[i][half]);
+                            dbs = s.mul_add(dstate, input[half], dbs);
+                            written[half] = s.mul_add(dstate, bs, written[half]);
+                            let dexponent = s.mul(dstate, kept);
+                            ddelta[half] = s.mul_add(dexponent, rates[i][half], ddelta[half]);
+                            drates[i][half] = s.mul_add(dexponent, delta[half], drates[i][half]);
+                            dstates[i][half] = s.mul(dstate, decay[half]);
+                        }
+                        db[place.start + i] = dbs;
+                        dc[place.start + i] = dcs;
+                    }
+                    let mut dv = zero;
+                    let mut dz = zero;
+                    for half in 0..2 {
+                        let dstep = s.mul(v[half], written[half]);
+                        match input_step {
+                            Some(_) => dsteps[t - first] = s.add(dsteps[t - first], dstep),
+                            None => ddelta[half] = s.add(ddelta[half], dstep),
+                        }
+                        dv[half] = s.mul_add(step[half], written[half], s.mul(skips[half], dy[half]));
+                        dskip[half] = s.mul_add(dy[half], v[half], dskip[half]);
+                        dz[half] = s.mul(s.mul(dout[half], y[half]), math::silu_derivative(s, z[half]));
+                    }
+                    store_pair(s, ddelta, &mut gradient.delta[row(t)]);
+                    store_pair(s, dv, &mut gradient.v[row(t)]);
+                    let last = gradient.z.stride - d;
+                    store_pair(s, dz, &mut gradient.z.data[t * gradient.z.stride + last..][here.clone()]);
+                }
+
+                for i in 0..n {
+                    store_pair(s, dstates[i], &mut gradient.state[row(i)]);
+                    store_pair(s, drates[i], &mut gradient.a[row(i)]);
+                }
+                if let Some(skip) = &mut gradient.skip {
+                    let skip = &mut skip[here.clone()];
+                    let so_far = load_pair(s, skip);
+                    store_pair(s, [s.add(so_far[0], dskip[0]), s.add(so_far[1], dskip[1])], skip);
+                }
+            }
+            for t in frames {
+                let RowsMut { data, stride } = &mut gradient.bc;
+                let row = &mut data[t * *stride..][*stride - 2 * n..*stride];
+                for i in 0..n {
+                    row[i] = s.sum(db[(t - first) * n + i]);
+                    row[n + i] = s.sum(dc[(t - first) * n + i]);
+                }
+                if let Some(step) = &mut gradient.input_step {
+                    step[t] = s.sum(dsteps[t - first]);
+                }
             }
         }
     }
@@ -199,7 +425,9 @@ mod tests {
                     let mut state = want_state.clone();
                     let want = reference(&input, &mut want_state, l, d);
                     let mut out = Array2::zeros((l, d));
-                    dispatch_at(level, Scan { input, first: 0, state: state.view_mut(), out: out.view_mut() });
+                    let scan =
+                        Scan { input, first: 0, state: state.view_mut(), out: out.view_mut(), checkpoints: None };
+                    dispatch_at(level, scan);
                     for (got, want) in out.iter().zip(&want) {
                         assert!((*got as f64 - want).abs() < 1e-5, "{level:?} d {d} {got} {want}");
                     }
@@ -229,8 +457,9 @@ mod tests {
         };
         let (mut shared, mut alone) = (Array2::zeros((l, d)), Array2::zeros((l, d)));
         let (mut shared_state, mut state) = (Array2::zeros((n, d)), Array2::zeros((n, d)));
-        selective_scan(input, shared_state.view_mut(), shared.view_mut());
-        dispatch(Scan { input, first: 0, state: state.view_mut(), out: alone.view_mut() });
+        selective_scan(input, shared_state.view_mut(), shared.view_mut(), None);
+        let scan = Scan { input, first: 0, state: state.view_mut(), out: alone.view_mut(), checkpoints: None };
+        dispatch(scan);
         assert_eq!(shared, alone);
         assert_eq!(shared_state, state);
     }

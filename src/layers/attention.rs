@@ -1,13 +1,16 @@
 //! The attention branch: causal multi-head attention with learned meta tokens in front.
 
-use ndarray::{Array2, Array4, ArrayView2, s};
+use ndarray::{Array2, Array3, Array4, ArrayView2, Axis, s};
 use rand_distr::{Distribution, Normal};
 
-use super::{Linear, Rng, Visitor, VisitorMut, debug_shapes, flat, join};
+use super::{Buffer, Linear, Rng, Visitor, VisitorMut, debug_shapes, flat, join};
 use crate::HymbaOptions;
 use crate::block::Prefix;
-use crate::kernels::attention::{Seen, Sequence, attend, attend_step, weights};
+use crate::kernels::attention::{
+    Attended, AttentionGradient, Seen, Sequence, attend, attend_backward, attend_step, weights,
+};
 use crate::kernels::matmul::Rows;
+use crate::kernels::parallel;
 
 /// The branch that recalls: every frame looks at the meta tokens and at the last `window_size` frames.
 ///
@@ -26,6 +29,26 @@ pub struct MetaTokenAttention {
     own_meta: Option<(Array2<f32>, Array2<f32>)>,
 }
 
+/// What [`MetaTokenAttention::backward`] reads.
+pub(crate) struct AttentionCache {
+    batch: usize,
+    /// Queries, keys and values `[b·l, h]`.
+    q: Buffer,
+    k: Buffer,
+    v: Buffer,
+    /// What goes into the last projection, `[b·l, h]`.
+    mixed: Buffer,
+    /// ln Σ exp(score), `[b·l, a]`.
+    log_sums: Array2<f32>,
+}
+
+impl AttentionCache {
+    /// Keys and values `[b·l, h]`.
+    pub(crate) fn keys_and_values(&self) -> (&Array2<f32>, &Array2<f32>) {
+        (&self.k, &self.v)
+    }
+}
+
 /// The keys and values of the frames that each sequence of a batch can still see.
 #[derive(Clone)]
 pub(crate) struct AttentionState {
@@ -37,12 +60,6 @@ impl AttentionState {
     pub(crate) fn new(batch: usize, h: usize, window: Option<usize>) -> Self {
         let ring = || Ring::new(h, window);
         AttentionState { sequences: (0..batch).map(|_| (ring(), ring())).collect() }
-    }
-
-    /// All keys and values `[rows, h]` of the first sequence.
-    pub(crate) fn into_first(self) -> Option<(Array2<f32>, Array2<f32>)> {
-        let (keys, values) = self.sequences.into_iter().next()?;
-        Some((keys.into_rows(), values.into_rows()))
     }
 
     pub(crate) fn num_numbers(&self) -> usize {
@@ -76,10 +93,6 @@ impl Ring {
         } else {
             self.rows.extend_from_slice(row);
         }
-    }
-
-    fn into_rows(self) -> Array2<f32> {
-        Array2::from_shape_vec((self.rows.len() / self.h, self.h), self.rows).unwrap_or_default()
     }
 }
 
@@ -115,22 +128,105 @@ impl MetaTokenAttention {
     }
 
     /// u `[b·l, h]`, with `prefix` in front of every sequence → `[b·l, h]`
-    pub(crate) fn forward(&self, u: ArrayView2<f32>, batch: usize, prefix: &Prefix) -> Array2<f32> {
-        let (q, k, v) = (self.q_proj.forward(u), self.k_proj.forward(u), self.v_proj.forward(u));
-        let mut mixed: Array2<f32> = Array2::zeros(q.dim());
-        let l = u.nrows() / batch;
-        for i in 0..batch {
+    pub(crate) fn forward(&self, u: ArrayView2<f32>, batch: usize, prefix: &Prefix) -> Buffer {
+        self.out_proj.forward(self.run(u, batch, prefix, None).mixed.view())
+    }
+
+    /// As [`forward`](Self::forward); returns also what [`backward`](Self::backward) reads.
+    pub(crate) fn forward_train(&self, u: ArrayView2<f32>, batch: usize, prefix: &Prefix) -> (Buffer, AttentionCache) {
+        let mut log_sums = Array2::zeros((u.nrows(), self.heads));
+        let cache = self.run(u, batch, prefix, Some(&mut log_sums));
+        (self.out_proj.forward(cache.mixed.view()), AttentionCache { log_sums, ..cache })
+    }
+
+    /// The gradient of [`forward_train`](Self::forward_train) at u: dy `[b·l, h]` → du `[b·l, h]`. `dend` are the gradients of the
+    /// keys and values of a batch of one, where others attended to them. Adds those of the prefix to `dprefix`.
+    #[allow(clippy::too_many_arguments)]
+    pub(crate) fn backward(
+        &self,
+        u: ArrayView2<f32>,
+        cache: &AttentionCache,
+        prefix: &Prefix,
+        dy: ArrayView2<f32>,
+        dend: Option<(&Array2<f32>, &Array2<f32>)>,
+        grad: &mut MetaTokenAttention,
+        dprefix: (&mut Array2<f32>, &mut Array2<f32>),
+    ) -> Buffer {
+        let (rows, h) = u.dim();
+        let (k, batch) = (prefix.keys.nrows(), cache.batch);
+        let l = rows / batch;
+        let dmixed = self.out_proj.backward(cache.mixed.view(), dy, &mut grad.out_proj);
+        let [mut dq, mut dk, mut dv] = [(); 3].map(|()| Buffer::any((rows, h)));
+        let [mut dmeta_keys, mut dmeta_values] = [(); 2].map(|()| Array3::zeros((batch, k, h)));
+        let sequences: Vec<_> = (0..batch)
+            .zip(dq.axis_chunks_iter_mut(Axis(0), l))
+            .zip(dk.axis_chunks_iter_mut(Axis(0), l))
+            .zip(dv.axis_chunks_iter_mut(Axis(0), l))
+            .zip(dmeta_keys.outer_iter_mut())
+            .zip(dmeta_values.outer_iter_mut())
+            .map(|(((((i, queries), keys), values), meta_keys), meta_values)| {
+                (i, AttentionGradient { queries, keys, values, meta_keys, meta_values })
+            })
+            .collect();
+        let work = 2 * rows * (k + prefix.window.map_or(l, |window| window.min(l))) * h;
+        parallel::for_each_if(work, sequences, |(i, gradient)| {
             let rows = s![i * l..(i + 1) * l, ..];
-            let sequence = self.sequence(prefix, q.slice(rows), k.slice(rows), v.slice(rows));
-            attend(sequence, mixed.slice_mut(rows));
+            let sequence = self.sequence(prefix, cache.q.slice(rows), cache.k.slice(rows), cache.v.slice(rows));
+            let attended = Attended {
+                out: Rows { data: &flat(&cache.mixed)[i * l * h..], stride: h },
+                dout: Rows { data: &flat(&dmixed)[i * l * h..], stride: h },
+                log_sums: cache.log_sums.slice(rows),
+            };
+            attend_backward(sequence, attended, gradient);
+        });
+        *dprefix.0 += &dmeta_keys.sum_axis(Axis(0));
+        *dprefix.1 += &dmeta_values.sum_axis(Axis(0));
+        if let Some((dkeys, dvalues)) = dend {
+            *dk += dkeys;
+            *dv += dvalues;
         }
-        self.out_proj.forward(mixed.view())
+        let mut du = self.q_proj.backward(u, dq.view(), &mut grad.q_proj);
+        *du += &*self.k_proj.backward(u, dk.view(), &mut grad.k_proj);
+        *du += &*self.v_proj.backward(u, dv.view(), &mut grad.v_proj);
+        du
+    }
+
+    /// Adds the gradients of the meta keys and values that are parameters of this layer, if they are.
+    pub(crate) fn add_own_meta(&mut self, dkeys: &Array2<f32>, dvalues: &Array2<f32>) {
+        if let Some((keys, values)) = &mut self.own_meta {
+            *keys += dkeys;
+            *values += dvalues;
+        }
+    }
+
+    /// Everything up to the last projection.
+    fn run(
+        &self,
+        u: ArrayView2<f32>,
+        batch: usize,
+        prefix: &Prefix,
+        log_sums: Option<&mut Array2<f32>>,
+    ) -> AttentionCache {
+        let (q, k, v) = (self.q_proj.forward(u), self.k_proj.forward(u), self.v_proj.forward(u));
+        let mut mixed = Buffer::any(q.dim());
+        let l = u.nrows() / batch;
+        let mut log_sums = log_sums.map(|sums| sums.axis_chunks_iter_mut(Axis(0), l));
+        let sequences: Vec<_> = (0..batch)
+            .zip(mixed.axis_chunks_iter_mut(Axis(0), l))
+            .map(|sequence| (sequence, log_sums.as_mut().and_then(|sums| sums.next())))
+            .collect();
+        let work = u.len() * (prefix.keys.nrows() + prefix.window.map_or(l, |window| window.min(l)));
+        parallel::for_each_if(work, sequences, |((i, mixed), log_sums)| {
+            let rows = s![i * l..(i + 1) * l, ..];
+            attend(self.sequence(prefix, q.slice(rows), k.slice(rows), v.slice(rows)), mixed, log_sums);
+        });
+        AttentionCache { batch, q, k, v, mixed, log_sums: Array2::zeros((0, 0)) }
     }
 
     /// The next frame of each sequence, u `[b, h]` → `[b, h]`; `state` moves on by one frame.
-    pub(crate) fn step(&self, u: ArrayView2<f32>, prefix: &Prefix, state: &mut AttentionState) -> Array2<f32> {
+    pub(crate) fn step(&self, u: ArrayView2<f32>, prefix: &Prefix, state: &mut AttentionState) -> Buffer {
         let (q, k, v) = (self.q_proj.forward(u), self.k_proj.forward(u), self.v_proj.forward(u));
-        let mut mixed: Array2<f32> = Array2::zeros(q.dim());
+        let mut mixed = Buffer::any(q.dim());
         for (i, (keys, values)) in state.sequences.iter_mut().enumerate() {
             keys.push(flat(&k.row(i)));
             values.push(flat(&v.row(i)));
@@ -182,7 +278,7 @@ impl MetaTokenAttention {
         }
     }
 
-    pub(crate) fn visit(&self, name: &str, f: &mut Visitor) {
+    pub(crate) fn visit<'a>(&'a self, name: &str, f: &mut Visitor<'_, 'a>) {
         self.q_proj.visit(&join(name, "q_proj"), f);
         self.k_proj.visit(&join(name, "k_proj"), f);
         self.v_proj.visit(&join(name, "v_proj"), f);
@@ -193,7 +289,7 @@ impl MetaTokenAttention {
         }
     }
 
-    pub(crate) fn visit_mut(&mut self, name: &str, f: &mut VisitorMut) {
+    pub(crate) fn visit_mut<'a>(&'a mut self, name: &str, f: &mut VisitorMut<'_, 'a>) {
         self.q_proj.visit_mut(&join(name, "q_proj"), f);
         self.k_proj.visit_mut(&join(name, "k_proj"), f);
         self.v_proj.visit_mut(&join(name, "v_proj"), f);

@@ -3,8 +3,9 @@
 use ndarray::{Array1, Array2, ArrayView2, ArrayViewMut2, s};
 use rand::RngExt;
 
-use super::{Derived, Rng, Visitor, VisitorMut, flat, join};
-use crate::kernels::conv::{TAPS, conv_silu};
+use super::{Derived, Rng, Visitor, VisitorMut, flat, flat_mut, join};
+use crate::kernels::conv::{ConvGradient, TAPS, conv, conv_backward, conv_silu};
+use crate::kernels::math::{self, Silu};
 use crate::kernels::matmul::Rows;
 
 /// Rows the convolution looks back.
@@ -35,7 +36,7 @@ impl CausalConv {
     /// x, oldest first, and is brought up to date.
     pub(crate) fn step(&self, x: ArrayView2<f32>, mut history: ArrayViewMut2<f32>, out: &mut [f32]) {
         let d = self.bias.len();
-        let taps = self.taps.get(|| self.weight.t().as_standard_layout().into_owned());
+        let taps = self.taps();
         let rows = Rows { data: flat(&x), stride: x.ncols() };
         conv_silu(rows, flat(&history.view()), flat(taps), flat(&self.bias), out);
 
@@ -48,12 +49,45 @@ impl CausalConv {
         history.slice_mut(s![kept.., ..]).assign(&newest);
     }
 
-    pub(crate) fn visit(&self, name: &str, f: &mut Visitor) {
+    /// The gradient of one sequence's forward pass, which began with `history` in front of x. `dout` `[l, d]` is that of the
+    /// output and is overwritten. Writes the first d columns of `dx` `[l, ≥ d]` and adds to `dhistory` `[3, d]`.
+    pub(crate) fn backward(
+        &self,
+        x: ArrayView2<f32>,
+        history: ArrayView2<f32>,
+        dout: &mut [f32],
+        dx: ArrayViewMut2<f32>,
+        mut dhistory: ArrayViewMut2<f32>,
+        grad: &mut CausalConv,
+    ) {
+        let (rows, taps) = (Rows { data: flat(&x), stride: x.ncols() }, self.taps());
+        let (history, stride) = (flat(&history), dx.ncols());
+        let mut before_silu = vec![0.0; dout.len()];
+        conv(rows, history, flat(taps), flat(&self.bias), &mut before_silu);
+        math::map_backward::<Silu>(&before_silu, dout);
+        let mut dtaps = Array2::zeros(taps.dim());
+        let gradient = ConvGradient {
+            dx: dx.into_slice().expect("whole rows"),
+            stride,
+            before: dhistory.as_slice_mut().expect("whole rows"),
+            weight: flat_mut(&mut dtaps),
+            bias: flat_mut(&mut grad.bias),
+        };
+        conv_backward(rows, history, flat(taps), dout, gradient);
+        grad.taps.forget();
+        grad.weight += &dtaps.t();
+    }
+
+    fn taps(&self) -> &Array2<f32> {
+        self.taps.get(|| self.weight.t().as_standard_layout().into_owned())
+    }
+
+    pub(crate) fn visit<'a>(&'a self, name: &str, f: &mut Visitor<'_, 'a>) {
         f(&join(name, "weight"), self.weight.view().into_dyn());
         f(&join(name, "bias"), self.bias.view().into_dyn());
     }
 
-    pub(crate) fn visit_mut(&mut self, name: &str, f: &mut VisitorMut) {
+    pub(crate) fn visit_mut<'a>(&'a mut self, name: &str, f: &mut VisitorMut<'_, 'a>) {
         self.taps.forget();
         f(&join(name, "weight"), self.weight.view_mut().into_dyn());
         f(&join(name, "bias"), self.bias.view_mut().into_dyn());

@@ -2,7 +2,7 @@
 
 use ndarray::{Array2, ArrayView2};
 
-use super::{Linear, Rng, Visitor, VisitorMut, flat_mut, join};
+use super::{Buffer, Linear, Rng, Visitor, VisitorMut, flat, flat_mut, join};
 use crate::kernels::math;
 
 /// The activation between the two maps.
@@ -32,13 +32,40 @@ impl FeedForward {
         self.down.add_to(inner.view(), y);
     }
 
-    pub(crate) fn visit(&self, name: &str, f: &mut Visitor) {
+    /// As [`add_to`](Self::add_to); returns what goes into the activation, `[rows, 4h]`.
+    pub(crate) fn add_to_train(&self, x: ArrayView2<f32>, y: &mut Array2<f32>) -> Buffer {
+        let inner = self.up.forward(x);
+        self.down.add_to(activated(&inner).view(), y);
+        inner
+    }
+
+    /// The gradient of the network at x, for dy `[rows, h]` → dx `[rows, h]`. The activation is computed again: it costs less
+    /// than keeping it.
+    pub(crate) fn backward(
+        &self,
+        x: ArrayView2<f32>,
+        inner: &Array2<f32>,
+        dy: ArrayView2<f32>,
+        grad: &mut FeedForward,
+    ) -> Buffer {
+        let mut dinner = self.down.backward(activated(inner).view(), dy, &mut grad.down);
+        math::map_backward::<Activation>(flat(inner), flat_mut(&mut dinner));
+        self.up.backward(x, dinner.view(), &mut grad.up)
+    }
+
+    pub(crate) fn visit<'a>(&'a self, name: &str, f: &mut Visitor<'_, 'a>) {
         self.up.visit(&join(name, "up"), f);
         self.down.visit(&join(name, "down"), f);
     }
 
-    pub(crate) fn visit_mut(&mut self, name: &str, f: &mut VisitorMut) {
+    pub(crate) fn visit_mut<'a>(&'a mut self, name: &str, f: &mut VisitorMut<'_, 'a>) {
         self.up.visit_mut(&join(name, "up"), f);
         self.down.visit_mut(&join(name, "down"), f);
     }
+}
+
+fn activated(inner: &Array2<f32>) -> Buffer {
+    let mut activated = Buffer::copy_of(inner);
+    math::map::<Activation>(flat_mut(&mut activated));
+    activated
 }

@@ -1,11 +1,15 @@
 //! The Mamba branch (Mamba-1, arXiv 2312.00752, figure 3 and algorithm 2).
 
-use ndarray::{Array2, Array3, ArrayView2, Axis, s};
+use ndarray::{Array2, Array3, Array4, ArrayView2, Axis, s};
 use rand::RngExt;
 
 use super::conv::HISTORY;
-use super::{CausalConv, Linear, Rng, SelectiveScan, Visitor, VisitorMut, debug_shapes, flat_mut, join};
+use super::scan::{ScanPartial, ScanRows, ScanRowsGradient};
+use super::{Buffer, CausalConv, Linear, Rng, SelectiveScan, Visitor, VisitorMut, debug_shapes, flat, flat_mut, join};
 use crate::HymbaOptions;
+use crate::kernels::matmul::Rows;
+use crate::kernels::parallel;
+use crate::kernels::scan::{CHUNK, RowsMut};
 
 /// The branch that carries order and the far past: a gated selective state space model.
 ///
@@ -30,6 +34,36 @@ pub struct MambaBranch {
     out_proj: Linear,
 }
 
+/// What [`MambaBranch::backward`] reads.
+pub(crate) struct MambaCache {
+    /// `[b·l, d | d]`
+    xz: Buffer,
+    /// `[b·l, d]`
+    v: Buffer,
+    /// `[b·l, r | n | n]`
+    dbc: Buffer,
+    /// Δ `[b·l, d]`
+    delta: Buffer,
+    /// `[b·l, d]`, after the gate.
+    y: Buffer,
+    /// The states `[b, ⌈l/16⌉, n, d]` at the start of every 16 frames.
+    checkpoints: Array4<f32>,
+}
+
+impl MambaCache {
+    /// Sequence `i` of length l.
+    fn scan_rows(&self, i: usize, l: usize) -> ScanRows<'_> {
+        fn rows(array: &Array2<f32>, first: usize) -> Rows<'_> {
+            Rows { data: &flat(array)[first * array.ncols()..], stride: array.ncols() }
+        }
+        ScanRows { v: rows(&self.v, i * l), bc: rows(&self.dbc, i * l), xz: rows(&self.xz, i * l) }
+    }
+}
+
+/// Multiplications that take as long as one number of the convolution, and as one state of the scan.
+const CONV_WORK: usize = 30;
+const SCAN_WORK: usize = 50;
+
 /// What the branch remembers of each sequence of a batch.
 #[derive(Clone)]
 pub(crate) struct MambaState {
@@ -44,6 +78,11 @@ impl MambaState {
     pub(crate) fn zeros(batch: usize, options: &HymbaOptions) -> Self {
         let d = options.inner_size();
         MambaState { conv: Array3::zeros((batch, HISTORY, d)), scan: Array3::zeros((batch, options.state_size, d)) }
+    }
+
+    /// A gradient of this state.
+    pub(crate) fn zeros_like(&self) -> Self {
+        MambaState { conv: Array3::zeros(self.conv.dim()), scan: Array3::zeros(self.scan.dim()) }
     }
 
     /// This state of one sequence, for each of `batch`.
@@ -91,32 +130,137 @@ impl MambaBranch {
     }
 
     /// u `[b·l, h]`, every sequence starting from the one state `start` → `[b·l, h]`
-    pub(crate) fn forward(&self, u: ArrayView2<f32>, batch: usize, start: &MambaState) -> Array2<f32> {
+    pub(crate) fn forward(&self, u: ArrayView2<f32>, batch: usize, start: &MambaState) -> Buffer {
         self.step(u, &mut start.repeat(batch))
     }
 
+    /// As [`forward`](Self::forward); returns also what [`backward`](Self::backward) reads, and the states after the frames.
+    pub(crate) fn forward_train(
+        &self,
+        u: ArrayView2<f32>,
+        batch: usize,
+        start: &MambaState,
+    ) -> (Buffer, MambaCache, MambaState) {
+        let mut state = start.repeat(batch);
+        let chunks = (u.nrows() / batch).div_ceil(CHUNK);
+        let (_, n, d) = start.scan.dim();
+        let mut checkpoints = Array4::zeros((batch, chunks, n, d));
+        let cache = self.run(u, &mut state, Some(&mut checkpoints));
+        (self.out_proj.forward(cache.y.view()), MambaCache { checkpoints, ..cache }, state)
+    }
+
+    /// The gradient of [`forward_train`](Self::forward_train) at u: dy `[b·l, h]` → du `[b·l, h]`. `dend` is the gradient of the
+    /// one state after the frames of a batch of one, if it was used. Adds that of the state before to `dstart`.
+    #[allow(clippy::too_many_arguments)]
+    pub(crate) fn backward(
+        &self,
+        u: ArrayView2<f32>,
+        cache: &MambaCache,
+        start: &MambaState,
+        dy: ArrayView2<f32>,
+        dend: Option<&MambaState>,
+        grad: &mut MambaBranch,
+        dstart: &mut MambaState,
+    ) -> Buffer {
+        let (batch, _, n, d) = cache.checkpoints.dim();
+        let (rows, l) = (u.nrows(), u.nrows() / batch);
+        let width = cache.dbc.ncols();
+        let dout = self.out_proj.backward(cache.y.view(), dy, &mut grad.out_proj); // [b·l, d]
+
+        // the scan, each sequence on its own; what they share is summed afterwards, in their order
+        let mut ddelta = Buffer::any((rows, d));
+        let mut dv = Buffer::any((rows, d));
+        let mut ddbc = Buffer::any((rows, width));
+        let mut dxz = Buffer::any((rows, 2 * d));
+        let mut dstates = dend.map_or_else(|| Array3::zeros((batch, n, d)), |dend| dend.scan.clone());
+        let mut da = Array3::zeros((batch, n, d));
+        let mut dskip = Array2::zeros((batch, d));
+        let mut sequences = Vec::with_capacity(batch);
+        for (((((((i, delta), v), bc), xz), state), a), skip) in (0..)
+            .zip(flat_mut(&mut ddelta).chunks_exact_mut(l * d))
+            .zip(flat_mut(&mut dv).chunks_exact_mut(l * d))
+            .zip(flat_mut(&mut ddbc).chunks_exact_mut(l * width))
+            .zip(flat_mut(&mut dxz).chunks_exact_mut(l * 2 * d))
+            .zip(flat_mut(&mut dstates).chunks_exact_mut(n * d))
+            .zip(flat_mut(&mut da).chunks_exact_mut(n * d))
+            .zip(flat_mut(&mut dskip).chunks_exact_mut(d))
+        {
+            let (bc, xz) = (RowsMut { data: bc, stride: width }, RowsMut { data: xz, stride: 2 * d });
+            sequences.push((i, ScanRowsGradient { delta, v, bc, xz, state }, ScanPartial { a, skip }));
+        }
+        parallel::for_each(sequences, |(i, gradient, partial)| {
+            let here = i * l * d..(i + 1) * l * d;
+            let checkpoints = cache.checkpoints.index_axis(Axis(0), i);
+            let (delta, dout) = (&flat(&cache.delta)[here.clone()], &flat(&dout)[here]);
+            self.scan.backward(delta, cache.scan_rows(i, l), checkpoints, dout, gradient, partial);
+        });
+        for i in 0..batch {
+            let (da, dskip) = (da.index_axis(Axis(0), i), dskip.row(i));
+            self.scan.add_partial(flat(&da), flat(&dskip), &mut grad.scan);
+            dstart.scan += &dstates.index_axis(Axis(0), i);
+        }
+
+        let dlow = self.dt_proj.backward(cache.dbc.view(), ddelta.view(), &mut grad.dt_proj); // [b·l, r]
+        ddbc.slice_mut(s![.., ..dlow.ncols()]).assign(&dlow);
+        *dv += &*self.x_proj.backward(cache.v.view(), ddbc.view(), &mut grad.x_proj);
+        let history = start.conv.index_axis(Axis(0), 0);
+        for i in 0..batch {
+            let rows = s![i * l..(i + 1) * l, ..];
+            let dv = &mut flat_mut(&mut dv)[i * l * d..(i + 1) * l * d];
+            let dhistory = dstart.conv.index_axis_mut(Axis(0), 0);
+            self.conv.backward(cache.xz.slice(rows), history, dv, dxz.slice_mut(rows), dhistory, &mut grad.conv);
+        }
+        if let Some(dend) = dend {
+            // the rows left behind are the last of the history and the frames together
+            for (j, dend) in dend.conv.index_axis(Axis(0), 0).rows().into_iter().enumerate() {
+                match (l + j).checked_sub(HISTORY) {
+                    Some(t) => dxz.slice_mut(s![t, ..d]).scaled_add(1.0, &dend),
+                    None => dstart.conv.slice_mut(s![0, l + j, ..]).scaled_add(1.0, &dend),
+                }
+            }
+        }
+        self.in_proj.backward(u, dxz.view(), &mut grad.in_proj)
+    }
+
     /// The next frames of each sequence, u `[b·l, h]` → `[b·l, h]`; `state` moves on by l frames, usually one.
-    pub(crate) fn step(&self, u: ArrayView2<f32>, state: &mut MambaState) -> Array2<f32> {
+    pub(crate) fn step(&self, u: ArrayView2<f32>, state: &mut MambaState) -> Buffer {
+        self.out_proj.forward(self.run(u, state, None).y.view())
+    }
+
+    /// Everything up to the last projection.
+    fn run(&self, u: ArrayView2<f32>, state: &mut MambaState, checkpoints: Option<&mut Array4<f32>>) -> MambaCache {
         let (batch, _, d) = state.conv.dim();
         let l = u.nrows() / batch;
         let xz = self.in_proj.forward(u); // [b·l, 2d]
-        let mut v = Array2::zeros((batch * l, d));
-        for (i, history) in state.conv.outer_iter_mut().enumerate() {
+        let mut v = Buffer::any((batch * l, d));
+        let histories = state.conv.outer_iter_mut();
+        let sequences = histories.zip(flat_mut(&mut v).chunks_exact_mut(l * d)).enumerate().collect();
+        parallel::for_each_if(batch * l * d * CONV_WORK, sequences, |(i, (history, v))| {
             let xi = xz.slice(s![i * l..(i + 1) * l, ..]); // columns d.. are z, which the convolution leaves alone
-            self.conv.step(xi, history, &mut flat_mut(&mut v)[i * l * d..(i + 1) * l * d]);
-        }
+            self.conv.step(xi, history, v);
+        });
         let dbc = self.x_proj.forward(v.view()); // [b·l, r | n | n]
         let mut delta = self.dt_proj.forward(dbc.view()); // [b·l, d]
-        let mut y: Array2<f32> = Array2::zeros((batch * l, d));
-        for (i, scan) in state.scan.outer_iter_mut().enumerate() {
-            let rows = s![i * l..(i + 1) * l, ..];
-            let delta = &mut flat_mut(&mut delta)[i * l * d..(i + 1) * l * d];
-            self.scan.step(delta, v.slice(rows), dbc.slice(rows), xz.slice(rows), scan, y.slice_mut(rows));
-        }
-        self.out_proj.forward(y.view())
+        let mut y = Buffer::any((batch * l, d));
+        let none = Array4::zeros((0, 0, 0, 0));
+        let mut cache =
+            MambaCache { xz, v, dbc, delta: Buffer::any((0, 0)), y: Buffer::any((0, 0)), checkpoints: none };
+        let work = l * state.scan.len() * SCAN_WORK;
+        let mut checkpoints = checkpoints.map(|checkpoints| checkpoints.outer_iter_mut());
+        let sequences: Vec<_> = (0..batch)
+            .zip(state.scan.outer_iter_mut())
+            .zip(flat_mut(&mut delta).chunks_exact_mut(l * d))
+            .zip(y.axis_chunks_iter_mut(Axis(0), l))
+            .map(|sequence| (sequence, checkpoints.as_mut().and_then(|checkpoints| checkpoints.next())))
+            .collect();
+        parallel::for_each_if(work, sequences, |((((i, state), delta), y), checkpoints)| {
+            self.scan.step(delta, cache.scan_rows(i, l), state, y, checkpoints);
+        });
+        (cache.delta, cache.y) = (delta, y);
+        cache
     }
 
-    pub(crate) fn visit(&self, name: &str, f: &mut Visitor) {
+    pub(crate) fn visit<'a>(&'a self, name: &str, f: &mut Visitor<'_, 'a>) {
         self.in_proj.visit(&join(name, "in_proj"), f);
         self.conv.visit(&join(name, "conv"), f);
         self.x_proj.visit(&join(name, "x_proj"), f);
@@ -125,7 +269,7 @@ impl MambaBranch {
         self.out_proj.visit(&join(name, "out_proj"), f);
     }
 
-    pub(crate) fn visit_mut(&mut self, name: &str, f: &mut VisitorMut) {
+    pub(crate) fn visit_mut<'a>(&'a mut self, name: &str, f: &mut VisitorMut<'_, 'a>) {
         self.in_proj.visit_mut(&join(name, "in_proj"), f);
         self.conv.visit_mut(&join(name, "conv"), f);
         self.x_proj.visit_mut(&join(name, "x_proj"), f);

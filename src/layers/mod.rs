@@ -1,12 +1,17 @@
-//! The layers: one file each, read top to bottom: struct, `new`, `forward`, `step`, `visit`, tests.
+//! The layers: one file each, read top to bottom: struct, `zeros` and `init`, `forward`, `forward_train`, `backward`, `step`,
+//! `visit`, tests.
 //!
-//! The contract. Activations are `[rows, width]`, a batch's sequences one after the other. `forward` keeps nothing. `step`,
-//! folded over frames, equals `forward`. `visit` and `visit_mut` walk the parameters in a fixed order under the names they
+//! The contract. Activations are `[rows, width]`, a batch's sequences one after the other. `forward` keeps nothing and equals
+//! what `forward_train` returns beside a cache, which holds what `backward` reads and nothing else. `backward` turns the
+//! gradient of the output into that of the input and *adds* those of the parameters to `grad`, a further value of the layer's
+//! own type. `step`, folded over frames, equals `forward`. `visit` and `visit_mut` walk the parameters in a fixed order under the names they
 //! have in files, and that one walk serves saving, loading, counting and the summary. Layers trust their shapes: what the
 //! user gives is checked once, at the model's door.
 
 mod attention;
+mod buffer;
 mod conv;
+mod dropout;
 mod ffn;
 mod gate;
 mod linear;
@@ -19,20 +24,22 @@ use std::sync::OnceLock;
 use ndarray::{ArrayBase, ArrayViewD, ArrayViewMutD, Data, Dimension};
 
 pub use attention::MetaTokenAttention;
-pub(crate) use attention::{AttentionState, init_meta_tokens};
+pub(crate) use attention::{AttentionCache, AttentionState, init_meta_tokens};
+pub(crate) use buffer::Buffer;
 pub(crate) use conv::CausalConv;
+pub(crate) use dropout::dropout;
 pub(crate) use ffn::FeedForward;
 pub(crate) use gate::Gate;
 pub(crate) use linear::Linear;
 pub use mamba::MambaBranch;
-pub(crate) use mamba::MambaState;
+pub(crate) use mamba::{MambaCache, MambaState};
 pub(crate) use norm::LayerNorm;
 pub(crate) use scan::{SelectiveScan, TimeStep};
 
 /// What is called with every parameter and its name in files.
-pub(crate) type Visitor<'a> = dyn FnMut(&str, ArrayViewD<'_, f32>) + 'a;
+pub(crate) type Visitor<'f, 'a> = dyn FnMut(&str, ArrayViewD<'a, f32>) + 'f;
 /// As [`Visitor`], for changing the parameters.
-pub(crate) type VisitorMut<'a> = dyn FnMut(&str, ArrayViewMutD<'_, f32>) + 'a;
+pub(crate) type VisitorMut<'f, 'a> = dyn FnMut(&str, ArrayViewMutD<'a, f32>) + 'f;
 
 /// The generator behind every `seed` of this crate: ChaCha with 8 rounds, the same numbers on every platform.
 pub(crate) type Rng = rand::rngs::ChaCha8Rng;
