@@ -5,18 +5,18 @@
 use std::hint::black_box;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use ndarray::Array2;
+use ndarray::{Array2, Array3};
 
 #[allow(dead_code, unused_imports)]
 #[path = "../src/kernels/mod.rs"]
 mod kernels;
 
-use kernels::attention::{Seen, Sequence, attend, attend_step};
+use kernels::attention::{Attended, AttentionGradient, Seen, Sequence, attend, attend_backward, attend_step};
 use kernels::conv::conv_silu;
 use kernels::math::{Gelu, Sigmoid, Silu, Softplus, Unary, map};
-use kernels::matmul::{Out, Packed, Rows, matmul, matmul_part};
+use kernels::matmul::{Out, Packed, Rows, matmul, matmul_gradient, matmul_part};
 use kernels::norm::{SmallVariance, layer_norm};
-use kernels::scan::{ScanInput, selective_scan};
+use kernels::scan::{CHUNK, RowsMut, ScanGradient, ScanInput, selective_scan, selective_scan_backward};
 
 const H: usize = 256;
 const D: usize = 512;
@@ -43,6 +43,13 @@ fn products(c: &mut Criterion) {
         });
         group.bench_function(BenchmarkId::new("all threads", &size), |b| {
             b.iter(|| matmul(x, rows, &packed, black_box(&mut y), Out::Set));
+        });
+        let mut grad = vec![0.0; outputs * inputs];
+        group.bench_function(BenchmarkId::new("gradient of the matrix", &size), |b| {
+            b.iter(|| {
+                let dy = Rows { data: &y, stride: outputs };
+                matmul_gradient(dy, outputs, x, inputs, rows, black_box(&mut grad));
+            });
         });
     }
     group.finish();
@@ -90,7 +97,29 @@ fn sequences(c: &mut Criterion) {
             input_step: None,
         };
         group.bench_function(format!("scan {l}x{D}x{N}"), |b| {
-            b.iter(|| selective_scan(input, state.view_mut(), black_box(&mut y).view_mut()));
+            b.iter(|| selective_scan(input, state.view_mut(), black_box(&mut y).view_mut(), None));
+        });
+
+        let mut checkpoints = Array3::zeros((l.div_ceil(CHUNK), N, D));
+        selective_scan(input, state.view_mut(), y.view_mut(), Some(checkpoints.view_mut()));
+        let dout = numbers(l * D);
+        let (mut ddelta, mut dv) = (vec![0.0; l * D], vec![0.0; l * D]);
+        let (mut dbc, mut dxz) = (vec![0.0; l * (16 + 2 * N)], vec![0.0; l * 2 * D]);
+        let (mut da, mut dskip, mut dstate) = (vec![0.0; N * D], vec![0.0; D], vec![0.0; N * D]);
+        group.bench_function(format!("scan backward {l}x{D}x{N}"), |b| {
+            b.iter(|| {
+                let gradient = ScanGradient {
+                    delta: black_box(&mut ddelta),
+                    v: &mut dv,
+                    bc: RowsMut { data: &mut dbc, stride: 16 + 2 * N },
+                    z: RowsMut { data: &mut dxz, stride: 2 * D },
+                    a: &mut da,
+                    skip: Some(&mut dskip),
+                    state: &mut dstate,
+                    input_step: None,
+                };
+                selective_scan_backward(input, checkpoints.view(), &dout, gradient);
+            });
         });
     }
 
@@ -112,7 +141,21 @@ fn sequences(c: &mut Criterion) {
         let mut out = Array2::zeros((l, H));
         group.throughput(Throughput::Elements((l * H) as u64));
         group.bench_function(format!("attention {l}x{H} window {window}"), |b| {
-            b.iter(|| attend(sequence, black_box(&mut out).view_mut()));
+            b.iter(|| attend(sequence, black_box(&mut out).view_mut(), None));
+        });
+
+        let mut log_sums = Array2::zeros((l, 4));
+        attend(sequence, out.view_mut(), Some(log_sums.view_mut()));
+        let attended = Attended { out: rows(out.as_slice().unwrap()), dout: rows(&x), log_sums: log_sums.view() };
+        let mut frames = [(); 3].map(|()| Array2::zeros((l, H)));
+        let mut tokens = [(); 2].map(|()| Array2::zeros((4, H)));
+        group.bench_function(format!("attention backward {l}x{H} window {window}"), |b| {
+            b.iter(|| {
+                let [queries, keys, values] = black_box(&mut frames).each_mut().map(|array| array.view_mut());
+                let [meta_keys, meta_values] = tokens.each_mut().map(|array| array.view_mut());
+                let gradient = AttentionGradient { queries, keys, values, meta_keys, meta_values };
+                attend_backward(sequence, attended, gradient);
+            });
         });
     }
     let (x, mut out) = (numbers(60 * H), vec![0.0; H]);

@@ -36,5 +36,23 @@ fn step(c: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(benches, forward, step);
+fn train(c: &mut Criterion) {
+    let mut group = c.benchmark_group("train");
+    group.sample_size(10);
+    let model = Hymba::build(HymbaOptions::recommended(WIDTH)).unwrap();
+    let (batch, length) = (32, 60);
+    let x = Array3::from_shape_fn((batch, length, WIDTH), |(b, t, i)| ((b * 7 + t * 3 + i) as f32 * 0.1).sin());
+    group.throughput(Throughput::Elements((batch * length) as u64));
+    group.bench_function(format!("forward_train {batch}x{length}"), |b| {
+        b.iter(|| model.forward_train(&x, None, 0).unwrap());
+    });
+    let (y, cache) = model.forward_train(&x, None, 0).unwrap();
+    let mut grads = model.zeros_like();
+    group.bench_function(format!("backward {batch}x{length}"), |b| {
+        b.iter(|| model.backward(&cache, &y, &mut grads).unwrap());
+    });
+    group.finish();
+}
+
+criterion_group!(benches, forward, step, train);
 criterion_main!(benches);

@@ -19,7 +19,7 @@ pub enum Error {
     /// An option is outside its range, or two options do not fit together.
     #[error("option {option} = {given} is not usable: {allowed}")]
     Option {
-        /// The option's name, as in [`HymbaOptions`](crate::HymbaOptions).
+        /// The option's name, as its setter has it.
         option: &'static str,
         /// The value given.
         given: String,
@@ -45,6 +45,26 @@ pub enum Error {
     /// A streaming state does not belong to this model or to this frame.
     #[error("the state cannot be used here: {0}")]
     State(String),
+
+    /// The targets of a loss are not usable.
+    #[error("the targets cannot be learned: {0}")]
+    Targets(String),
+
+    /// The optimiser and what it is to train do not fit together.
+    #[error("the optimiser cannot be used here: {0}")]
+    Optimizer(String),
+
+    /// Training has left the numbers that f32 can hold.
+    #[error(
+        "at step {step}, {what}: lower the learning rate, warm it up, clip the gradient's norm, or look for extreme \
+         values in the data"
+    )]
+    NotFinite {
+        /// The step that was to be taken, from 1.
+        step: u64,
+        /// What is not finite, or too large to be squared, and its value.
+        what: String,
+    },
 
     /// A file could not be read or written.
     #[error("{}: {source}", path.display())]

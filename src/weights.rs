@@ -9,8 +9,10 @@ use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use ndarray::ArrayViewD;
 use safetensors::tensor::{Metadata, TensorInfo};
 use safetensors::{Dtype, SafeTensorError};
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use self::header::printable;
@@ -20,10 +22,10 @@ use crate::{Error, Hymba, HymbaOptions, Result};
 pub(crate) mod header;
 pub(crate) mod tensors;
 
-/// Where the metadata of a file has the options. One entry, so that saving a model twice gives the same bytes.
+/// Where the metadata of a file has the options.
 const OPTIONS_KEY: &str = "hymba";
 /// The version of what this crate writes.
-const VERSION: u32 = 1;
+pub(crate) const VERSION: u32 = 1;
 
 /// The metadata entry of a saved model.
 #[derive(Serialize, Deserialize)]
@@ -54,44 +56,10 @@ impl Hymba {
     /// [`Error::Io`] when the file cannot be written; an old file is then untouched. [`Error::Format`] when the model
     /// has so many blocks that [`load`](Self::load) would refuse the file.
     pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
-        let path = path.as_ref();
-        let (header, tensors) = self.header().map_err(|error| Error::format(path, error.to_string()))?;
-        if tensors > MAX_TENSORS || header.len() as u64 > MAX_HEADER {
-            return Err(Error::format(path, "the model has too many blocks for one file; set a smaller num_layers"));
-        }
-        replace(path, |file| {
-            file.write_all(&(header.len() as u64).to_le_bytes())?;
-            file.write_all(&header)?;
-            let mut written = Ok(());
-            self.visit(&mut |_, array| {
-                for number in &array {
-                    if written.is_ok() {
-                        written = file.write_all(&number.to_le_bytes());
-                    }
-                }
-            });
-            written
-        })
-        .map_err(|source| Error::io(path, source))
-    }
-
-    /// The header of the model's file, padded so that the data begins at a multiple of 8 bytes, and how many tensors are
-    /// in it.
-    fn header(&self) -> Result<(Vec<u8>, usize), SafeTensorError> {
-        let options = serde_json::to_string(&Saved { version: VERSION, options: self.options().clone() })?;
+        let saved = Saved { version: VERSION, options: self.options().clone() };
         let mut tensors = Vec::new();
-        let mut end = 0;
-        self.visit(&mut |name, array| {
-            let start = end;
-            end += array.len() * size_of::<f32>();
-            let (dtype, shape, data_offsets) = (Dtype::F32, array.shape().to_vec(), (start, end));
-            tensors.push((name.to_string(), TensorInfo { dtype, shape, data_offsets }));
-        });
-        let count = tensors.len();
-        let metadata = HashMap::from([(OPTIONS_KEY.to_string(), options)]);
-        let mut header = serde_json::to_vec(&Metadata::new(Some(metadata), tensors)?)?;
-        header.resize(header.len().next_multiple_of(8), b' ');
-        Ok((header, count))
+        self.visit(&mut |name, array| tensors.push((name.to_string(), array)));
+        write(path.as_ref(), &saved, &tensors)
     }
 
     /// Reads a model that [`save`](Self::save) wrote. Nothing but `path` is needed: the options are in the file.
@@ -154,6 +122,38 @@ impl Hymba {
     }
 }
 
+/// Writes a safetensors file of f32 tensors, with `saved` in its metadata. One entry there, so that saving twice gives the
+/// same bytes.
+pub(crate) fn write(path: &Path, saved: &impl Serialize, tensors: &[(String, ArrayViewD<'_, f32>)]) -> Result<()> {
+    let header = header(saved, tensors).map_err(|error| Error::format(path, error.to_string()))?;
+    if tensors.len() > MAX_TENSORS || header.len() as u64 > MAX_HEADER {
+        return Err(Error::format(path, "too many blocks for one file; set a smaller num_layers"));
+    }
+    replace(path, |file| {
+        file.write_all(&(header.len() as u64).to_le_bytes())?;
+        file.write_all(&header)?;
+        for number in tensors.iter().flat_map(|(_, array)| array) {
+            file.write_all(&number.to_le_bytes())?;
+        }
+        Ok(())
+    })
+    .map_err(|source| Error::io(path, source))
+}
+
+/// The header of a file, padded so that the data begins at a multiple of 8 bytes.
+fn header(saved: &impl Serialize, tensors: &[(String, ArrayViewD<'_, f32>)]) -> Result<Vec<u8>, SafeTensorError> {
+    let metadata = HashMap::from([(OPTIONS_KEY.to_string(), serde_json::to_string(saved)?)]);
+    let mut end = 0;
+    let tensors = tensors.iter().map(|(name, array)| {
+        let start = end;
+        end += array.len() * size_of::<f32>();
+        (name.clone(), TensorInfo { dtype: Dtype::F32, shape: array.shape().to_vec(), data_offsets: (start, end) })
+    });
+    let mut header = serde_json::to_vec(&Metadata::new(Some(metadata), tensors.collect())?)?;
+    header.resize(header.len().next_multiple_of(8), b' ');
+    Ok(header)
+}
+
 /// A model with these options and the `tensors` as its parameters.
 fn fill(options: HymbaOptions, mut tensors: Tensors) -> Result<Hymba> {
     check_size(&options, &tensors)?;
@@ -174,18 +174,24 @@ fn fill(options: HymbaOptions, mut tensors: Tensors) -> Result<Hymba> {
 
 /// The options that were saved with the `tensors`.
 fn options(saved: Option<&str>, tensors: &Tensors) -> Result<HymbaOptions> {
-    /// Read first: the options of another version may not be readable.
-    #[derive(Deserialize)]
-    struct Version {
-        version: u32,
-    }
-
     let Some(saved) = saved else {
         return Err(tensors.error(format!(
             "its metadata has no entry {OPTIONS_KEY:?} with the options of a model: {}",
             origin(tensors)
         )));
     };
+    let Saved { options, .. } = parse(saved, tensors)?;
+    Ok(options)
+}
+
+/// Reads what [`write`] put into the metadata.
+pub(crate) fn parse<T: DeserializeOwned>(saved: &str, tensors: &Tensors) -> Result<T> {
+    /// Read first: what another version wrote may not be readable.
+    #[derive(Deserialize)]
+    struct Version {
+        version: u32,
+    }
+
     let unusable = |error: serde_json::Error| {
         let reason = printable(&error.to_string());
         tensors.error(format!("the options in its metadata are not usable: {reason}"))
@@ -196,8 +202,7 @@ fn options(saved: Option<&str>, tensors: &Tensors) -> Result<HymbaOptions> {
             "written in version {version} of the format, and this version of the crate reads version {VERSION}"
         )));
     }
-    let Saved { options, .. } = serde_json::from_str(saved).map_err(unusable)?;
-    Ok(options)
+    serde_json::from_str(saved).map_err(unusable)
 }
 
 /// Where a file without options probably comes from, by the names of its tensors.

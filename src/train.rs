@@ -1,0 +1,108 @@
+//! Training: losses with their gradients, learning rate schedules, and the optimiser.
+//!
+//! A gradient is a further model: [`Hymba::zeros_like`] makes one, [`Hymba::backward`] adds into it, and
+//! [`AdamW::step`] uses it up.
+//!
+//! ```
+//! use hymba::ndarray::Array3;
+//! use hymba::train::{AdamW, AdamWOptions, CrossEntropy};
+//! use hymba::{Hymba, HymbaOptions};
+//!
+//! let mut model = Hymba::build(HymbaOptions::new(3).hidden_size(8).num_layers(1))?;
+//! let mut gradient = model.zeros_like();
+//! let mut optimizer = AdamW::new(&model, AdamWOptions::default().learning_rate(1e-2))?;
+//!
+//! // two sequences, and which of the 8 outputs should be the largest
+//! let (x, labels) = (Array3::ones((2, 20, 3)), [5, 5]);
+//! let mut losses = Vec::new();
+//! for step in 0..3 {
+//!     let (y, cache) = model.forward_train(&x, None, step)?;
+//!     let loss = CrossEntropy::new().evaluate(&y, &labels)?;
+//!     model.backward(&cache, &loss.gradient, &mut gradient)?;
+//!     optimizer.step(&mut model, &mut gradient)?;
+//!     losses.push(loss.value);
+//! }
+//! assert!(losses[2] < losses[0]);
+//! # Ok::<(), hymba::Error>(())
+//! ```
+
+use ndarray::{ArrayViewD, ArrayViewMutD};
+
+use crate::Hymba;
+
+mod loss;
+mod optimizer;
+mod schedule;
+
+pub use loss::{CrossEntropy, Loss, RegressionLoss};
+pub use optimizer::{AdamW, AdamWOptions, StepInfo};
+pub use schedule::Schedule;
+
+/// What can be trained: anything whose parameters can be walked.
+///
+/// A gradient, and what an optimiser remembers, are further values of the same type. To train a [`Hymba`] together with
+/// layers of your own, implement this for a struct of both.
+///
+/// Every walk visits the same parameters in the same order. Their names differ from each other, and their numbers lie in
+/// row-major order without gaps.
+///
+/// ```
+/// use hymba::Hymba;
+/// use hymba::ndarray::{Array1, ArrayViewD, ArrayViewMutD};
+/// use hymba::train::Parameters;
+///
+/// struct Scaled {
+///     encoder: Hymba,
+///     scale: Array1<f32>,
+/// }
+///
+/// impl Parameters for Scaled {
+///     fn visit<'a>(&'a self, f: &mut dyn FnMut(&str, ArrayViewD<'a, f32>)) {
+///         self.encoder.visit(&mut |name, array| f(&format!("encoder.{name}"), array));
+///         f("scale", self.scale.view().into_dyn());
+///     }
+///     fn visit_mut<'a>(&'a mut self, f: &mut dyn FnMut(&str, ArrayViewMutD<'a, f32>)) {
+///         self.encoder.visit_mut(&mut |name, array| f(&format!("encoder.{name}"), array));
+///         f("scale", self.scale.view_mut().into_dyn());
+///     }
+///     fn zeros_like(&self) -> Self {
+///         Scaled { encoder: self.encoder.zeros_like(), scale: Array1::zeros(self.scale.dim()) }
+///     }
+/// }
+/// ```
+pub trait Parameters: Sized {
+    /// Calls `f` with the name and the values of every parameter.
+    fn visit<'a>(&'a self, f: &mut dyn FnMut(&str, ArrayViewD<'a, f32>));
+    /// As [`visit`](Self::visit), for changing the parameters.
+    fn visit_mut<'a>(&'a mut self, f: &mut dyn FnMut(&str, ArrayViewMutD<'a, f32>));
+    /// The same parameters, all zero.
+    fn zeros_like(&self) -> Self;
+}
+
+impl Parameters for Hymba {
+    fn visit<'a>(&'a self, f: &mut dyn FnMut(&str, ArrayViewD<'a, f32>)) {
+        self.visit(f);
+    }
+
+    fn visit_mut<'a>(&'a mut self, f: &mut dyn FnMut(&str, ArrayViewMutD<'a, f32>)) {
+        self.visit_mut(f);
+    }
+
+    fn zeros_like(&self) -> Self {
+        self.zeros_like()
+    }
+}
+
+/// All parameters with their names, in the order of the walk.
+pub(crate) fn views(parameters: &impl Parameters) -> Vec<(String, ArrayViewD<'_, f32>)> {
+    let mut views = Vec::new();
+    parameters.visit(&mut |name, array| views.push((name.to_string(), array)));
+    views
+}
+
+/// As [`views`], for changing the parameters.
+pub(crate) fn views_mut(parameters: &mut impl Parameters) -> Vec<(String, ArrayViewMutD<'_, f32>)> {
+    let mut views = Vec::new();
+    parameters.visit_mut(&mut |name, array| views.push((name.to_string(), array)));
+    views
+}
