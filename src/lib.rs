@@ -77,6 +77,7 @@ mod layers;
 mod model;
 mod options;
 mod summary;
+pub mod train;
 mod weights;
 
 pub use block::{BlockInspection, HymbaBlock};
