@@ -433,7 +433,7 @@ fn rows(x: &Array3<f32>) -> Buffer {
 }
 
 /// One length for each row, from 1 to l.
-fn check_lengths(lengths: &[usize], batch: usize, l: usize) -> Result<()> {
+pub(crate) fn check_lengths(lengths: &[usize], batch: usize, l: usize) -> Result<()> {
     if lengths.len() != batch {
         let advice = format!("{} lengths for a batch of {batch}; give one for each row", lengths.len());
         return Err(Error::Lengths(advice));
