@@ -2,6 +2,7 @@
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use hymba::ndarray::{Array2, Array3};
+use hymba::train::{AdamW, AdamWOptions, RegressionLoss};
 use hymba::{Hymba, HymbaOptions};
 
 const WIDTH: usize = 287;
@@ -39,7 +40,7 @@ fn step(c: &mut Criterion) {
 fn train(c: &mut Criterion) {
     let mut group = c.benchmark_group("train");
     group.sample_size(10);
-    let model = Hymba::build(HymbaOptions::recommended(WIDTH)).unwrap();
+    let mut model = Hymba::build(HymbaOptions::recommended(WIDTH)).unwrap();
     let (batch, length) = (32, 60);
     let x = Array3::from_shape_fn((batch, length, WIDTH), |(b, t, i)| ((b * 7 + t * 3 + i) as f32 * 0.1).sin());
     group.throughput(Throughput::Elements((batch * length) as u64));
@@ -50,6 +51,15 @@ fn train(c: &mut Criterion) {
     let mut grads = model.zeros_like();
     group.bench_function(format!("backward {batch}x{length}"), |b| {
         b.iter(|| model.backward(&cache, &y, &mut grads).unwrap());
+    });
+    let mut optimizer = AdamW::new(&model, AdamWOptions::default().learning_rate(1e-4)).unwrap();
+    group.bench_function(format!("whole step {batch}x{length}"), |b| {
+        b.iter(|| {
+            let (y, cache) = model.forward_train(&x, None, optimizer.steps()).unwrap();
+            let loss = RegressionLoss::MeanSquaredError.evaluate(&y, &y.mapv(|y| y + 0.1)).unwrap();
+            model.backward(&cache, &loss.gradient, &mut grads).unwrap();
+            optimizer.step(&mut model, &mut grads).unwrap()
+        });
     });
     group.finish();
 }

@@ -155,6 +155,23 @@ impl HymbaBlock {
         x
     }
 
+    /// These rows of what [`forward`](Self::forward) returns. Frames meet only in the scan and in attention: what comes after
+    /// is computed for these rows alone.
+    pub(crate) fn forward_rows(&self, x: &Buffer, batch: usize, prefix: &Prefix, rows: &[usize]) -> Buffer {
+        let u = self.norm.forward(x.view());
+        let (mamba, (attention, gate)) = parallel::join_if(
+            4 * x.len() * x.ncols(),
+            || self.mamba.forward_rows(u.view(), batch, &prefix.mamba, rows),
+            || {
+                let attention = self.attention.forward_rows(u.view(), batch, prefix, rows);
+                (attention, self.gate.forward(u.rows_at(rows).view()))
+            },
+        );
+        let mut x = x.rows_at(rows);
+        self.finish(&mamba, &attention, &gate, &mut x);
+        x
+    }
+
     /// As [`forward`](Self::forward); returns also what [`backward`](Self::backward) reads, and the states after the frames.
     pub(crate) fn forward_train(&self, x: Buffer, batch: usize, prefix: &Prefix) -> (Buffer, BlockCache, MambaState) {
         let u = self.norm.forward(x.view());

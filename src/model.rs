@@ -181,7 +181,7 @@ impl Hymba {
         let groups = self.groups(&rows, &lengths);
         let encoded = parallel::enter_if(self.work(batch * l), || {
             parallel::map(groups, |group| {
-                let frames = self.run(x, group, &lengths);
+                let frames = self.run(x, group, &lengths, None);
                 sequences(self.final_norm.forward(frames.view()).into_array(), group.rows.len())
             })
         });
@@ -315,12 +315,10 @@ impl Hymba {
         let h = self.options.hidden_size;
         let encoded = parallel::enter_if(self.work(lengths.iter().sum()), || {
             parallel::map(groups.iter().collect(), |group: &Group| {
-                let frames = self.run(x, *group, lengths);
-                let mut last = Array2::zeros((group.rows.len(), h));
-                for (i, &row) in group.rows.iter().enumerate() {
-                    last.row_mut(i).assign(&frames.row(i * group.l + lengths[row] - 1));
-                }
-                self.final_norm.forward(last.view())
+                let last: Vec<usize> =
+                    group.rows.iter().enumerate().map(|(i, &row)| i * group.l + lengths[row] - 1).collect();
+                let frames = self.run(x, *group, lengths, Some(&last));
+                self.final_norm.forward(frames.view())
             })
         });
         let mut y = Array2::zeros((lengths.len(), h));
@@ -359,11 +357,15 @@ impl Hymba {
         frames.saturating_mul(24 * self.options.hidden_size * self.options.hidden_size * self.blocks.len())
     }
 
-    /// The sequences of a group through all blocks: `[rows·l, h]`, before the final norm.
-    fn run(&self, x: &ArrayRef3<f32>, group: Group, lengths: &[usize]) -> Buffer {
+    /// The sequences of a group through all blocks: `[rows·l, h]`, before the final norm, or `only` some rows of that.
+    fn run(&self, x: &ArrayRef3<f32>, group: Group, lengths: &[usize], only: Option<&[usize]>) -> Buffer {
         let mut x = self.project(gather(x, group, lengths));
-        for (block, prefix) in self.blocks.iter().zip(self.prefixes()) {
-            x = block.forward(x, group.rows.len(), prefix);
+        let (batch, last) = (group.rows.len(), self.blocks.len() - 1);
+        for (i, (block, prefix)) in self.blocks.iter().zip(self.prefixes()).enumerate() {
+            x = match only {
+                Some(rows) if i == last => block.forward_rows(&x, batch, prefix, rows),
+                _ => block.forward(x, batch, prefix),
+            };
         }
         x
     }

@@ -132,6 +132,12 @@ impl MetaTokenAttention {
         self.out_proj.forward(self.run(u, batch, prefix, None).mixed.view())
     }
 
+    /// These rows of what [`forward`](Self::forward) returns: the last projection is left out for the others.
+    pub(crate) fn forward_rows(&self, u: ArrayView2<f32>, batch: usize, prefix: &Prefix, rows: &[usize]) -> Buffer {
+        let mixed = self.run(u, batch, prefix, None).mixed;
+        self.out_proj.forward(mixed.rows_at(rows).view())
+    }
+
     /// As [`forward`](Self::forward); returns also what [`backward`](Self::backward) reads.
     pub(crate) fn forward_train(&self, u: ArrayView2<f32>, batch: usize, prefix: &Prefix) -> (Buffer, AttentionCache) {
         let mut log_sums = Array2::zeros((u.nrows(), self.heads));

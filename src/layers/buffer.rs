@@ -76,6 +76,13 @@ impl Buffer {
         buffer
     }
 
+    /// A copy of some rows.
+    pub(crate) fn rows_at(&self, rows: &[usize]) -> Self {
+        let mut copy = Self::any((rows.len(), self.ncols()));
+        copy.rows_mut().into_iter().zip(rows).for_each(|(mut copy, &row)| copy.assign(&self.row(row)));
+        copy
+    }
+
     /// The array, which no longer goes back to the pool.
     pub(crate) fn into_array(mut self) -> Array2<f32> {
         std::mem::take(&mut self.0)

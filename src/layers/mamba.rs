@@ -134,6 +134,12 @@ impl MambaBranch {
         self.step(u, &mut start.repeat(batch))
     }
 
+    /// These rows of what [`forward`](Self::forward) returns: the last projection is left out for the others.
+    pub(crate) fn forward_rows(&self, u: ArrayView2<f32>, batch: usize, start: &MambaState, rows: &[usize]) -> Buffer {
+        let y = self.run(u, &mut start.repeat(batch), None).y;
+        self.out_proj.forward(y.rows_at(rows).view())
+    }
+
     /// As [`forward`](Self::forward); returns also what [`backward`](Self::backward) reads, and the states after the frames.
     pub(crate) fn forward_train(
         &self,
