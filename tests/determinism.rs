@@ -27,6 +27,21 @@ fn any_number_of_threads() {
     assert_eq!((model.forward(&wide).unwrap(), model.forward_sequence(&long).unwrap()), one, "outside a pool");
 }
 
+/// The first call computes what the meta tokens leave behind, on several threads, while others need it too.
+#[cfg(feature = "rayon")]
+#[test]
+fn first_calls_from_within_a_pool_do_not_wait_for_each_other() {
+    use rayon::prelude::*;
+    let x = wave(1, 40, 20);
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(4).build().unwrap();
+    for _ in 0..20 {
+        let options = HymbaOptions::new(20).hidden_size(128).num_layers(2).num_meta_tokens(128);
+        let model = Hymba::build(options).unwrap();
+        let all: Vec<_> = pool.install(|| (0..16).into_par_iter().map(|_| model.forward(&x).unwrap()).collect());
+        assert!(all.iter().all(|y| *y == all[0]));
+    }
+}
+
 #[test]
 fn any_batch_and_any_padding() {
     let model = model();

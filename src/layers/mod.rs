@@ -52,8 +52,14 @@ impl<T> Derived<T> {
         Derived(OnceLock::new())
     }
 
+    /// Two threads that need it at the same time may both compute it, and one result is kept. Waiting for the other instead
+    /// could deadlock: a thread that computes may have to take up another task in between, and that task may wait for it.
     pub(crate) fn get(&self, compute: impl FnOnce() -> T) -> &T {
-        self.0.get_or_init(compute)
+        if let Some(value) = self.0.get() {
+            return value;
+        }
+        let value = compute();
+        self.0.get_or_init(|| value)
     }
 
     /// To be called wherever parameters are lent out for changing.
