@@ -189,14 +189,16 @@ impl Arguments {
     fn training(&self, train: &Dataset, checkpoint: &Path) -> TrainerOptions {
         let usual = TrainerOptions::default();
         let wanted = self.batch.unwrap_or(usual.batch_size);
-        let batch = wanted.min((BATCH_FRAMES / train.longest()).max(1));
+        let fitting = (BATCH_FRAMES / train.longest()).max(1);
+        let pieces =
+            (1..=wanted).find(|pieces| wanted.is_multiple_of(*pieces) && wanted / pieces <= fitting).unwrap_or(1);
         let steps = train.num_series().div_ceil(wanted.max(1));
         let epochs = STEPS.div_ceil(steps).clamp(FEWEST_EPOCHS, MOST_EPOCHS);
         let learning_rate = self.learning_rate.unwrap_or(usual.learning_rate);
         usual
             .epochs(self.epochs.unwrap_or(epochs))
-            .batch_size(batch)
-            .accumulation(wanted.div_ceil(batch.max(1)).max(1))
+            .batch_size(wanted / pieces)
+            .accumulation(pieces)
             .learning_rate(learning_rate)
             .validation_fraction(self.validation)
             .seed(self.seed)
