@@ -13,13 +13,19 @@
 //!
 //! | tensor | compared with |
 //! |---|---|
-//! | `output`, `output_f64` `[b, h]` | `forward` or `forward_ragged`, and the last `step` |
+//! | `output`, `output_f64` `[b, h]` | `forward` or `forward_ragged`, `forward_train`, and the last `step` |
 //! | `sequence_output` `[b, l, h]` | `forward_sequence`, and every `step` |
 //! | `block_<i>.mamba`, `.attention`, `.gate`, `.output` `[b, k + l, h]` | `inspect`, meta tokens first |
 //! | Edifice: `hymba_block_<i>_…`, `final_norm`, `last_timestep` | `inspect`, `forward_sequence`, `forward` |
 //!
+//! Where there is a `grads.safetensors` beside them, it holds the gradients of `sum(output · cotangent)` under `input` and the
+//! names of the weights, and `expected.safetensors` the `cotangent [b, h]`. They are compared with `backward`: a gradient may
+//! differ by 3e-4 of the largest entry of its tensor, or of a thousandth of the largest of all if that is more. What is given
+//! by `--tolerance` is for outputs, not for gradients, whose size depends on the cotangent.
+//!
 //! The exit status is 0 if all agree, 1 if any does not or a folder cannot be read, 2 if the arguments make no sense.
 
+use std::collections::BTreeMap;
 use std::error::Error;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -37,6 +43,9 @@ use tensors::Tensors;
 
 const WEIGHTS: &str = "model.safetensors";
 const EXPECTED: &str = "expected.safetensors";
+const GRADIENTS: &str = "grads.safetensors";
+/// A gradient may differ by this share of the largest entry of its tensor, or of a thousandth of the largest of all.
+const GRADIENT_TOLERANCE: f64 = 3e-4;
 /// What `step` is compared with at every frame even where the folder holds the last one only.
 const OWN_SEQUENCE: &str = "forward_sequence";
 const USAGE: &str = "usage: verify [--tolerance X] DIR…";
@@ -146,20 +155,20 @@ impl Kind {
         }
     }
 
-    /// Everything that the model of a folder gives for the input.
-    fn run(self, folder: &Path, input: &Input) -> Result<Values, Box<dyn Error>> {
-        let options = options(folder, self)?;
-        let model = match self {
-            Kind::Hymba => Hymba::load_with(folder.join(WEIGHTS), options)?,
-            Kind::Edifice => Hymba::load_edifice(folder.join(WEIGHTS), options)?,
-        };
-        println!("  {}, num_layers {}, input {:?}", self.name(), model.options().num_layers, input.frames.dim());
+    fn load(self, file: &Path, options: HymbaOptions) -> hymba::Result<Hymba> {
+        match self {
+            Kind::Hymba => Hymba::load_with(file, options),
+            Kind::Edifice => Hymba::load_edifice(file, options),
+        }
+    }
 
+    /// Everything that the model of a folder gives for the input.
+    fn run(self, folder: &Path, model: &Hymba, input: &Input) -> Result<Values, Box<dyn Error>> {
         let mut values = Values::default();
-        whole(self, &model, input, &mut values)?;
-        frame_by_frame(&model, input, &mut values)?;
+        whole(self, model, input, &mut values)?;
+        frame_by_frame(model, input, &mut values)?;
         if self == Kind::Edifice {
-            other_files(folder, &model, input, &mut values)?;
+            other_files(folder, model, input, &mut values)?;
         }
         Ok(values)
     }
@@ -182,6 +191,7 @@ fn options(folder: &Path, kind: Kind) -> Result<HymbaOptions, String> {
     if kind == Kind::Edifice {
         options.preset = Preset::Edifice;
     }
+    options.dropout = 0.0; // which other program would draw the same?
     Ok(options)
 }
 
@@ -190,7 +200,9 @@ fn verify(folder: &Path, tolerance: Option<Tolerance>) -> Result<Vec<Comparison>
     let kind = Kind::of(&tensors::names(&folder.join(WEIGHTS))?)?;
     let expected = tensors::read(&folder.join(EXPECTED))?;
     let input = Input::new(&expected).map_err(|error| format!("{EXPECTED}: {error}"))?;
-    let values = kind.run(folder, &input)?;
+    let model = kind.load(&folder.join(WEIGHTS), options(folder, kind)?)?;
+    println!("  {}, num_layers {}, input {:?}", kind.name(), model.options().num_layers, input.frames.dim());
+    let values = kind.run(folder, &model, &input)?;
 
     let mut references = vec![(&expected, kind.tolerance())];
     let intermediates = folder.join("intermediates.safetensors");
@@ -211,24 +223,86 @@ fn verify(folder: &Path, tolerance: Option<Tolerance>) -> Result<Vec<Comparison>
             comparisons.push(comparison);
         }
     }
+    let has_gradients = folder.join(GRADIENTS).exists();
+    if has_gradients {
+        for comparison in gradients(kind, folder, &model, &input, &expected)? {
+            println!("  {comparison}");
+            comparisons.push(comparison);
+        }
+    }
     let names = references.iter().flat_map(|(tensors, _)| tensors.keys());
-    print_skipped(folder, names.filter(|name| !values.have(name)).map(String::as_str));
+    print_skipped(names.filter(|name| !values.have(name)).map(String::as_str), has_gradients);
     Ok(comparisons)
 }
 
+/// The gradients of `sum(output · cotangent)` by the input and by every parameter, against those of the folder.
+fn gradients(
+    kind: Kind,
+    folder: &Path,
+    model: &Hymba,
+    input: &Input,
+    expected: &Tensors,
+) -> Result<Vec<Comparison>, Box<dyn Error>> {
+    let cotangent: Array2<f32> =
+        tensors::get(expected, "cotangent").map_err(|error| format!("{EXPECTED}: {error}, which {GRADIENTS} needs"))?;
+    let (_, cache) = model.forward_train(&input.frames, input.ragged.then_some(&input.lengths[..]), 0)?;
+    let mut gradient = model.zeros_like();
+    let dinput = model.backward(&cache, &cotangent, &mut gradient)?;
+    let mut given = by_name(&gradient);
+    given.insert("input".into(), dinput.into_dyn());
+
+    let mut expected = tensors::read(&folder.join(GRADIENTS))?;
+    if kind == Kind::Edifice {
+        expected = in_our_names(expected, model.options())?;
+    }
+    let largest = |tensor: &ArrayD<f64>| tensor.iter().fold(0.0, |largest: f64, entry| largest.max(entry.abs()));
+    let of_all = expected.values().map(largest).fold(0.0, f64::max);
+    let mut comparisons = Vec::new();
+    for (name, expected) in &expected {
+        let what = format!("gradient of {name}");
+        let absolute = GRADIENT_TOLERANCE * largest(expected).max(1e-3 * of_all);
+        comparisons.push(match given.remove(name) {
+            Some(given) => Comparison::new(what, &given, expected, |_| false, Tolerance { absolute, relative: 0.0 }),
+            None => Comparison::failed(what, "the model has no parameter of this name"),
+        });
+    }
+    let missing = given.into_keys().map(|name| format!("gradient of {name}"));
+    comparisons.extend(missing.map(|what| Comparison::failed(what, &format!("it is not in {GRADIENTS}"))));
+    Ok(comparisons)
+}
+
+fn by_name(model: &Hymba) -> BTreeMap<String, ArrayD<f32>> {
+    let mut all = BTreeMap::new();
+    model.visit(&mut |name, array| {
+        all.insert(name.to_string(), array.to_owned());
+    });
+    all
+}
+
+/// Gradients of Edifice have the names and axes of its parameters: read as if they were a model, they have ours.
+fn in_our_names(mut gradients: Tensors, options: &HymbaOptions) -> Result<Tensors, Box<dyn Error>> {
+    let input = gradients.remove("input");
+    let folder = tempfile::tempdir()?;
+    let file = folder.path().join(GRADIENTS);
+    tensors::write(&file, &gradients)?;
+    let model = Hymba::load_edifice(&file, options.clone())
+        .map_err(|error| error.to_string().replace(&file.display().to_string(), GRADIENTS))?;
+    let mut gradients: Tensors =
+        by_name(&model).into_iter().map(|(name, array)| (name, array.mapv(f64::from))).collect();
+    gradients.extend(input.map(|input| ("input".to_string(), input)));
+    Ok(gradients)
+}
+
 /// Says which tensors were not compared, and why.
-fn print_skipped<'a>(folder: &Path, names: impl Iterator<Item = &'a str>) {
-    let (gradients, inner): (Vec<&str>, Vec<&str>) = names
+fn print_skipped<'a>(names: impl Iterator<Item = &'a str>, has_gradients: bool) {
+    let (of_gradients, inner): (Vec<&str>, Vec<&str>) = names
         .filter(|name| !["input", "lengths"].contains(name))
         .partition(|name| ["cotangent", "loss_f64"].contains(name));
     if !inner.is_empty() {
         println!("  skipped {} tensors the model does not show: {}", inner.len(), shortened(&inner));
     }
-    if !gradients.is_empty() {
-        println!("  skipped {}: of use with gradients only", gradients.join(", "));
-    }
-    if folder.join("grads.safetensors").exists() {
-        println!("  skipped grads.safetensors: this program does not check gradients yet");
+    if !of_gradients.is_empty() && !has_gradients {
+        println!("  skipped {}: there is no {GRADIENTS} to go with it", of_gradients.join(", "));
     }
 }
 
@@ -325,6 +399,8 @@ impl Values {
 /// All frames at once.
 fn whole(kind: Kind, model: &Hymba, input: &Input, values: &mut Values) -> hymba::Result<()> {
     values.add_output("", input.encode(model)?);
+    let lengths = input.ragged.then_some(&input.lengths[..]);
+    values.add_output("forward_train", model.forward_train(&input.frames, lengths, 0)?.0);
     let sequence = model.forward_sequence(&input.frames)?;
     values.own.insert(OWN_SEQUENCE.into(), sequence.mapv(f64::from).into_dyn());
     values.add_sequence("", sequence);

@@ -46,6 +46,10 @@ pub enum Error {
     #[error("the state cannot be used here: {0}")]
     State(String),
 
+    /// A set of series cannot be learned from.
+    #[error("the data cannot be learned from: {0}")]
+    Data(String),
+
     /// The targets of a loss are not usable.
     #[error("the targets cannot be learned: {0}")]
     Targets(String),
@@ -73,6 +77,15 @@ pub enum Error {
         path: PathBuf,
         /// What the system said.
         source: std::io::Error,
+    },
+
+    /// The folder of a training cannot be used.
+    #[error("{}: {reason}", path.display())]
+    Checkpoint {
+        /// The folder.
+        path: PathBuf,
+        /// What is wrong with it, and what to do.
+        reason: String,
     },
 
     /// A file is not what it should be: damaged, cut short, of another format, or hostile.

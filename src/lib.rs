@@ -35,6 +35,7 @@
 //! | encode sequences | [`Hymba::forward`], [`forward_ragged`](Hymba::forward_ragged) for different lengths, [`forward_sequence`](Hymba::forward_sequence) for every frame |
 //! | stream | [`Hymba::new_state`], [`Hymba::step`] |
 //! | save and load | [`Hymba::save`], [`Hymba::load`], [`load_with`](Hymba::load_with) for files made elsewhere, [`load_edifice`](Hymba::load_edifice) |
+//! | train | [`Predictor`] and [`train::Trainer`]; or by hand [`Hymba::forward_train`], [`Hymba::backward`], [`train::AdamW`] |
 //! | look inside | [`Hymba::summary`], [`Hymba::inspect`], [`Hymba::visit`] |
 //!
 //! # Letters
@@ -76,6 +77,7 @@ mod kernels;
 mod layers;
 mod model;
 mod options;
+mod predictor;
 mod summary;
 pub mod train;
 mod weights;
@@ -86,6 +88,7 @@ pub use layers::{MambaBranch, MetaTokenAttention};
 pub use model::{Hymba, HymbaState, Inspection, TrainCache};
 pub use ndarray;
 pub use options::{HymbaOptions, Preset};
+pub use predictor::{Normalization, Predictor, PredictorCache, Task, argmax, softmax};
 
 /// The instruction set the kernels use on this machine: `"avx512"`, `"avx2"` or `"scalar"` (which is what the compiler
 /// makes of plain code for the target, NEON on aarch64).

@@ -30,13 +30,17 @@ use ndarray::{ArrayViewD, ArrayViewMutD};
 
 use crate::Hymba;
 
+mod data;
 mod loss;
 mod optimizer;
 mod schedule;
+mod trainer;
 
+pub use data::{Dataset, Targets};
 pub use loss::{CrossEntropy, Loss, RegressionLoss};
 pub use optimizer::{AdamW, AdamWOptions, StepInfo};
 pub use schedule::Schedule;
+pub use trainer::{Decay, EpochMetrics, Metrics, Progress, Stopped, Trained, Trainer, TrainerOptions, evaluate};
 
 /// What can be trained: anything whose parameters can be walked.
 ///

@@ -3,21 +3,21 @@
 //! The format is safetensors. Files are written through a temporary one, and read as a stranger's: see
 //! [`tensors`] for the checks.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::fs::{self, File};
 use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use ndarray::ArrayViewD;
+use ndarray::{ArrayViewD, ArrayViewMutD};
 use safetensors::tensor::{Metadata, TensorInfo};
 use safetensors::{Dtype, SafeTensorError};
-use serde::de::DeserializeOwned;
+use serde::de::{DeserializeOwned, IgnoredAny};
 use serde::{Deserialize, Serialize};
 
 use self::header::printable;
 use self::tensors::{MAX_HEADER, MAX_TENSORS, Source, Tensors};
-use crate::{Error, Hymba, HymbaOptions, Result};
+use crate::{Error, Hymba, HymbaOptions, Result, train};
 
 pub(crate) mod header;
 pub(crate) mod tensors;
@@ -32,6 +32,9 @@ pub(crate) const VERSION: u32 = 1;
 struct Saved {
     version: u32,
     options: HymbaOptions,
+    /// There in the file of a predictor.
+    #[serde(default, skip_serializing)]
+    task: Option<IgnoredAny>,
 }
 
 impl Hymba {
@@ -56,10 +59,8 @@ impl Hymba {
     /// [`Error::Io`] when the file cannot be written; an old file is then untouched. [`Error::Format`] when the model
     /// has so many blocks that [`load`](Self::load) would refuse the file.
     pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
-        let saved = Saved { version: VERSION, options: self.options().clone() };
-        let mut tensors = Vec::new();
-        self.visit(&mut |name, array| tensors.push((name.to_string(), array)));
-        write(path.as_ref(), &saved, &tensors)
+        let saved = Saved { version: VERSION, options: self.options().clone(), task: None };
+        write(path.as_ref(), &saved, &train::views(self))
     }
 
     /// Reads a model that [`save`](Self::save) wrote. Nothing but `path` is needed: the options are in the file.
@@ -88,8 +89,11 @@ impl Hymba {
     /// and [`Error::Tensors`], with the whole list, when tensors are missing, unexpected or of the wrong shape or type.
     pub fn load(path: impl AsRef<Path>) -> Result<Hymba> {
         let (tensors, saved) = header::read(Source::open(path.as_ref())?)?;
-        let options = options(saved.as_deref(), &tensors)?;
-        fill(options, tensors)
+        let Saved { options, task, .. } = entry(saved, &tensors)?;
+        if task.is_some() {
+            return Err(tensors.error("it holds an encoder with a head: read it with Predictor::load"));
+        }
+        model(options, tensors)
     }
 
     /// Reads the parameters of a model with these options from a safetensors file made elsewhere, in Python for
@@ -118,7 +122,7 @@ impl Hymba {
     pub fn load_with(path: impl AsRef<Path>, options: HymbaOptions) -> Result<Hymba> {
         options.validate()?;
         let (tensors, _) = header::read(Source::open(path.as_ref())?)?;
-        fill(options, tensors)
+        model(options, tensors)
     }
 }
 
@@ -155,33 +159,29 @@ fn header(saved: &impl Serialize, tensors: &[(String, ArrayViewD<'_, f32>)]) -> 
 }
 
 /// A model with these options and the `tensors` as its parameters.
-fn fill(options: HymbaOptions, mut tensors: Tensors) -> Result<Hymba> {
-    check_size(&options, &tensors)?;
+fn model(options: HymbaOptions, mut tensors: Tensors) -> Result<Hymba> {
+    check_size(options.parameters(), &tensors)?;
     let mut model = Hymba::zeros(options);
-    let mut expected = BTreeMap::new();
-    model.visit(&mut |name, array| {
-        expected.insert(name.to_string(), array.shape().to_vec());
-    });
-    tensors.check(&expected, Vec::new())?;
-    let mut filled = Ok(());
-    model.visit_mut(&mut |name, array| {
-        if filled.is_ok() {
-            filled = tensors.read_into(name, array);
-        }
-    });
-    filled.map(|()| model)
+    fill(&mut tensors, train::views_mut(&mut model))?;
+    Ok(model)
 }
 
-/// The options that were saved with the `tensors`.
-fn options(saved: Option<&str>, tensors: &Tensors) -> Result<HymbaOptions> {
+/// Checks that the file has exactly the tensors that have a place, and reads them.
+pub(crate) fn fill(tensors: &mut Tensors, places: Vec<(String, ArrayViewMutD<'_, f32>)>) -> Result<()> {
+    let expected = places.iter().map(|(name, array)| (name.clone(), array.shape().to_vec())).collect();
+    tensors.check(&expected, Vec::new())?;
+    places.into_iter().try_for_each(|(name, array)| tensors.read_into(&name, array))
+}
+
+/// What [`write`] put into the metadata.
+pub(crate) fn entry<T: DeserializeOwned>(saved: Option<String>, tensors: &Tensors) -> Result<T> {
     let Some(saved) = saved else {
         return Err(tensors.error(format!(
             "its metadata has no entry {OPTIONS_KEY:?} with the options of a model: {}",
             origin(tensors)
         )));
     };
-    let Saved { options, .. } = parse(saved, tensors)?;
-    Ok(options)
+    parse(&saved, tensors)
 }
 
 /// Reads what [`write`] put into the metadata.
@@ -219,12 +219,13 @@ fn origin(tensors: &Tensors) -> &'static str {
     }
 }
 
-/// Checks, before memory is taken, that the file holds enough for a model with these `options`.
-fn check_size(options: &HymbaOptions, tensors: &Tensors) -> Result<()> {
+/// Checks, before memory is taken, that the file holds enough for so many `parameters`, of which there may be too many to
+/// count.
+pub(crate) fn check_size(parameters: Option<usize>, tensors: &Tensors) -> Result<()> {
     /// So much any file may ask for: a small model is built although tensors are missing, and then all are listed.
     const SMALL: usize = 1 << 20;
     let twice_the_file = usize::try_from(tensors.file_length()).unwrap_or(usize::MAX).saturating_mul(2);
-    let parameters = options.parameters().unwrap_or(usize::MAX);
+    let parameters = parameters.unwrap_or(usize::MAX);
     if parameters.saturating_mul(size_of::<f32>()) <= twice_the_file.max(SMALL) {
         return Ok(());
     }
@@ -235,7 +236,7 @@ fn check_size(options: &HymbaOptions, tensors: &Tensors) -> Result<()> {
 }
 
 /// Gives `path` the contents that `write` writes, all of them or none.
-fn replace(path: &Path, write: impl FnOnce(&mut BufWriter<File>) -> io::Result<()>) -> io::Result<()> {
+pub(crate) fn replace(path: &Path, write: impl FnOnce(&mut BufWriter<File>) -> io::Result<()>) -> io::Result<()> {
     let (temporary, file) = temporary_beside(path)?;
     let mut file = BufWriter::new(file);
     let replaced = write(&mut file)

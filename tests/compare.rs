@@ -58,3 +58,10 @@ fn padding_is_left_out() {
     let comparison = Comparison::new("x".into(), &given, &expected, |index| index[1] == 1, EXACT);
     assert!(comparison.holds());
 }
+
+#[test]
+fn what_there_is_nothing_to_compare_with_fails() {
+    let comparison = Comparison::failed("x".into(), "there is none");
+    assert!(!comparison.holds());
+    assert!(comparison.to_string().ends_with("there is none"), "{comparison}");
+}

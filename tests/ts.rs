@@ -6,7 +6,7 @@ mod ts;
 use std::path::Path;
 
 use hymba::ndarray::{array, s};
-use ts::{Dataset, Target, fill_missing, pad};
+use ts::{Dataset, Target, cut_missing_end, fill_missing, pad};
 
 fn shipped(part: &str) -> Dataset {
     let path = format!("{}/examples/data/JapaneseVowels_{part}.ts", env!("CARGO_MANIFEST_DIR"));
@@ -103,8 +103,20 @@ fn errors_name_the_line_and_the_fault() {
 fn missing_values_take_the_one_before() {
     let nan = f32::NAN;
     let mut frames = array![[nan, nan, 1.0], [2.0, nan, nan], [nan, nan, nan], [4.0, nan, 3.0]];
-    fill_missing(&mut frames);
+    assert_eq!(fill_missing(&mut frames), 8);
     assert_eq!(frames, array![[2.0, 0.0, 1.0], [2.0, 0.0, 1.0], [2.0, 0.0, 1.0], [4.0, 0.0, 3.0]]);
+    assert_eq!(fill_missing(&mut frames), 0);
+}
+
+#[test]
+fn frames_missing_at_the_end_are_cut_off() {
+    let nan = f32::NAN;
+    let mut frames = array![[nan, nan], [1.0, nan], [nan, nan], [nan, 2.0], [nan, nan], [nan, nan]];
+    assert_eq!(cut_missing_end(&mut frames), 2);
+    assert_eq!((frames.nrows(), frames[[3, 1]]), (4, 2.0));
+    assert_eq!(cut_missing_end(&mut frames), 0);
+    let mut nothing = array![[nan], [nan]];
+    assert_eq!((cut_missing_end(&mut nothing), nothing.nrows()), (1, 1));
 }
 
 #[test]

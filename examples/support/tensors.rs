@@ -1,4 +1,4 @@
-//! Reads a safetensors file into named arrays of `f64`, in which every `f32` and every small integer is exact.
+//! Reads a safetensors file into named arrays of `f64`, in which every `f32` and every small integer is exact, and writes one.
 
 #![allow(dead_code, reason = "each example uses a part of this file")]
 
@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use hymba::ndarray::{Array, ArrayD, Dimension};
+use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 
 /// The tensors of a file by name.
@@ -36,6 +37,20 @@ pub fn read(path: &Path) -> Result<Tensors, String> {
         tensors.insert(name.to_string(), array);
     }
     Ok(tensors)
+}
+
+/// Writes tensors to a file, as F64.
+pub fn write(path: &Path, tensors: &Tensors) -> Result<(), String> {
+    let fault = |reason: String| format!("{}: {reason}", path.display());
+    let bytes: Vec<Vec<u8>> =
+        tensors.values().map(|tensor| tensor.iter().flat_map(|number| number.to_le_bytes()).collect()).collect();
+    let mut views = Vec::with_capacity(tensors.len());
+    for ((name, tensor), bytes) in tensors.iter().zip(&bytes) {
+        let view = TensorView::new(Dtype::F64, tensor.shape().to_vec(), bytes);
+        views.push((name, view.map_err(|error| fault(format!("{name}: {error}")))?));
+    }
+    let file = safetensors::serialize(views, None).map_err(|error| fault(error.to_string()))?;
+    std::fs::write(path, file).map_err(|error| fault(error.to_string()))
 }
 
 fn bytes(path: &Path) -> Result<Vec<u8>, String> {

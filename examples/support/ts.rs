@@ -275,17 +275,29 @@ fn short(text: &str) -> String {
 }
 
 /// Puts the value before it in the place of every missing one; at the start the first known one, and 0 where a dimension
-/// has none at all.
-pub fn fill_missing(frames: &mut Array2<f32>) {
+/// has none at all. Returns how many were missing.
+pub fn fill_missing(frames: &mut Array2<f32>) -> usize {
+    let mut missing = 0;
     for mut column in frames.columns_mut() {
         let mut known = column.iter().copied().find(|value| !value.is_nan()).unwrap_or(0.0);
         for value in column.iter_mut() {
             if value.is_nan() {
                 *value = known;
+                missing += 1;
             }
             known = *value;
         }
     }
+    missing
+}
+
+/// Cuts off the frames at the end of which every value is missing: files of equal lengths are made from series of unequal
+/// ones that way. The first frame stays. Returns how many were cut off.
+pub fn cut_missing_end(frames: &mut Array2<f32>) -> usize {
+    let known = frames.rows().into_iter().rposition(|row| row.iter().any(|value| !value.is_nan()));
+    let (before, kept) = (frames.nrows(), known.map_or(1, |last| last + 1));
+    frames.slice_collapse(s![..kept.min(before), ..]);
+    before - frames.nrows()
 }
 
 /// Stacks series of different lengths: `[b, l, dims]`, zeros after the end of each, and the lengths.

@@ -157,7 +157,7 @@ impl<'de> Deserialize<'de> for Metadata {
 }
 
 /// The message of a parser, which may repeat what a stranger wrote: without control characters, and not long.
-pub(super) fn printable(message: &str) -> String {
+pub(crate) fn printable(message: &str) -> String {
     const SHOWN: usize = 300;
     let mut text = String::new();
     for character in message.chars().take(SHOWN) {

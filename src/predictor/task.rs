@@ -1,0 +1,152 @@
+//! What is to be predicted.
+
+use std::collections::BTreeSet;
+use std::fmt;
+
+use serde::de::{Deserializer, Error as _, SeqAccess, Visitor};
+use serde::{Deserialize, Serialize};
+
+use crate::{Error, Result};
+
+/// What a [`Predictor`](crate::Predictor) predicts, and at which frames it is trained to.
+///
+/// ```
+/// use hymba::Task;
+///
+/// let task = Task::classify(["walking", "standing"]);
+/// assert_eq!((task.outputs(), task.labels()[1].as_str()), (2, "standing"));
+/// assert!(Task::Regress { outputs: 0 }.validate().is_err());
+/// ```
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+#[non_exhaustive]
+pub enum Task {
+    /// One class for each sequence, from its last frame.
+    Classify {
+        /// The names of the classes.
+        #[serde(deserialize_with = "few_labels")]
+        labels: Vec<String>,
+    },
+    /// Numbers for each sequence, from its last frame.
+    Regress {
+        /// How many numbers.
+        outputs: usize,
+    },
+    /// One class for each frame.
+    ClassifyFrames {
+        /// The names of the classes.
+        #[serde(deserialize_with = "few_labels")]
+        labels: Vec<String>,
+    },
+    /// Numbers for each frame.
+    RegressFrames {
+        /// How many numbers.
+        outputs: usize,
+    },
+}
+
+impl Task {
+    /// Most classes.
+    pub const MAX_LABELS: usize = 1 << 14;
+    /// Most bytes of all class names together: they stand in the header of a file.
+    pub const MAX_LABEL_BYTES: usize = 1 << 18;
+
+    /// One class for each sequence.
+    pub fn classify(labels: impl IntoIterator<Item = impl Into<String>>) -> Self {
+        Task::Classify { labels: labels.into_iter().map(Into::into).collect() }
+    }
+
+    /// One class for each frame.
+    pub fn classify_frames(labels: impl IntoIterator<Item = impl Into<String>>) -> Self {
+        Task::ClassifyFrames { labels: labels.into_iter().map(Into::into).collect() }
+    }
+
+    /// The names of the classes; none for a regression.
+    pub fn labels(&self) -> &[String] {
+        match self {
+            Task::Classify { labels } | Task::ClassifyFrames { labels } => labels,
+            Task::Regress { .. } | Task::RegressFrames { .. } => &[],
+        }
+    }
+
+    /// How many numbers are predicted: one for each class in a classification.
+    pub fn outputs(&self) -> usize {
+        match self {
+            Task::Classify { labels } | Task::ClassifyFrames { labels } => labels.len(),
+            Task::Regress { outputs } | Task::RegressFrames { outputs } => *outputs,
+        }
+    }
+
+    /// Whether classes are predicted.
+    pub fn is_classification(&self) -> bool {
+        matches!(self, Task::Classify { .. } | Task::ClassifyFrames { .. })
+    }
+
+    /// Whether every frame has a target, and not only every sequence.
+    pub fn is_frame_wise(&self) -> bool {
+        matches!(self, Task::ClassifyFrames { .. } | Task::RegressFrames { .. })
+    }
+
+    /// Checks the labels or the number of outputs.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Option`] unless there is an output or there are two different labels, or if there are more than
+    /// [`MAX_LABELS`](Self::MAX_LABELS) labels or [`MAX_LABEL_BYTES`](Self::MAX_LABEL_BYTES) of them.
+    pub fn validate(&self) -> Result<()> {
+        if !self.is_classification() {
+            return match self.outputs() {
+                0 => bad("outputs", "0".into(), "a regression predicts 1 number at least".into()),
+                _ => Ok(()),
+            };
+        }
+        let labels = self.labels();
+        let bytes: usize = labels.iter().map(String::len).sum();
+        if labels.len() > Self::MAX_LABELS || bytes > Self::MAX_LABEL_BYTES {
+            return bad(
+                "labels",
+                format!("{} labels of {bytes} bytes", labels.len()),
+                format!("at most {} labels of {} bytes are allowed", Self::MAX_LABELS, Self::MAX_LABEL_BYTES),
+            );
+        }
+        if labels.len() < 2 {
+            return bad("labels", format!("{labels:?}"), "a classification has 2 classes at least".into());
+        }
+        let mut seen = BTreeSet::new();
+        match labels.iter().find(|&label| !seen.insert(label)) {
+            Some(label) => bad("labels", format!("{label:?} twice"), "give every class a name of its own".into()),
+            None => Ok(()),
+        }
+    }
+}
+
+fn bad(option: &'static str, given: String, allowed: String) -> Result<()> {
+    Err(Error::Option { option, given, allowed })
+}
+
+/// Reads labels from a file, which may have a list of millions: in memory an empty text is eight times what it is in the
+/// file.
+fn few_labels<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<String>, D::Error> {
+    struct Labels;
+
+    impl<'de> Visitor<'de> for Labels {
+        type Value = Vec<String>;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            write!(f, "a list of at most {} labels", Task::MAX_LABELS)
+        }
+
+        fn visit_seq<A: SeqAccess<'de>>(self, mut sequence: A) -> Result<Vec<String>, A::Error> {
+            let mut labels = Vec::new();
+            while let Some(label) = sequence.next_element()? {
+                if labels.len() == Task::MAX_LABELS {
+                    return Err(A::Error::invalid_length(Task::MAX_LABELS + 1, &self));
+                }
+                labels.push(label);
+            }
+            Ok(labels)
+        }
+    }
+
+    deserializer.deserialize_seq(Labels)
+}

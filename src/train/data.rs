@@ -1,0 +1,431 @@
+//! Series and their targets: checked, split, shuffled and padded.
+
+use std::collections::BTreeMap;
+use std::fmt::Display;
+
+use ndarray::{Array2, Array3, Axis, s};
+use rand::SeedableRng;
+use rand::seq::SliceRandom;
+
+use crate::layers::Rng;
+use crate::{Error, Normalization, Result, Task};
+
+/// Series of any lengths, and what is to be learned of each.
+///
+/// Everything is checked when it is made: a `Dataset` can be trained on. Missing values must be filled before.
+///
+/// ```
+/// use hymba::Task;
+/// use hymba::ndarray::Array2;
+/// use hymba::train::{Dataset, Targets};
+///
+/// let task = Task::classify(["walking", "standing"]);
+/// let series = vec![Array2::ones((50, 6)), Array2::zeros((31, 6))]; // each [length, width]
+/// let data = Dataset::new(&task, series.clone(), Targets::Classes(vec![0, 1]))?;
+/// assert_eq!((data.num_series(), data.width(), data.longest()), (2, 6, 50));
+///
+/// let error = Dataset::new(&task, series, Targets::Classes(vec![0, 2])).unwrap_err();
+/// assert!(error.to_string().contains("class 2"));
+/// # Ok::<(), hymba::Error>(())
+/// ```
+#[derive(Debug, Clone, PartialEq)]
+pub struct Dataset {
+    task: Task,
+    series: Vec<Array2<f32>>,
+    targets: Targets,
+}
+
+/// What is to be learned of each series, in their order. Which kind it is follows from the [`Task`].
+#[derive(Debug, Clone, PartialEq)]
+pub enum Targets {
+    /// For [`Task::Classify`]: the class of each series, as its place among the labels.
+    Classes(Vec<usize>),
+    /// For [`Task::Regress`]: `[series, outputs]`
+    Values(Array2<f32>),
+    /// For [`Task::ClassifyFrames`]: the class of each frame of each series.
+    FrameClasses(Vec<Vec<usize>>),
+    /// For [`Task::RegressFrames`]: `[length, outputs]` for each series.
+    FrameValues(Vec<Array2<f32>>),
+}
+
+/// Some series, padded.
+pub(super) struct Batch {
+    /// `[b, l, width]`, zeros past the end of each series.
+    pub x: Array3<f32>,
+    pub lengths: Vec<usize>,
+    pub targets: BatchTargets,
+    /// How many targets of each row count.
+    pub counts: Vec<usize>,
+}
+
+/// Targets of every frame, or of one.
+pub(super) enum BatchTargets {
+    /// `[b, l]` or `[b, 1]`
+    Classes(Array2<usize>),
+    /// `[b, l, outputs]` or `[b, 1, outputs]`
+    Values(Array3<f32>),
+}
+
+impl Dataset {
+    /// The series `[length, width]` with their targets for a task.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Data`] names the first thing that cannot be learned from, with its series and frame (counted from 0): no
+    /// series at all, one without frames or of another width, a number that is not finite, targets of another kind or number
+    /// than the task and the series need, a class that has no label. [`Error::Option`] if the task is not usable.
+    pub fn new(task: &Task, series: Vec<Array2<f32>>, targets: Targets) -> Result<Self> {
+        task.validate()?;
+        let data = Dataset { task: task.clone(), series, targets };
+        data.check_series()?;
+        data.check_targets()?;
+        Ok(data)
+    }
+
+    fn check_series(&self) -> Result<()> {
+        let Some(first) = self.series.first() else { return bad("there are no series") };
+        let width = first.ncols();
+        if width == 0 {
+            return bad("series 0 has frames of no features");
+        }
+        for (i, series) in self.series.iter().enumerate() {
+            if series.nrows() == 0 {
+                return bad(format!("series {i} has no frames; leave it out"));
+            }
+            if series.ncols() != width {
+                return bad(format!("series {i} has frames of width {}, and series 0 of {width}", series.ncols()));
+            }
+            if let Some(((frame, feature), x)) = not_finite(series) {
+                return bad(format!(
+                    "series {i}: feature {feature} of frame {frame} is {x}; fill gaps before, with the value before \
+                     them for instance"
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    fn check_targets(&self) -> Result<()> {
+        let (count, outputs) = (self.series.len(), self.task.outputs());
+        let counted = |targets: usize| match targets == count {
+            true => Ok(()),
+            false => bad(format!("{targets} targets for {count} series; give one for each")),
+        };
+        let class = |place: &dyn Display, class: usize| match class < outputs {
+            true => Ok(()),
+            false => bad(format!("{place} has class {class}, and there are {outputs}: 0 to {}", outputs - 1)),
+        };
+        let values = |place: &dyn Display, values: &Array2<f32>, rows: usize| match not_finite(values) {
+            _ if values.dim() != (rows, outputs) => {
+                bad(format!("the targets of {place} have shape {:?}, expected {:?}", values.shape(), [rows, outputs]))
+            }
+            Some(((row, output), y)) => bad(format!("the targets of {place} have {y} at [{row}, {output}]")),
+            None => Ok(()),
+        };
+        match (&self.task, &self.targets) {
+            (Task::Classify { .. }, Targets::Classes(classes)) => {
+                counted(classes.len())?;
+                classes.iter().enumerate().try_for_each(|(i, &given)| class(&format_args!("series {i}"), given))
+            }
+            (Task::Regress { .. }, Targets::Values(targets)) => values(&"all series", targets, count),
+            (Task::ClassifyFrames { .. }, Targets::FrameClasses(all)) => {
+                counted(all.len())?;
+                for (i, (classes, series)) in all.iter().zip(&self.series).enumerate() {
+                    if classes.len() != series.nrows() {
+                        return bad(format!(
+                            "{} classes for the {} frames of series {i}",
+                            classes.len(),
+                            series.nrows()
+                        ));
+                    }
+                    for (frame, &given) in classes.iter().enumerate() {
+                        class(&format_args!("frame {frame} of series {i}"), given)?;
+                    }
+                }
+                Ok(())
+            }
+            (Task::RegressFrames { .. }, Targets::FrameValues(all)) => {
+                counted(all.len())?;
+                let mut each = all.iter().zip(&self.series).enumerate();
+                each.try_for_each(|(i, (targets, series))| values(&format_args!("series {i}"), targets, series.nrows()))
+            }
+            (Task::Classify { .. }, _) => bad("to classify series, give Targets::Classes"),
+            (Task::Regress { .. }, _) => bad("for numbers of series, give Targets::Values"),
+            (Task::ClassifyFrames { .. }, _) => bad("to classify frames, give Targets::FrameClasses"),
+            (Task::RegressFrames { .. }, _) => bad("for numbers of frames, give Targets::FrameValues"),
+        }
+    }
+
+    /// What is to be learned.
+    pub fn task(&self) -> &Task {
+        &self.task
+    }
+
+    /// The series, each `[length, width]`.
+    pub fn series(&self) -> &[Array2<f32>] {
+        &self.series
+    }
+
+    /// The targets of the series.
+    pub fn targets(&self) -> &Targets {
+        &self.targets
+    }
+
+    /// How many series there are; at least 1.
+    pub fn num_series(&self) -> usize {
+        self.series.len()
+    }
+
+    /// The width of every frame.
+    pub fn width(&self) -> usize {
+        self.series[0].ncols()
+    }
+
+    /// The frames of the longest series: a good `window_size`.
+    pub fn longest(&self) -> usize {
+        self.series.iter().map(Array2::nrows).max().unwrap_or(0)
+    }
+
+    /// Splits off a part for validation, drawn from `seed`: (the rest, the part). Of each class of series it takes its share,
+    /// and leaves one at least.
+    ///
+    /// ```
+    /// use hymba::Task;
+    /// use hymba::ndarray::Array2;
+    /// use hymba::train::{Dataset, Targets};
+    ///
+    /// let task = Task::Regress { outputs: 1 };
+    /// let data = Dataset::new(&task, vec![Array2::ones((9, 2)); 50], Targets::Values(Array2::zeros((50, 1))))?;
+    /// let (train, validation) = data.split(0.2, 0)?;
+    /// assert_eq!((train.num_series(), validation.num_series()), (40, 10));
+    /// # Ok::<(), hymba::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Option`] unless 0 < fraction < 1; [`Error::Data`] if no series is left for one of the parts.
+    pub fn split(&self, fraction: f32, seed: u64) -> Result<(Dataset, Dataset)> {
+        let (train, validation) = self.split_indices(fraction, seed)?;
+        Ok((self.subset(&train), self.subset(&validation)))
+    }
+
+    pub(super) fn split_indices(&self, fraction: f32, seed: u64) -> Result<(Vec<usize>, Vec<usize>)> {
+        if !(fraction > 0.0 && fraction < 1.0) {
+            return Err(Error::Option {
+                option: "validation_fraction",
+                given: fraction.to_string(),
+                allowed: "it must be above 0 and below 1; 0.2 is usual".into(),
+            });
+        }
+        let mut groups = BTreeMap::<_, Vec<usize>>::new();
+        for i in 0..self.num_series() {
+            let class = if let Targets::Classes(classes) = &self.targets { classes[i] } else { 0 };
+            groups.entry(class).or_default().push(i);
+        }
+        let fraction = f64::from(fraction);
+        let mut rng = Rng::seed_from_u64(seed);
+        let (mut train, mut validation, mut seen) = (Vec::new(), Vec::new(), 0);
+        for mut group in groups.into_values() {
+            group.shuffle(&mut rng);
+            seen += group.len();
+            // what rounding left over in one class is made up for in the next
+            let wanted = ((fraction * seen as f64).round() as usize).saturating_sub(validation.len());
+            let most = ((fraction * group.len() as f64).ceil() as usize).min(group.len() - 1);
+            let (taken, left) = group.split_at(wanted.min(most));
+            validation.extend_from_slice(taken);
+            train.extend_from_slice(left);
+        }
+        if validation.is_empty() {
+            return bad(format!("no series is left for a validation part of {fraction} of {}", self.num_series()));
+        }
+        train.sort_unstable();
+        validation.sort_unstable();
+        Ok((train, validation))
+    }
+
+    fn subset(&self, indices: &[usize]) -> Dataset {
+        let pick = |of: &[Array2<f32>]| indices.iter().map(|&i| of[i].clone()).collect();
+        let targets = match &self.targets {
+            Targets::Classes(all) => Targets::Classes(indices.iter().map(|&i| all[i]).collect()),
+            Targets::Values(all) => Targets::Values(all.select(Axis(0), indices)),
+            Targets::FrameClasses(all) => Targets::FrameClasses(indices.iter().map(|&i| all[i].clone()).collect()),
+            Targets::FrameValues(all) => Targets::FrameValues(pick(all)),
+        };
+        Dataset { task: self.task.clone(), series: pick(&self.series), targets }
+    }
+
+    /// Cuts the series `indices` into batches of `size` or one less, in an order drawn from `rng`.
+    pub(super) fn batches(&self, indices: &[usize], size: usize, rng: &mut Rng) -> Vec<Vec<usize>> {
+        /// Batches among which series are sorted.
+        const POOL: usize = 8;
+        let mut order = indices.to_vec();
+        order.shuffle(rng);
+        let count = order.len().div_ceil(size);
+        let start = |batch: usize| batch * order.len() / count;
+        let starts: Vec<usize> = (0..=count).map(start).collect();
+        // like lengths go together, so that little padding is computed
+        for pool in (0..count).step_by(POOL) {
+            let end = starts[(pool + POOL).min(count)];
+            order[starts[pool]..end].sort_by_key(|&i| self.series[i].nrows());
+        }
+        let mut batches: Vec<_> = starts.windows(2).map(|ends| order[ends[0]..ends[1]].to_vec()).collect();
+        batches.shuffle(rng);
+        batches
+    }
+
+    /// Puts series on top of each other: x `[b, l, width]` with zeros past the end of each, and their lengths.
+    ///
+    /// ```
+    /// use hymba::Task;
+    /// use hymba::ndarray::{Array2, array};
+    /// use hymba::train::{Dataset, Targets};
+    ///
+    /// let series = vec![Array2::ones((3, 1)), Array2::ones((2, 1))];
+    /// let data = Dataset::new(&Task::classify(["a", "b"]), series, Targets::Classes(vec![0, 1]))?;
+    /// let (x, lengths) = data.pad(&[1, 0])?;
+    /// assert_eq!((x, lengths), (array![[[1.0], [1.0], [0.0]], [[1.0], [1.0], [1.0]]], vec![2, 3]));
+    /// # Ok::<(), hymba::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Data`] if there is no such series.
+    pub fn pad(&self, indices: &[usize]) -> Result<(Array3<f32>, Vec<usize>)> {
+        if let Some(i) = indices.iter().find(|&&i| i >= self.num_series()) {
+            return bad(format!("there is no series {i}: there are {}", self.num_series()));
+        }
+        Ok((padded(&self.series, indices), self.lengths(indices)))
+    }
+
+    fn lengths(&self, indices: &[usize]) -> Vec<usize> {
+        indices.iter().map(|&i| self.series[i].nrows()).collect()
+    }
+
+    pub(super) fn batch(&self, indices: &[usize]) -> Batch {
+        let lengths = self.lengths(indices);
+        let longest = lengths.iter().copied().max().unwrap_or(0);
+        let targets = match &self.targets {
+            Targets::Classes(all) => {
+                BatchTargets::Classes(Array2::from_shape_fn((indices.len(), 1), |(row, _)| all[indices[row]]))
+            }
+            Targets::Values(all) => BatchTargets::Values(all.select(Axis(0), indices).insert_axis(Axis(1))),
+            Targets::FrameClasses(all) => {
+                BatchTargets::Classes(Array2::from_shape_fn((indices.len(), longest), |(row, frame)| {
+                    all[indices[row]].get(frame).copied().unwrap_or(0)
+                }))
+            }
+            Targets::FrameValues(all) => BatchTargets::Values(padded(all, indices)),
+        };
+        let counts = if self.task.is_frame_wise() { lengths.clone() } else { vec![1; lengths.len()] };
+        Batch { x: padded(&self.series, indices), lengths, targets, counts }
+    }
+
+    /// Fitted to the frames of some series.
+    pub(super) fn input_normalization(&self, indices: &[usize]) -> Normalization {
+        Normalization::fit(self.width(), indices.iter().map(|&i| self.series[i].view()))
+    }
+
+    /// Fitted to the targets of some series; `None` for a classification.
+    pub(super) fn output_normalization(&self, indices: &[usize]) -> Option<Normalization> {
+        let outputs = self.task.outputs();
+        match &self.targets {
+            Targets::Classes(_) | Targets::FrameClasses(_) => None,
+            Targets::Values(all) => {
+                Some(Normalization::fit(outputs, indices.iter().map(|&i| all.slice(s![i..=i, ..]))))
+            }
+            Targets::FrameValues(all) => Some(Normalization::fit(outputs, indices.iter().map(|&i| all[i].view()))),
+        }
+    }
+
+    /// A number by which to notice that two sets differ.
+    pub(super) fn fingerprint(&self) -> u64 {
+        // FNV-1a over words
+        let mut hash = 0xcbf2_9ce4_8422_2325_u64;
+        let mut add = |word: u64| hash = (hash ^ word).wrapping_mul(0x0000_0100_0000_01b3);
+        let mut add_values = |values: &Array2<f32>| {
+            add(values.nrows() as u64);
+            values.iter().for_each(|x| add(u64::from(x.to_bits())));
+        };
+        self.series.iter().for_each(&mut add_values);
+        match &self.targets {
+            Targets::Values(all) => add_values(all),
+            Targets::FrameValues(all) => all.iter().for_each(add_values),
+            Targets::Classes(all) => all.iter().for_each(|&class| add(class as u64)),
+            Targets::FrameClasses(all) => all.iter().flatten().for_each(|&class| add(class as u64)),
+        }
+        hash
+    }
+}
+
+/// `[length, width]` each → `[b, longest, width]`
+fn padded(all: &[Array2<f32>], indices: &[usize]) -> Array3<f32> {
+    let longest = indices.iter().map(|&i| all[i].nrows()).max().unwrap_or(0);
+    let mut padded = Array3::zeros((indices.len(), longest, all[0].ncols()));
+    for (row, &i) in indices.iter().enumerate() {
+        padded.slice_mut(s![row, ..all[i].nrows(), ..]).assign(&all[i]);
+    }
+    padded
+}
+
+fn not_finite(array: &Array2<f32>) -> Option<((usize, usize), f32)> {
+    array.indexed_iter().find(|(_, x)| !x.is_finite()).map(|(place, &x)| (place, x))
+}
+
+fn bad<T>(reason: impl Into<String>) -> Result<T> {
+    Err(Error::Data(reason.into()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Series i has i % 30 + 1 frames and the class `class(i)`.
+    fn data(count: usize, class: impl Fn(usize) -> usize) -> Dataset {
+        let series = (0..count).map(|i| Array2::from_elem((i % 30 + 1, 1), i as f32)).collect();
+        Dataset::new(&Task::classify(["a", "b", "c"]), series, Targets::Classes((0..count).map(class).collect()))
+            .unwrap()
+    }
+
+    fn classes(data: &Dataset) -> [usize; 3] {
+        let Targets::Classes(classes) = data.targets() else { panic!("a classification") };
+        [0, 1, 2].map(|class| classes.iter().filter(|&&given| given == class).count())
+    }
+
+    #[test]
+    fn a_split_takes_its_share_of_every_class() {
+        let whole = data(75, |i| if i < 50 { 0 } else { 1 + usize::from(i == 74) });
+        let (train, validation) = whole.split(0.2, 7).unwrap();
+        assert_eq!((classes(&train), classes(&validation)), ([40, 19, 1], [10, 5, 0]));
+        assert_eq!(whole.split(0.2, 7).unwrap().1, validation);
+        assert_ne!(whole.split(0.2, 8).unwrap().1, validation);
+        let [train, validation] =
+            [train, validation].map(|part| part.series.iter().map(|x| x[[0, 0]]).collect::<Vec<_>>());
+        let mut all = [train, validation].concat();
+        all.sort_by(f32::total_cmp);
+        assert!(all.into_iter().eq((0..75).map(|i| i as f32)));
+
+        for fraction in [0.0, 1.0, -0.5, f32::NAN] {
+            assert!(matches!(whole.split(fraction, 0), Err(Error::Option { .. })), "{fraction}");
+        }
+        assert!(matches!(data(3, |i| i).split(0.5, 0), Err(Error::Data(_))), "one series a class");
+    }
+
+    #[test]
+    fn batches_hold_everything_once_and_like_lengths_together() {
+        let (data, indices) = (data(301, |_| 0), Vec::from_iter((0..301).filter(|i| i % 3 > 0)));
+        let batches = |seed| data.batches(&indices, 16, &mut Rng::seed_from_u64(seed));
+        let found = batches(1);
+        assert_eq!(found.len(), 13);
+        assert!(found.iter().all(|batch| (15..=16).contains(&batch.len())));
+        let mut all = found.concat();
+        all.sort_unstable();
+        assert_eq!(all, indices);
+        let frames: usize =
+            found.iter().map(|batch| batch.len() * data.lengths(batch).into_iter().max().unwrap()).sum();
+        let needed: usize = data.lengths(&indices).iter().sum();
+        assert!(frames < needed * 6 / 5, "{frames} frames with padding, {needed} without");
+        assert_eq!(batches(1), found);
+        assert_ne!(batches(2), found);
+        assert_eq!(data.batches(&indices, 1000, &mut Rng::seed_from_u64(1)).len(), 1);
+    }
+}

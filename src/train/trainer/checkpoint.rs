@@ -1,0 +1,130 @@
+//! A training in a folder: `training.json`, and the files of predictors and of the optimiser that it goes with.
+//!
+//! The predictor after epoch e is `model-e.safetensors`, the optimiser `optimizer-e.safetensors`. `training.json` is written
+//! last and replaced in a single step: until then the files of the epoch before are what counts, and only after that they
+//! are removed. Of models the last and the best are kept.
+
+use std::fs;
+use std::io::{ErrorKind, Write};
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use super::{EpochMetrics, State, TrainerOptions, best_epoch};
+use crate::train::AdamW;
+use crate::weights::tensors::Source;
+use crate::{Error, Predictor, Result, weights};
+
+const FILE: &str = "training.json";
+/// Longest `training.json` that is read, several times what the most epochs need.
+const MAX_LENGTH: u64 = 64 << 20;
+
+pub(super) struct Checkpoint<'a> {
+    folder: &'a Path,
+}
+
+/// The contents of `training.json`.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Saved<H = Vec<EpochMetrics>, O = TrainerOptions> {
+    version: u32,
+    options: O,
+    /// Fingerprint of the data.
+    data: u64,
+    history: H,
+}
+
+impl<'a> Checkpoint<'a> {
+    pub(super) fn new(folder: &'a Path) -> Self {
+        Checkpoint { folder }
+    }
+
+    /// Makes the folder, which must not have a training in it.
+    pub(super) fn create(&self) -> Result<()> {
+        fs::create_dir_all(self.folder).map_err(|source| Error::io(self.folder, source))?;
+        if self.folder.join(FILE).exists() {
+            return Err(Error::Checkpoint {
+                path: self.folder.to_path_buf(),
+                reason: "there is a training in it: go on with it by Trainer::resume, or choose another folder".into(),
+            });
+        }
+        Ok(())
+    }
+
+    /// Writes the state after the last epoch of its history.
+    pub(super) fn write(&self, options: &TrainerOptions, state: &State, data: u64) -> Result<()> {
+        let (epoch, best) = (state.history.len(), best_epoch(&state.history));
+        state.predictor.save(self.model(epoch))?;
+        state.optimizer.save(self.optimizer(epoch))?;
+        let saved = Saved { version: weights::VERSION, options, data, history: &state.history };
+        let path = self.folder.join(FILE);
+        weights::replace(&path, |file| {
+            serde_json::to_writer(&mut *file, &saved)?;
+            file.write_all(b"\n")
+        })
+        .map_err(|source| Error::io(&path, source))?;
+        self.clean(&[self.model(epoch), self.model(best), self.optimizer(epoch)]);
+        Ok(())
+    }
+
+    /// Removes the files of earlier epochs, and what a killed process left half-written.
+    fn clean(&self, needed: &[PathBuf]) {
+        let Ok(entries) = fs::read_dir(self.folder) else { return };
+        for path in entries.flatten().map(|entry| entry.path()) {
+            let name = path.file_name().unwrap_or_default().to_string_lossy();
+            let of_an_epoch =
+                (name.starts_with("model-") || name.starts_with("optimizer-")) && name.ends_with(".safetensors");
+            let half_written = name.starts_with(".hymba-") && name.ends_with(".tmp");
+            if half_written || of_an_epoch && !needed.contains(&path) {
+                // what cannot be removed is in nobody's way
+                let _ = fs::remove_file(&path);
+            }
+        }
+    }
+
+    /// Options, state and the fingerprint of the data.
+    pub(super) fn read(&self) -> Result<(TrainerOptions, State, u64)> {
+        let path = self.folder.join(FILE);
+        let mut source = Source::open(&path).map_err(|error| match error {
+            Error::Io { source, .. } if source.kind() == ErrorKind::NotFound => Error::Checkpoint {
+                path: self.folder.to_path_buf(),
+                reason: format!("there is no training in it to go on with: no {FILE}"),
+            },
+            error => error,
+        })?;
+        if source.length() > MAX_LENGTH {
+            return Err(source.error(format!("{} bytes, and at most {MAX_LENGTH} are read", source.length())));
+        }
+        let mut text = vec![0; source.length() as usize];
+        source.fill(&mut text)?;
+        let unusable = |reason: &str| {
+            source.error(format!("it is no checkpoint of a training: {}", weights::header::printable(reason)))
+        };
+        let Saved { version, options, data, history }: Saved =
+            serde_json::from_slice(&text).map_err(|error| unusable(&error.to_string()))?;
+        if version != weights::VERSION {
+            return Err(unusable(&format!("it is of version {version}, and {} is read", weights::VERSION)));
+        }
+        options.validate().map_err(|error| unusable(&error.to_string()))?;
+        if history.len() > options.epochs {
+            return Err(unusable(&format!("{} of {} epochs are done", history.len(), options.epochs)));
+        }
+
+        let (epoch, best) = (history.len(), best_epoch(&history));
+        let predictor = Predictor::load(self.model(epoch))?;
+        let optimizer = AdamW::load(self.optimizer(epoch), &predictor)?;
+        let best = if best == epoch { predictor.clone() } else { Predictor::load(self.model(best))? };
+        if (best.task(), best.options()) != (predictor.task(), predictor.options()) {
+            return Err(unusable("its models have different tasks or options"));
+        }
+        Ok((options, State { predictor, best, optimizer, history }, data))
+    }
+
+    fn model(&self, epoch: usize) -> PathBuf {
+        self.folder.join(format!("model-{epoch}.safetensors"))
+    }
+
+    fn optimizer(&self, epoch: usize) -> PathBuf {
+        self.folder.join(format!("optimizer-{epoch}.safetensors"))
+    }
+}

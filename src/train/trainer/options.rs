@@ -1,0 +1,277 @@
+//! The options of a training: name, default, range and meaning in one place.
+
+use std::path::PathBuf;
+
+use ndarray::Array2;
+use serde::{Deserialize, Serialize};
+
+use crate::train::{AdamWOptions, CrossEntropy, RegressionLoss, Schedule};
+use crate::{Error, Result};
+
+/// How the learning rate falls after the warm-up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+#[non_exhaustive]
+pub enum Decay {
+    /// It does not.
+    Constant,
+    /// In a straight line to 0.
+    Linear,
+    /// Along half a period of the cosine to 0.
+    #[default]
+    Cosine,
+}
+
+/// How a [`Trainer`](super::Trainer) trains.
+///
+/// | option | default | range | meaning |
+/// |---|---|---|---|
+/// | `epochs` | 60 | ≥ 1 | how often every series is seen |
+/// | `batch_size` | 16 | ≥ 1 | series in a batch |
+/// | `accumulation` | 1 | ≥ 1 | batches in a step of the optimiser |
+/// | `learning_rate` | 0.001 | > 0 | the highest one |
+/// | `warm_up` | 0.1 | 0 ≤ share < 1 | share of all steps in which the rate climbs to it |
+/// | `decay` | cosine | | how it falls after that |
+/// | `weight_decay` | 0.01 | ≥ 0 | decay of the matrices |
+/// | `clip_norm` | 1 | > 0, or none | the largest norm a gradient keeps |
+/// | `label_smoothing` | 0.1 | 0 to 1 | of the cross-entropy, in a classification |
+/// | `class_weights` | none | ≥ 0, one a class | of the cross-entropy |
+/// | `regression_loss` | mean squared error | | the loss of a regression |
+/// | `normalize` | yes | | fit the normalizations that the predictor has not yet to the training part |
+/// | `validation_fraction` | 0 | 0 ≤ fraction < 1 | share of the series that is only measured on |
+/// | `patience` | none | ≥ 1, or none | stop after so many epochs without a better loss |
+/// | `seed` | 0 | any | of the validation part, the order of the series and dropout |
+/// | `checkpoint` | none | a path | where to write everything after each epoch |
+///
+/// The defaults suit a few hundred to a few thousand short series and the default model.
+///
+/// The fields can be read and written; nothing is checked until [`validate`](Self::validate), which
+/// [`Trainer::new`](super::Trainer::new) calls.
+///
+/// ```
+/// use hymba::train::{Decay, TrainerOptions};
+///
+/// let options = TrainerOptions::default().epochs(20).decay(Decay::Linear).validation_fraction(0.2).patience(5);
+/// assert!(options.validate().is_ok());
+/// assert!(options.warm_up(1.0).validate().is_err());
+/// ```
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+#[non_exhaustive]
+pub struct TrainerOptions {
+    /// How often every series is seen.
+    pub epochs: usize,
+    /// Series in a batch.
+    pub batch_size: usize,
+    /// Batches in a step of the optimiser.
+    pub accumulation: usize,
+    /// The highest learning rate.
+    pub learning_rate: f32,
+    /// Share of all steps in which the learning rate climbs.
+    pub warm_up: f32,
+    /// How the learning rate falls after that.
+    pub decay: Decay,
+    /// Decay of the matrices.
+    pub weight_decay: f32,
+    /// The largest norm a gradient keeps.
+    pub clip_norm: Option<f32>,
+    /// Label smoothing of the cross-entropy.
+    pub label_smoothing: f32,
+    /// Class weights of the cross-entropy.
+    pub class_weights: Option<Vec<f32>>,
+    /// The loss of a regression.
+    pub regression_loss: RegressionLoss,
+    /// Whether to fit the normalizations that the predictor has not yet.
+    pub normalize: bool,
+    /// Share of the series that is only measured on.
+    pub validation_fraction: f32,
+    /// Stop after so many epochs without a better loss.
+    pub patience: Option<usize>,
+    /// Seed of the validation part, the order of the series and dropout.
+    pub seed: u64,
+    /// Where to write everything after each epoch. A checkpoint does not hold this: it may be moved.
+    #[serde(skip)]
+    pub checkpoint: Option<PathBuf>,
+}
+
+impl Default for TrainerOptions {
+    fn default() -> Self {
+        TrainerOptions {
+            epochs: 60,
+            batch_size: 16,
+            accumulation: 1,
+            learning_rate: 1e-3,
+            warm_up: 0.1,
+            decay: Decay::Cosine,
+            weight_decay: 0.01,
+            clip_norm: Some(1.0),
+            label_smoothing: 0.1,
+            class_weights: None,
+            regression_loss: RegressionLoss::MeanSquaredError,
+            normalize: true,
+            validation_fraction: 0.0,
+            patience: None,
+            seed: 0,
+            checkpoint: None,
+        }
+    }
+}
+
+impl TrainerOptions {
+    /// The largest number of epochs.
+    pub const MAX_EPOCHS: usize = 100_000;
+
+    /// Sets how often every series is seen.
+    pub fn epochs(mut self, epochs: usize) -> Self {
+        self.epochs = epochs;
+        self
+    }
+
+    /// Sets how many series are in a batch.
+    pub fn batch_size(mut self, batch_size: usize) -> Self {
+        self.batch_size = batch_size;
+        self
+    }
+
+    /// Sets how many batches are in a step of the optimiser: a large batch in pieces that fit into memory.
+    pub fn accumulation(mut self, accumulation: usize) -> Self {
+        self.accumulation = accumulation;
+        self
+    }
+
+    /// Sets the highest learning rate.
+    pub fn learning_rate(mut self, learning_rate: f32) -> Self {
+        self.learning_rate = learning_rate;
+        self
+    }
+
+    /// Sets the share of all steps in which the learning rate climbs.
+    pub fn warm_up(mut self, warm_up: f32) -> Self {
+        self.warm_up = warm_up;
+        self
+    }
+
+    /// Sets how the learning rate falls after the warm-up.
+    pub fn decay(mut self, decay: Decay) -> Self {
+        self.decay = decay;
+        self
+    }
+
+    /// Sets the decay of the matrices; see [`AdamWOptions::decay_of`] for which these are.
+    pub fn weight_decay(mut self, weight_decay: f32) -> Self {
+        self.weight_decay = weight_decay;
+        self
+    }
+
+    /// Sets the largest norm a gradient keeps, or `None` for any.
+    pub fn clip_norm(mut self, clip_norm: impl Into<Option<f32>>) -> Self {
+        self.clip_norm = clip_norm.into();
+        self
+    }
+
+    /// Sets the label smoothing of the cross-entropy.
+    pub fn label_smoothing(mut self, label_smoothing: f32) -> Self {
+        self.label_smoothing = label_smoothing;
+        self
+    }
+
+    /// Sets the class weights of the cross-entropy.
+    pub fn class_weights(mut self, class_weights: impl Into<Vec<f32>>) -> Self {
+        self.class_weights = Some(class_weights.into());
+        self
+    }
+
+    /// Sets the loss of a regression. With normalized targets its unit is their standard deviation.
+    pub fn regression_loss(mut self, regression_loss: RegressionLoss) -> Self {
+        self.regression_loss = regression_loss;
+        self
+    }
+
+    /// Sets whether to fit the normalizations that the predictor has not yet.
+    pub fn normalize(mut self, normalize: bool) -> Self {
+        self.normalize = normalize;
+        self
+    }
+
+    /// Sets the share of the series that is only measured on: the best model is the one with the lowest loss there.
+    pub fn validation_fraction(mut self, validation_fraction: f32) -> Self {
+        self.validation_fraction = validation_fraction;
+        self
+    }
+
+    /// Sets after how many epochs without a better loss to stop, or `None` for never.
+    pub fn patience(mut self, patience: impl Into<Option<usize>>) -> Self {
+        self.patience = patience.into();
+        self
+    }
+
+    /// Sets the seed of the validation part, the order of the series and dropout.
+    pub fn seed(mut self, seed: u64) -> Self {
+        self.seed = seed;
+        self
+    }
+
+    /// Sets where to write everything after each epoch, for [`Trainer::resume`](super::Trainer::resume).
+    pub fn checkpoint(mut self, path: impl Into<PathBuf>) -> Self {
+        self.checkpoint = Some(path.into());
+        self
+    }
+
+    /// Checks every option.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Option`] names the first option outside its range (see the table above), the value given, and what is
+    /// allowed.
+    pub fn validate(&self) -> Result<()> {
+        let bad =
+            |option, given: String, allowed: &str| Err(Error::Option { option, given, allowed: allowed.to_string() });
+        for (option, given) in
+            [("epochs", self.epochs), ("batch_size", self.batch_size), ("accumulation", self.accumulation)]
+        {
+            if given == 0 {
+                return bad(option, "0".into(), "it must be at least 1");
+            }
+        }
+        if self.epochs > Self::MAX_EPOCHS {
+            return bad("epochs", self.epochs.to_string(), "it must be at most 100000");
+        }
+        if !(0.0..1.0).contains(&self.warm_up) {
+            return bad("warm_up", self.warm_up.to_string(), "it is a share of all steps, at least 0 and below 1");
+        }
+        if !(0.0..1.0).contains(&self.validation_fraction) {
+            let given = self.validation_fraction.to_string();
+            return bad("validation_fraction", given, "it must be at least 0 and below 1; 0.2 is usual");
+        }
+        if self.patience == Some(0) {
+            return bad("patience", "0".into(), "it must be at least 1; leave it out to train all epochs");
+        }
+        // the losses check their own options, whatever they are asked
+        let classes = self.class_weights.as_ref().map_or(2, |weights| weights.len().max(1));
+        self.cross_entropy().evaluate(&Array2::zeros((1, classes)), &[0])?;
+        self.regression_loss.evaluate(&Array2::zeros((1, 1)), &Array2::zeros((1, 1)))?;
+        self.optimizer(2).validate()
+    }
+
+    /// The options of the optimiser for so many `steps` in all.
+    pub(super) fn optimizer(&self, steps: u64) -> AdamWOptions {
+        let schedule = match self.decay {
+            Decay::Constant => Schedule::constant(self.learning_rate),
+            Decay::Linear => Schedule::linear(self.learning_rate, steps),
+            Decay::Cosine => Schedule::cosine(self.learning_rate, steps),
+        };
+        let warm_up = (f64::from(self.warm_up) * steps as f64) as u64;
+        let schedule = schedule.warm_up(warm_up.min(steps.saturating_sub(1)));
+        AdamWOptions { clip_norm: self.clip_norm, ..AdamWOptions::default() }
+            .schedule(schedule)
+            .weight_decay(self.weight_decay)
+    }
+
+    pub(super) fn cross_entropy(&self) -> CrossEntropy {
+        let loss = CrossEntropy::new().label_smoothing(self.label_smoothing);
+        match &self.class_weights {
+            Some(weights) => loss.class_weights(weights.as_slice()),
+            None => loss,
+        }
+    }
+}

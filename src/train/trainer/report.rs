@@ -1,0 +1,126 @@
+//! What a training tells.
+
+use std::fmt;
+use std::time::{Duration, Instant};
+
+use serde::{Deserialize, Serialize};
+
+use crate::Predictor;
+
+/// How well a predictor does.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Metrics {
+    /// Mean loss of the series, or of the frames if each has a target. In a regression with an output normalization its unit is
+    /// that of the normalized targets.
+    pub loss: f32,
+    /// Share of the series or frames whose class is right, in a classification.
+    pub accuracy: Option<f32>,
+}
+
+/// What came of an epoch.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct EpochMetrics {
+    /// On the training data, while it was learned from: with dropout, and each batch before its step.
+    pub train: Metrics,
+    /// On the validation part, at the end of the epoch.
+    pub validation: Option<Metrics>,
+    /// The learning rate of the last step.
+    pub learning_rate: f32,
+    /// The mean norm of the gradients, before clipping.
+    pub gradient_norm: f32,
+}
+
+impl EpochMetrics {
+    /// The loss by which epochs are compared.
+    pub(super) fn decisive_loss(&self) -> f32 {
+        self.validation.unwrap_or(self.train).loss
+    }
+}
+
+/// Where a training stands. Given to the callback of [`Trainer::fit`](super::Trainer::fit) after every batch and at the end of every epoch.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct Progress {
+    /// The epoch, from 1.
+    pub epoch: usize,
+    /// Epochs in all.
+    pub epochs: usize,
+    /// The batch within the epoch, from 1.
+    pub batch: usize,
+    /// Batches in an epoch.
+    pub batches: usize,
+    /// The mean of the epoch's batches so far.
+    pub train: Metrics,
+    /// The learning rate of the last step.
+    pub learning_rate: f32,
+    /// The norm of the last step's gradient, before clipping.
+    pub gradient_norm: f32,
+    /// At the end of an epoch, after validation and checkpoint: what came of it.
+    pub finished: Option<EpochMetrics>,
+    /// Time since [`Trainer::fit`](super::Trainer::fit) was called.
+    pub elapsed: Duration,
+    /// Time until all epochs are done, at the pace so far.
+    pub remaining: Duration,
+}
+
+/// Why a training ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Stopped {
+    /// All epochs are done.
+    Finished,
+    /// No better loss for as many epochs as [`TrainerOptions::patience`](super::TrainerOptions::patience).
+    NoImprovement,
+    /// The callback said so.
+    Callback,
+}
+
+/// The result of a training.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct Trained {
+    /// The predictor after the best epoch; before the end of the first one, as it was when the callback stopped it.
+    pub predictor: Predictor,
+    /// The best epoch, from 1; 0 before the end of the first one.
+    pub best_epoch: usize,
+    /// All epochs, those before a resumption, too.
+    pub history: Vec<EpochMetrics>,
+    /// Why it ended.
+    pub stopped: Stopped,
+}
+
+/// The epoch with the lowest loss, from 1; the first of equals. 0 before there is any.
+pub(super) fn best_epoch(history: &[EpochMetrics]) -> usize {
+    let losses = history.iter().map(EpochMetrics::decisive_loss);
+    losses.enumerate().min_by(|(_, a), (_, b)| a.total_cmp(b)).map_or(0, |(i, _)| i + 1)
+}
+
+/// Tells the time that is left.
+pub(super) struct Clock {
+    pub began: Instant,
+    /// Batches that an earlier process has done.
+    pub before: usize,
+    /// Batches of all epochs.
+    pub all: usize,
+}
+
+impl Clock {
+    pub fn at(&self, progress: Progress) -> Progress {
+        let elapsed = self.began.elapsed();
+        let done = (progress.epoch - 1) * progress.batches + progress.batch;
+        let pace = elapsed.as_secs_f64() / (done - self.before).max(1) as f64;
+        let remaining = Duration::try_from_secs_f64(pace * (self.all - done) as f64).unwrap_or(Duration::MAX);
+        Progress { elapsed, remaining, ..progress }
+    }
+}
+
+impl fmt::Display for Stopped {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Stopped::Finished => "all epochs are done",
+            Stopped::NoImprovement => "the loss got no better",
+            Stopped::Callback => "stopped by the callback",
+        })
+    }
+}
