@@ -25,7 +25,7 @@ impl Predictor {
     ///
     /// # Errors
     ///
-    /// As [`Hymba::forward_train`].
+    /// As [`Hymba::forward_train`](crate::Hymba::forward_train).
     ///
     /// ```
     /// use hymba::ndarray::Array3;
@@ -60,7 +60,7 @@ impl Predictor {
     ///
     /// # Errors
     ///
-    /// As [`Hymba::backward`].
+    /// As [`Hymba::backward`](crate::Hymba::backward).
     pub fn backward(&self, cache: &PredictorCache, dy: &ArrayRef2<f32>, grads: &mut Predictor) -> Result<Array3<f32>> {
         self.run_backward(cache, self.rescaled_backward(dy.view().insert_axis(Axis(1)).into_owned()), grads)
     }
@@ -70,7 +70,7 @@ impl Predictor {
     ///
     /// # Errors
     ///
-    /// As [`Hymba::forward_sequence_train`].
+    /// As [`Hymba::forward_sequence_train`](crate::Hymba::forward_sequence_train).
     pub fn forward_frames_train(
         &self,
         x: &ArrayRef3<f32>,
@@ -86,7 +86,7 @@ impl Predictor {
     ///
     /// # Errors
     ///
-    /// As [`Hymba::backward_sequence`].
+    /// As [`Hymba::backward_sequence`](crate::Hymba::backward_sequence).
     pub fn backward_frames(
         &self,
         cache: &PredictorCache,
