@@ -7,7 +7,8 @@ use std::path::Path;
 
 use common::{frame, wave};
 use hymba::ndarray::{Array1, Array2, Array3, ArrayD, Axis, array, s};
-use hymba::{Error, Hymba, HymbaOptions, Normalization, Predictor, Task, argmax, softmax};
+use hymba::train::{Dataset, Progress, Trained, Trainer};
+use hymba::{Error, Hymba, HymbaOptions, Normalization, Predictor, PredictorCache, Task, argmax, softmax};
 use serde_json::{Value, json};
 
 const OUTPUTS: usize = 3;
@@ -46,6 +47,18 @@ fn parameters(predictor: &Predictor) -> Vec<(String, ArrayD<f32>)> {
     let mut all = Vec::new();
     predictor.visit(&mut |name, array| all.push((name.to_string(), array.to_owned())));
     all
+}
+
+#[test]
+fn types_cross_threads() {
+    fn shared<T: Send + Sync + std::fmt::Debug + 'static>() {}
+    shared::<Predictor>();
+    shared::<PredictorCache>();
+    shared::<Normalization>();
+    shared::<Dataset>();
+    shared::<Trainer>();
+    shared::<Trained>();
+    shared::<Progress>();
 }
 
 #[test]

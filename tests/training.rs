@@ -463,6 +463,23 @@ fn checkpoints_that_cannot_be_used() {
 
     let error = trainer(&data, options.clone()).fit(&data, go_on).unwrap_err();
     assert!(matches!(error, Error::Checkpoint { .. }) && error.to_string().contains("Trainer::resume"), "{error}");
+    // without its list, too, but not for what is left of one that has not begun
+    let lost = folder.path().join("lost");
+    fs::create_dir(&lost).unwrap();
+    for (name, usable) in
+        [("model-0.safetensors", true), ("model-final.safetensors", true), ("model-3.safetensors", false)]
+    {
+        fs::write(lost.join(name), "").unwrap();
+        let found = trainer(&data, options.clone().epochs(1).checkpoint(&lost)).fit(&data, go_on);
+        assert_eq!(found.is_ok(), usable, "{name}");
+        if usable {
+            fs::remove_file(lost.join("training.json")).unwrap();
+            fs::remove_file(lost.join("model-1.safetensors")).unwrap();
+            fs::remove_file(lost.join("optimizer-1.safetensors")).unwrap();
+        }
+    }
+    assert!(lost.join("model-final.safetensors").exists(), "not one of ours");
+
     let error = Trainer::resume(&path).unwrap().fit(&waves(17), go_on).unwrap_err();
     assert!(error.to_string().contains("not the data"), "{error}");
     let error = Trainer::resume(folder.path()).unwrap_err();

@@ -56,7 +56,7 @@ impl Predictor {
     }
 
     /// The gradient of [`forward_train`](Self::forward_train): dy `[b, outputs]` → that by the inputs, `[b, l, embed_dim]`.
-    /// **Adds** the gradients by the parameters to `grads`, which [`zeros_like`](Parameters::zeros_like) makes.
+    /// **Adds** the gradients by the parameters to `grads`, which [`zeros_like`](Self::zeros_like) makes.
     ///
     /// # Errors
     ///

@@ -106,7 +106,7 @@ impl Trainer {
     /// use hymba::{HymbaOptions, Predictor, Task};
     ///
     /// let folder = Path::new("run");
-    /// let trainer = if folder.exists() {
+    /// let trainer = if folder.join("training.json").exists() {
     ///     Trainer::resume(folder)?
     /// } else {
     ///     let predictor = Predictor::build(HymbaOptions::recommended(6), Task::classify(["walking", "standing"]))?;

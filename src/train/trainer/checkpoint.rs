@@ -39,10 +39,11 @@ impl<'a> Checkpoint<'a> {
         Checkpoint { folder }
     }
 
-    /// Makes the folder, which must not have a training in it.
+    /// Makes the folder, which must not have a training in it. What a process leaves that is killed before the first
+    /// `training.json` is none.
     pub(super) fn create(&self) -> Result<()> {
         fs::create_dir_all(self.folder).map_err(|source| Error::io(self.folder, source))?;
-        if self.folder.join(FILE).exists() {
+        if self.folder.join(FILE).exists() || self.files().iter().any(|path| epoch_of(path).is_some_and(|e| e > 0)) {
             return Err(Error::Checkpoint {
                 path: self.folder.to_path_buf(),
                 reason: "there is a training in it: go on with it by Trainer::resume, or choose another folder".into(),
@@ -69,17 +70,18 @@ impl<'a> Checkpoint<'a> {
 
     /// Removes the files of earlier epochs, and what a killed process left half-written.
     fn clean(&self, needed: &[PathBuf]) {
-        let Ok(entries) = fs::read_dir(self.folder) else { return };
-        for path in entries.flatten().map(|entry| entry.path()) {
-            let name = path.file_name().unwrap_or_default().to_string_lossy();
-            let of_an_epoch =
-                (name.starts_with("model-") || name.starts_with("optimizer-")) && name.ends_with(".safetensors");
+        for path in self.files() {
+            let name = name_of(&path);
             let half_written = name.starts_with(".hymba-") && name.ends_with(".tmp");
-            if half_written || of_an_epoch && !needed.contains(&path) {
+            if half_written || epoch_of(&path).is_some() && !needed.contains(&path) {
                 // what cannot be removed is in nobody's way
                 let _ = fs::remove_file(&path);
             }
         }
+    }
+
+    fn files(&self) -> Vec<PathBuf> {
+        fs::read_dir(self.folder).into_iter().flatten().flatten().map(|entry| entry.path()).collect()
     }
 
     /// Options, state and the fingerprint of the data.
@@ -127,4 +129,15 @@ impl<'a> Checkpoint<'a> {
     fn optimizer(&self, epoch: usize) -> PathBuf {
         self.folder.join(format!("optimizer-{epoch}.safetensors"))
     }
+}
+
+/// The e of `model-e.safetensors` or `optimizer-e.safetensors`; `None` for files that are not ours.
+fn epoch_of(path: &Path) -> Option<usize> {
+    let name = name_of(path).strip_suffix(".safetensors")?;
+    let epoch = name.strip_prefix("model-").or_else(|| name.strip_prefix("optimizer-"))?;
+    if epoch.bytes().all(|byte| byte.is_ascii_digit()) { epoch.parse().ok() } else { None }
+}
+
+fn name_of(path: &Path) -> &str {
+    path.file_name().and_then(|name| name.to_str()).unwrap_or_default()
 }

@@ -41,7 +41,7 @@ pub enum Decay {
 /// | `validation_fraction` | 0 | 0 ≤ fraction < 1 | share of the series that is only measured on |
 /// | `patience` | none | ≥ 1, or none | stop after so many epochs without a better loss |
 /// | `seed` | 0 | any | of the validation part, the order of the series and dropout |
-/// | `checkpoint` | none | a path | where to write everything after each epoch |
+/// | `checkpoint` | none | a folder of its own | where to write everything after each epoch |
 ///
 /// The defaults suit a few hundred to a few thousand short series and the default model.
 ///
@@ -89,7 +89,7 @@ pub struct TrainerOptions {
     pub patience: Option<usize>,
     /// Seed of the validation part, the order of the series and dropout.
     pub seed: u64,
-    /// Where to write everything after each epoch. A checkpoint does not hold this: it may be moved.
+    /// The folder to write everything to after each epoch. What is written does not hold this: it may be moved.
     #[serde(skip)]
     pub checkpoint: Option<PathBuf>,
 }
@@ -211,9 +211,10 @@ impl TrainerOptions {
         self
     }
 
-    /// Sets where to write everything after each epoch, for [`Trainer::resume`](super::Trainer::resume).
-    pub fn checkpoint(mut self, path: impl Into<PathBuf>) -> Self {
-        self.checkpoint = Some(path.into());
+    /// Sets the folder to write everything to after each epoch, for [`Trainer::resume`](super::Trainer::resume). It is made if
+    /// there is none, and should have nothing else in it.
+    pub fn checkpoint(mut self, folder: impl Into<PathBuf>) -> Self {
+        self.checkpoint = Some(folder.into());
         self
     }
 
