@@ -18,6 +18,9 @@ use crate::layers::{
 /// x = x + g ⊙ Mamba(u) + (1 − g) ⊙ Attention(u)       [l, h]
 /// x = x + FFN(LayerNorm(x))                           [l, h]
 /// ```
+///
+/// with `FFN(x) = W_down · gelu(W_up · x + b_up) + b_down`, 4h wide inside, gelu in its exact form `x/2·(1 + erf(x/√2))`, and
+/// norms with ε = 1e-5.
 #[derive(Clone)]
 pub struct HymbaBlock {
     norm: LayerNorm,
@@ -113,6 +116,16 @@ pub struct BlockInspection {
 debug_shapes!(HymbaBlock);
 
 impl HymbaBlock {
+    /// The branch of order and the far past.
+    pub fn mamba(&self) -> &MambaBranch {
+        &self.mamba
+    }
+
+    /// The branch of recall.
+    pub fn attention(&self) -> &MetaTokenAttention {
+        &self.attention
+    }
+
     pub(crate) fn zeros(options: &HymbaOptions) -> Self {
         let h = options.hidden_size;
         let small_variance = options.preset.rules().small_variance;

@@ -55,20 +55,60 @@
 //! # What to rely on
 //!
 //! * Everything is causal: position t of the output depends on the frames up to t.
-//! * Folding [`step`](Hymba::step) over frames equals [`forward`](Hymba::forward) on them (within 1e-5), past the window, too.
-//! * Results are the same, bit for bit, for any number of threads, and for a sequence alone or in any batch.
+//! * Folding [`step`](Hymba::step) over frames equals [`forward`](Hymba::forward) on them, past the window, too: within 1e-5 for
+//!   outputs of order 1, and in proportion for larger ones.
+//! * Results are the same, bit for bit, for any number of threads, and for a sequence alone or in any batch. Between
+//!   instruction sets they may differ in the last bits.
 //! * Whatever is handed over, an array, a number, a damaged or hostile file, the answer is a result or an [`Error`], not a
 //!   panic.
 //!
-//! # Features
+//! # Threads, instruction sets, versions
 //!
 //! | feature | default | |
 //! |---|---|---|
 //! | `rayon` | yes | runs the sequences of a batch, the two branches of a block and large products on several threads |
 //!
-//! The instruction set (AVX-512, AVX2 or plain code) is chosen at run time: [`simd_level`].
+//! Threads are those of the rayon pool at hand: the global one (`RAYON_NUM_THREADS` sets its size), or yours, inside
+//! `ThreadPool::install`. A step of a few streams runs on the calling thread alone. Without the feature everything does.
+//!
+//! The instruction set (AVX-512, AVX2 or plain code) is chosen at run time: [`simd_level`]. Up to 256 MB of work memory are kept
+//! for the next call.
+//!
+//! Rust 1.89 or newer. Arguments such as `&ArrayRef3<f32>` (new in ndarray 0.17, which is [re-exported](ndarray)) take
+//! `&array`, `&view` and `&slice` alike.
+//!
+//! # Files
+//!
+//! Models are safetensors files. [`Hymba::visit`] gives the names; with `d = 2h` and per block `blocks.{i}.`:
+//!
+//! | tensor | shape | |
+//! |---|---|---|
+//! | `input_proj.weight`, `.bias` | `[h, embed_dim]`, `[h]` | only where embed_dim ≠ h |
+//! | `meta_tokens` | `[k, h]` | only where k > 0 |
+//! | `norm.*`, `ffn_norm.*`, and at the end `final_norm.*` | `[h]` | `weight`, `bias`; ε = 1e-5 |
+//! | `mamba.in_proj.weight` | `[2d, h]` | rows xi, then z |
+//! | `mamba.conv.weight`, `.bias` | `[d, 4]`, `[d]` | the last tap is for the frame at hand; PyTorch has `[d, 1, 4]` |
+//! | `mamba.x_proj.weight` | `[r + 2n, d]` | rows δ, B, C |
+//! | `mamba.dt_proj.weight`, `.bias` | `[d, r]`, `[d]` | |
+//! | `mamba.a_log`, `mamba.d` | `[d, n]`, `[d]` | A = −exp(a_log) |
+//! | `mamba.out_proj.weight` | `[h, d]` | |
+//! | `attention.{q,k,v,out}_proj.weight`, `.bias` | `[h, h]`, `[h]` | heads are p columns each |
+//! | `gate.weight`, `.bias` | `[h, h]`, `[h]` | |
+//! | `ffn.up.weight`, `.bias` | `[4h, h]`, `[4h]` | then gelu, in its exact form with erf |
+//! | `ffn.down.weight`, `.bias` | `[h, 4h]`, `[h]` | |
+//!
+//! From Python, for [`Hymba::load_with`], or with the options inside, not all of which need be there, for [`Hymba::load`]:
+//!
+//! ```python
+//! from safetensors.torch import save_file
+//! save_file(tensors, "model.safetensors")
+//!
+//! options = {"embed_dim": 12, "hidden_size": 64, "num_layers": 2}
+//! save_file(tensors, "model.safetensors", metadata={"hymba": json.dumps({"version": 1, "options": options})})
+//! ```
 
 #![warn(missing_docs)]
+#![deny(unsafe_code)]
 
 mod block;
 mod edifice;

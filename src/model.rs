@@ -71,7 +71,8 @@ pub struct Inspection {
 }
 
 impl Hymba {
-    /// Builds a model with new random weights, the same for the same options on every machine.
+    /// Builds a model with new random weights, drawn from the seed in the options by a generator that gives the same numbers on
+    /// every machine.
     ///
     /// # Errors
     ///
@@ -199,7 +200,7 @@ impl Hymba {
     ///
     /// # Errors
     ///
-    /// [`Error::Shape`] as [`forward`](Self::forward).
+    /// [`Error::Shape`] as [`forward`](Self::forward), and where so many weights do not fit into memory.
     ///
     /// ```
     /// use hymba::{Hymba, HymbaOptions};
@@ -216,6 +217,16 @@ impl Hymba {
     /// ```
     pub fn inspect(&self, x: &ArrayRef3<f32>) -> Result<Inspection> {
         let (batch, l) = self.check_input(x)?;
+        let HymbaOptions { num_layers, num_heads, num_meta_tokens, .. } = self.options;
+        let factors = [num_layers, batch, num_heads, l, num_meta_tokens.saturating_add(l)];
+        let weights = factors.into_iter().try_fold(1, usize::checked_mul);
+        if weights.is_none_or(|weights| Vec::<f32>::new().try_reserve_exact(weights).is_err()) {
+            return Err(Error::Shape {
+                argument: "x",
+                expected: "a shorter or smaller batch: its attention weights do not fit into memory".into(),
+                given: x.shape().to_vec(),
+            });
+        }
         let mut meta = Vec::new();
         if let Some(tokens) = &self.meta_tokens {
             let (none, mut x) = (Prefix::none(&self.options), Buffer::copy_of(tokens));

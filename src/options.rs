@@ -316,14 +316,12 @@ impl HymbaOptions {
             }
         }
         if !self.hidden_size.is_multiple_of(self.num_heads) {
+            let example = self.hidden_size.div_ceil(self.num_heads).checked_mul(self.num_heads);
+            let example = example.map_or(String::new(), |example| format!(", for example {example}"));
             return Err(Error::Option {
                 option: "hidden_size",
                 given: self.hidden_size.to_string(),
-                allowed: format!(
-                    "it must be a multiple of num_heads = {}, for example {}; change either",
-                    self.num_heads,
-                    self.hidden_size.div_ceil(self.num_heads).saturating_mul(self.num_heads)
-                ),
+                allowed: format!("it must be a multiple of num_heads = {}{example}; change either", self.num_heads),
             });
         }
         // written so that NaN fails
@@ -336,21 +334,30 @@ impl HymbaOptions {
         }
         match self.parameters() {
             Some(count) if count <= Self::MAX_PARAMETERS => Ok(()),
-            count => Err(Error::Option {
-                option: "hidden_size",
-                given: self.hidden_size.to_string(),
-                allowed: format!(
-                    "with embed_dim {}, state_size {}, num_layers {} and num_meta_tokens {} the model has {} parameters, \
-                     and at most {} are allowed; make one of them smaller",
-                    self.embed_dim,
-                    self.state_size,
-                    self.num_layers,
-                    self.num_meta_tokens,
-                    count.map_or("too many to count".into(), |count| count.to_string()),
-                    Self::MAX_PARAMETERS
-                ),
-            }),
+            count => {
+                let (option, given) = self.largest();
+                let count = count.map_or("more parameters than can be counted".into(), |n| format!("{n} parameters"));
+                Err(Error::Option {
+                    option,
+                    given: given.to_string(),
+                    allowed: format!("with it the model has {count}, and at most {} are allowed", Self::MAX_PARAMETERS),
+                })
+            }
         }
+    }
+
+    /// The option that is to blame for too many parameters: the first that, at its default, makes them few enough.
+    fn largest(&self) -> (&'static str, usize) {
+        let small = Self { preset: self.preset, ..Self::new(1) };
+        let sizes = [
+            ("embed_dim", self.embed_dim, Self { embed_dim: small.embed_dim, ..self.clone() }),
+            ("state_size", self.state_size, Self { state_size: small.state_size, ..self.clone() }),
+            ("num_meta_tokens", self.num_meta_tokens, Self { num_meta_tokens: small.num_meta_tokens, ..self.clone() }),
+            ("num_layers", self.num_layers, Self { num_layers: small.num_layers, ..self.clone() }),
+        ];
+        let fits = |options: &Self| options.parameters().is_some_and(|count| count <= Self::MAX_PARAMETERS);
+        let culprit = sizes.into_iter().find(|(_, _, without)| fits(without));
+        culprit.map_or(("hidden_size", self.hidden_size), |(option, given, _)| (option, given))
     }
 
     /// Inner width `d` of the Mamba branch: 2·h.

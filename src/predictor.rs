@@ -58,7 +58,7 @@ pub struct Predictor {
 }
 
 impl Predictor {
-    /// Builds a predictor with new random weights, the same for the same options on every machine.
+    /// Builds a predictor with new random weights, as [`Hymba::build`] does.
     ///
     /// # Errors
     ///

@@ -20,7 +20,7 @@ impl Hymba {
     ///
     /// let model = Hymba::build(HymbaOptions::new(12).hidden_size(64))?;
     /// println!("{}", model.summary());
-    /// assert!(model.summary().contains("blocks.{0..3}.mamba.in_proj.weight"));
+    /// assert!(model.summary().contains("blocks.{0..=3}.mamba.in_proj.weight"));
     /// # Ok::<(), hymba::Error>(())
     /// ```
     pub fn summary(&self) -> String {
@@ -30,7 +30,7 @@ impl Hymba {
             let (name, repeats) = match name.strip_prefix("blocks.").and_then(|rest| rest.split_once('.')) {
                 None => (name.to_string(), 1),
                 Some((_, rest)) if blocks == 1 => (format!("blocks.0.{rest}"), 1),
-                Some(("0", rest)) => (format!("blocks.{{0..{}}}.{rest}", blocks - 1), blocks),
+                Some(("0", rest)) => (format!("blocks.{{0..={}}}.{rest}", blocks - 1), blocks),
                 Some(_) => return,
             };
             lines.push(Line { name, shape: array.shape().to_vec(), blocks: repeats });

@@ -98,7 +98,10 @@ impl Hymba {
 
     /// Reads the parameters of a model with these options from a safetensors file made elsewhere, in Python for
     /// instance. The tensors have the names that [`visit`](Self::visit) gives, matrices are `[out, in]`, and f32, f64,
-    /// f16 and bf16 all become f32. Options in the file are not looked at.
+    /// f16 and bf16 all become f32. Options in the file are not looked at. The [crate's front page](crate#files) has a table of
+    /// names and shapes.
+    ///
+    /// `num_heads` and `window_size` leave no trace in a file: wrong ones make another model, and nothing can notice.
     ///
     /// The file need not be trusted, as in [`load`](Self::load).
     ///
@@ -122,6 +125,9 @@ impl Hymba {
     pub fn load_with(path: impl AsRef<Path>, options: HymbaOptions) -> Result<Hymba> {
         options.validate()?;
         let (tensors, _) = header::read(Source::open(path.as_ref())?)?;
+        if !tensors.names().any(|name| name.starts_with("blocks.")) {
+            return Err(tensors.error(format!("its tensors have other names than a model's: {}", origin(&tensors))));
+        }
         model(options, tensors)
     }
 }
@@ -213,7 +219,9 @@ fn origin(tensors: &Tensors) -> &'static str {
     } else if has("model.layers.") {
         "it seems to be a language model of Hugging Face, which Hymba::load does not read"
     } else if has("blocks.") {
-        "its tensors look right, so it was probably made elsewhere; read it with Hymba::load_with and the options"
+        "its names look right, so it was probably made elsewhere; read it with Hymba::load_with and the options"
+    } else if tensors.names().any(|name| name.contains(".blocks.")) {
+        "all of them stand under a further name; remove it"
     } else {
         "it is some other model"
     }

@@ -7,7 +7,7 @@ use std::fs;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 
-use hymba::{Error, Hymba, HymbaOptions};
+use hymba::{Error, Hymba, HymbaOptions, Predictor, Task};
 use serde_json::{Value, json};
 
 /// Memory that reading may take beyond twice the file.
@@ -54,6 +54,17 @@ fn load(path: &Path) -> hymba::Result<Hymba> {
 /// With the options of `edifice/small`.
 fn load_edifice(path: &Path) -> hymba::Result<Hymba> {
     Hymba::load_edifice(path, HymbaOptions::edifice(6).hidden_size(8).num_layers(2).num_heads(2).num_meta_tokens(2))
+}
+
+fn load_predictor(path: &Path) -> hymba::Result<Hymba> {
+    Predictor::load(path).map(Predictor::into_encoder)
+}
+
+fn saved_predictor() -> Vec<u8> {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("predictor.safetensors");
+    Predictor::build(small(), Task::classify(["a", "b"])).unwrap().save(&path).unwrap();
+    fs::read(path).unwrap()
 }
 
 fn edifice_file(name: &str) -> PathBuf {
@@ -240,7 +251,7 @@ fn bad_saved(valid: &[u8]) -> Vec<(&'static str, Vec<u8>, &'static str)> {
         ("dropout of 1e999", options(r#"{"embed_dim":2,"dropout":1e999}"#), "not usable"),
         ("window of 0", options(r#"{"embed_dim":2,"window_size":0}"#), "window_size = 0"),
         ("a model of 8 GB", options(r#"{"embed_dim":2,"hidden_size":4096,"num_layers":6}"#), "do not fit in a file"),
-        ("layers without end", options(r#"{"embed_dim":2,"num_layers":18446744073709551615}"#), "too many to count"),
+        ("layers without end", options(r#"{"embed_dim":2,"num_layers":18446744073709551615}"#), "than can be counted"),
         ("a larger model", options(r#"{"embed_dim":2,"hidden_size":8}"#), "expected ["),
         (
             "more blocks",
@@ -405,7 +416,8 @@ fn every_bad_file_is_an_error() {
     let path = folder.path().join("model");
     let (saved, edifice) = (saved(), fs::read(edifice_file("model.safetensors")).unwrap());
     let valid_nx = fs::read(edifice_file("model.nx")).unwrap();
-    let tables: [(&str, Loader, Vec<_>); 4] = [
+    let tables: [(&str, Loader, Vec<_>); 5] = [
+        ("Predictor::load", load_predictor, bad_safetensors(&saved_predictor())),
         ("load", load, bad_safetensors(&saved)),
         ("load", load, bad_saved(&saved)),
         ("load_edifice", load_edifice, bad_safetensors(&edifice)),
@@ -426,8 +438,12 @@ fn a_file_cut_short_anywhere_is_an_error() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("model");
     let edifice = |name: &str| fs::read(edifice_file(name)).unwrap();
-    let files: [(Loader, _); 3] =
-        [(load, saved()), (load_edifice, edifice("model.safetensors")), (load_edifice, edifice("model.nx"))];
+    let files: [(Loader, _); 4] = [
+        (load, saved()),
+        (load_predictor, saved_predictor()),
+        (load_edifice, edifice("model.safetensors")),
+        (load_edifice, edifice("model.nx")),
+    ];
     for (loader, bytes) in files {
         fs::write(&path, &bytes).unwrap();
         loader(&path).unwrap();

@@ -27,13 +27,15 @@ fn options_outside_their_range() {
         (new(4).dropout(-0.1), "dropout", "at least 0"),
         (new(4).dropout(f32::NAN), "dropout", "NaN"),
         (new(4).dropout(f32::INFINITY), "dropout", "inf"),
-        (new(usize::MAX), "hidden_size", "too many to count"),
-        (new(4).hidden_size(usize::MAX).num_heads(1), "hidden_size", "too many to count"),
-        (new(4).state_size(usize::MAX), "hidden_size", "too many to count"),
-        (new(4).num_layers(usize::MAX), "hidden_size", "too many to count"),
-        (new(4).num_meta_tokens(usize::MAX), "hidden_size", "too many to count"),
+        (new(usize::MAX), "embed_dim", "than can be counted"),
+        (new(4).hidden_size(usize::MAX).num_heads(1), "hidden_size", "than can be counted"),
+        (new(4).state_size(usize::MAX), "state_size", "than can be counted"),
+        (new(4).num_layers(usize::MAX), "num_layers", "than can be counted"),
+        (new(4).num_meta_tokens(usize::MAX), "num_meta_tokens", "than can be counted"),
+        (new(4).num_layers(1 << 20), "num_layers", "at most 2147483648"),
+        (new(4).hidden_size(usize::MAX), "hidden_size", "multiple of num_heads = 4; change"),
         (new(4).hidden_size(1 << 20), "hidden_size", "at most 2147483648"),
-        (HymbaOptions::edifice(4).num_meta_tokens(usize::MAX), "hidden_size", "too many to count"),
+        (HymbaOptions::edifice(4).num_meta_tokens(usize::MAX), "num_meta_tokens", "than can be counted"),
         (HymbaOptions::edifice(4).hidden_size(1 << 40), "hidden_size", "parameters"),
     ];
     for (options, option, says) in table {
@@ -84,7 +86,7 @@ fn options_in_files_are_checked_too() {
         (r#"{"embed_dim": 12, "hiden_size": 8}"#, "hiden_size"),
         (r#"{"embed_dim": 12, "num_heads": 7}"#, "multiple"),
         (r#"{"embed_dim": 12, "dropout": 2}"#, "below 1"),
-        (r#"{"embed_dim": 12, "hidden_size": 18446744073709551615, "num_heads": 1}"#, "too many"),
+        (r#"{"embed_dim": 12, "hidden_size": 18446744073709551615, "num_heads": 1}"#, "than can be counted"),
         (r#"{"embed_dim": 12, "preset": "other"}"#, "preset"),
     ] {
         let error = parsed(text).unwrap_err().to_string();
@@ -120,6 +122,14 @@ fn inputs_that_do_not_fit() {
         let error = model.forward_ragged(&x, &lengths).unwrap_err();
         assert!(matches!(error, Error::Lengths(_)) && error.to_string().contains(says), "{lengths:?}: {error}");
     }
+}
+
+#[test]
+fn what_is_too_long_to_inspect() {
+    let model = Hymba::build(HymbaOptions::new(1).hidden_size(4).num_heads(2)).unwrap();
+    let x = Array3::zeros((1, 1 << 24, 1));
+    let error = model.inspect(&x).unwrap_err();
+    assert!(matches!(error, Error::Shape { .. }) && error.to_string().contains("shorter"), "{error}");
 }
 
 #[test]

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::LazyLock;
 
 use hymba::ndarray::Array3;
-use hymba::{Hymba, HymbaOptions};
+use hymba::{Hymba, HymbaOptions, Predictor};
 use libfuzzer_sys::fuzz_target;
 use tempfile::TempDir;
 
@@ -24,6 +24,14 @@ fuzz_target!(|bytes: &[u8]| {
     // the sizes of the seeds
     let options = HymbaOptions::edifice(6).hidden_size(8).num_layers(2).num_heads(2).num_meta_tokens(2);
     let models = [Hymba::load(&path), Hymba::load_edifice(&path, options)];
+    if let Ok(predictor) = Predictor::load(&path) {
+        let x = Array3::ones((1, 2, predictor.options().embed_dim));
+        let y = predictor.predict(&x, None).expect("the input fits the model");
+        assert_eq!(y.dim(), (1, predictor.task().outputs()));
+        let saved = file("saved");
+        predictor.save(&saved).expect("what was read can be written");
+        Predictor::load(&saved).expect("what was written can be read");
+    }
     for model in models.into_iter().flatten() {
         let x = Array3::ones((1, 2, model.options().embed_dim));
         let y = model.forward(&x).expect("the input fits the model");

@@ -10,4 +10,5 @@ pub(crate) mod matmul;
 pub(crate) mod norm;
 pub(crate) mod parallel;
 pub(crate) mod scan;
+#[allow(unsafe_code)]
 pub(crate) mod simd;

@@ -65,6 +65,8 @@ impl Hymba {
     /// on all frames given so far. The cost does not depend on how many they were (except in the Edifice preset, whose
     /// attention has no window).
     ///
+    /// A frame with NaN makes its stream NaN from there on, as it would a sequence; the other streams of the batch go on.
+    ///
     /// # Errors
     ///
     /// [`Error::Shape`] if the width is not `embed_dim` or b is 0; [`Error::State`] if the state is of another batch
