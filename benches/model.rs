@@ -62,6 +62,12 @@ fn train(c: &mut Criterion) {
         });
     });
     group.finish();
+    // of this whole process: run the group alone, `cargo bench --bench model -- train`
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    match status.lines().find(|line| line.starts_with("VmHWM")) {
+        Some(line) => println!("peak resident memory: {}", line["VmHWM:".len()..].trim()),
+        None => println!("peak resident memory: not known on this system"),
+    }
 }
 
 criterion_group!(benches, forward, step, train);
