@@ -92,6 +92,11 @@ impl BlockState {
         }
     }
 
+    /// Numbers that a new state of one sequence takes room for.
+    pub(crate) fn num_reserved(prefix: &Prefix) -> usize {
+        prefix.mamba.num_numbers() + AttentionState::num_reserved(prefix.keys.ncols(), prefix.window)
+    }
+
     pub(crate) fn num_numbers(&self) -> usize {
         self.mamba.num_numbers() + self.attention.num_numbers()
     }

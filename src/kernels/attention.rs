@@ -118,16 +118,13 @@ fn attend_head(head: Sequence, mut out: ArrayViewMut2<f32>, log_sums: LogSums) {
     }
     let keys = Packed::from_rows(columns, p, |column| head.key(column), None);
     let values = Packed::from_columns(p, columns, |column| head.value(column));
-    let mut tiles: Vec<_> = out.axis_chunks_iter_mut(Axis(0), QUERIES).map(|out| (0, out, None)).collect();
-    for (i, tile) in tiles.iter_mut().enumerate() {
-        tile.0 = i * QUERIES;
-    }
     let mut log_sums = log_sums;
-    if let Some(sums) = &mut log_sums {
-        for (tile, sums) in tiles.iter_mut().zip(sums.axis_chunks_iter_mut(Axis(0), QUERIES)) {
-            tile.2 = Some(sums);
-        }
-    }
+    let mut log_sums = log_sums.as_mut().map(|sums| sums.axis_chunks_iter_mut(Axis(0), QUERIES));
+    let tiles: Vec<_> = (0..)
+        .step_by(QUERIES)
+        .zip(out.axis_chunks_iter_mut(Axis(0), QUERIES))
+        .map(|(first, out)| (first, out, log_sums.as_mut().and_then(|sums| sums.next())))
+        .collect();
     let attend = |(first, out, sums)| attend_tile(head, &keys, &values, first, out, sums);
     if head.frames > 16 * QUERIES {
         parallel::for_each(tiles, attend);

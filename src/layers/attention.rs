@@ -62,6 +62,11 @@ impl AttentionState {
         AttentionState { sequences: (0..batch).map(|_| (ring(), ring())).collect() }
     }
 
+    /// Numbers that a new state of one sequence takes room for.
+    pub(crate) fn num_reserved(h: usize, window: Option<usize>) -> usize {
+        2 * Ring::reserved(window) * h
+    }
+
     pub(crate) fn num_numbers(&self) -> usize {
         self.sequences.iter().map(|(keys, values)| keys.rows.len() + values.rows.len()).sum()
     }
@@ -82,8 +87,12 @@ impl Ring {
     const RESERVED: usize = 64;
 
     fn new(h: usize, window: Option<usize>) -> Self {
-        let reserved = window.unwrap_or(Self::RESERVED).min(Self::RESERVED);
+        let reserved = Self::reserved(window);
         Ring { h, window, rows: Vec::with_capacity(reserved * h), oldest: 0 }
+    }
+
+    fn reserved(window: Option<usize>) -> usize {
+        window.unwrap_or(Self::RESERVED).min(Self::RESERVED)
     }
 
     fn push(&mut self, row: &[f32]) {

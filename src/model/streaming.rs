@@ -51,9 +51,7 @@ impl Hymba {
     /// A batch whose state does not fit into memory gives a state that [`step`](Self::step) refuses.
     pub fn new_state(&self, batch: usize) -> HymbaState {
         let prefixes = self.prefixes();
-        let one: usize = prefixes.iter().map(|prefix| BlockState::new(1, prefix).num_numbers()).sum();
-        let window_rows = self.options.window().unwrap_or(0).min(64);
-        let numbers = one + self.blocks.len() * 2 * window_rows * self.options.hidden_size;
+        let numbers: usize = prefixes.iter().map(BlockState::num_reserved).sum();
         let fits =
             numbers.checked_mul(batch).is_some_and(|numbers| Vec::<f32>::new().try_reserve_exact(numbers).is_ok());
         let blocks =
