@@ -115,6 +115,8 @@ mod edifice;
 mod error;
 mod kernels;
 mod layers;
+#[cfg(feature = "lm")]
+pub mod lm;
 mod model;
 mod options;
 mod predictor;
