@@ -2,19 +2,25 @@
 
 use std::ops::Range;
 
-use ndarray::{ArrayView2, ArrayViewMut2, Axis};
+use ndarray::{ArrayViewMut2, Axis};
 
 use super::math;
 use super::matmul::{Out, PANEL, Packed, Rows, matmul_part};
 use super::parallel;
 use super::simd::{Kernel, LANES, Simd, dispatch};
 
+pub(crate) use backward::{Attended, AttentionGradient, attend_backward};
+pub(crate) use step::{Run, attend_step};
+
+mod backward;
+mod step;
+
 /// Queries that pass over the keys together.
 const QUERIES: usize = 24;
 /// Keys whose scores are held at a time, for each of these queries.
 const KEYS: usize = 8 * PANEL;
 
-/// One sequence: l frames in front of which stand k meta tokens; rows of h numbers, the heads side by side.
+/// One sequence: l frames in front of which stand k meta tokens; in each row the heads lie side by side.
 #[derive(Clone, Copy)]
 pub(crate) struct Sequence<'a> {
     pub queries: Rows<'a>,
@@ -22,12 +28,16 @@ pub(crate) struct Sequence<'a> {
     pub values: Rows<'a>,
     pub meta_keys: Rows<'a>,
     pub meta_values: Rows<'a>,
-    /// l
+    /// l, of keys and values.
     pub frames: usize,
+    /// Frames in front of the one that asks the first query.
+    pub before: usize,
     /// k
     pub meta: usize,
-    /// p
-    pub head_width: usize,
+    /// p, of queries and keys.
+    pub key_width: usize,
+    /// Width of a head of values, and of the output.
+    pub value_width: usize,
     /// Frames a frame sees, itself included; `None` is the whole past.
     pub window: Option<usize>,
 }
@@ -35,7 +45,7 @@ pub(crate) struct Sequence<'a> {
 impl<'a> Sequence<'a> {
     /// Scores are multiplied by 1/√p.
     fn scale(&self) -> f32 {
-        1.0 / (self.head_width as f32).sqrt()
+        1.0 / (self.key_width as f32).sqrt()
     }
 
     /// The first frame that frame `i` sees.
@@ -45,31 +55,36 @@ impl<'a> Sequence<'a> {
 
     /// One head, as the first of what is left of the rows.
     pub(crate) fn head(&self, head: usize) -> Sequence<'a> {
-        let column = head * self.head_width;
+        self.grouped_head(head, head)
+    }
+
+    /// One head of queries, with one of keys and values.
+    pub(crate) fn grouped_head(&self, query_head: usize, key_head: usize) -> Sequence<'a> {
+        let (key, value) = (key_head * self.key_width, key_head * self.value_width);
         Sequence {
-            queries: self.queries.skip_columns(column),
-            keys: self.keys.skip_columns(column),
-            values: self.values.skip_columns(column),
-            meta_keys: self.meta_keys.skip_columns(column),
-            meta_values: self.meta_values.skip_columns(column),
+            queries: self.queries.skip_columns(query_head * self.key_width),
+            keys: self.keys.skip_columns(key),
+            values: self.values.skip_columns(value),
+            meta_keys: self.meta_keys.skip_columns(key),
+            meta_values: self.meta_values.skip_columns(value),
             ..*self
         }
     }
 
     /// The key of the first head in a column: the meta tokens come first, then the frames.
     fn key(&self, column: usize) -> &'a [f32] {
-        self.row(self.meta_keys, self.keys, column)
+        self.row(self.meta_keys, self.keys, column, self.key_width)
     }
 
     /// As [`key`](Self::key).
     fn value(&self, column: usize) -> &'a [f32] {
-        self.row(self.meta_values, self.values, column)
+        self.row(self.meta_values, self.values, column, self.value_width)
     }
 
-    fn row(&self, meta: Rows<'a>, frames: Rows<'a>, column: usize) -> &'a [f32] {
+    fn row(&self, meta: Rows<'a>, frames: Rows<'a>, column: usize, width: usize) -> &'a [f32] {
         match column.checked_sub(self.meta) {
-            None => meta.row(column, self.head_width),
-            Some(frame) => frames.row(frame, self.head_width),
+            None => meta.row(column, width),
+            Some(frame) => frames.row(frame, width),
         }
     }
 
@@ -90,11 +105,11 @@ pub(crate) type LogSums<'a> = Option<ArrayViewMut2<'a, f32>>;
 /// out `[l, h]` = softmax(queries · keysᵀ/√p over what each frame sees) · values, head by head.
 pub(crate) fn attend(sequence: Sequence, out: ArrayViewMut2<f32>, log_sums: LogSums) {
     let (l, h) = out.dim();
-    if h == sequence.head_width {
+    if h == sequence.value_width {
         return attend_head(sequence, out, log_sums);
     }
-    let half = h / sequence.head_width / 2;
-    let (left, right) = out.split_at(Axis(1), half * sequence.head_width);
+    let half = h / sequence.value_width / 2;
+    let (left, right) = out.split_at(Axis(1), half * sequence.value_width);
     let (left_sums, right_sums) = match log_sums.map(|sums| sums.split_at(Axis(1), half)) {
         Some((left, right)) => (Some(left), Some(right)),
         None => (None, None),
@@ -106,31 +121,57 @@ pub(crate) fn attend(sequence: Sequence, out: ArrayViewMut2<f32>, log_sums: LogS
     );
 }
 
-fn attend_head(head: Sequence, mut out: ArrayViewMut2<f32>, log_sums: LogSums) {
-    let (columns, p) = (head.meta + head.frames, head.head_width);
-    // What a query does not see has weight 0, and 0 times a number is 0 only if the number is finite. Otherwise frames
-    // must really not be touched by what lies after them.
-    if !(0..columns).all(|column| all_finite(head.value(column))) {
-        if let Some(mut sums) = log_sums {
-            sums.fill(f32::NAN); // such a sequence has no gradient
-        }
-        return attend_head_plainly(head, out);
-    }
-    let keys = Packed::from_rows(columns, p, |column| head.key(column), None);
-    let values = Packed::from_columns(p, columns, |column| head.value(column));
-    let mut log_sums = log_sums;
-    let mut log_sums = log_sums.as_mut().map(|sums| sums.axis_chunks_iter_mut(Axis(0), QUERIES));
-    let tiles: Vec<_> = (0..)
-        .step_by(QUERIES)
-        .zip(out.axis_chunks_iter_mut(Axis(0), QUERIES))
-        .map(|(first, out)| (first, out, log_sums.as_mut().and_then(|sums| sums.next())))
-        .collect();
-    let attend = |(first, out, sums)| attend_tile(head, &keys, &values, first, out, sums);
-    if head.frames > 16 * QUERIES {
-        parallel::for_each(tiles, attend);
+fn attend_head(head: Sequence, out: ArrayViewMut2<f32>, log_sums: LogSums) {
+    let packed = PackedHead::new(&head);
+    let tiles = tiles(out, log_sums);
+    if tiles.len() > 16 && packed.is_some() {
+        parallel::for_each(tiles, |tile| attend_tile(head, packed.as_ref(), tile));
     } else {
-        tiles.into_iter().for_each(attend);
+        tiles.into_iter().for_each(|tile| attend_tile(head, packed.as_ref(), tile));
     }
+}
+
+/// The keys and values of one head in the order in which products read them.
+pub(crate) struct PackedHead {
+    keys: Packed,
+    values: Packed,
+}
+
+impl PackedHead {
+    /// `None` where some value is not finite. What a query does not see has weight 0, and 0 times a number is 0 only if the
+    /// number is finite; otherwise frames must really not be touched by what lies after them.
+    pub(crate) fn new(head: &Sequence) -> Option<Self> {
+        let columns = head.meta + head.frames;
+        (0..columns).all(|column| all_finite(head.value(column))).then(|| PackedHead {
+            keys: Packed::from_rows(columns, head.key_width, |column| head.key(column), None),
+            values: Packed::from_columns(head.value_width, columns, |column| head.value(column)),
+        })
+    }
+}
+
+/// Queries of one head that pass over the keys together: which is the first, where their output goes, and their log-sums.
+pub(crate) struct Tile<'a> {
+    first: usize,
+    out: ArrayViewMut2<'a, f32>,
+    log_sums: LogSums<'a>,
+}
+
+/// All queries of one head.
+pub(crate) fn tiles<'a>(out: ArrayViewMut2<'a, f32>, log_sums: LogSums<'a>) -> Vec<Tile<'a>> {
+    let mut out = out;
+    let mut tiles = Vec::new();
+    let mut log_sums = log_sums;
+    while !out.is_empty() {
+        let size = QUERIES.min(out.nrows());
+        let (here, below) = out.split_at(Axis(0), size);
+        let (sums_here, sums_below) = match log_sums.map(|sums| sums.split_at(Axis(0), size)) {
+            Some((here, below)) => (Some(here), Some(below)),
+            None => (None, None),
+        };
+        tiles.push(Tile { first: tiles.len() * QUERIES, out: here, log_sums: sums_here });
+        (out, log_sums) = (below, sums_below);
+    }
+    tiles
 }
 
 /// No NaN and no infinity. Written so that the compiler vectorises it.
@@ -139,26 +180,27 @@ fn all_finite(x: &[f32]) -> bool {
     largest < f32::INFINITY.to_bits()
 }
 
-/// The queries from `first` on, as many as `out` has rows. Keys come in pieces, and what is summed so far is rescaled
-/// whenever a piece holds a new largest score (the online softmax of flash attention).
-fn attend_tile(
-    head: Sequence,
-    keys: &Packed,
-    values: &Packed,
-    first: usize,
-    mut out: ArrayViewMut2<f32>,
-    log_sums: LogSums,
-) {
-    let (m, p) = out.dim();
+/// One tile of queries. Keys come in pieces, and what is summed so far is rescaled whenever a piece holds a new largest
+/// score (the online softmax of flash attention).
+pub(crate) fn attend_tile(head: Sequence, packed: Option<&PackedHead>, tile: Tile) {
+    let Tile { first, mut out, log_sums } = tile;
+    let Some(PackedHead { keys, values }) = packed else {
+        if let Some(mut sums) = log_sums {
+            sums.fill(f32::NAN); // such a sequence has no gradient
+        }
+        return attend_plainly(head, first, out);
+    };
+    let (m, width_out) = out.dim();
     let k = head.meta;
     let queries = Rows { data: &head.queries.data[first * head.queries.stride..], ..head.queries };
-    let mut sums = vec![0.0; m * p];
+    let first = head.before + first;
+    let mut sums = vec![0.0; m * width_out];
     let mut softmax = vec![RunningSoftmax { largest: f32::NEG_INFINITY, sum: 0.0 }; m];
     let mut scores = vec![0.0; m * KEYS];
 
     for columns in pieces(k, k + head.first_seen(first), k + first + m) {
         let width = columns.len();
-        matmul_part(queries, m, keys, columns.clone(), 0..p, &mut scores, width, Out::Set);
+        matmul_part(queries, m, keys, columns.clone(), 0..head.key_width, &mut scores, width, Out::Set);
         for (i, softmax) in softmax.iter_mut().enumerate() {
             let frame = first + i;
             let here = |from: usize, to: usize| {
@@ -171,14 +213,14 @@ fn attend_tile(
                 frames: here(k + head.first_seen(frame), k + frame + 1),
                 scale: head.scale(),
                 softmax,
-                sums: &mut sums[i * p..][..p],
+                sums: &mut sums[i * width_out..][..width_out],
             });
         }
         let rows = Rows { data: &scores, stride: width };
-        matmul_part(rows, m, values, 0..p, columns, &mut sums, p, Out::Add);
+        matmul_part(rows, m, values, 0..width_out, columns, &mut sums, width_out, Out::Add);
     }
     for (i, mut out) in out.rows_mut().into_iter().enumerate() {
-        for (out, sum) in out.iter_mut().zip(&sums[i * p..]) {
+        for (out, sum) in out.iter_mut().zip(&sums[i * width_out..]) {
             *out = sum / softmax[i].sum;
         }
     }
@@ -275,253 +317,36 @@ fn exp_sum<S: Simd>(s: S, x: &mut [f32], scale: f32, largest: f32) -> f32 {
     s.sum(sum) + rest.iter().sum::<f32>()
 }
 
-/// The weights of frame `i` of one head: first those of the k meta tokens, then those of all frames, hidden ones 0. The
+/// The weights of query `i` of one head: first those of the k meta tokens, then those of all frames, hidden ones 0. The
 /// oracle of the fast path.
 pub(crate) fn weights(head: Sequence, i: usize) -> Vec<f32> {
-    let query = head.queries.row(i, head.head_width);
+    let query = head.queries.row(i, head.key_width);
+    let seen = head.seen(head.before + i);
     let mut weights = vec![0.0; head.meta + head.frames];
     let mut largest = f32::NEG_INFINITY;
-    for column in head.seen(i) {
+    for column in seen.clone() {
         let score: f32 = query.iter().zip(head.key(column)).map(|(q, k)| q * k).sum();
         weights[column] = score * head.scale();
         largest = largest.max(weights[column]);
     }
     let mut sum = 0.0;
-    for column in head.seen(i) {
+    for column in seen.clone() {
         weights[column] = (weights[column] - largest).exp();
         sum += weights[column];
     }
-    for column in head.seen(i) {
+    for column in seen {
         weights[column] /= sum;
     }
     weights
 }
 
-/// One head by the definition, touching nothing a frame does not see.
-fn attend_head_plainly(head: Sequence, mut out: ArrayViewMut2<f32>) {
+/// The queries from `first` on by the definition, touching nothing a frame does not see.
+fn attend_plainly(head: Sequence, first: usize, mut out: ArrayViewMut2<f32>) {
     for (i, mut out) in out.rows_mut().into_iter().enumerate() {
-        let weights = weights(head, i);
+        let weights = weights(head, first + i);
         out.fill(0.0);
-        for column in head.seen(i) {
+        for column in head.seen(head.before + first + i) {
             out.iter_mut().zip(head.value(column)).for_each(|(out, value)| *out += weights[column] * value);
-        }
-    }
-}
-
-/// What [`attend_backward`] writes, for one sequence; all overwritten.
-pub(crate) struct AttentionGradient<'a> {
-    /// `[l, h]`
-    pub queries: ArrayViewMut2<'a, f32>,
-    pub keys: ArrayViewMut2<'a, f32>,
-    pub values: ArrayViewMut2<'a, f32>,
-    /// `[k, h]`
-    pub meta_keys: ArrayViewMut2<'a, f32>,
-    pub meta_values: ArrayViewMut2<'a, f32>,
-}
-
-impl<'a> AttentionGradient<'a> {
-    /// The columns before `column`, and the others.
-    fn split_at(self, column: usize) -> (Self, Self) {
-        let (queries, right_queries) = self.queries.split_at(Axis(1), column);
-        let (keys, right_keys) = self.keys.split_at(Axis(1), column);
-        let (values, right_values) = self.values.split_at(Axis(1), column);
-        let (meta_keys, right_meta_keys) = self.meta_keys.split_at(Axis(1), column);
-        let (meta_values, right_meta_values) = self.meta_values.split_at(Axis(1), column);
-        let right = AttentionGradient {
-            queries: right_queries,
-            keys: right_keys,
-            values: right_values,
-            meta_keys: right_meta_keys,
-            meta_values: right_meta_values,
-        };
-        (AttentionGradient { queries, keys, values, meta_keys, meta_values }, right)
-    }
-}
-
-/// What the forward pass left: its output and the gradient of that `[l, h]`, and the log-sums `[l, a]`.
-#[derive(Clone, Copy)]
-pub(crate) struct Attended<'a> {
-    pub out: Rows<'a>,
-    pub dout: Rows<'a>,
-    pub log_sums: ArrayView2<'a, f32>,
-}
-
-/// The gradient of [`attend`]. The weights P = exp(scores − log-sum) are computed again, piece by piece; with dout the
-/// gradient of out = P·V,
-///
-/// ```text
-/// dV = Pᵀ·dout
-/// dS = P ⊙ (dout·Vᵀ − Σ dout ⊙ out)/√p          of the products of queries and keys
-/// dQ = dS·K,  dK = dSᵀ·Q
-/// ```
-pub(crate) fn attend_backward(sequence: Sequence, attended: Attended, gradient: AttentionGradient) {
-    let (l, h) = gradient.queries.dim();
-    if h == sequence.head_width {
-        return attend_head_backward(sequence, attended, gradient);
-    }
-    let half = h / sequence.head_width / 2;
-    let column = half * sequence.head_width;
-    let (left, right) = gradient.split_at(column);
-    let (left_sums, right_sums) = attended.log_sums.split_at(Axis(1), half);
-    let right_attended = Attended {
-        out: attended.out.skip_columns(column),
-        dout: attended.dout.skip_columns(column),
-        log_sums: right_sums,
-    };
-    parallel::join_if(
-        2 * l * sequence.most_seen() * h,
-        || attend_backward(sequence, Attended { log_sums: left_sums, ..attended }, left),
-        || attend_backward(sequence.head(half), right_attended, right),
-    );
-}
-
-fn attend_head_backward(head: Sequence, attended: Attended, mut gradient: AttentionGradient) {
-    let (columns, p, k) = (head.meta + head.frames, head.head_width, head.meta);
-    let keys = Packed::from_rows(columns, p, |column| head.key(column), None);
-    let values = Packed::from_rows(columns, p, |column| head.value(column), None);
-    let keys_across = Packed::from_columns(p, columns, |column| head.key(column));
-    let (mut dkeys, mut dvalues) = (vec![0.0; columns * p], vec![0.0; columns * p]);
-    let mut weights = vec![0.0; QUERIES * KEYS]; // P
-    let mut dscores = vec![0.0; QUERIES * KEYS]; // dS
-    let mut turned = vec![0.0; QUERIES * KEYS];
-    for first in (0..head.frames).step_by(QUERIES) {
-        let m = QUERIES.min(head.frames - first);
-        let queries = Rows { data: &head.queries.data[first * head.queries.stride..], ..head.queries };
-        let dout = Rows { data: &attended.dout.data[first * attended.dout.stride..], ..attended.dout };
-        let queries_across = Packed::from_columns(p, m, |i| queries.row(i, p));
-        let dout_across = Packed::from_columns(p, m, |i| dout.row(i, p));
-        let mut dqueries = vec![0.0; m * p];
-        for columns in pieces(k, k + head.first_seen(first), k + first + m) {
-            let width = columns.len();
-            matmul_part(queries, m, &keys, columns.clone(), 0..p, &mut weights, width, Out::Set);
-            matmul_part(dout, m, &values, columns.clone(), 0..p, &mut dscores, width, Out::Set);
-            for i in 0..m {
-                let frame = first + i;
-                let here = |from: usize, to: usize| {
-                    let place = |column: usize| column.clamp(columns.start, columns.end) - columns.start;
-                    place(from)..place(to)
-                };
-                let dout = dout.row(i, p);
-                dispatch(SoftmaxBackward {
-                    scores: &mut weights[i * width..][..width],
-                    dscores: &mut dscores[i * width..][..width],
-                    meta: here(0, k),
-                    frames: here(k + head.first_seen(frame), k + frame + 1),
-                    scale: head.scale(),
-                    log_sum: attended.log_sums[[frame, 0]],
-                    projection: dout.iter().zip(attended.out.row(frame, p)).map(|(dout, out)| dout * out).sum(),
-                });
-            }
-            let scores = Rows { data: &dscores, stride: width };
-            matmul_part(scores, m, &keys_across, 0..p, columns.clone(), &mut dqueries, p, Out::Add);
-            let here = columns.start * p..columns.end * p;
-            for (across, from, to) in
-                [(&queries_across, &dscores, &mut dkeys[here.clone()]), (&dout_across, &weights, &mut dvalues[here])]
-            {
-                for (i, row) in from.chunks_exact(width).enumerate().take(m) {
-                    row.iter().enumerate().for_each(|(column, number)| turned[column * m + i] = *number);
-                }
-                let rows = Rows { data: &turned, stride: m };
-                matmul_part(rows, width, across, 0..p, 0..m, to, p, Out::Add);
-            }
-        }
-        for (i, dquery) in dqueries.chunks_exact(p).enumerate() {
-            gradient.queries.row_mut(first + i).iter_mut().zip(dquery).for_each(|(to, from)| *to = *from);
-        }
-    }
-    for (from, mut meta, mut frames) in
-        [(&dkeys, gradient.meta_keys, gradient.keys), (&dvalues, gradient.meta_values, gradient.values)]
-    {
-        let rows = meta.rows_mut().into_iter().chain(frames.rows_mut());
-        for (mut to, from) in rows.zip(from.chunks_exact(p)) {
-            to.iter_mut().zip(from).for_each(|(to, from)| *to = *from);
-        }
-    }
-}
-
-/// Turns the scores of one query into its weights P, and dout·Vᵀ into dS = P ⊙ (dout·Vᵀ − projection)·scale; both are 0 for
-/// hidden keys.
-struct SoftmaxBackward<'a> {
-    scores: &'a mut [f32],
-    dscores: &'a mut [f32],
-    /// The columns that the query sees, in two runs.
-    meta: Range<usize>,
-    frames: Range<usize>,
-    scale: f32,
-    log_sum: f32,
-    /// Σ dout ⊙ out
-    projection: f32,
-}
-
-impl Kernel for SoftmaxBackward<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run<S: Simd>(self, s: S) {
-        let SoftmaxBackward { scores, dscores, meta, frames, scale, log_sum, projection } = self;
-        for hidden in [0..meta.start, meta.end..frames.start.max(meta.end), frames.end.max(meta.end)..scores.len()] {
-            scores[hidden.clone()].fill(0.0);
-            dscores[hidden].fill(0.0);
-        }
-        let (scale_all, shift, projection) = (s.splat(scale), s.splat(-log_sum), s.splat(projection));
-        for run in [meta, frames] {
-            for (score, dscore) in scores[run.clone()].chunks_mut(LANES).zip(dscores[run].chunks_mut(LANES)) {
-                let weight = math::exp(s, s.mul_add(scale_all, s.load_some(score), shift));
-                let dweight = s.sub(s.load_some(dscore), projection);
-                s.store_some(weight, score);
-                s.store_some(s.mul(s.mul(weight, dweight), scale_all), dscore);
-            }
-        }
-    }
-}
-
-/// Keys and values `[rows, h]` of meta tokens or of frames.
-#[derive(Clone, Copy)]
-pub(crate) struct Seen<'a> {
-    pub keys: &'a [f32],
-    pub values: &'a [f32],
-}
-
-/// One query `[h]` over everything in `seen`: the streaming form of [`attend`].
-pub(crate) fn attend_step(query: &[f32], seen: [Seen; 2], heads: usize, out: &mut [f32]) {
-    dispatch(Step { query, seen, heads, out });
-}
-
-struct Step<'a> {
-    query: &'a [f32],
-    seen: [Seen<'a>; 2],
-    heads: usize,
-    out: &'a mut [f32],
-}
-
-impl Kernel for Step<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run<S: Simd>(self, s: S) {
-        let h = self.query.len();
-        let p = h / self.heads;
-        let scale = 1.0 / (p as f32).sqrt();
-        let mut scores = Vec::with_capacity(self.seen.iter().map(|seen| seen.keys.len() / h).sum());
-        for (head, out) in self.out.chunks_exact_mut(p).enumerate() {
-            let columns = head * p..(head + 1) * p;
-            let query = &self.query[columns.clone()];
-            scores.clear();
-            for seen in &self.seen {
-                for key in seen.keys.chunks_exact(h) {
-                    scores.push(math::dot(s, query, &key[columns.clone()]));
-                }
-            }
-            let largest = max(s, &scores, scale, f32::NEG_INFINITY);
-            let sum = exp_sum(s, &mut scores, scale, largest);
-            out.fill(0.0);
-            let values = self.seen.iter().flat_map(|seen| seen.values.chunks_exact(h));
-            for (weight, value) in scores.iter().zip(values) {
-                math::axpy(s, *weight, &value[columns.clone()], out);
-            }
-            for out in out {
-                *out /= sum;
-            }
         }
     }
 }

@@ -177,25 +177,6 @@ impl Differentiable for Gelu {
     }
 }
 
-/// out = x·y + out, the running sum of one product of a vector with a number.
-#[inline(always)]
-pub(crate) fn axpy<S: Simd>(s: S, x: f32, y: &[f32], out: &mut [f32]) {
-    let x = s.splat(x);
-    for (y, out) in y.chunks(LANES).zip(out.chunks_mut(LANES)) {
-        s.store_some(s.mul_add(x, s.load_some(y), s.load_some(out)), out);
-    }
-}
-
-/// Σ xᵢ·yᵢ
-#[inline(always)]
-pub(crate) fn dot<S: Simd>(s: S, x: &[f32], y: &[f32]) -> f32 {
-    let mut sum = s.splat(0.0);
-    for (x, y) in x.chunks(LANES).zip(y.chunks(LANES)) {
-        sum = s.mul_add(s.load_some(x), s.load_some(y), sum);
-    }
-    s.sum(sum)
-}
-
 #[cfg(test)]
 mod tests {
     use super::super::simd::{Level, dispatch_at};

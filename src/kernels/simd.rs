@@ -226,6 +226,18 @@ mod x86 {
         kernel.run(Avx2(()))
     }
 
+    /// The lanes of both, each time the first half plus the second: the order of [`Simd::sum`].
+    #[inline(always)]
+    unsafe fn sum_halves(low: __m256, high: __m256) -> f32 {
+        // SAFETY: the caller has AVX2
+        unsafe {
+            let eight = _mm256_add_ps(low, high);
+            let four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps::<1>(eight));
+            let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+            _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps::<1>(two, two)))
+        }
+    }
+
     /// Exists only inside [`run_avx512`].
     #[derive(Clone, Copy)]
     pub(super) struct Avx512(());
@@ -275,6 +287,13 @@ mod x86 {
         #[inline(always)]
         fn min(self, a: __m512, b: __m512) -> __m512 {
             unsafe { _mm512_min_ps(a, b) }
+        }
+        #[inline(always)]
+        fn sum(self, v: __m512) -> f32 {
+            unsafe {
+                let high = _mm256_castpd_ps(_mm512_extractf64x4_pd::<1>(_mm512_castps_pd(v)));
+                sum_halves(_mm512_castps512_ps256(v), high)
+            }
         }
         #[inline(always)]
         fn exp2_whole(self, n: __m512) -> __m512 {
@@ -337,6 +356,10 @@ mod x86 {
         #[inline(always)]
         fn min(self, a: Self::V, b: Self::V) -> Self::V {
             unsafe { [_mm256_min_ps(a[0], b[0]), _mm256_min_ps(a[1], b[1])] }
+        }
+        #[inline(always)]
+        fn sum(self, v: Self::V) -> f32 {
+            unsafe { sum_halves(v[0], v[1]) }
         }
         #[inline(always)]
         fn exp2_whole(self, n: Self::V) -> Self::V {

@@ -7,7 +7,7 @@ use super::{Buffer, Linear, Rng, Visitor, VisitorMut, debug_shapes, flat, join};
 use crate::HymbaOptions;
 use crate::block::Prefix;
 use crate::kernels::attention::{
-    Attended, AttentionGradient, Seen, Sequence, attend, attend_backward, attend_step, weights,
+    Attended, AttentionGradient, Run, Sequence, attend, attend_backward, attend_step, weights,
 };
 use crate::kernels::matmul::Rows;
 use crate::kernels::parallel;
@@ -245,11 +245,13 @@ impl MetaTokenAttention {
         for (i, (keys, values)) in state.sequences.iter_mut().enumerate() {
             keys.push(flat(&k.row(i)));
             values.push(flat(&v.row(i)));
-            let meta = Seen { keys: flat(&prefix.keys), values: flat(&prefix.values) };
-            let frames = Seen { keys: &keys.rows, values: &values.rows };
+            let h = keys.h;
+            let run = |keys, values, rows| Run { keys, values, strides: (h, h), rows };
+            let meta = run(flat(&prefix.keys), flat(&prefix.values), prefix.keys.nrows());
+            let frames = run(&keys.rows, &values.rows, keys.rows.len() / h);
             let mut mixed = mixed.slice_mut(s![i, ..]);
             let mixed = mixed.as_slice_mut().expect("a row of a new array");
-            attend_step(flat(&q.row(i)), [meta, frames], self.heads, mixed);
+            attend_step(flat(&q.row(i)), &[meta, frames], self.heads, 1, mixed);
         }
         self.out_proj.forward(mixed.view())
     }
@@ -288,7 +290,9 @@ impl MetaTokenAttention {
             meta_values: rows(prefix.values.view()),
             frames,
             meta: prefix.keys.nrows(),
-            head_width: h / self.heads,
+            before: 0,
+            key_width: h / self.heads,
+            value_width: h / self.heads,
             window: prefix.window,
         }
     }

@@ -1,6 +1,7 @@
 //! The kernels against the definition of attention.
 
 use super::super::simd::{Level, dispatch_at};
+use super::step::Step;
 use super::*;
 use ndarray::{Array2, s};
 
@@ -34,13 +35,15 @@ fn tiles_equal_the_definition() {
                 meta_values: rows(&meta_values),
                 frames: l,
                 meta: k,
-                head_width: p,
+                before: 0,
+                key_width: p,
+                value_width: p,
                 window,
             };
             let (mut fast, mut plain) = (Array2::zeros((l, h)), Array2::zeros((l, h)));
             attend(sequence, fast.view_mut(), None);
             for head in 0..heads {
-                attend_head_plainly(sequence.head(head), plain.slice_mut(s![.., head * p..(head + 1) * p]));
+                attend_plainly(sequence.head(head), 0, plain.slice_mut(s![.., head * p..(head + 1) * p]));
             }
             for (fast, plain) in fast.iter().zip(&plain) {
                 assert!((fast - plain).abs() < 1e-5, "l {l} k {k} window {window:?}: {fast} {plain}");
@@ -48,18 +51,96 @@ fn tiles_equal_the_definition() {
             // the last frame again, as a step
             let first = sequence.first_seen(l - 1);
             let (seen_keys, seen_values) = (keys.slice(s![first.., ..]), values.slice(s![first.., ..]));
-            let step = [
-                Seen { keys: meta_keys.as_slice().unwrap(), values: meta_values.as_slice().unwrap() },
-                Seen { keys: seen_keys.as_slice().unwrap(), values: seen_values.as_slice().unwrap() },
+            let run = |keys, values, rows| Run { keys, values, strides: (h, h), rows };
+            let runs = [
+                run(meta_keys.as_slice().unwrap(), meta_values.as_slice().unwrap(), k),
+                run(seen_keys.as_slice().unwrap(), seen_values.as_slice().unwrap(), l - first),
             ];
             for level in Level::ALL.into_iter().filter(|level| level.is_available()) {
                 let mut out = vec![0.0; h];
                 let query = q.row(l - 1).to_vec();
-                dispatch_at(level, Step { query: &query, seen: step, heads, out: &mut out });
+                dispatch_at(level, Step { query: &query, runs: &runs, key_heads: heads, group: 1, out: &mut out });
                 for (out, plain) in out.iter().zip(plain.row(l - 1)) {
                     assert!((out - plain).abs() < 1e-5, "{level:?}");
                 }
             }
+        }
+    }
+}
+
+/// Several heads of queries to one of keys, values of another width, and queries that begin in the middle of the frames.
+#[test]
+fn groups_and_later_queries_equal_the_definition() {
+    let (frames, k, key_heads) = (75, 9, 2);
+    for group in 1..8 {
+        for (before, window, p, value_width) in [(0, None, 8, 20), (50, Some(21), 10, 65), (74, Some(3), 4, 5)] {
+            let (l, heads) = (frames - before, key_heads * group);
+            let queries = wave(l, heads * p, 7);
+            let (keys, values) = (wave(frames, key_heads * p, 11), wave(frames, key_heads * value_width, 13));
+            let (meta_keys, meta_values) = (wave(k, key_heads * p, 17), wave(k, key_heads * value_width, 19));
+            let sequence = Sequence {
+                queries: rows(&queries),
+                keys: rows(&keys),
+                values: rows(&values),
+                meta_keys: rows(&meta_keys),
+                meta_values: rows(&meta_values),
+                frames,
+                before,
+                meta: k,
+                key_width: p,
+                value_width,
+                window,
+            };
+            let [mut fast, mut plain] = [(); 2].map(|()| Array2::zeros((l, heads * value_width)));
+            for head in 0..heads {
+                let one = sequence.grouped_head(head, head / group);
+                let columns = s![.., head * value_width..(head + 1) * value_width];
+                let packed = PackedHead::new(&one).unwrap();
+                for tile in tiles(fast.slice_mut(columns), None) {
+                    attend_tile(one, Some(&packed), tile);
+                }
+                attend_plainly(one, 0, plain.slice_mut(columns));
+            }
+            assert!(fast.iter().zip(&plain).all(|(fast, plain)| (fast - plain).abs() < 1e-5), "group {group}");
+
+            let first = sequence.first_seen(frames - 1);
+            let run =
+                |keys, values, rows| Run { keys, values, strides: (key_heads * p, key_heads * value_width), rows };
+            let runs = [
+                run(meta_keys.as_slice().unwrap(), meta_values.as_slice().unwrap(), k),
+                run(
+                    &keys.as_slice().unwrap()[first * key_heads * p..],
+                    &values.as_slice().unwrap()[first * key_heads * value_width..],
+                    frames - first,
+                ),
+            ];
+            for level in Level::ALL.into_iter().filter(|level| level.is_available()) {
+                let mut out = vec![0.0; heads * value_width];
+                let query = queries.row(l - 1).to_vec();
+                dispatch_at(level, Step { query: &query, runs: &runs, key_heads, group, out: &mut out });
+                for (out, plain) in out.iter().zip(plain.row(l - 1)) {
+                    assert!((out - plain).abs() < 1e-5, "{level:?} group {group}: {out} {plain}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn sums_of_lanes_are_the_same_on_every_level() {
+    struct Sum([f32; LANES]);
+    impl Kernel for Sum {
+        type Output = f32;
+        #[inline(always)]
+        fn run<S: Simd>(self, s: S) -> f32 {
+            s.sum(s.load(&self.0))
+        }
+    }
+    for seed in 0..50 {
+        let lanes = std::array::from_fn(|i| ((i * 37 + seed * 11) % 97) as f32 * 1.7e-3 - 0.08);
+        let want = dispatch_at(Level::Scalar, Sum(lanes));
+        for level in Level::ALL.into_iter().filter(|level| level.is_available()) {
+            assert_eq!(dispatch_at(level, Sum(lanes)), want);
         }
     }
 }
@@ -121,7 +202,9 @@ fn gradients_equal_the_definition() {
             meta_values: rows(&meta_values),
             frames: l,
             meta: k,
-            head_width: p,
+            before: 0,
+            key_width: p,
+            value_width: p,
             window,
         };
         let (mut out, mut log_sums) = (Array2::zeros((l, h)), Array2::zeros((l, heads)));
@@ -188,7 +271,9 @@ fn what_lies_ahead_touches_nothing() {
         meta_values: rows(&meta),
         frames: 9,
         meta: 2,
-        head_width: 2,
+        before: 0,
+        key_width: 2,
+        value_width: 2,
         window: Some(3),
     };
     let mut out = Array2::zeros((9, 4));

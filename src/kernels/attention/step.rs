@@ -1,0 +1,139 @@
+//! Attention of one query a head over rows that are kept: the streaming form.
+
+use super::{exp_sum, max};
+use crate::kernels::simd::{Kernel, LANES, Simd, dispatch};
+
+/// A type in which keys and values are kept.
+pub(crate) trait Stored: Copy + Sync {
+    /// The first numbers of `x`, at most sixteen, as f32.
+    fn load<S: Simd>(s: S, x: &[Self]) -> S::V;
+}
+
+impl Stored for f32 {
+    #[inline(always)]
+    fn load<S: Simd>(s: S, x: &[f32]) -> S::V {
+        s.load_some(x)
+    }
+}
+
+/// Keys and values in memory. A row of `keys` begins with those of the first head at hand; the other heads follow.
+#[derive(Clone, Copy)]
+pub(crate) struct Run<'a, T> {
+    pub keys: &'a [T],
+    pub values: &'a [T],
+    /// From one row of keys to the next, and the same for values.
+    pub strides: (usize, usize),
+    pub rows: usize,
+}
+
+/// What each of `key_heads` heads of keys answers to the `query [key_heads · g · p]` of its g heads of queries, over all rows
+/// of `runs` → `out [key_heads · g · value width]`.
+pub(crate) fn attend_step<T: Stored>(query: &[f32], runs: &[Run<T>], key_heads: usize, group: usize, out: &mut [f32]) {
+    dispatch(Step { query, runs, key_heads, group, out });
+}
+
+pub(super) struct Step<'a, T> {
+    pub query: &'a [f32],
+    pub runs: &'a [Run<'a, T>],
+    pub key_heads: usize,
+    pub group: usize,
+    pub out: &'a mut [f32],
+}
+
+impl<T: Stored> Kernel for Step<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let heads = self.key_heads * self.group;
+        let (key_width, value_width) = (self.query.len() / heads, self.out.len() / heads);
+        let rows: usize = self.runs.iter().map(|run| run.rows).sum();
+        let mut scores = vec![0.0; self.group.min(QUERIES) * rows];
+        for key_head in 0..self.key_heads {
+            let mut head = key_head * self.group;
+            let end = head + self.group;
+            let (key, value) = (key_head * key_width, key_head * value_width);
+            while head < end {
+                let queries = (end - head).min(QUERIES);
+                let query = &self.query[head * key_width..][..queries * key_width];
+                let out = &mut self.out[head * value_width..][..queries * value_width];
+                let scores = &mut scores[..queries * rows];
+                match queries {
+                    1 => together::<S, T, 1>(s, query, self.runs, key, value, scores, out),
+                    2 => together::<S, T, 2>(s, query, self.runs, key, value, scores, out),
+                    3 => together::<S, T, 3>(s, query, self.runs, key, value, scores, out),
+                    4 => together::<S, T, 4>(s, query, self.runs, key, value, scores, out),
+                    _ => together::<S, T, QUERIES>(s, query, self.runs, key, value, scores, out),
+                }
+                head += queries;
+            }
+        }
+    }
+}
+
+/// Queries for which a key is read once. With [`VECTORS`] their sums stay in 32 registers.
+const QUERIES: usize = 5;
+/// Vectors of a value that are summed in one pass over the rows.
+const VECTORS: usize = 4;
+
+/// G queries over the keys and values from these columns on.
+#[inline(always)]
+fn together<S: Simd, T: Stored, const G: usize>(
+    s: S,
+    query: &[f32],
+    runs: &[Run<T>],
+    key: usize,
+    value: usize,
+    scores: &mut [f32],
+    out: &mut [f32],
+) {
+    let (key_width, value_width) = (query.len() / G, out.len() / G);
+    let rows = scores.len() / G;
+    let scale = 1.0 / (key_width as f32).sqrt();
+    let mut at = 0;
+    for run in runs {
+        for row in 0..run.rows {
+            let keys = &run.keys[row * run.strides.0 + key..][..key_width];
+            let mut sums = [s.splat(0.0); G];
+            for (chunk, keys) in keys.chunks(LANES).enumerate() {
+                let keys_here = T::load(s, keys);
+                for (g, sum) in sums.iter_mut().enumerate() {
+                    let query = s.load_some(&query[g * key_width + chunk * LANES..][..keys.len()]);
+                    *sum = s.mul_add(query, keys_here, *sum);
+                }
+            }
+            for (g, sum) in sums.into_iter().enumerate() {
+                scores[g * rows + at] = s.sum(sum);
+            }
+            at += 1;
+        }
+    }
+    let mut totals = [0.0; G];
+    for (scores, total) in scores.chunks_exact_mut(rows.max(1)).zip(&mut totals) {
+        let largest = max(s, scores, scale, f32::NEG_INFINITY);
+        *total = exp_sum(s, scores, scale, largest);
+    }
+    for first in (0..value_width).step_by(VECTORS * LANES) {
+        let width = (value_width - first).min(VECTORS * LANES);
+        let mut sums = [[s.splat(0.0); VECTORS]; G];
+        let mut at = 0;
+        for run in runs {
+            for row in 0..run.rows {
+                let values = &run.values[row * run.strides.1 + value + first..][..width];
+                for (v, values) in values.chunks(LANES).enumerate() {
+                    let values = T::load(s, values);
+                    for (g, sums) in sums.iter_mut().enumerate() {
+                        sums[v] = s.mul_add(s.splat(scores[g * rows + at]), values, sums[v]);
+                    }
+                }
+                at += 1;
+            }
+        }
+        for (g, (sums, total)) in sums.into_iter().zip(totals).enumerate() {
+            let out = &mut out[g * value_width + first..][..width];
+            for (sum, out) in sums.into_iter().zip(out.chunks_mut(LANES)) {
+                s.store_some(s.div(sum, s.splat(total)), out);
+            }
+        }
+    }
+}
