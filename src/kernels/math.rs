@@ -23,6 +23,28 @@ pub(crate) fn map_backward<F: Differentiable>(x: &[f32], dy: &mut [f32]) {
     dispatch(MapBackward::<F>(x, dy, std::marker::PhantomData));
 }
 
+/// f(x) ⊙ y, in place of x.
+#[cfg(feature = "lm")]
+pub(crate) fn map_mul<F: Unary>(x: &mut [f32], y: &[f32]) {
+    dispatch(MapMul::<F>(x, y, std::marker::PhantomData));
+}
+
+#[cfg(feature = "lm")]
+struct MapMul<'a, F>(&'a mut [f32], &'a [f32], std::marker::PhantomData<F>);
+
+#[cfg(feature = "lm")]
+impl<F: Unary> Kernel for MapMul<'_, F> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        for (x, y) in self.0.chunks_mut(LANES).zip(self.1.chunks(LANES)) {
+            let product = s.mul(F::apply(s, s.load_some(x)), s.load_some(y));
+            s.store_some(product, x);
+        }
+    }
+}
+
 struct MapBackward<'a, F>(&'a [f32], &'a mut [f32], std::marker::PhantomData<F>);
 
 impl<F: Differentiable> Kernel for MapBackward<'_, F> {
@@ -252,6 +274,21 @@ mod tests {
         check::<Silu>(|x| sigmoid(x) * (1.0 + x * (1.0 - sigmoid(x))));
         let density = |x: f64| (-0.5 * x * x).exp() / (2.0 * std::f64::consts::PI).sqrt();
         check::<Gelu>(|x| 0.5 * (1.0 + erf_f64(x / 2f64.sqrt())) + x * density(x));
+    }
+
+    #[cfg(feature = "lm")]
+    #[test]
+    fn products_with_a_function_equal_the_two_steps() {
+        for level in Level::ALL.into_iter().filter(|level| level.is_available()) {
+            for len in 0..130 {
+                let x: Vec<f32> = (0..len).map(|i| (i * 37 % 131) as f32 / 13.0 - 5.0).collect();
+                let y: Vec<f32> = (0..len).map(|i| (i * 31 % 53) as f32 / 10.0 - 2.0).collect();
+                let (mut got, mut want) = (x.clone(), x);
+                dispatch_at(level, MapMul::<Silu>(&mut got, &y, std::marker::PhantomData));
+                dispatch_at(level, Map::<Silu>(&mut want, std::marker::PhantomData));
+                assert!(got.iter().zip(&want).zip(&y).all(|((got, want), y)| *got == want * y));
+            }
+        }
     }
 
     #[test]

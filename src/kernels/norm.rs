@@ -1,5 +1,7 @@
 //! Normalisation of rows to mean 0 and variance 1.
 
+#[cfg(feature = "lm")]
+use super::matmul::{Out, Rows};
 use super::simd::{Kernel, LANES, Simd, dispatch};
 
 /// What a norm does where the variance is near zero.
@@ -27,6 +29,47 @@ impl SmallVariance {
 /// out = weight ⊙ (x − mean) / deviation + bias, for each row of `weight.len()` numbers.
 pub(crate) fn layer_norm(x: &[f32], weight: &[f32], bias: &[f32], epsilon: f32, rule: SmallVariance, out: &mut [f32]) {
     dispatch(LayerNorm { x, weight, bias, epsilon, rule, out });
+}
+
+/// out (+)= scale · weight ⊙ x / √(mean(x²) + ε), for each row of `weight.len()` numbers.
+#[cfg(feature = "lm")]
+pub(crate) fn rms_norm(x: Rows, weight: &[f32], epsilon: f32, scale: f32, out: &mut [f32], mode: Out) {
+    dispatch(RmsNorm { x, weight, epsilon, scale, out, mode });
+}
+
+#[cfg(feature = "lm")]
+struct RmsNorm<'a> {
+    x: Rows<'a>,
+    weight: &'a [f32],
+    epsilon: f32,
+    scale: f32,
+    out: &'a mut [f32],
+    mode: Out,
+}
+
+#[cfg(feature = "lm")]
+impl Kernel for RmsNorm<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let h = self.weight.len();
+        for (i, out) in self.out.chunks_exact_mut(h).enumerate() {
+            let x = self.x.row(i, h);
+            let mut squares = s.splat(0.0);
+            for x in x.chunks(LANES) {
+                let x = s.load_some(x);
+                squares = s.mul_add(x, x, squares);
+            }
+            let factor = self.scale / (s.sum(squares) / h as f32 + self.epsilon).sqrt();
+            let rows = x.chunks(LANES).zip(self.weight.chunks(LANES));
+            for ((x, weight), out) in rows.zip(out.chunks_mut(LANES)) {
+                let normal = s.mul(s.mul(s.load_some(x), s.splat(factor)), s.load_some(weight));
+                let sum = if self.mode == Out::Add { s.add(s.load_some(out), normal) } else { normal };
+                s.store_some(sum, out);
+            }
+        }
+    }
 }
 
 /// The gradient of [`layer_norm`]: dx is overwritten, the gradients of weight and bias are added to. With x̂ the normalised
@@ -168,6 +211,31 @@ mod tests {
                     for i in 0..h {
                         let want = (x[i] as f64 - mean) / (variance + 1e-5).sqrt() * weight[i] as f64 + bias[i] as f64;
                         assert!((out[i] as f64 - want).abs() < 1e-5, "{level:?} h {h}: {} {want}", out[i]);
+                    }
+                }
+            }
+        }
+    }
+
+    #[cfg(feature = "lm")]
+    #[test]
+    fn every_level_equals_the_plain_rms_norm() {
+        for level in Level::ALL.into_iter().filter(|level| level.is_available()) {
+            for h in 1..130 {
+                let x: Vec<f32> = (0..2 * (h + 3)).map(|i| (i * 7 % 13) as f32 - 5.5).collect();
+                let weight: Vec<f32> = (0..h).map(|i| 1.0 + i as f32 / 100.0).collect();
+                let rows = Rows { data: &x, stride: h + 3 };
+                for (mode, before) in [(Out::Set, 0.0), (Out::Add, 1.0)] {
+                    let mut out = vec![1.0; 2 * h];
+                    let norm = RmsNorm { x: rows, weight: &weight, epsilon: 1e-2, scale: 0.5, out: &mut out, mode };
+                    dispatch_at(level, norm);
+                    for (i, out) in out.chunks(h).enumerate() {
+                        let x = rows.row(i, h);
+                        let mean = x.iter().map(|x| (*x as f64).powi(2)).sum::<f64>() / h as f64;
+                        for j in 0..h {
+                            let want = before + 0.5 * x[j] as f64 / (mean + 1e-2).sqrt() * weight[j] as f64;
+                            assert!((out[j] as f64 - want).abs() < 1e-5, "{level:?} h {h}: {} {want}", out[j]);
+                        }
                     }
                 }
             }

@@ -76,8 +76,19 @@ fn scan_channels(
             || scan_channels(input, first + half, right_state, right, right_kept),
         );
     } else {
-        dispatch(Scan { input, first, state, out, checkpoints });
+        selective_scan_part(input, first, state, out, checkpoints);
     }
+}
+
+/// The channels from `first` on, as many as `out` and `state` have columns, on this thread.
+pub(crate) fn selective_scan_part(
+    input: ScanInput,
+    first: usize,
+    state: ArrayViewMut2<f32>,
+    out: ArrayViewMut2<f32>,
+    checkpoints: Checkpoints,
+) {
+    dispatch(Scan { input, first, state, out, checkpoints });
 }
 
 struct Scan<'a> {

@@ -55,6 +55,9 @@ pub(crate) trait Simd: Copy {
         lanes[0]
     }
 
+    /// Sixteen numbers of which only the upper halves are kept: bf16.
+    fn load_bf16(self, x: &[u16; LANES]) -> Self::V;
+
     /// The first numbers of `x`, at most sixteen; the other lanes are zero.
     #[inline(always)]
     fn load_some(self, x: &[f32]) -> Self::V {
@@ -203,6 +206,10 @@ impl Simd for Scalar {
         lanewise(|i| if a[i] < b[i] { a[i] } else { b[i] })
     }
     #[inline(always)]
+    fn load_bf16(self, x: &[u16; LANES]) -> Self::V {
+        lanewise(|i| f32::from_bits(u32::from(x[i]) << 16))
+    }
+    #[inline(always)]
     fn exp2_whole(self, n: Self::V) -> Self::V {
         lanewise(|i| f32::from_bits((n[i] + EXPONENT_MAGIC).to_bits() << 23))
     }
@@ -289,6 +296,13 @@ mod x86 {
             unsafe { _mm512_min_ps(a, b) }
         }
         #[inline(always)]
+        fn load_bf16(self, x: &[u16; LANES]) -> __m512 {
+            unsafe {
+                let halves = _mm512_cvtepu16_epi32(_mm256_loadu_si256(x.as_ptr().cast()));
+                _mm512_castsi512_ps(_mm512_slli_epi32::<16>(halves))
+            }
+        }
+        #[inline(always)]
         fn sum(self, v: __m512) -> f32 {
             unsafe {
                 let high = _mm256_castpd_ps(_mm512_extractf64x4_pd::<1>(_mm512_castps_pd(v)));
@@ -356,6 +370,13 @@ mod x86 {
         #[inline(always)]
         fn min(self, a: Self::V, b: Self::V) -> Self::V {
             unsafe { [_mm256_min_ps(a[0], b[0]), _mm256_min_ps(a[1], b[1])] }
+        }
+        #[inline(always)]
+        fn load_bf16(self, x: &[u16; LANES]) -> Self::V {
+            unsafe {
+                let widen = |halves| _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(halves)));
+                [widen(_mm_loadu_si128(x.as_ptr().cast())), widen(_mm_loadu_si128(x.as_ptr().add(8).cast()))]
+            }
         }
         #[inline(always)]
         fn sum(self, v: Self::V) -> f32 {

@@ -16,6 +16,23 @@ impl Stored for f32 {
     }
 }
 
+#[cfg(feature = "lm")]
+impl Stored for half::bf16 {
+    #[inline(always)]
+    fn load<S: Simd>(s: S, x: &[half::bf16]) -> S::V {
+        use half::slice::HalfFloatSliceExt;
+        let x: &[u16] = x.reinterpret_cast();
+        match x.first_chunk() {
+            Some(full) => s.load_bf16(full),
+            None => {
+                let mut lanes = [0; LANES];
+                lanes[..x.len()].copy_from_slice(x);
+                s.load_bf16(&lanes)
+            }
+        }
+    }
+}
+
 /// Keys and values in memory. A row of `keys` begins with those of the first head at hand; the other heads follow.
 #[derive(Clone, Copy)]
 pub(crate) struct Run<'a, T> {
