@@ -46,6 +46,14 @@ pub enum Error {
     #[error("the state cannot be used here: {0}")]
     State(String),
 
+    /// Token ids cannot be used.
+    #[error("the tokens cannot be used: {0}")]
+    Tokens(String),
+
+    /// No token can be chosen from logits: there are none, one is NaN or +∞, or all are −∞.
+    #[error("the next token cannot be chosen from the logits: {0}")]
+    Logits(String),
+
     /// A set of series cannot be learned from.
     #[error("the data cannot be learned from: {0}")]
     Data(String),

@@ -127,6 +127,8 @@ mod weights;
 pub use block::{BlockInspection, HymbaBlock};
 pub use error::{Error, Result};
 pub use layers::{MambaBranch, MetaTokenAttention};
+#[cfg(feature = "lm")]
+pub use lm::{GenerateOptions, Generation, HymbaLm, LmState};
 pub use model::{Hymba, HymbaState, Inspection, TrainCache};
 pub use ndarray;
 pub use options::{HymbaOptions, Preset};

@@ -1,6 +1,25 @@
 //! NVIDIA's Hymba language model on any CPU.
 
+mod attention;
+mod block;
+mod cache;
 mod config;
+mod files;
+mod generate;
+mod mamba;
+mod model;
+mod parameters;
+mod pass;
+mod rope;
 mod sample;
+mod state;
 #[cfg(feature = "tokenizer")]
 mod text;
+
+pub use cache::KvStorage;
+pub use config::{HymbaLmConfig, KeyQueryNorm, MlpActivation, RopeType, TorchDtype};
+pub use files::LoadOptions;
+pub use generate::{FinishReason, Generation, LogLikelihood};
+pub use model::{HymbaLm, LmInspection};
+pub use sample::{Choice, GenerateOptions, Sampler};
+pub use state::{LmLayerState, LmState};

@@ -460,7 +460,7 @@ pub(crate) fn check_lengths(lengths: &[usize], batch: usize, l: usize) -> Result
     Ok(())
 }
 
-fn next_id() -> u64 {
+pub(crate) fn next_id() -> u64 {
     static NEXT: AtomicU64 = AtomicU64::new(0);
     NEXT.fetch_add(1, Ordering::Relaxed)
 }

@@ -10,6 +10,8 @@ use super::parallel;
 use super::simd::{Kernel, LANES, Simd, dispatch};
 
 pub(crate) use backward::{Attended, AttentionGradient, attend_backward};
+#[cfg(feature = "lm")]
+pub(crate) use step::Stored;
 pub(crate) use step::{Run, attend_step};
 
 mod backward;

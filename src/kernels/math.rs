@@ -165,6 +165,14 @@ fn erf<S: Simd>(s: S, x: S::V) -> S::V {
     s.div(s.mul(x, polynomial(s, t, &P)), polynomial(s, t, &Q))
 }
 
+/// max(x, 0)²
+#[cfg(feature = "lm")]
+#[inline(always)]
+fn squared_relu<S: Simd>(s: S, x: S::V) -> S::V {
+    let positive = s.max(s.splat(0.0), x);
+    s.mul(positive, positive)
+}
+
 macro_rules! unary {
     ($($name:ident = $function:path: $doc:literal;)*) => {$(
         #[doc = $doc]
@@ -183,6 +191,11 @@ unary! {
     Silu = silu: "x · sigmoid(x)";
     Softplus = softplus: "ln(1 + eˣ)";
     Gelu = gelu: "x/2 · (1 + erf(x/√2))";
+}
+
+#[cfg(feature = "lm")]
+unary! {
+    SquaredRelu = squared_relu: "max(x, 0)²";
 }
 
 impl Differentiable for Silu {
@@ -253,6 +266,8 @@ mod tests {
         check::<Softplus>(|x| x.max(0.0) + (-x.abs()).exp().ln_1p(), 2.0, 0.0, 4e-7);
         check::<Gelu>(|x| 0.5 * x * (1.0 + erf_f64(x / 2f64.sqrt())), 6.0, 8e-7, 4e-7);
         check::<Gelu>(|x| 0.5 * x * (1.0 + erf_f64(x / 2f64.sqrt())), 0.5, 0.0, 4e-7);
+        #[cfg(feature = "lm")]
+        check::<SquaredRelu>(|x| x.max(0.0).powi(2), 9.0, 0.0, 2e-7);
     }
 
     #[test]

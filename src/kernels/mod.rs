@@ -7,8 +7,12 @@ pub(crate) mod attention;
 pub(crate) mod conv;
 pub(crate) mod math;
 pub(crate) mod matmul;
+#[cfg(feature = "lm")]
+pub(crate) mod matrix;
 pub(crate) mod norm;
 pub(crate) mod parallel;
 pub(crate) mod scan;
 #[allow(unsafe_code)]
 pub(crate) mod simd;
+#[cfg(feature = "lm")]
+pub(crate) mod team;

@@ -37,6 +37,46 @@ pub(crate) fn rms_norm(x: Rows, weight: &[f32], epsilon: f32, scale: f32, out: &
     dispatch(RmsNorm { x, weight, epsilon, scale, out, mode });
 }
 
+/// x = weight ⊙ x / √(mean(x²) + ε), for each row of `weight.len()` numbers.
+#[cfg(feature = "lm")]
+pub(crate) fn rms_norm_in_place(x: &mut [f32], weight: &[f32], epsilon: f32) {
+    dispatch(RmsNormInPlace { x, weight, epsilon });
+}
+
+#[cfg(feature = "lm")]
+struct RmsNormInPlace<'a> {
+    x: &'a mut [f32],
+    weight: &'a [f32],
+    epsilon: f32,
+}
+
+#[cfg(feature = "lm")]
+impl Kernel for RmsNormInPlace<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        for x in self.x.chunks_exact_mut(self.weight.len()) {
+            let factor = s.splat(reciprocal_root_mean_square(s, x, self.epsilon));
+            for (x, weight) in x.chunks_mut(LANES).zip(self.weight.chunks(LANES)) {
+                s.store_some(s.mul(s.mul(s.load_some(x), factor), s.load_some(weight)), x);
+            }
+        }
+    }
+}
+
+/// 1 / √(mean(x²) + ε)
+#[cfg(feature = "lm")]
+#[inline(always)]
+fn reciprocal_root_mean_square<S: Simd>(s: S, x: &[f32], epsilon: f32) -> f32 {
+    let mut squares = s.splat(0.0);
+    for x in x.chunks(LANES) {
+        let x = s.load_some(x);
+        squares = s.mul_add(x, x, squares);
+    }
+    1.0 / (s.sum(squares) / x.len() as f32 + epsilon).sqrt()
+}
+
 #[cfg(feature = "lm")]
 struct RmsNorm<'a> {
     x: Rows<'a>,
@@ -56,12 +96,7 @@ impl Kernel for RmsNorm<'_> {
         let h = self.weight.len();
         for (i, out) in self.out.chunks_exact_mut(h).enumerate() {
             let x = self.x.row(i, h);
-            let mut squares = s.splat(0.0);
-            for x in x.chunks(LANES) {
-                let x = s.load_some(x);
-                squares = s.mul_add(x, x, squares);
-            }
-            let factor = self.scale / (s.sum(squares) / h as f32 + self.epsilon).sqrt();
+            let factor = self.scale * reciprocal_root_mean_square(s, x, self.epsilon);
             let rows = x.chunks(LANES).zip(self.weight.chunks(LANES));
             for ((x, weight), out) in rows.zip(out.chunks_mut(LANES)) {
                 let normal = s.mul(s.mul(s.load_some(x), s.splat(factor)), s.load_some(weight));
@@ -229,6 +264,9 @@ mod tests {
                     let mut out = vec![1.0; 2 * h];
                     let norm = RmsNorm { x: rows, weight: &weight, epsilon: 1e-2, scale: 0.5, out: &mut out, mode };
                     dispatch_at(level, norm);
+                    let mut in_place = x[..h].to_vec();
+                    dispatch_at(level, RmsNormInPlace { x: &mut in_place, weight: &weight, epsilon: 1e-2 });
+                    assert!((0..h).all(|i| (in_place[i] * 0.5 + before as f32 - out[i]).abs() < 1e-5));
                     for (i, out) in out.chunks(h).enumerate() {
                         let x = rows.row(i, h);
                         let mean = x.iter().map(|x| (*x as f64).powi(2)).sum::<f64>() / h as f64;

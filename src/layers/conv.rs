@@ -1,6 +1,6 @@
 //! The short causal convolution in front of the scan, one filter a channel.
 
-use ndarray::{Array1, Array2, ArrayView2, ArrayViewMut2, s};
+use ndarray::{Array1, Array2, ArrayView1, ArrayView2, ArrayViewMut2, s};
 use rand::RngExt;
 
 use super::{Derived, Rng, Visitor, VisitorMut, flat, flat_mut, join};
@@ -32,21 +32,21 @@ impl CausalConv {
         self.weight.mapv_inplace(|_| rng.random_range(-bound..=bound));
     }
 
-    /// One sequence: the first d columns of x `[l, ≥ d]` → out `[l, d]`. `history` `[3, d]` holds the rows in front of
-    /// x, oldest first, and is brought up to date.
-    pub(crate) fn step(&self, x: ArrayView2<f32>, mut history: ArrayViewMut2<f32>, out: &mut [f32]) {
+    /// One sequence: the first d columns of x → out `[l, d]`. `history` `[3, d]` holds the rows in front of x, oldest first,
+    /// and is brought up to date.
+    pub(crate) fn step(&self, x: Rows, mut history: ArrayViewMut2<f32>, out: &mut [f32]) {
         let d = self.bias.len();
-        let taps = self.taps();
-        let rows = Rows { data: flat(&x), stride: x.ncols() };
-        conv_silu(rows, flat(&history.view()), flat(taps), flat(&self.bias), out);
+        let frames = out.len() / d;
+        conv_silu(x, flat(&history.view()), flat(self.taps()), flat(&self.bias), out);
 
-        let kept = HISTORY.saturating_sub(x.nrows());
+        let kept = HISTORY.saturating_sub(frames);
         for i in 0..kept {
             let (mut to, from) = history.multi_slice_mut((s![i, ..], s![i + HISTORY - kept, ..]));
             to.assign(&from);
         }
-        let newest = x.slice(s![x.nrows() - (HISTORY - kept).., ..d]);
-        history.slice_mut(s![kept.., ..]).assign(&newest);
+        for i in kept..HISTORY {
+            history.row_mut(i).assign(&ArrayView1::from(x.row(i + frames - HISTORY, d)));
+        }
     }
 
     /// The gradient of one sequence's forward pass, which began with `history` in front of x. `dout` `[l, d]` is that of the
@@ -108,14 +108,16 @@ mod tests {
         let x = Array2::from_shape_fn((l, d + 2), |(i, j)| (i * 3 + j * 5 % 7) as f32 / 10.0 - 1.0);
         let mut whole = vec![0.0; l * d];
         let mut history = Array3::zeros((2, HISTORY, d));
-        conv.step(x.view(), history.slice_mut(s![0, .., ..]), &mut whole);
+        let rows = Rows { data: flat(&x), stride: d + 2 };
+        conv.step(rows, history.slice_mut(s![0, .., ..]), &mut whole);
         for piece in 1..l {
             history.slice_mut(s![1, .., ..]).fill(0.0);
             let mut pieces = vec![0.0; l * d];
             for from in (0..l).step_by(piece) {
                 let to = l.min(from + piece);
                 let out = &mut pieces[from * d..to * d];
-                conv.step(x.slice(s![from..to, ..]), history.slice_mut(s![1, .., ..]), out);
+                let rows = Rows { data: &rows.data[from * rows.stride..], ..rows };
+                conv.step(rows, history.slice_mut(s![1, .., ..]), out);
             }
             assert_eq!(whole, pieces);
             assert_eq!(history.slice(s![0, .., ..]), history.slice(s![1, .., ..]));

@@ -242,8 +242,8 @@ impl MambaBranch {
         let histories = state.conv.outer_iter_mut();
         let sequences = histories.zip(flat_mut(&mut v).chunks_exact_mut(l * d)).enumerate().collect();
         parallel::for_each_if(batch * l * d * CONV_WORK, sequences, |(i, (history, v))| {
-            let xi = xz.slice(s![i * l..(i + 1) * l, ..]); // columns d.. are z, which the convolution leaves alone
-            self.conv.step(xi, history, v);
+            // columns d.. are z, which the convolution leaves alone
+            self.conv.step(Rows { data: &flat(&xz)[i * l * 2 * d..], stride: 2 * d }, history, v);
         });
         let dbc = self.x_proj.forward(v.view()); // [b·l, r | n | n]
         let mut delta = self.dt_proj.forward(dbc.view()); // [b·l, d]

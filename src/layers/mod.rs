@@ -34,6 +34,8 @@ pub(crate) use linear::Linear;
 pub use mamba::MambaBranch;
 pub(crate) use mamba::{MambaCache, MambaState};
 pub(crate) use norm::LayerNorm;
+#[cfg(feature = "lm")]
+pub(crate) use scan::ScanRows;
 pub(crate) use scan::{SelectiveScan, TimeStep};
 
 /// What is called with every parameter and its name in files.

@@ -65,6 +65,18 @@ impl Source {
         Ok(first)
     }
 
+    /// The whole file, which must not be longer than `most` bytes.
+    #[cfg(feature = "lm")]
+    pub(crate) fn text(&mut self, most: u64) -> Result<String> {
+        if self.length > most {
+            return Err(self.error(format!("it has {} bytes, and at most {most} are read", self.length)));
+        }
+        let mut bytes = vec![0; self.length as usize];
+        self.seek(0)?;
+        self.fill(&mut bytes)?;
+        String::from_utf8(bytes).map_err(|error| self.error(format!("it is not UTF-8: {error}")))
+    }
+
     /// The `claimed` bytes from `start`, which are the file's table of contents.
     pub(crate) fn header(&mut self, start: u64, claimed: u64) -> Result<Vec<u8>> {
         let held = self.length.saturating_sub(start);

@@ -1,0 +1,283 @@
+//! Keys and values of the tokens that can still be seen.
+
+use half::bf16;
+use half::slice::HalfFloatSliceExt;
+use ndarray::Array3;
+
+use crate::kernels::attention::{Run, Stored, attend_step};
+use crate::kernels::matmul::Rows;
+
+/// The type in which a state keeps keys and values.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum KvStorage {
+    /// 32 bits: decoding equals a forward pass over all tokens.
+    #[default]
+    F32,
+    /// 16 bits: half the memory. Keys and values are rounded wherever they are computed, so that decoding still equals a
+    /// forward pass.
+    Bf16,
+}
+
+/// A number in which keys and values are kept.
+pub(super) trait Kept: Stored + Send + 'static {
+    fn narrow(wide: &[f32], kept: &mut [Self]);
+    fn widen(kept: &[Self], wide: &mut Vec<f32>);
+    const ZERO: Self;
+}
+
+impl Kept for f32 {
+    const ZERO: Self = 0.0;
+
+    fn narrow(wide: &[f32], kept: &mut [f32]) {
+        kept.copy_from_slice(wide);
+    }
+
+    fn widen(kept: &[f32], wide: &mut Vec<f32>) {
+        wide.extend_from_slice(kept);
+    }
+}
+
+impl Kept for bf16 {
+    const ZERO: Self = bf16::ZERO;
+
+    fn narrow(wide: &[f32], kept: &mut [bf16]) {
+        kept.convert_from_f32_slice(wide);
+    }
+
+    fn widen(kept: &[bf16], wide: &mut Vec<f32>) {
+        wide.extend(kept.iter().map(|x| x.to_f32()));
+    }
+}
+
+/// The sizes of a layer's keys and values.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct KvShape {
+    pub heads: usize,
+    pub key_width: usize,
+    pub value_width: usize,
+    /// Meta tokens, which every token sees.
+    pub meta: usize,
+    /// Other tokens a token sees, itself included; `None` is all.
+    pub window: Option<usize>,
+}
+
+/// Rows of keys and values: those of the meta tokens, and then a ring of as many as the window holds, or all.
+#[derive(Clone)]
+pub(super) struct Cache<T> {
+    shape: KvShape,
+    keys: Vec<T>,
+    values: Vec<T>,
+    /// Tokens pushed so far, meta tokens included.
+    length: usize,
+}
+
+impl<T: Kept> Cache<T> {
+    /// Rows for which room is made at a time.
+    const STEP: usize = 64;
+
+    pub(super) fn new(shape: KvShape) -> Self {
+        Cache { shape, keys: Vec::new(), values: Vec::new(), length: 0 }
+    }
+
+    /// Where the row of a position is.
+    fn slot(&self, position: usize) -> usize {
+        let KvShape { meta, window, .. } = self.shape;
+        match (window, position.checked_sub(meta)) {
+            (Some(window), Some(token)) => meta + token % window,
+            _ => position,
+        }
+    }
+
+    /// Rows that are held.
+    fn rows(&self) -> usize {
+        let KvShape { meta, window, .. } = self.shape;
+        window.map_or(self.length, |window| self.length.min(meta + window))
+    }
+
+    /// The positions other than meta tokens that the token at `position` sees, itself not included.
+    fn seen_before(&self, position: usize) -> std::ops::Range<usize> {
+        let KvShape { meta, window, .. } = self.shape;
+        let first = window.map_or(0, |window| (position + 1).saturating_sub(window));
+        first.max(meta).min(position)..position
+    }
+
+    fn strides(&self) -> (usize, usize) {
+        (self.shape.heads * self.shape.key_width, self.shape.heads * self.shape.value_width)
+    }
+
+    /// The keys and values of the next tokens.
+    pub(super) fn push(&mut self, keys: Rows, values: Rows, count: usize) {
+        let (key, value) = self.strides();
+        for i in 0..count {
+            let slot = self.slot(self.length);
+            self.length += 1;
+            let rows = self.rows();
+            grow(&mut self.keys, rows * key, Self::STEP * key);
+            grow(&mut self.values, rows * value, Self::STEP * value);
+            T::narrow(keys.row(i, key), &mut self.keys[slot * key..][..key]);
+            T::narrow(values.row(i, value), &mut self.values[slot * value..][..value]);
+        }
+    }
+
+    /// What the next token sees of those before: meta tokens, and then the others in order.
+    fn past(&self) -> Past {
+        let (key, value) = self.strides();
+        let mut past = Past { meta: self.shape.meta.min(self.length), ..Past::default() };
+        for position in (0..past.meta).chain(self.seen_before(self.length)) {
+            let slot = self.slot(position);
+            T::widen(&self.keys[slot * key..][..key], &mut past.keys);
+            T::widen(&self.values[slot * value..][..value], &mut past.values);
+        }
+        past
+    }
+
+    /// What the last token pushed sees, itself included: everything that is held.
+    fn seen(&self, head: usize) -> Run<'_, T> {
+        let KvShape { key_width, value_width, .. } = self.shape;
+        let keys = self.keys.get(head * key_width..).unwrap_or_default();
+        let values = self.values.get(head * value_width..).unwrap_or_default();
+        Run { keys, values, strides: self.strides(), rows: self.rows() }
+    }
+
+    /// Keys `[heads, rows, p]` and values `[heads, rows, ·]`, in the order of their positions.
+    fn arrays(&self) -> (Array3<f32>, Array3<f32>) {
+        let KvShape { heads, meta, .. } = self.shape;
+        let lost = self.length - self.rows();
+        let positions: Vec<_> = (0..meta.min(self.length)).chain((meta + lost).min(self.length)..self.length).collect();
+        let array = |kept: &[T], width: usize| {
+            Array3::from_shape_fn((heads, positions.len(), width), |(head, i, j)| {
+                let mut wide = Vec::with_capacity(1);
+                T::widen(&kept[(self.slot(positions[i]) * heads + head) * width + j..][..1], &mut wide);
+                wide[0]
+            })
+        };
+        (array(&self.keys, self.shape.key_width), array(&self.values, self.shape.value_width))
+    }
+}
+
+/// Makes `numbers` so long, with room in whole steps: doubling would take more memory than the state is said to.
+fn grow<T: Kept>(numbers: &mut Vec<T>, length: usize, step: usize) {
+    if length > numbers.capacity() {
+        numbers.reserve_exact(length.next_multiple_of(step) - numbers.len());
+    }
+    if length > numbers.len() {
+        numbers.resize(length, T::ZERO);
+    }
+}
+
+/// Rows of keys and values as f32: `meta` of meta tokens, then others in the order of their positions.
+#[derive(Default)]
+pub(super) struct Past {
+    pub keys: Vec<f32>,
+    pub values: Vec<f32>,
+    pub meta: usize,
+}
+
+/// The keys and values of one layer.
+#[derive(Clone)]
+pub(super) enum KvCache {
+    F32(Cache<f32>),
+    Bf16(Cache<bf16>),
+}
+
+/// The same for both types.
+macro_rules! either {
+    ($cache:expr, $it:ident => $body:expr) => {
+        match $cache {
+            KvCache::F32($it) => $body,
+            KvCache::Bf16($it) => $body,
+        }
+    };
+}
+
+impl KvCache {
+    pub(super) fn new(shape: KvShape, storage: KvStorage) -> Self {
+        match storage {
+            KvStorage::F32 => KvCache::F32(Cache::new(shape)),
+            KvStorage::Bf16 => KvCache::Bf16(Cache::new(shape)),
+        }
+    }
+
+    /// Rounds numbers to those that can be kept.
+    pub(super) fn round(&self, numbers: &mut [f32]) {
+        if let KvCache::Bf16(_) = self {
+            numbers.iter_mut().for_each(|x| *x = bf16::from_f32(*x).to_f32());
+        }
+    }
+
+    pub(super) fn push(&mut self, keys: Rows, values: Rows, count: usize) {
+        either!(self, cache => cache.push(keys, values, count));
+    }
+
+    pub(super) fn past(&self) -> Past {
+        either!(self, cache => cache.past())
+    }
+
+    /// What the last token's queries `[g · p]` find in one head of keys, meta tokens included → out.
+    pub(super) fn attend(&self, head: usize, group: usize, query: &[f32], out: &mut [f32]) {
+        either!(self, cache => attend_step(query, &[cache.seen(head)], 1, group, out));
+    }
+
+    pub(super) fn arrays(&self) -> (Array3<f32>, Array3<f32>) {
+        either!(self, cache => cache.arrays())
+    }
+
+    /// Bytes of memory taken.
+    pub(super) fn num_bytes(&self) -> usize {
+        fn bytes<T>(cache: &Cache<T>) -> usize {
+            (cache.keys.capacity() + cache.values.capacity()) * size_of::<T>()
+        }
+        either!(self, cache => bytes(cache))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn shape(meta: usize, window: Option<usize>) -> KvShape {
+        KvShape { heads: 1, key_width: 1, value_width: 2, meta, window }
+    }
+
+    /// Pushes rows that are named after their positions.
+    fn push(cache: &mut Cache<f32>, count: usize) {
+        let keys: Vec<f32> = (cache.length..cache.length + count).map(|position| position as f32).collect();
+        let values: Vec<f32> = keys.iter().flat_map(|key| [*key, -key]).collect();
+        cache.push(Rows { data: &keys, stride: 1 }, Rows { data: &values, stride: 2 }, count);
+    }
+
+    #[test]
+    fn a_window_keeps_the_meta_tokens_and_the_last_others() {
+        for pieces in [1, 2, 3, 7, 20] {
+            for (meta, window) in [(3, 4), (0, 5), (6, 2), (2, 1)] {
+                let mut cache = Cache::new(shape(meta, Some(window)));
+                push(&mut cache, meta);
+                while cache.length < 30 {
+                    push(&mut cache, pieces);
+                    let mut seen = cache.seen(0).keys.to_vec();
+                    seen.sort_by(f32::total_cmp);
+                    let first = cache.length.saturating_sub(window).max(meta);
+                    let want: Vec<_> = (0..meta).chain(first..cache.length).map(|i| i as f32).collect();
+                    assert_eq!(seen, want);
+                    assert_eq!(cache.arrays().0.iter().copied().collect::<Vec<_>>(), want);
+                    // the next token is itself one of the window
+                    let first = (cache.length + 1).saturating_sub(window).max(meta);
+                    let want: Vec<_> = (0..meta).chain(first..cache.length).map(|i| i as f32).collect();
+                    assert_eq!(cache.past().keys, want);
+                    assert_eq!(cache.past().values.len(), 2 * want.len());
+                }
+                assert!(cache.keys.capacity() <= (meta + window).next_multiple_of(Cache::<f32>::STEP));
+            }
+        }
+    }
+
+    #[test]
+    fn without_a_window_room_is_made_in_steps() {
+        let mut cache = Cache::new(shape(2, None));
+        for length in 1..1000usize {
+            push(&mut cache, 1);
+            assert_eq!(cache.seen(0).keys.len(), length);
+            assert_eq!(cache.keys.capacity(), length.next_multiple_of(64));
+        }
+    }
+}

@@ -1,0 +1,194 @@
+//! The options of a generation: name, default, range and meaning in one place.
+
+use crate::{Error, Result};
+
+/// How a language model writes on: which tokens are chosen, and where it ends.
+///
+/// | option | default | range | meaning |
+/// |---|---|---|---|
+/// | `max_tokens` | 256 | any | tokens at most; 0 generates none |
+/// | `temperature` | 0 | finite, ≥ 0 | 0 takes the most probable token; otherwise logits are divided by it and the token is drawn |
+/// | `top_k` | 0 | any | draw from the so many most probable tokens; 0 turns it off |
+/// | `top_p` | 1.0 | 0 < p ≤ 1 | draw from the fewest most probable tokens that have this probability together; 1 turns it off |
+/// | `min_p` | 0.0 | 0 to 1 | draw from the tokens with this share of the largest probability; 0 turns it off |
+/// | `repetition_penalty` | 1.0 | finite, > 0 | above 1, tokens of the prompt and of the text so far become less probable; 1 turns it off |
+/// | `seed` | 0 | any | of the draws |
+/// | `stop_tokens` | none given | any ids | tokens that end the text; where none are given, those of the model's configuration |
+/// | `stop_strings` | none | not empty | texts that end the text |
+/// | `log_probs` | no | | report the log-probability of every chosen token |
+///
+/// The names and the arithmetic are those of Hugging Face's `generate`, with two differences: the default is the most
+/// probable token, without a draw (there `do_sample=False`), and the filters decide between equal logits by the lower id, so
+/// that `top_k` keeps k tokens, never more. [`Sampler`](super::Sampler) tells the order in which the options act.
+///
+/// Log-probabilities are the model's own: the log-softmax of its logits before penalty, temperature and filters. So
+/// they do not depend on how a token was chosen.
+///
+/// The fields can be read and written; nothing is checked until [`validate`](Self::validate), which
+/// [`Sampler::new`](super::Sampler::new) calls.
+///
+/// ```
+/// use hymba::lm::GenerateOptions;
+///
+/// let options = GenerateOptions::default().max_tokens(100).temperature(0.7).top_p(0.9).seed(5);
+/// assert!(options.validate().is_ok());
+/// assert!(options.top_p(90.0).validate().is_err());
+/// ```
+#[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
+pub struct GenerateOptions {
+    /// Tokens to generate at most.
+    pub max_tokens: usize,
+    /// What the logits are divided by; 0 takes the most probable token.
+    pub temperature: f32,
+    /// How many of the most probable tokens are drawn from; 0 is all.
+    pub top_k: usize,
+    /// The probability that the tokens drawn from have together; 1 is all.
+    pub top_p: f32,
+    /// The share of the largest probability that the tokens drawn from have at least; 0 is all.
+    pub min_p: f32,
+    /// What the logits of tokens seen before are divided by where positive, and multiplied with where negative.
+    pub repetition_penalty: f32,
+    /// Seed of the draws.
+    pub seed: u64,
+    /// Tokens that end the text. `None` is those of the model's configuration; an empty list is no token.
+    pub stop_tokens: Option<Vec<u32>>,
+    /// Texts that end the text. They are looked for where tokens become text, which takes a tokenizer.
+    pub stop_strings: Vec<String>,
+    /// Whether the log-probabilities of the chosen tokens are reported.
+    pub log_probs: bool,
+}
+
+impl Default for GenerateOptions {
+    fn default() -> Self {
+        GenerateOptions {
+            max_tokens: Self::DEFAULT_MAX_TOKENS,
+            temperature: Self::DEFAULT_TEMPERATURE,
+            top_k: Self::DEFAULT_TOP_K,
+            top_p: Self::DEFAULT_TOP_P,
+            min_p: Self::DEFAULT_MIN_P,
+            repetition_penalty: Self::DEFAULT_REPETITION_PENALTY,
+            seed: Self::DEFAULT_SEED,
+            stop_tokens: None,
+            stop_strings: Vec::new(),
+            log_probs: false,
+        }
+    }
+}
+
+impl GenerateOptions {
+    /// Default of `max_tokens`.
+    pub const DEFAULT_MAX_TOKENS: usize = 256;
+    /// Default of `temperature`.
+    pub const DEFAULT_TEMPERATURE: f32 = 0.0;
+    /// Default of `top_k`.
+    pub const DEFAULT_TOP_K: usize = 0;
+    /// Default of `top_p`.
+    pub const DEFAULT_TOP_P: f32 = 1.0;
+    /// Default of `min_p`.
+    pub const DEFAULT_MIN_P: f32 = 0.0;
+    /// Default of `repetition_penalty`.
+    pub const DEFAULT_REPETITION_PENALTY: f32 = 1.0;
+    /// Default of `seed`.
+    pub const DEFAULT_SEED: u64 = 0;
+
+    /// Sets how many tokens are generated at most.
+    pub fn max_tokens(mut self, max_tokens: usize) -> Self {
+        self.max_tokens = max_tokens;
+        self
+    }
+
+    /// Sets the temperature; 0 takes the most probable token.
+    pub fn temperature(mut self, temperature: f32) -> Self {
+        self.temperature = temperature;
+        self
+    }
+
+    /// Sets how many of the most probable tokens are drawn from; 0 is all.
+    pub fn top_k(mut self, top_k: usize) -> Self {
+        self.top_k = top_k;
+        self
+    }
+
+    /// Sets the probability that the tokens drawn from have together; 1 is all.
+    pub fn top_p(mut self, top_p: f32) -> Self {
+        self.top_p = top_p;
+        self
+    }
+
+    /// Sets the share of the largest probability that the tokens drawn from have at least; 0 is all.
+    pub fn min_p(mut self, min_p: f32) -> Self {
+        self.min_p = min_p;
+        self
+    }
+
+    /// Sets the penalty on tokens seen before; 1 is none.
+    pub fn repetition_penalty(mut self, repetition_penalty: f32) -> Self {
+        self.repetition_penalty = repetition_penalty;
+        self
+    }
+
+    /// Sets the seed of the draws.
+    pub fn seed(mut self, seed: u64) -> Self {
+        self.seed = seed;
+        self
+    }
+
+    /// Sets the tokens that end the text; `None` is those of the model's configuration, an empty list is no token.
+    pub fn stop_tokens(mut self, stop_tokens: impl Into<Option<Vec<u32>>>) -> Self {
+        self.stop_tokens = stop_tokens.into();
+        self
+    }
+
+    /// Sets the texts that end the text. They are looked for where tokens become text, which takes a tokenizer.
+    ///
+    /// ```
+    /// use hymba::lm::GenerateOptions;
+    ///
+    /// let options = GenerateOptions::default().stop_strings(["\n\n", "###"]);
+    /// assert_eq!(options.stop_strings.len(), 2);
+    /// ```
+    pub fn stop_strings(mut self, stop_strings: impl IntoIterator<Item = impl Into<String>>) -> Self {
+        self.stop_strings = stop_strings.into_iter().map(Into::into).collect();
+        self
+    }
+
+    /// Sets whether the log-probabilities of the chosen tokens are reported.
+    pub fn log_probs(mut self, log_probs: bool) -> Self {
+        self.log_probs = log_probs;
+        self
+    }
+
+    /// Checks every option.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Option`] names the first option outside its range (see the table above), the value given, and what is
+    /// allowed.
+    pub fn validate(&self) -> Result<()> {
+        let bad =
+            |option, given: String, allowed: &str| Err(Error::Option { option, given, allowed: allowed.to_string() });
+        // every range is written so that NaN fails
+        if !(self.temperature >= 0.0 && self.temperature.is_finite()) {
+            let allowed = "it must be a finite number of at least 0; 0 takes the most probable token, 0.7 is usual";
+            return bad("temperature", self.temperature.to_string(), allowed);
+        }
+        if !(self.top_p > 0.0 && self.top_p <= 1.0) {
+            let allowed = "it must be above 0 and at most 1; 1 turns it off, 0.9 is usual";
+            return bad("top_p", self.top_p.to_string(), allowed);
+        }
+        if !(0.0..=1.0).contains(&self.min_p) {
+            let allowed = "it must be at least 0 and at most 1; 0 turns it off, 0.05 is usual";
+            return bad("min_p", self.min_p.to_string(), allowed);
+        }
+        if !(self.repetition_penalty > 0.0 && self.repetition_penalty.is_finite()) {
+            let allowed = "it must be a finite number above 0; 1 turns it off, 1.1 is usual";
+            return bad("repetition_penalty", self.repetition_penalty.to_string(), allowed);
+        }
+        if self.stop_strings.iter().any(String::is_empty) {
+            let allowed = "every text ends with an empty one, so that nothing would be generated; leave it out";
+            return bad("stop_strings", format!("{:?}", self.stop_strings), allowed);
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,110 @@
+//! What the model remembers of a conversation.
+
+use std::fmt;
+
+use ndarray::{Array2, Array3};
+
+use super::cache::KvCache;
+use super::mamba::MambaState;
+
+/// What a language model remembers of the tokens of a batch of rows, between calls.
+///
+/// A row holds, for each layer, the state of the Mamba branch and, in layers that have their own, keys and values: the last
+/// `sliding_window + 1` tokens' and the meta tokens' in windowed layers, all tokens' in global ones. Cloning a state forks the
+/// conversation.
+///
+/// ```no_run
+/// # fn main() -> hymba::Result<()> {
+/// use hymba::HymbaLm;
+/// use hymba::ndarray::arr2;
+///
+/// let lm = HymbaLm::from_dir("Hymba-1.5B-Base")?;
+/// let mut state = lm.new_state(1);
+/// lm.prefill(&arr2(&[[1, 4103, 3186]]), &mut state)?;
+/// let mut other_way = state.clone();
+/// lm.prefill(&arr2(&[[29889]]), &mut state)?;
+/// lm.prefill(&arr2(&[[29991]]), &mut other_way)?;
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Clone)]
+pub struct LmState {
+    pub(super) model: u64,
+    pub(super) rows: Vec<RowState>,
+}
+
+/// One row of a state.
+#[derive(Clone)]
+pub(super) struct RowState {
+    /// Tokens seen, meta tokens included: the position of the next.
+    pub position: usize,
+    /// Meta tokens among them.
+    pub meta: usize,
+    pub layers: Vec<LayerState>,
+}
+
+#[derive(Clone)]
+pub(super) struct LayerState {
+    pub mamba: MambaState,
+    /// In layers that have their own.
+    pub kv: Option<KvCache>,
+}
+
+/// What one layer remembers of one row: see [`LmState::layer`].
+#[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
+pub struct LmLayerState {
+    /// The last inputs of the convolution `[3, E]`, oldest first.
+    pub conv: Array2<f32>,
+    /// The state of the selective scan `[E, N]`.
+    pub scan: Array2<f32>,
+    /// Keys `[heads, tokens, width]` after the rotary embedding and values, meta tokens first, in layers that have their own.
+    pub keys_and_values: Option<(Array3<f32>, Array3<f32>)>,
+}
+
+impl LmState {
+    /// The number of rows.
+    pub fn batch(&self) -> usize {
+        self.rows.len()
+    }
+
+    /// Tokens seen by each row, without the meta tokens.
+    pub fn lengths(&self) -> Vec<usize> {
+        self.rows.iter().map(|row| row.position - row.meta).collect()
+    }
+
+    /// Bytes of everything that is remembered.
+    pub fn num_bytes(&self) -> usize {
+        let mamba = self.rows.iter().flat_map(|row| &row.layers).map(|layer| layer.mamba.num_bytes());
+        self.kv_bytes() + mamba.sum::<usize>()
+    }
+
+    /// Bytes of the keys and values among them, the only part that grows.
+    pub fn kv_bytes(&self) -> usize {
+        let layers = self.rows.iter().flat_map(|row| &row.layers);
+        layers.filter_map(|layer| layer.kv.as_ref()).map(KvCache::num_bytes).sum()
+    }
+
+    /// What a layer remembers of a row; `None` if there is no such row or layer.
+    pub fn layer(&self, row: usize, layer: usize) -> Option<LmLayerState> {
+        let layer = self.rows.get(row)?.layers.get(layer)?;
+        Some(LmLayerState {
+            conv: layer.mamba.conv.clone(),
+            scan: layer.mamba.scan.t().to_owned(),
+            keys_and_values: layer.kv.as_ref().map(KvCache::arrays),
+        })
+    }
+
+    /// A state of these rows of this one, in this order; a row may occur several times. `None` if there is no such row.
+    pub fn select(&self, rows: &[usize]) -> Option<LmState> {
+        let rows = rows.iter().map(|&row| self.rows.get(row).cloned()).collect::<Option<_>>()?;
+        Some(LmState { model: self.model, rows })
+    }
+}
+
+impl fmt::Debug for LmState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut f = f.debug_struct("LmState");
+        f.field("lengths", &self.lengths()).field("bytes", &self.num_bytes()).finish()
+    }
+}
