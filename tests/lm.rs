@@ -1,33 +1,32 @@
-//! The language model against the published code: `tests/data/hymba_lm`.
+//! The language model against the published code (`tests/data/hymba_lm`), and against itself.
 #![cfg(feature = "lm")]
 
 mod common;
 
 use std::collections::BTreeMap;
 use std::ops::ControlFlow;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use common::{data, difference, tensors};
-use hymba::ndarray::{Array1, Array2, ArrayD, Axis, s};
-use hymba::{GenerateOptions, HymbaLm};
+use hymba::lm::{FinishReason, HymbaLmConfig, KvStorage, LoadOptions};
+use hymba::ndarray::{Array2, ArrayD, Axis, arr1, arr2, s};
+use hymba::{Error, GenerateOptions, HymbaLm, LmState};
 
+/// Those of the golden folders' README.
 const LOGITS: f64 = 3e-4;
 const STATES: f64 = 1e-4;
 
 type Expected = BTreeMap<String, ArrayD<f64>>;
 
 fn folders() -> Vec<PathBuf> {
-    let mut folders: Vec<_> = std::fs::read_dir(data("hymba_lm"))
-        .unwrap()
-        .map(|entry| entry.unwrap().path())
-        .filter(|path| path.join("config.json").exists())
-        .collect();
+    let entries = std::fs::read_dir(data("hymba_lm")).unwrap().map(|entry| entry.unwrap().path());
+    let mut folders: Vec<_> = entries.filter(|path| path.join("config.json").exists()).collect();
     folders.sort();
     assert!(folders.len() >= 6);
     folders
 }
 
-fn case(folder: &std::path::Path) -> (HymbaLm, Expected) {
+fn case(folder: &Path) -> (HymbaLm, Expected) {
     (HymbaLm::from_dir(folder).unwrap(), tensors(&folder.join("expected.safetensors")))
 }
 
@@ -35,13 +34,31 @@ fn ids(expected: &Expected, name: &str) -> Array2<u32> {
     expected[name].mapv(|id| id as u32).into_dimensionality().unwrap()
 }
 
+/// A small model with everything that the released one has: windows, meta tokens, shared keys and values.
+fn small(change: impl FnOnce(&mut HymbaLmConfig), options: &LoadOptions) -> HymbaLm {
+    let mut config = HymbaLmConfig::hymba_1_5b();
+    (config.hidden_size, config.intermediate_size, config.vocab_size) = (60, 90, 70);
+    (config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads) = (5, 6, 2);
+    (config.global_attn_idx, config.kv_reuse_group) = (Some(vec![0, 4]), Some(vec![vec![1, 2, 3]]));
+    (config.sliding_window, config.num_memory_tokens, config.mamba_dt_rank) = (Some(9), 5, Some(4));
+    change(&mut config);
+    HymbaLm::random(config, 1, options).unwrap()
+}
+
+fn text(length: usize, seed: usize) -> Vec<u32> {
+    (0..length).map(|i| ((i * i * 31 + i * 17 + seed * 7) % 70) as u32).collect()
+}
+
+fn largest(a: &Array2<f32>, b: &Array2<f32>) -> f32 {
+    assert_eq!(a.dim(), b.dim());
+    a.iter().zip(b).fold(0.0, |largest, (a, b)| if (a - b).abs() <= largest { largest } else { (a - b).abs() })
+}
+
 #[test]
 fn logits_equal_the_published_ones() {
     for folder in folders() {
         let (lm, expected) = case(&folder);
-        let logits = lm.forward(&ids(&expected, "input_ids")).unwrap();
-        let off = difference(&logits, &expected["logits"]);
-        println!("{}: {off:e}", folder.display());
+        let off = difference(&lm.forward(&ids(&expected, "input_ids")).unwrap(), &expected["logits"]);
         assert!(off < LOGITS, "{}: {off}", folder.display());
     }
 }
@@ -50,15 +67,289 @@ fn logits_equal_the_published_ones() {
 fn steps_equal_a_pass_without_a_cache() {
     for folder in folders() {
         let (lm, expected) = case(&folder);
-        let (prompt, chosen) = (ids(&expected, "input_ids"), ids(&expected, "greedy_ids"));
-        let want = &expected["uncached_step_logits"];
+        let prompt = ids(&expected, "input_ids");
         let mut state = lm.new_state(prompt.nrows());
         let mut logits = lm.prefill(&prompt, &mut state).unwrap();
-        for (step, ids) in chosen.columns().into_iter().enumerate() {
-            let want = want.index_axis(Axis(1), step).to_owned();
-            let off = difference(&logits, &want);
+        for (step, chosen) in ids(&expected, "greedy_ids").columns().into_iter().enumerate() {
+            let off = difference(&logits, &expected["uncached_step_logits"].index_axis(Axis(1), step).to_owned());
             assert!(off < LOGITS, "{} step {step}: {off}", folder.display());
-            logits = lm.step(&ids.to_owned(), &mut state).unwrap();
+            logits = lm.step(&chosen.to_owned(), &mut state).unwrap();
         }
     }
+}
+
+#[test]
+fn greedy_ids_are_the_published_ones_within_the_window() {
+    let mut compared = 0;
+    for folder in folders() {
+        let (lm, expected) = case(&folder);
+        let (prompt, want) = (ids(&expected, "input_ids"), ids(&expected, "greedy_ids"));
+        // beyond it the published code decodes with a window that is one shorter
+        if lm.config().sliding_window.is_some_and(|window| prompt.ncols() + want.ncols() > window) {
+            continue;
+        }
+        let options = GenerateOptions::default().max_tokens(want.ncols()).stop_tokens(Some(vec![]));
+        let prompts: Vec<_> = prompt.rows().into_iter().map(|row| row.to_vec()).collect();
+        let generated = lm.generate_batch(&prompts, &options, |_, _| ControlFlow::Continue(())).unwrap();
+        for (row, want) in generated.iter().zip(want.rows()) {
+            assert_eq!(row.ids, want.to_vec(), "{}", folder.display());
+            compared += 1;
+        }
+    }
+    assert!(compared >= 2);
+}
+
+#[test]
+fn hidden_states_equal_the_published_ones() {
+    let mut compared = 0;
+    for folder in folders() {
+        let (lm, expected) = case(&folder);
+        let prompt = ids(&expected, "input_ids");
+        for (row, ids) in prompt.rows().into_iter().enumerate() {
+            for (i, states) in lm.inspect(&ids.to_vec()).unwrap().hidden_states.iter().enumerate() {
+                if let Some(want) = expected.get(&format!("hidden_states.{i}")) {
+                    let off = difference(states, &want.index_axis(Axis(0), row).to_owned());
+                    assert!(off < STATES, "{} layer {i}: {off}", folder.display());
+                    compared += 1;
+                }
+            }
+        }
+    }
+    assert!(compared >= 10);
+}
+
+#[test]
+fn caches_equal_the_published_ones() {
+    let mut compared = 0;
+    for folder in folders() {
+        let (lm, expected) = case(&folder);
+        let prompt = ids(&expected, "input_ids");
+        let mut state = lm.new_state(prompt.nrows());
+        lm.prefill(&prompt, &mut state).unwrap();
+        let meta = lm.config().num_memory_tokens;
+        for layer in 0..lm.config().num_hidden_layers {
+            let want = |what: &str| {
+                let want = expected.get(&format!("cache_prefill.{layer}.{what}"))?;
+                Some(want.index_axis(Axis(0), 0).to_owned())
+            };
+            let Some(conv) = want("conv") else { continue };
+            let got = state.layer(0, layer).unwrap();
+            // the published state keeps one row more than the convolution looks back
+            let conv = conv.slice_axis(Axis(1), (1..).into()).reversed_axes().to_owned();
+            assert!(difference(&got.conv, &conv) < STATES, "layer {layer}");
+            assert!(difference(&got.scan, &want("ssm").unwrap()) < STATES, "layer {layer}");
+            assert_eq!(got.keys_and_values.is_some(), want("k").is_some(), "layer {layer}");
+            if let Some((keys, values)) = &got.keys_and_values {
+                for (got, want) in [(keys, want("k").unwrap()), (values, want("v").unwrap())] {
+                    // the published state keeps rows that are no longer seen until the next token
+                    let recent = got.dim().1 - meta;
+                    let first = want.slice_axis(Axis(1), (..meta).into());
+                    let last = want.slice_axis(Axis(1), (-(recent as isize)..).into());
+                    let want = hymba::ndarray::concatenate(Axis(1), &[first, last]).unwrap();
+                    assert!(difference(got, &want) < STATES, "layer {layer}");
+                }
+            }
+            compared += 1;
+        }
+    }
+    assert!(compared >= 8);
+}
+
+/// One pass, pieces of every size, and token by token: the same logits and the same state.
+#[test]
+fn a_prompt_may_be_fed_in_pieces() {
+    // a key that is rounded to the other side differs by 2⁻⁸ of itself
+    for (kv_storage, tolerance) in [(KvStorage::F32, 2e-5), (KvStorage::Bf16, 4e-3)] {
+        for (window, meta) in [(Some(9), 5), (Some(1), 5), (Some(3), 8), (None, 2), (Some(7), 0)] {
+            let change = |config: &mut HymbaLmConfig| {
+                (config.sliding_window, config.num_memory_tokens) = (window, meta);
+            };
+            let lm = small(change, &LoadOptions::default().kv_storage(kv_storage));
+            let text = text(41, 0);
+            let whole = lm.forward(&Array2::from_shape_vec((1, 41), text.clone()).unwrap()).unwrap();
+            for piece in [1, 2, 3, 4, 5, 11, 40] {
+                let mut state = lm.new_state(1);
+                let mut fed = 0;
+                for ids in text.chunks(piece) {
+                    fed += ids.len();
+                    let logits = lm.prefill_ragged(&[ids], &mut state).unwrap();
+                    let want = whole.slice(s![.., fed - 1, ..]).to_owned();
+                    let off = largest(&logits, &want);
+                    assert!(
+                        off < 2e-5,
+                        "{kv_storage:?} window {window:?} meta {meta} pieces of {piece} at {fed}: {off}"
+                    );
+                }
+                assert_eq!(state.lengths(), [41]);
+            }
+        }
+    }
+}
+
+#[test]
+fn rows_are_what_they_would_be_alone() {
+    let lm = small(|_| {}, &LoadOptions::default());
+    let prompts: Vec<_> = [1, 17, 2, 600, 9].iter().enumerate().map(|(seed, &length)| text(length, seed)).collect();
+    let mut together = lm.new_state(prompts.len());
+    let logits = lm.prefill_ragged(&prompts, &mut together).unwrap();
+    let next = arr1(&[1, 2, 3, 4, 5]);
+    let stepped = lm.step(&next, &mut together).unwrap();
+    for (row, prompt) in prompts.iter().enumerate() {
+        let mut alone = lm.new_state(1);
+        assert_eq!(lm.prefill_ragged(&[prompt], &mut alone).unwrap().row(0), logits.row(row), "row {row}");
+        assert_eq!(lm.step(&arr2(&[[next[row]]]), &mut alone).unwrap().row(0), stepped.row(row), "row {row}");
+        for layer in 0..5 {
+            assert_eq!(alone.layer(0, layer), together.layer(row, layer));
+        }
+    }
+    // rows end on their own, and are heard as they come
+    let options =
+        GenerateOptions::default().max_tokens(12).temperature(1.5).seed(3).stop_tokens(Some((0..20).collect()));
+    let mut heard = vec![Vec::new(); prompts.len()];
+    let generated = lm.generate_batch(&prompts, &options, |row, id| {
+        heard[row].push(id);
+        if row == 4 && heard[row].len() == 2 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+    });
+    let generated = generated.unwrap();
+    for (row, prompt) in prompts.iter().enumerate() {
+        assert_eq!(generated[row].ids, heard[row]);
+        let alone = lm.generate(prompt, &options, |_| ControlFlow::Continue(())).unwrap();
+        match generated[row].finish {
+            FinishReason::Cancelled => assert_eq!((row, heard[row].as_slice()), (4, &alone.ids[..2])),
+            _ => assert_eq!(alone, generated[row]),
+        }
+    }
+    assert!(generated.iter().any(|row| row.finish == FinishReason::StopToken));
+}
+
+#[test]
+fn results_do_not_depend_on_the_number_of_threads() {
+    let lm = small(|config| config.intermediate_size = 900, &LoadOptions::default());
+    let ids = Array2::from_shape_vec((2, 300), text(600, 5)).unwrap();
+    let run = || {
+        let mut state = lm.new_state(2);
+        let prompt = lm.prefill(&ids, &mut state).unwrap();
+        (prompt, lm.step(&arr1(&[1, 2]), &mut state).unwrap(), lm.forward(&ids).unwrap())
+    };
+    let want = run();
+    #[cfg(feature = "rayon")]
+    for threads in [1, 2, 3, 8] {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        assert!(pool.install(run) == want, "{threads} threads");
+    }
+    std::thread::scope(|scope| {
+        let others: Vec<_> = (0..4).map(|_| scope.spawn(run)).collect();
+        others.into_iter().for_each(|other| assert!(other.join().unwrap() == want));
+    });
+}
+
+#[test]
+fn a_clone_forks_the_conversation() {
+    let lm = small(|_| {}, &LoadOptions::default());
+    let mut state = lm.new_state(1);
+    lm.prefill_ragged(&[text(20, 0)], &mut state).unwrap();
+    let fork = state.clone();
+    let first = lm.step(&arr1(&[3]), &mut state).unwrap();
+    let mut others = fork.select(&[0, 0]).unwrap();
+    let both = lm.step(&arr1(&[3, 4]), &mut others).unwrap();
+    assert_eq!(first.row(0), both.row(0));
+    assert_ne!(first.row(0), both.row(1));
+    assert_eq!((fork.lengths(), others.lengths()), (vec![20], vec![21, 21]));
+    assert!(fork.select(&[1]).is_none());
+}
+
+#[test]
+fn a_conversation_goes_on_where_it_was() {
+    let lm = small(|_| {}, &LoadOptions::default());
+    let options = GenerateOptions::default().max_tokens(7).stop_tokens(Some(vec![]));
+    let mut state = lm.new_state(1);
+    let first = lm.generate_with(&mut state, &text(5, 1), &options, |_| ControlFlow::Continue(())).unwrap();
+    assert_eq!(state.lengths(), [12]);
+    let second = lm.generate_with(&mut state, &text(4, 2), &options, |_| ControlFlow::Continue(())).unwrap();
+    let all = [text(5, 1), first.ids, text(4, 2)].concat();
+    assert_eq!(lm.generate(&all, &options, |_| ControlFlow::Continue(())).unwrap().ids, second.ids);
+}
+
+#[test]
+fn scores_are_sums_of_log_softmax() {
+    let lm = small(|_| {}, &LoadOptions::default());
+    let (prompt, continuation) = (text(6, 0), text(5, 3));
+    let score = lm.log_likelihood(&prompt, &continuation).unwrap();
+    let all = [prompt.clone(), continuation.clone()].concat();
+    let logits = lm.forward(&Array2::from_shape_vec((1, 11), all).unwrap()).unwrap();
+    let mut total = 0.0;
+    for (i, id) in continuation.iter().enumerate() {
+        let logits: Vec<f64> = logits.slice(s![0, 5 + i, ..]).iter().map(|x| *x as f64).collect();
+        let sum: f64 = logits.iter().map(|x| x.exp()).sum();
+        let want = logits[*id as usize] - sum.ln();
+        assert!((score.tokens[i] as f64 - want).abs() < 1e-5);
+        total += want;
+    }
+    assert!((score.total - total).abs() < 1e-4 && !score.is_greedy);
+
+    let options = GenerateOptions::default().max_tokens(4).stop_tokens(Some(vec![])).log_probs(true);
+    let generated = lm.generate(&prompt, &options, |_| ControlFlow::Continue(())).unwrap();
+    let score = lm.log_likelihood(&prompt, &generated.ids).unwrap();
+    assert!(score.is_greedy);
+    for (a, b) in score.tokens.iter().zip(&generated.log_probs) {
+        assert!((a - b).abs() < 1e-5);
+    }
+    assert_eq!(lm.log_likelihood(&prompt, &[]).unwrap().total, 0.0);
+}
+
+/// The figure of the paper for 8,192 tokens, from the sizes alone.
+#[test]
+fn keys_and_values_take_as_little_memory_as_the_paper_says() {
+    let mut config = HymbaLmConfig::hymba_1_5b();
+    // a tenth of the width, and of the tokens' bytes
+    (config.hidden_size, config.intermediate_size, config.vocab_size) = (100, 8, 70);
+    config.mamba_d_state = 1;
+    let lm = HymbaLm::random(config, 0, &LoadOptions::default().kv_storage(KvStorage::Bf16)).unwrap();
+    let mut state = lm.new_state(1);
+    lm.prefill_ragged(&[text(8192, 0)], &mut state).unwrap();
+    let bytes = state.kv_bytes() * 16;
+    assert!(bytes <= 79_000_000, "{bytes}");
+    assert!(bytes > 70_000_000, "{bytes}");
+}
+
+#[test]
+fn what_users_get_wrong_is_an_error_and_changes_nothing() {
+    let lm = small(|_| {}, &LoadOptions::default());
+    let mut state = lm.new_state(1);
+    lm.prefill_ragged(&[text(3, 0)], &mut state).unwrap();
+    let before = state.layer(0, 1);
+    let go = |_| ControlFlow::Continue(());
+    let options = GenerateOptions::default();
+    let empty = Array2::<u32>::zeros((1, 0));
+    let tokens = [
+        lm.forward(&arr2(&[[1, 70]])).map(drop),
+        lm.forward(&empty).map(drop),
+        lm.forward(&Array2::zeros((0, 3))).map(drop),
+        lm.prefill(&empty, &mut state).map(drop),
+        lm.prefill_ragged(&[[u32::MAX]], &mut state).map(drop),
+        lm.prefill_ragged(&[&[] as &[u32]], &mut state).map(drop),
+        lm.inspect(&[99]).map(drop),
+        lm.generate(&[], &options, go).map(drop),
+        lm.generate(&[1, 2, 70], &options, go).map(drop),
+        lm.log_likelihood(&[], &[1]).map(drop),
+        lm.log_likelihood(&[1], &[70]).map(drop),
+    ];
+    for (i, result) in tokens.into_iter().enumerate() {
+        assert!(matches!(result, Err(Error::Tokens(_))), "{i}: {result:?}");
+    }
+    let other = small(|_| {}, &LoadOptions::default());
+    let mut foreign: LmState = other.new_state(1);
+    for result in [
+        lm.step(&arr1(&[1, 2]), &mut state),
+        lm.step(&hymba::ndarray::Array1::<u32>::zeros(0), &mut state),
+        lm.step(&arr1(&[1]), &mut foreign),
+    ] {
+        assert!(matches!(result, Err(Error::State(_))), "{result:?}");
+    }
+    let stop = options.clone().stop_strings(["."]);
+    assert!(matches!(lm.generate(&[1], &stop, go), Err(Error::Option { option: "stop_strings", .. })));
+    assert!(lm.generate(&[1], &options.clone().temperature(f32::NAN), go).is_err());
+    assert!(lm.generate_batch(&[] as &[Vec<u32>], &options, |_, _| ControlFlow::Continue(())).unwrap().is_empty());
+    assert_eq!(state.layer(0, 1), before);
+    assert_eq!(state.lengths(), [3]);
 }

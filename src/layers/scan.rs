@@ -157,7 +157,12 @@ impl SelectiveScan {
     }
 
     /// The arguments of a scan over one sequence.
-    pub(crate) fn input<'a>(&'a self, delta: &'a [f32], rows: ScanRows<'a>, input_step: Option<&'a [f32]>) -> ScanInput<'a> {
+    pub(crate) fn input<'a>(
+        &'a self,
+        delta: &'a [f32],
+        rows: ScanRows<'a>,
+        input_step: Option<&'a [f32]>,
+    ) -> ScanInput<'a> {
         let bc = rows.bc.skip_columns(rows.bc.stride - 2 * self.n);
         ScanInput {
             delta: Rows { data: delta, stride: self.d },

@@ -148,7 +148,8 @@ impl Attention {
         let (key, value) = (heads * key_width, heads * value_width);
         let mut views = Vec::new();
         for (piece, state) in pass.pieces.iter().zip(&mut pass.states) {
-            let keys = Rows { data: piece.of(projected, width), stride: width }.skip_columns(self.query_heads * key_width);
+            let keys =
+                Rows { data: piece.of(projected, width), stride: width }.skip_columns(self.query_heads * key_width);
             let values = keys.skip_columns(key);
             let position = state.position;
             let Some(cache) = &mut state.layers[self.layer].kv else {

@@ -150,8 +150,10 @@ impl HymbaLm {
             prompt.as_ref().iter().for_each(|&id| sampler.observe(id));
             samplers.push(sampler);
         }
-        let mut rows: Vec<_> =
-            prompts.iter().map(|_| Generation { ids: Vec::new(), log_probs: Vec::new(), finish: FinishReason::MaxTokens }).collect();
+        let mut rows: Vec<_> = prompts
+            .iter()
+            .map(|_| Generation { ids: Vec::new(), log_probs: Vec::new(), finish: FinishReason::MaxTokens })
+            .collect();
         let mut logits = self.prefill_ragged(prompts, state)?;
         let mut going = vec![options.max_tokens > 0; rows.len()];
         while going.contains(&true) {

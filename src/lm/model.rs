@@ -143,7 +143,9 @@ impl HymbaLm {
                         // the usual start of Mamba: A = −1 … −N, and Δ about 0.01
                         _ if name.ends_with("A_log.0") => ((i % states + 1) as f32).ln(),
                         _ if name.ends_with("dt_proj.0.bias") => -4.6,
-                        _ if name.ends_with("norm.weight") || name.contains("layernorm") || name.ends_with("D.0") => 1.0,
+                        _ if name.ends_with("norm.weight") || name.contains("layernorm") || name.ends_with("D.0") => {
+                            1.0
+                        }
                         _ => rng.random_range(-0.5..=0.5),
                     };
                 }
@@ -242,7 +244,9 @@ impl HymbaLm {
     pub fn prefill_ragged<T: AsRef<[u32]>>(&self, rows: &[T], state: &mut LmState) -> Result<Array2<f32>> {
         let rows: Vec<&[u32]> = rows.iter().map(AsRef::as_ref).collect();
         if let Some(row) = rows.iter().position(|row| row.is_empty()) {
-            return Err(Error::Tokens(format!("row {row} has none; give at least one, such as the beginning-of-text token")));
+            return Err(Error::Tokens(format!(
+                "row {row} has none; give at least one, such as the beginning-of-text token"
+            )));
         }
         let mut logits = Array2::zeros((rows.len(), self.config.vocab_size));
         let last: Vec<_> = rows.iter().map(|row| row.len() - 1).collect();
@@ -309,7 +313,9 @@ impl HymbaLm {
             return Ok(());
         };
         if state.model != self.id {
-            return Err(Error::State("another model made it; make one with new_state, or read one with load_state".into()));
+            return Err(Error::State(
+                "another model made it; make one with new_state, or read one with load_state".into(),
+            ));
         }
         if state.rows.len() != rows.len() {
             return Err(Error::State(format!(
@@ -388,12 +394,7 @@ impl HymbaLm {
     }
 
     /// Sends tokens through all layers → `[tokens, H]`, before the final norm. `trace` gets the input of each layer.
-    fn pass(
-        &self,
-        team: &Team,
-        rows: Vec<(&mut RowState, Input)>,
-        mut trace: Option<&mut Vec<Array2<f32>>>,
-    ) -> Buffer {
+    fn pass(&self, team: &Team, rows: Vec<(&mut RowState, Input)>, mut trace: Option<&mut Vec<Array2<f32>>>) -> Buffer {
         let h = self.config.hidden_size;
         let count = |input: &Input| match input {
             Input::Ids(ids) => ids.len(),
@@ -492,7 +493,9 @@ fn array3(dim: (usize, usize, usize)) -> Result<Array3<f32>> {
             numbers.resize(count, 0.0);
             Ok(Array3::from_shape_vec(dim, numbers).expect("as many numbers as the shape has"))
         }
-        None => Err(Error::Tokens(format!("logits of shape {dim:?} do not fit into memory; prefill returns the last ones"))),
+        None => {
+            Err(Error::Tokens(format!("logits of shape {dim:?} do not fit into memory; prefill returns the last ones")))
+        }
     }
 }
 
