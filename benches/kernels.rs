@@ -11,7 +11,7 @@ use ndarray::{Array2, Array3};
 #[path = "../src/kernels/mod.rs"]
 mod kernels;
 
-use kernels::attention::{Attended, AttentionGradient, Seen, Sequence, attend, attend_backward, attend_step};
+use kernels::attention::{Attended, AttentionGradient, Run, Sequence, attend, attend_backward, attend_step};
 use kernels::conv::conv_silu;
 use kernels::math::{Gelu, Sigmoid, Silu, Softplus, Unary, map};
 use kernels::matmul::{Out, Packed, Rows, matmul, matmul_gradient, matmul_part};
@@ -135,7 +135,9 @@ fn sequences(c: &mut Criterion) {
             meta_values: rows(&meta),
             frames: l,
             meta: 4,
-            head_width: 64,
+            before: 0,
+            key_width: 64,
+            value_width: 64,
             window: Some(window),
         };
         let mut out = Array2::zeros((l, H));
@@ -159,10 +161,11 @@ fn sequences(c: &mut Criterion) {
         });
     }
     let (x, mut out) = (numbers(60 * H), vec![0.0; H]);
-    let seen = [Seen { keys: &meta, values: &meta }, Seen { keys: &x, values: &x }];
+    let run = |keys, values, rows| Run { keys, values, strides: (H, H), rows };
+    let runs = [run(&meta, &meta, 4), run(&x, &x, 60)];
     group.throughput(Throughput::Elements(H as u64));
     group.bench_function("attention step window 60", |b| {
-        b.iter(|| attend_step(&x[..H], seen, 4, black_box(&mut out)));
+        b.iter(|| attend_step(&x[..H], &runs, 4, 1, black_box(&mut out)));
     });
 
     let mut out = vec![0.0; 60 * H];
