@@ -1,0 +1,207 @@
+//! Generation of text, and conversations.
+
+use std::ops::ControlFlow;
+
+use super::generate::{FinishReason, Generation};
+use super::model::HymbaLm;
+use super::sample::GenerateOptions;
+use super::state::LmState;
+use super::text::{ChatOptions, Message, Role, StopMatcher, Tokenizer};
+use crate::Result;
+
+/// Text that was generated.
+#[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
+pub struct TextGeneration {
+    /// The new text, up to a stop string, if there was one.
+    pub text: String,
+    /// Its tokens, those included that completed a stop string, and why it ended.
+    pub generation: Generation,
+}
+
+impl HymbaLm {
+    /// Continues a text. `on_text` hears new text as soon as it is certain: never half a character, and nothing that may be the
+    /// beginning of a stop string. It ends the generation with [`ControlFlow::Break`].
+    ///
+    /// # Errors
+    ///
+    /// Those of [`generate`](Self::generate) and [`Tokenizer::encode`].
+    ///
+    /// ```no_run
+    /// # fn main() -> hymba::Result<()> {
+    /// use std::io::Write;
+    /// use std::ops::ControlFlow;
+    /// use hymba::lm::{GenerateOptions, HymbaLm, Tokenizer};
+    ///
+    /// let lm = HymbaLm::from_dir("Hymba-1.5B-Base")?;
+    /// let tokenizer = Tokenizer::from_dir("Hymba-1.5B-Base")?;
+    /// let options = GenerateOptions::default().max_tokens(64).stop_strings(["\n\n"]);
+    /// lm.generate_text(&tokenizer, "The capital of France is", &options, |text| {
+    ///     print!("{text}");
+    ///     let _ = std::io::stdout().flush();
+    ///     ControlFlow::Continue(())
+    /// })?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn generate_text(
+        &self,
+        tokenizer: &Tokenizer,
+        prompt: &str,
+        options: &GenerateOptions,
+        on_text: impl FnMut(&str) -> ControlFlow<()>,
+    ) -> Result<TextGeneration> {
+        self.generate_text_with(&mut self.new_state(1), tokenizer, &tokenizer.encode(prompt)?, options, on_text)
+    }
+
+    /// As [`generate_text`](Self::generate_text), from what a state of one row remembers, and with a prompt of tokens.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`generate_with`](Self::generate_with).
+    pub fn generate_text_with(
+        &self,
+        state: &mut LmState,
+        tokenizer: &Tokenizer,
+        prompt: &[u32],
+        options: &GenerateOptions,
+        mut on_text: impl FnMut(&str) -> ControlFlow<()>,
+    ) -> Result<TextGeneration> {
+        let mut stream = tokenizer.stream();
+        let mut stops = StopMatcher::new(options.stop_strings.iter().cloned())?;
+        let mut text = String::new();
+        let mut tell = |piece: &str| {
+            text.push_str(piece);
+            if piece.is_empty() { ControlFlow::Continue(()) } else { on_text(piece) }
+        };
+        let mut rows = self.run(state, &[prompt], options, &mut |_, id| {
+            let flow = tell(stops.push(stream.push(id)));
+            if stops.stopped().is_some() { ControlFlow::Break(()) } else { flow }
+        })?;
+        let Some(mut generation) = rows.pop() else {
+            unreachable!("as many rows as prompts");
+        };
+        if stops.stopped().is_some() {
+            generation.finish = FinishReason::StopString;
+        } else {
+            // what was held back; that somebody would have ended it here no longer matters
+            let _ = tell(stops.push(stream.finish()));
+            let _ = tell(stops.finish());
+        }
+        Ok(TextGeneration { text, generation })
+    }
+}
+
+/// A conversation with an instruction-tuned model, in the form of its chat template.
+///
+/// The state of the model is kept between turns: only what is new is fed.
+///
+/// ```no_run
+/// # fn main() -> hymba::Result<()> {
+/// use std::ops::ControlFlow;
+/// use hymba::lm::{Chat, GenerateOptions, HymbaLm, Tokenizer};
+///
+/// let lm = HymbaLm::from_dir("Hymba-1.5B-Instruct")?;
+/// let tokenizer = Tokenizer::from_dir("Hymba-1.5B-Instruct")?;
+/// let mut chat = Chat::new(&lm, &tokenizer).system("You answer in one sentence.");
+/// let options = GenerateOptions::default().temperature(0.7).top_p(0.9);
+/// let answer = chat.ask("Why is the sky blue?", &options, |_| ControlFlow::Continue(()))?;
+/// println!("{}", answer.text);
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Debug)]
+pub struct Chat<'a> {
+    lm: &'a HymbaLm,
+    tokenizer: &'a Tokenizer,
+    options: ChatOptions,
+    messages: Vec<Message>,
+    /// What the model has seen, up to where the last answer began: how the template writes the answer down is only known
+    /// afterwards.
+    seen: Vec<u32>,
+    state: LmState,
+}
+
+/// Hymba's template marks turns in plain text. A model that goes on to write the next turn itself has ended its own.
+const TURN: &str = "<extra_id_";
+
+impl<'a> Chat<'a> {
+    /// A conversation in which nothing was said.
+    pub fn new(lm: &'a HymbaLm, tokenizer: &'a Tokenizer) -> Self {
+        let options = ChatOptions::new();
+        Chat { lm, tokenizer, options, messages: Vec::new(), seen: Vec::new(), state: lm.new_state(1) }
+    }
+
+    /// Sets the instructions that stand over it, in place of others.
+    pub fn system(mut self, content: impl Into<String>) -> Self {
+        self.messages.retain(|message| message.role != Role::System);
+        self.messages.insert(0, Message::system(content));
+        self
+    }
+
+    /// Sets tools and contexts.
+    pub fn options(mut self, options: ChatOptions) -> Self {
+        self.options = options.add_generation_prompt(true);
+        self
+    }
+
+    /// What was said so far.
+    pub fn messages(&self) -> &[Message] {
+        &self.messages
+    }
+
+    /// What the model remembers of it, the last answer not included.
+    pub fn state(&self) -> &LmState {
+        &self.state
+    }
+
+    /// Forgets everything but the system message.
+    pub fn clear(&mut self) {
+        self.messages.retain(|message| message.role == Role::System);
+        self.seen.clear();
+        self.state = self.lm.new_state(1);
+    }
+
+    /// Says something as the user, and lets the model answer. Both become part of the conversation.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`HymbaLm::generate_text`] and [`Tokenizer::encode_chat`]. The conversation is then as it was.
+    pub fn ask(
+        &mut self,
+        content: impl Into<String>,
+        options: &GenerateOptions,
+        on_text: impl FnMut(&str) -> ControlFlow<()>,
+    ) -> Result<TextGeneration> {
+        self.messages.push(Message::user(content));
+        let answer = self.answer(options, on_text);
+        match &answer {
+            Ok(answer) => self.messages.push(Message::assistant(answer.text.clone())),
+            Err(_) => drop(self.messages.pop()),
+        }
+        answer
+    }
+
+    fn answer(
+        &mut self,
+        options: &GenerateOptions,
+        on_text: impl FnMut(&str) -> ControlFlow<()>,
+    ) -> Result<TextGeneration> {
+        let ids = self.tokenizer.encode_chat(&self.messages, &self.options)?;
+        if !ids[..ids.len().saturating_sub(1)].starts_with(&self.seen) {
+            // a template that rewrites what was said
+            (self.seen, self.state) = (Vec::new(), self.lm.new_state(1));
+        }
+        // all but the last token, with which generation begins
+        let (last, before) = ids.split_last().ok_or_else(|| crate::Error::Tokens("the template writes nothing".into()))?;
+        let new = &before[self.seen.len()..];
+        if !new.is_empty() {
+            self.lm.prefill_ragged(&[new], &mut self.state)?;
+            self.seen = before.to_vec();
+        }
+        let mut options = options.clone();
+        options.stop_strings.push(TURN.into());
+        let mut state = self.state.clone();
+        self.lm.generate_text_with(&mut state, self.tokenizer, &[*last], &options, on_text)
+    }
+}
