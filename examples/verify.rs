@@ -1,8 +1,9 @@
 //! Checks this crate against numbers computed elsewhere, for people who bring weights from Python or Elixir.
 //!
 //! ```sh
-//! cargo run --release --example verify -- tests/data/*/*        # or your own folders
+//! cargo run --release --example verify -- tests/data/hymba/* tests/data/edifice/*    # or your own folders
 //! cargo run --release --example verify -- --tolerance 1e-4 DIR…
+//! cargo run --release --features lm --example verify -- tests/data/*/*               # language models as well
 //! ```
 //!
 //! Each folder holds `config.json` (the options), `model.safetensors` (the weights) and `expected.safetensors`: an
@@ -23,6 +24,29 @@
 //! differ by 3e-4 of the largest entry of its tensor, or of a thousandth of the largest of all if that is more. What is given
 //! by `--tolerance` is for outputs, not for gradients, whose size depends on the cotangent.
 //!
+//! # Language models
+//!
+//! With `--features lm`, a folder may hold a language model as the Hugging Face Hub has it, told by `"model_type": "hymba"` in
+//! `config.json` or by weights called `model.layers.…`. Its `expected.safetensors` holds `input_ids [b, n]`, where rows are
+//! padded also `attention_mask [b, n]` (ones at the real tokens, padding on either side) or `lengths [b]` (padding behind), and
+//! what the published code makes of them. Only real tokens are compared; rows are fed together and each alone.
+//!
+//! | tensor | compared with |
+//! |---|---|
+//! | `logits`, `logits_f64` `[b, n, V]` | `forward`, `step` token by token, and at the last token `prefill` or `prefill_ragged` |
+//! | `uncached_step_logits` `[b, s, V]` (also `…_f64`) | the prompt, and then `greedy_ids [b, s]` fed to `step` one by one |
+//! | `step_logits` `[b, s, V]` | the same, while the prompt and what follows fit into `sliding_window` |
+//! | `greedy_ids` `[b, s]` | `generate_batch`, equally far; no tolerance here |
+//! | `hidden_states.<i>` `[b, M + n, H]` | `inspect`, meta tokens first |
+//! | `cache_prefill.<i>.conv`, `.ssm`, `.k`, `.v` | `LmState::layer` after the prompt |
+//! | `cache_final.<i>.…` | the same after all `greedy_ids` but the last, which nobody feeds |
+//!
+//! The published code decodes with a window that is one token shorter than that of its prompts. Where that makes a difference,
+//! `step_logits`, `greedy_ids` and the caches behind the first windowed layer say nothing about this crate and are left out. Of
+//! a cache, the rows that both programs keep are compared. `logits_bf16_compute` and `step_logits_f64` are for information.
+//!
+//! # Exit status
+//!
 //! The exit status is 0 if all agree, 1 if any does not or a folder cannot be read, 2 if the arguments make no sense.
 
 use std::collections::BTreeMap;
@@ -35,6 +59,12 @@ use hymba::{BlockInspection, Hymba, HymbaOptions, Preset};
 
 #[path = "support/compare.rs"]
 mod compare;
+#[cfg(feature = "lm")]
+#[path = "support/verify_lm.rs"]
+mod language_model;
+#[cfg(feature = "lm")]
+#[path = "support/published.rs"]
+mod published;
 #[path = "support/tensors.rs"]
 mod tensors;
 
@@ -46,9 +76,13 @@ const EXPECTED: &str = "expected.safetensors";
 const GRADIENTS: &str = "grads.safetensors";
 /// A gradient may differ by this share of the largest entry of its tensor, or of a thousandth of the largest of all.
 const GRADIENT_TOLERANCE: f64 = 3e-4;
+/// How the names of a language model's weights start.
+const LM_WEIGHTS: &str = "model.layers.";
 /// What `step` is compared with at every frame even where the folder holds the last one only.
 const OWN_SEQUENCE: &str = "forward_sequence";
-const USAGE: &str = "usage: verify [--tolerance X] DIR…";
+const USAGE: &str = "usage: verify [--tolerance X] DIR…
+Each DIR holds config.json, model.safetensors and expected.safetensors of a hymba or edifice encoder, or of a Hymba language
+model (hymba_lm, in builds with --features lm).";
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -118,7 +152,7 @@ fn verify_all(tolerance: Option<Tolerance>, paths: &[PathBuf]) -> ExitCode {
     if failed == 0 && unchecked == 0 && !comparisons.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
-/// What a folder holds; the weights' names tell.
+/// The encoder that a folder holds; the weights' names tell.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Kind {
     Hymba,
@@ -135,7 +169,8 @@ impl Kind {
         } else {
             let some = weights.iter().take(3).map(|weight| format!("{weight:?}, ")).collect::<String>();
             Err(format!(
-                "{WEIGHTS} has neither \"final_norm.weight\" (hymba) nor \"final_norm.gamma\" (edifice), but {some}…"
+                "{WEIGHTS} has none of \"final_norm.weight\" (hymba), \"final_norm.gamma\" (edifice) and \"{LM_WEIGHTS}…\" \
+                 (hymba_lm), but {some}…"
             ))
         }
     }
@@ -197,7 +232,14 @@ fn options(folder: &Path, kind: Kind) -> Result<HymbaOptions, String> {
 
 /// Checks one folder and prints a line per comparison.
 fn verify(folder: &Path, tolerance: Option<Tolerance>) -> Result<Vec<Comparison>, Box<dyn Error>> {
-    let kind = Kind::of(&tensors::names(&folder.join(WEIGHTS))?)?;
+    if says_language_model(folder) {
+        return language_model::verify(folder, tolerance);
+    }
+    let weights = tensors::names(&folder.join(WEIGHTS))?;
+    if weights.iter().any(|name| name.starts_with(LM_WEIGHTS)) {
+        return language_model::verify(folder, tolerance);
+    }
+    let kind = Kind::of(&weights)?;
     let expected = tensors::read(&folder.join(EXPECTED))?;
     let input = Input::new(&expected).map_err(|error| format!("{EXPECTED}: {error}"))?;
     let model = kind.load(&folder.join(WEIGHTS), options(folder, kind)?)?;
@@ -233,6 +275,23 @@ fn verify(folder: &Path, tolerance: Option<Tolerance>) -> Result<Vec<Comparison>
     let names = references.iter().flat_map(|(tensors, _)| tensors.keys());
     print_skipped(names.filter(|name| !values.have(name)).map(String::as_str), has_gradients);
     Ok(comparisons)
+}
+
+/// Whether `config.json` says so; one that cannot be read says nothing, and whoever needs it will complain.
+fn says_language_model(folder: &Path) -> bool {
+    let config = std::fs::read(folder.join("config.json")).unwrap_or_default();
+    let config = serde_json::from_slice::<serde_json::Value>(&config).unwrap_or_default();
+    config["model_type"] == "hymba"
+}
+
+#[cfg(not(feature = "lm"))]
+mod language_model {
+    pub fn verify(
+        _: &super::Path,
+        _: Option<super::Tolerance>,
+    ) -> Result<Vec<super::Comparison>, Box<dyn super::Error>> {
+        Err("it is a language model, which this build does not know; build with --features lm".into())
+    }
 }
 
 /// The gradients of `sum(output · cotangent)` by the input and by every parameter, against those of the folder.

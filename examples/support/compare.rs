@@ -71,6 +71,13 @@ impl Comparison {
         Comparison { what, tolerance, difference: Err(reason.into()), strain: f64::INFINITY }
     }
 
+    /// The worst of the comparisons of the rows of a batch; where there is no difference to tell, with the number of the row.
+    pub fn worst_row(rows: impl Iterator<Item = Comparison>) -> Option<Self> {
+        let (row, mut worst) = rows.enumerate().max_by(|(_, a), (_, b)| a.strain.total_cmp(&b.strain))?;
+        worst.difference = worst.difference.map_err(|reason| format!("row {row} {reason}"));
+        Some(worst)
+    }
+
     /// Whether every difference is within the tolerance.
     pub fn holds(&self) -> bool {
         self.strain <= 1.0

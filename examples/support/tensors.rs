@@ -29,7 +29,11 @@ pub fn read(path: &Path) -> Result<Tensors, String> {
         let values = match tensor.dtype() {
             Dtype::F32 => numbers(tensor.data(), |bytes| f32::from_le_bytes(bytes).into()),
             Dtype::F64 => numbers(tensor.data(), f64::from_le_bytes),
+            // half of an f32
+            Dtype::BF16 => numbers(tensor.data(), |[low, high]| f32::from_le_bytes([0, 0, low, high]).into()),
             Dtype::I64 => numbers(tensor.data(), |bytes| i64::from_le_bytes(bytes) as f64),
+            Dtype::I32 => numbers(tensor.data(), |bytes| i32::from_le_bytes(bytes).into()),
+            Dtype::U8 | Dtype::BOOL => numbers(tensor.data(), |[byte]| byte.into()),
             other => return Err(fault(format!("{name} is {other:?}; write it as F32, F64 or I64"))),
         };
         let array =
