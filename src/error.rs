@@ -78,6 +78,15 @@ pub enum Error {
         what: String,
     },
 
+    /// Text, token ids or a chat cannot be used.
+    #[error("{what} cannot be used: {reason}")]
+    Text {
+        /// What was given, for example a chat template or token ids.
+        what: &'static str,
+        /// What is wrong with it, and what to change.
+        reason: String,
+    },
+
     /// A file could not be read or written.
     #[error("{}: {source}", path.display())]
     Io {
@@ -118,6 +127,11 @@ pub enum Error {
 impl Error {
     pub(crate) fn io(path: &Path, source: std::io::Error) -> Self {
         Error::Io { path: path.to_path_buf(), source }
+    }
+
+    #[cfg(feature = "tokenizer")]
+    pub(crate) fn text(what: &'static str, reason: impl Into<String>) -> Self {
+        Error::Text { what, reason: reason.into() }
     }
 
     pub(crate) fn format(path: &Path, reason: impl Into<String>) -> Self {

@@ -1,0 +1,265 @@
+//! Chats, and the template that makes a prompt of one.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::io::{self, Write};
+use std::sync::Arc;
+
+use minijinja::syntax::SyntaxConfig;
+use minijinja::value::{Kwargs, Serde};
+use minijinja::{Environment, State, Value};
+use serde::{Deserialize, Serialize};
+
+use super::{python, sandbox};
+use crate::weights::tensors::quoted;
+use crate::{Error, Result};
+
+/// That of the published Hymba models.
+const HYMBA: &str = include_str!("hymba.jinja");
+const NAME: &str = "chat template";
+/// About a million instructions, or 64 MB of text: a chat of 10 MB, and less than a second.
+const FUEL: u64 = 1_000_000;
+/// Longest prompt in bytes.
+const MAX_PROMPT: usize = 16 << 20;
+/// Of minijinja's own, those that put lists together or take no fuel for what they make.
+const NO_FILTERS: [&str; 8] = ["batch", "chain", "format", "groupby", "pprint", "slice", "sum", "zip"];
+const NO_FUNCTIONS: [&str; 2] = ["debug", "dict"];
+
+/// Who says a [`Message`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Role {
+    /// Instructions that stand over the chat.
+    System,
+    /// The one who asks.
+    User,
+    /// The model.
+    Assistant,
+    /// What a tool that the model called gave back.
+    Tool,
+}
+
+/// One message of a chat. As JSON: `{"role": "user", "content": "Hello"}`.
+///
+/// ```
+/// use hymba::lm::{Message, Role};
+///
+/// let message = Message::user("Hello");
+/// assert_eq!(message, Message { role: Role::User, content: "Hello".into() });
+/// ```
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Message {
+    /// Who says it.
+    pub role: Role,
+    /// What is said.
+    pub content: String,
+}
+
+impl Message {
+    /// A message of this role.
+    pub fn new(role: Role, content: impl Into<String>) -> Self {
+        Message { role, content: content.into() }
+    }
+
+    /// Instructions that stand over the chat.
+    pub fn system(content: impl Into<String>) -> Self {
+        Self::new(Role::System, content)
+    }
+
+    /// What the user says.
+    pub fn user(content: impl Into<String>) -> Self {
+        Self::new(Role::User, content)
+    }
+
+    /// What the model said.
+    pub fn assistant(content: impl Into<String>) -> Self {
+        Self::new(Role::Assistant, content)
+    }
+
+    /// What a tool gave back.
+    pub fn tool(content: impl Into<String>) -> Self {
+        Self::new(Role::Tool, content)
+    }
+}
+
+/// What a prompt holds beside the messages.
+///
+/// ```
+/// use hymba::lm::ChatOptions;
+///
+/// let clock = serde_json::json!({"name": "clock", "parameters": {}});
+/// let options = ChatOptions::new().tools([clock]).contexts(["It is raining."]);
+/// assert!(options.add_generation_prompt);
+/// ```
+#[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
+pub struct ChatOptions {
+    /// Descriptions of the tools that the model may call.
+    pub tools: Vec<serde_json::Value>,
+    /// Texts for the model to answer from.
+    pub contexts: Vec<String>,
+    /// Ends the prompt with the beginning of the model's answer. On by default; off to train on a whole chat.
+    pub add_generation_prompt: bool,
+}
+
+impl Default for ChatOptions {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl ChatOptions {
+    /// No tools, no contexts, and the beginning of the model's answer.
+    pub fn new() -> Self {
+        ChatOptions { tools: Vec::new(), contexts: Vec::new(), add_generation_prompt: true }
+    }
+
+    /// Sets the descriptions of the tools that the model may call.
+    pub fn tools(mut self, tools: impl IntoIterator<Item = serde_json::Value>) -> Self {
+        self.tools = tools.into_iter().collect();
+        self
+    }
+
+    /// Sets the texts for the model to answer from.
+    pub fn contexts<S: Into<String>>(mut self, contexts: impl IntoIterator<Item = S>) -> Self {
+        self.contexts = contexts.into_iter().map(Into::into).collect();
+        self
+    }
+
+    /// Sets whether the prompt ends with the beginning of the model's answer.
+    pub fn add_generation_prompt(mut self, add: bool) -> Self {
+        self.add_generation_prompt = add;
+        self
+    }
+}
+
+/// A Jinja template that makes a prompt of a chat. The default is that of the published Hymba models.
+///
+/// Templates see `messages`, `tools` (none without any), `contexts` (undefined without any), `add_generation_prompt` and the
+/// special tokens `bos_token`, `eos_token`, `unk_token` and `pad_token` as texts. As with Hugging Face's transformers,
+/// methods are Python's, `tojson` is `json.dumps`, there is `raise_exception`, and a line break after a tag is left out.
+///
+/// Templates come with models, from strangers. One cannot run without end, fill the memory or overflow the stack. For this,
+/// some of Jinja is missing: lists and dicts can be written out but not put together from others (`[a, b]`, `a + b`,
+/// `dict(…)`, `batch`, `groupby`, `zip`), and a `namespace` holds texts, numbers and parts of the messages.
+///
+/// ```
+/// use hymba::lm::{ChatOptions, ChatTemplate, Message};
+///
+/// let chat = [Message::system("Be brief."), Message::user(" Name a colour. ")];
+/// assert_eq!(
+///     ChatTemplate::default().render(&chat, &ChatOptions::new())?,
+///     "<extra_id_0>System\nBe brief.\n\n<extra_id_1>User\nName a colour.\n<extra_id_1>Assistant\n",
+/// );
+///
+/// let template = ChatTemplate::new("{% for m in messages %}{{ m.role.upper() }}: {{ m.content|trim }}\n{% endfor %}")?;
+/// assert_eq!(template.render(&chat, &ChatOptions::new())?, "SYSTEM: Be brief.\nUSER: Name a colour.\n");
+/// # Ok::<(), hymba::Error>(())
+/// ```
+#[derive(Clone)]
+pub struct ChatTemplate {
+    environment: Arc<Environment<'static>>,
+    special_tokens: BTreeMap<&'static str, String>,
+}
+
+impl Default for ChatTemplate {
+    fn default() -> Self {
+        Self::new(HYMBA).expect("the crate's own template is one that it takes")
+    }
+}
+
+impl ChatTemplate {
+    /// Reads a template.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Text`] where it is longer than 64 KiB, not Jinja, or builds lists or expressions that have no end to their
+    /// size; the line is named. Filters that do not exist are found by [`render`](Self::render).
+    pub fn new(source: &str) -> Result<Self> {
+        let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
+        let syntax = syntax.map_err(|error| failed(&error))?;
+        sandbox::check(source, &syntax).map_err(|reason| Error::text(NAME, shown(reason)))?;
+
+        let mut environment = Environment::new();
+        environment.set_syntax(syntax);
+        environment.set_fuel(Some(FUEL));
+        environment.set_unknown_method_callback(python::method);
+        NO_FILTERS.iter().for_each(|name| environment.remove_filter(name));
+        NO_FUNCTIONS.iter().for_each(|name| environment.remove_global(name));
+        environment.add_filter("tojson", python::tojson);
+        environment.add_filter("trim", python::trim);
+        environment.add_function("raise_exception", python::raise_exception);
+        let build = environment.globals().find(|(name, _)| *name == "namespace").map(|(_, build)| build);
+        if let Some(build) = build {
+            environment.add_function("namespace", move |state: &mut State, given: Kwargs| {
+                python::namespace(state, &build, given)
+            });
+        }
+        environment.add_template_owned(NAME, source.to_owned()).map_err(|error| failed(&error))?;
+        Ok(ChatTemplate { environment: Arc::new(environment), special_tokens: BTreeMap::new() })
+    }
+
+    /// The text of a special token, for templates that write it.
+    pub(super) fn with_special_token(mut self, name: &'static str, text: &str) -> Self {
+        self.special_tokens.insert(name, text.to_owned());
+        self
+    }
+
+    /// The prompt for these messages.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Text`] where the template fails (it may refuse the messages), where it does not come to an end within a
+    /// million instructions, and where the prompt is longer than 16 MiB.
+    pub fn render(&self, messages: &[Message], options: &ChatOptions) -> Result<String> {
+        let some = |empty: bool, value: Value| if empty { Value::from(()) } else { value };
+        let mut context = BTreeMap::from([
+            ("messages", Value::from(Serde(messages))),
+            ("tools", some(options.tools.is_empty(), Value::from(Serde(&options.tools)))),
+            ("documents", Value::from(())),
+            ("add_generation_prompt", Value::from(options.add_generation_prompt)),
+        ]);
+        if !options.contexts.is_empty() {
+            context.insert("contexts", Value::from(Serde(&options.contexts)));
+        }
+        context.extend(self.special_tokens.iter().map(|(&name, text)| (name, Value::from(text.as_str()))));
+
+        let template = self.environment.get_template(NAME).map_err(|error| failed(&error))?;
+        let mut prompt = Bounded(Vec::new());
+        template.render_captured_to(Value::from_pairs(context), &mut prompt).map_err(|error| failed(&error))?;
+        String::from_utf8(prompt.0).map_err(|error| Error::text("the prompt", error.to_string()))
+    }
+}
+
+impl fmt::Debug for ChatTemplate {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        f.debug_struct("ChatTemplate").field("special_tokens", &self.special_tokens).finish_non_exhaustive()
+    }
+}
+
+fn failed(error: &minijinja::Error) -> Error {
+    Error::text(NAME, shown(error.to_string()))
+}
+
+/// What went wrong may quote the template: not more than a few lines of it, and nothing that a terminal obeys.
+pub(super) fn shown(text: String) -> String {
+    const LONGEST: usize = 400;
+    if text.len() <= LONGEST && !text.contains(char::is_control) { text } else { quoted(&text) }
+}
+
+/// A prompt that ends with an error where it grows too long.
+struct Bounded(Vec<u8>);
+
+impl Write for Bounded {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if self.0.len() + bytes.len() > MAX_PROMPT {
+            return Err(io::Error::other(format!("the prompt is longer than {MAX_PROMPT} bytes")));
+        }
+        self.0.extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
