@@ -193,7 +193,8 @@ impl<'a> Chat<'a> {
             (self.seen, self.state) = (Vec::new(), self.lm.new_state(1));
         }
         // all but the last token, with which generation begins
-        let (last, before) = ids.split_last().ok_or_else(|| crate::Error::Tokens("the template writes nothing".into()))?;
+        let (last, before) =
+            ids.split_last().ok_or_else(|| crate::Error::Tokens("the template writes nothing".into()))?;
         let new = &before[self.seen.len()..];
         if !new.is_empty() {
             self.lm.prefill_ragged(&[new], &mut self.state)?;
