@@ -3,24 +3,24 @@
 //! The format is safetensors. Files are written through a temporary one, and read as a stranger's: see
 //! [`tensors`] for the checks.
 
-use std::collections::HashMap;
-use std::fs::{self, File};
-use std::io::{self, BufWriter, Write};
-use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::path::Path;
 
 use ndarray::{ArrayViewD, ArrayViewMutD};
-use safetensors::tensor::{Metadata, TensorInfo};
-use safetensors::{Dtype, SafeTensorError};
+use safetensors::Dtype;
 use serde::de::{DeserializeOwned, IgnoredAny};
 use serde::{Deserialize, Serialize};
 
 use self::header::printable;
-use self::tensors::{MAX_HEADER, MAX_TENSORS, Source, Tensors};
+use self::tensors::{Source, Tensors};
+pub(crate) use self::write::{replace, write_streamed};
 use crate::{Error, Hymba, HymbaOptions, Result, train};
 
+mod float;
+#[cfg(feature = "lm")]
+pub(crate) mod folder;
 pub(crate) mod header;
 pub(crate) mod tensors;
+mod write;
 
 /// Where the metadata of a file has the options.
 const OPTIONS_KEY: &str = "hymba";
@@ -135,33 +135,21 @@ impl Hymba {
 /// Writes a safetensors file of f32 tensors, with `saved` in its metadata. One entry there, so that saving twice gives the
 /// same bytes.
 pub(crate) fn write(path: &Path, saved: &impl Serialize, tensors: &[(String, ArrayViewD<'_, f32>)]) -> Result<()> {
-    let header = header(saved, tensors).map_err(|error| Error::format(path, error.to_string()))?;
-    if tensors.len() > MAX_TENSORS || header.len() as u64 > MAX_HEADER {
-        return Err(Error::format(path, "too many blocks for one file; set a smaller num_layers"));
-    }
-    replace(path, |file| {
-        file.write_all(&(header.len() as u64).to_le_bytes())?;
-        file.write_all(&header)?;
-        for number in tensors.iter().flat_map(|(_, array)| array) {
-            file.write_all(&number.to_le_bytes())?;
+    let saved = serde_json::to_string(saved).map_err(|error| Error::format(path, error.to_string()))?;
+    let infos: Vec<_> =
+        tensors.iter().map(|(name, array)| (name.clone(), Dtype::F32, array.shape().to_vec())).collect();
+    write_streamed(path, &infos, &[(OPTIONS_KEY, &saved)], &mut |index, file| {
+        const PIECE: usize = 1 << 16;
+        let mut piece = Vec::new();
+        for number in &tensors[index].1 {
+            piece.extend(number.to_le_bytes());
+            if piece.len() == PIECE {
+                file.write_all(&piece)?;
+                piece.clear();
+            }
         }
-        Ok(())
+        file.write_all(&piece)
     })
-    .map_err(|source| Error::io(path, source))
-}
-
-/// The header of a file, padded so that the data begins at a multiple of 8 bytes.
-fn header(saved: &impl Serialize, tensors: &[(String, ArrayViewD<'_, f32>)]) -> Result<Vec<u8>, SafeTensorError> {
-    let metadata = HashMap::from([(OPTIONS_KEY.to_string(), serde_json::to_string(saved)?)]);
-    let mut end = 0;
-    let tensors = tensors.iter().map(|(name, array)| {
-        let start = end;
-        end += array.len() * size_of::<f32>();
-        (name.clone(), TensorInfo { dtype: Dtype::F32, shape: array.shape().to_vec(), data_offsets: (start, end) })
-    });
-    let mut header = serde_json::to_vec(&Metadata::new(Some(metadata), tensors.collect())?)?;
-    header.resize(header.len().next_multiple_of(8), b' ');
-    Ok(header)
 }
 
 /// A model with these options and the `tensors` as its parameters.
@@ -243,36 +231,12 @@ pub(crate) fn check_size(parameters: Option<usize>, tensors: &Tensors) -> Result
     )))
 }
 
-/// Gives `path` the contents that `write` writes, all of them or none.
-pub(crate) fn replace(path: &Path, write: impl FnOnce(&mut BufWriter<File>) -> io::Result<()>) -> io::Result<()> {
-    let (temporary, file) = temporary_beside(path)?;
-    let mut file = BufWriter::new(file);
-    let replaced = write(&mut file)
-        .and_then(|()| file.into_inner().map_err(io::IntoInnerError::into_error)?.sync_all())
-        .and_then(|()| fs::rename(&temporary, path));
-    if replaced.is_err() {
-        // the first error is the one to report
-        let _ = fs::remove_file(&temporary);
-    }
-    replaced
-}
-
-/// A new file in the folder of `path`: only within a folder is renaming sure to be a single step.
-fn temporary_beside(path: &Path) -> io::Result<(PathBuf, File)> {
-    static COUNT: AtomicU64 = AtomicU64::new(0);
-    loop {
-        let count = COUNT.fetch_add(1, Ordering::Relaxed);
-        let temporary = path.with_file_name(format!(".hymba-{}-{count}.tmp", std::process::id()));
-        match File::create_new(&temporary) {
-            // left behind by a process that had our number
-            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
-            created => return created.map(|file| (temporary, file)),
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use std::collections::HashMap;
+    use std::fs;
+
+    use super::tensors::MAX_TENSORS;
     use super::*;
 
     fn model() -> Hymba {
@@ -304,20 +268,11 @@ mod tests {
     }
 
     #[test]
-    fn saving_replaces_the_old_file_or_leaves_it() {
+    fn saving_replaces_the_old_file_and_leaves_nothing_else() {
         let folder = tempfile::tempdir().unwrap();
         let files = || fs::read_dir(folder.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect::<Vec<_>>();
         let path = folder.path().join("model");
         fs::write(&path, "old").unwrap();
-
-        let interrupted = replace(&path, |file| {
-            file.write_all(b"new")?;
-            Err(io::Error::other("power cut"))
-        });
-        assert_eq!(interrupted.unwrap_err().to_string(), "power cut");
-        assert_eq!(fs::read(&path).unwrap(), b"old");
-        assert_eq!(files(), ["model"]);
-
         model().save(&path).unwrap();
         assert!(Hymba::load(&path).is_ok());
         assert_eq!(files(), ["model"]);

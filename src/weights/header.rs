@@ -40,6 +40,7 @@ fn other_format(first: &[u8; 9]) -> Option<&'static str> {
         [.., b'{'] => None,
         first if nx::starts(first) => Some("one of Nx.serialize, which Hymba::load_edifice reads"),
         [b'P', b'K', 3, 4, ..] => Some("a zip archive, perhaps of torch.save: save the tensors as safetensors"),
+        b"version h" => Some("a pointer of Git LFS: fetch the file itself, with `git lfs pull`"),
         [131, b'h' | b'l' | b't' | b'P', ..] => {
             Some("an Erlang term, perhaps a checkpoint of Axon.Loop: save the parameters with Nx.serialize")
         }

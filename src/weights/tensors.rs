@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use ndarray::ArrayViewMutD;
 use safetensors::Dtype;
 
+use super::float::Float;
 use crate::{Error, Result};
 
 /// Longest table of contents read from a file. A block needs about 3 kB of it.
@@ -106,7 +107,7 @@ pub(crate) struct Tensor {
 
 impl Tensor {
     /// Bytes of the data, by type and shape; `None` where they cannot be counted.
-    fn size(&self) -> Option<u64> {
+    pub(super) fn size(&self) -> Option<u64> {
         let count = self.shape.iter().try_fold(1usize, |count, &axis| count.checked_mul(axis))?;
         let bits = (count as u64).checked_mul(self.dtype.bitsize() as u64)?;
         bits.is_multiple_of(8).then_some(bits / 8)
@@ -182,6 +183,16 @@ impl Tensors {
         self.tensors.keys().map(String::as_str)
     }
 
+    #[cfg(any(feature = "lm", test))]
+    pub(super) fn get(&self, name: &str) -> Option<&Tensor> {
+        self.tensors.get(name)
+    }
+
+    #[cfg(feature = "lm")]
+    pub(super) fn iter(&self) -> impl Iterator<Item = (&String, &Tensor)> {
+        self.tensors.iter()
+    }
+
     pub(crate) fn shape(&self, name: &str) -> Option<&[usize]> {
         Some(&self.tensors.get(name)?.shape)
     }
@@ -194,26 +205,8 @@ impl Tensors {
     /// Checks that the file has exactly the `expected` names and shapes, in a type of float. Every difference is in the
     /// one error, after the `remarks`, which are differences already found.
     pub(crate) fn check(&self, expected: &BTreeMap<String, Vec<usize>>, remarks: Vec<String>) -> Result<()> {
-        let mut problems = Vec::new();
-        for (name, shape) in expected {
-            let name_shown = quoted(name);
-            match self.tensors.get(name) {
-                None => problems.push(format!("{name_shown}: missing, expected shape {shape:?}")),
-                Some(found) if found.shape != *shape => {
-                    problems.push(format!("{name_shown}: has shape {:?}, expected {shape:?}", found.shape));
-                }
-                Some(found) if Float::of(found.dtype).is_none() => {
-                    problems.push(format!("{name_shown}: has type {}, expected F32, F64, F16 or BF16", found.dtype));
-                }
-                Some(_) => {}
-            }
-        }
-        for (name, found) in &self.tensors {
-            if !expected.contains_key(name) {
-                problems.push(format!("{}: unexpected, has shape {:?}", quoted(name), found.shape));
-            }
-        }
-        problems.sort();
+        let expected = expected.iter().map(|(name, shape)| (name.as_str(), (shape.as_slice(), Kind::Float))).collect();
+        let mut problems = differences(&expected, |name| self.tensors.get(name), self.tensors.iter());
         problems.splice(0..0, remarks);
         if problems.is_empty() {
             return Ok(());
@@ -223,79 +216,159 @@ impl Tensors {
 
     /// Reads the named tensor into `array`, whose elements in row-major order are those of the file.
     pub(crate) fn read_into(&mut self, name: &str, mut array: ArrayViewMutD<'_, f32>) -> Result<()> {
-        const PIECE: u64 = 1 << 16;
         let found = self.tensors.get(name).and_then(|tensor| Some((tensor, Float::of(tensor.dtype)?)));
-        let Some((tensor, float)) = found.filter(|(tensor, _)| tensor.shape.iter().product::<usize>() == array.len())
-        else {
+        let Some((_, float)) = found.filter(|(tensor, _)| tensor.shape.iter().product::<usize>() == array.len()) else {
             return Err(self.error(format!("{}: not {} numbers", quoted(name), array.len())));
         };
+        match array.as_slice_mut() {
+            Some(mut places) => self.pieces(name, float.size(), &mut |bytes| {
+                let (now, later) = std::mem::take(&mut places).split_at_mut(bytes.len() / float.size());
+                float.decode(bytes, now);
+                places = later;
+            }),
+            None => {
+                let mut numbers = Vec::new();
+                let mut places = array.iter_mut();
+                self.pieces(name, float.size(), &mut |bytes| {
+                    numbers.resize(bytes.len() / float.size(), 0.0);
+                    float.decode(bytes, &mut numbers);
+                    // the numbers come first in the zip: places must not advance past the last of them
+                    numbers.iter().zip(&mut places).for_each(|(number, place)| *place = *number);
+                })
+            }
+        }
+    }
+
+    /// Reads a tensor of floats row by row, in order; `take` gets the row's number and the row, as f32. Of the tensor, a
+    /// few rows are in memory at a time.
+    ///
+    /// The first axis counts the rows, and the others are a row. What has one axis or none is a single row, and what has
+    /// no elements has no rows.
+    #[cfg(feature = "lm")]
+    pub(crate) fn read_rows(&mut self, name: &str, take: &mut dyn FnMut(usize, &[f32])) -> Result<()> {
+        let Some(float) = self.tensors.get(name).and_then(|tensor| Float::of(tensor.dtype)) else {
+            return Err(self.error(format!("{}: not a tensor of floats", quoted(name))));
+        };
+        let width = self.row_size(name)? / float.size();
+        let mut numbers = Vec::new();
+        let mut row = 0;
+        self.pieces(name, width * float.size(), &mut |bytes| {
+            numbers.resize(bytes.len() / float.size(), 0.0);
+            float.decode(bytes, &mut numbers);
+            for numbers in numbers.chunks_exact(width) {
+                take(row, numbers);
+                row += 1;
+            }
+        })
+    }
+
+    /// As [`read_rows`](Self::read_rows), but with the bytes of the rows as they stand in the file, little-endian, whatever
+    /// their type.
+    #[cfg(feature = "lm")]
+    pub(crate) fn read_byte_rows(&mut self, name: &str, take: &mut dyn FnMut(usize, &[u8])) -> Result<()> {
+        let size = self.row_size(name)?;
+        let mut row = 0;
+        self.pieces(name, size, &mut |bytes| {
+            for bytes in bytes.chunks_exact(size) {
+                take(row, bytes);
+                row += 1;
+            }
+        })
+    }
+
+    /// Bytes of a row.
+    #[cfg(feature = "lm")]
+    fn row_size(&self, name: &str) -> Result<usize> {
+        let found = self.tensors.get(name).and_then(|tensor| {
+            let rows = if tensor.shape.len() > 1 { tensor.shape[0].max(1) } else { 1 };
+            let size = (tensor.stop - tensor.start) / rows as u64;
+            // a row of 4-bit numbers may end within a byte
+            let whole = (tensor.stop - tensor.start).is_multiple_of(rows as u64);
+            usize::try_from(size).ok().filter(|_| whole)
+        });
+        match found {
+            Some(size) => Ok(size),
+            None => Err(self.error(format!("{}: has no rows that can be read one by one", quoted(name)))),
+        }
+    }
+
+    /// Hands the bytes of a tensor, which is there, to `take`, in pieces of a multiple of `unit` bytes; `unit` may be 0 where
+    /// there are none.
+    fn pieces(&mut self, name: &str, unit: usize, take: &mut dyn FnMut(&[u8])) -> Result<()> {
+        /// Long enough for few calls of the system, short enough to stay in the cache until it is decoded.
+        const PIECE: usize = 1 << 18;
+        let tensor = &self.tensors[name];
         self.source.seek(self.data_start + tensor.start)?;
         let mut left = tensor.stop - tensor.start;
-        let mut piece = vec![0; left.min(PIECE) as usize];
-        let mut places = array.iter_mut();
+        let longest = (PIECE / unit.max(1)).max(1) * unit;
+        let shorter = |left: u64| usize::try_from(left).unwrap_or(usize::MAX).min(longest);
+        let mut piece = vec![0; shorter(left)];
         while left > 0 {
-            let bytes = &mut piece[..left.min(PIECE) as usize];
+            let bytes = &mut piece[..shorter(left)];
             self.source.fill(bytes)?;
-            float.decode(bytes, &mut places);
+            take(bytes);
             left -= bytes.len() as u64;
         }
         Ok(())
     }
 }
 
-/// The types of number that are read; f32 is what they become.
-#[derive(Clone, Copy)]
-enum Float {
-    F32,
-    F64,
-    F16,
-    BF16,
+/// What a tensor must consist of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Kind {
+    /// Numbers that become f32: F32, F64, F16, BF16.
+    Float,
+    /// Bytes, of whatever meaning: I8, U8.
+    #[cfg(feature = "lm")]
+    Bytes,
 }
 
-impl Float {
-    fn of(dtype: Dtype) -> Option<Self> {
-        match dtype {
-            Dtype::F32 => Some(Float::F32),
-            Dtype::F64 => Some(Float::F64),
-            Dtype::F16 => Some(Float::F16),
-            Dtype::BF16 => Some(Float::BF16),
-            _ => None,
-        }
-    }
-
-    /// Writes the little-endian numbers of `bytes` to the next of `places`. The bytes may be unaligned in the file.
-    fn decode<'a>(self, bytes: &[u8], places: &mut impl Iterator<Item = &'a mut f32>) {
+impl Kind {
+    fn has(self, dtype: Dtype) -> bool {
         match self {
-            Float::F32 => put(bytes, f32::from_le_bytes, places),
-            Float::F64 => put(bytes, |bytes| f64::from_le_bytes(bytes) as f32, places),
-            Float::F16 => put(bytes, |bytes| f16_to_f32(u16::from_le_bytes(bytes)), places),
-            Float::BF16 => put(bytes, |[low, high]| f32::from_le_bytes([0, 0, low, high]), places),
+            Kind::Float => Float::of(dtype).is_some(),
+            #[cfg(feature = "lm")]
+            Kind::Bytes => matches!(dtype, Dtype::I8 | Dtype::U8),
+        }
+    }
+
+    fn names(self) -> &'static str {
+        match self {
+            Kind::Float => "F32, F64, F16 or BF16",
+            #[cfg(feature = "lm")]
+            Kind::Bytes => "I8 or U8",
         }
     }
 }
 
-fn put<'a, const N: usize>(
-    bytes: &[u8],
-    number: impl Fn([u8; N]) -> f32,
-    places: &mut impl Iterator<Item = &'a mut f32>,
-) {
-    // the numbers come first in the zip: places must not advance past the last of them
-    for (bytes, place) in bytes.as_chunks().0.iter().zip(places) {
-        *place = number(*bytes);
+/// Where tensors differ from the `expected` names, shapes and kinds: a line each, in order. `all` are the tensors there
+/// are, and `find` looks for one of them.
+pub(super) fn differences<'a>(
+    expected: &BTreeMap<&str, (&[usize], Kind)>,
+    find: impl Fn(&str) -> Option<&'a Tensor>,
+    all: impl Iterator<Item = (&'a String, &'a Tensor)>,
+) -> Vec<String> {
+    let mut problems = Vec::new();
+    for (&name, &(shape, kind)) in expected {
+        let name_shown = quoted(name);
+        match find(name) {
+            None => problems.push(format!("{name_shown}: missing, expected shape {shape:?}")),
+            Some(found) if found.shape != shape => {
+                problems.push(format!("{name_shown}: has shape {:?}, expected {shape:?}", found.shape));
+            }
+            Some(found) if !kind.has(found.dtype) => {
+                problems.push(format!("{name_shown}: has type {}, expected {}", found.dtype, kind.names()));
+            }
+            Some(_) => {}
+        }
     }
-}
-
-/// Half precision has 5 bits of exponent and 10 of fraction. Moved to where f32 has them, the number is 2¹¹² too small.
-fn f16_to_f32(half: u16) -> f32 {
-    const INFINITY: u32 = 0x7f80_0000;
-    let sign = u32::from(half & 0x8000) << 16;
-    let moved = u32::from(half & 0x7fff) << 13;
-    let magnitude = if half & 0x7c00 == 0x7c00 {
-        moved | INFINITY
-    } else {
-        (f32::from_bits(moved) * f32::from_bits((127 + 112) << 23)).to_bits()
-    };
-    f32::from_bits(sign | magnitude)
+    for (name, found) in all {
+        if !expected.contains_key(name.as_str()) {
+            problems.push(format!("{}: unexpected, has shape {:?}", quoted(name), found.shape));
+        }
+    }
+    problems.sort();
+    problems
 }
 
 /// A stranger's name for a message: escaped, and not longer than a line.
@@ -310,40 +383,6 @@ pub(crate) fn quoted(name: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn halves_become_floats() {
-        for (half, float) in [
-            (0x0000, 0.0),
-            (0x8000, -0.0),
-            (0x0001, 2f32.powi(-24)),
-            (0x83ff, -1023.0 * 2f32.powi(-24)),
-            (0x0400, 2f32.powi(-14)),
-            (0x3c00, 1.0),
-            (0x3555, 1365.0 / 4096.0),
-            (0xc500, -5.0),
-            (0x7bff, 65504.0),
-            (0x7c00, f32::INFINITY),
-            (0xfc00, f32::NEG_INFINITY),
-        ] {
-            assert_eq!(f16_to_f32(half).to_bits(), f32::to_bits(float), "{half:#06x}");
-        }
-        assert!(f16_to_f32(0x7e01).is_nan());
-    }
-
-    #[test]
-    fn every_type_of_float_is_decoded() {
-        let mut read = [0f32; 2];
-        let mut decode = |float: Float, bytes: &[u8]| {
-            float.decode(bytes, &mut read.iter_mut());
-            read
-        };
-        assert_eq!(decode(Float::F32, &[0, 0, 0x80, 0x3f, 0, 0, 0x20, 0xc0]), [1.0, -2.5]);
-        assert_eq!(decode(Float::F16, &[0x00, 0x3c, 0x00, 0xc1]), [1.0, -2.5]);
-        assert_eq!(decode(Float::BF16, &[0x80, 0x3f, 0x20, 0xc0]), [1.0, -2.5]);
-        let doubles = [1f64.to_le_bytes(), (-2.5f64).to_le_bytes()].concat();
-        assert_eq!(decode(Float::F64, &doubles), [1.0, -2.5]);
-    }
 
     #[test]
     fn names_are_shown_escaped_and_short() {

@@ -293,7 +293,7 @@ impl Given {
     /// Refuses a key that would say otherwise than what the model has anyway: −1, as published, or `usual`.
     fn only(self, key: &'static str, usual: usize) -> Result<()> {
         self.read(key, Some(()), &format!("-1, or {usual}, which is what it would be"), |given| {
-            matches!(given, Given::Int(-1)).then_some(()).or((given.as_size()? == usual).then_some(()))
+            (matches!(given, Given::Int(-1)) || given.as_size() == Some(usual)).then_some(())
         })
     }
 }
@@ -374,6 +374,8 @@ impl TryFrom<Raw> for HymbaLmConfig {
                 .unwrap_or(0),
         };
         config.validate()?;
+        raw.attn_hidden_size.only("attn_hidden_size", config.hidden_size)?;
+        raw.kq_head_dim.only("kq_head_dim", config.key_width())?;
         Ok(config)
     }
 }

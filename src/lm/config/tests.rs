@@ -231,7 +231,7 @@ fn bad_values_are_refused_by_name() {
         (json!({"kq_head_dim": 8}), &["kq_head_dim = 8", "-1, or 4"]),
         (json!({"model_type": "mamba"}), &["model_type = \"mamba\"", "hymba"]),
         (json!({"model_type": "\u{1b}[31m"}), &["\\u{1b}[31m"]),
-        (json!({"intermediate_size": 1 << 24, "hidden_size": 1 << 20}), &["intermediate_size", "parameters"]),
+        (json!({"intermediate_size": 1 << 24, "hidden_size": 1 << 10}), &["intermediate_size", "parameters"]),
         (json!({"hidden_size": 1 << 24, "intermediate_size": 0}), &["mamba_expand"]),
         (json!({"hidden_size": 1 << 23, "intermediate_size": 0}), &["hidden_size", "parameters"]),
     ] {
@@ -284,7 +284,10 @@ fn files_that_are_no_configs_are_refused() {
     for cut in 0..good.len() {
         error(&good.as_bytes()[..cut]);
     }
-    assert!(error(b"[]").contains("hidden_size") && error(b"3").contains("a config"));
+    for other in ["null", "3", "\"config\""] {
+        assert!(error(other.as_bytes()).contains("expected a config:"), "{}", error(other.as_bytes()));
+    }
+    assert!(error(b"[]").contains("must be there"));
     assert!(error(b"{\"rope\": \xff}").contains("UTF-8"));
     assert!(error(b"{\"rope\": true, \"rope\": true}").contains("duplicate field `rope`"));
     assert!(error(b"{\"rope_theta\": NaN}").contains("line 1"));
