@@ -15,7 +15,7 @@ use self::tensors::{Source, Tensors};
 pub(crate) use self::write::{replace, write_streamed};
 use crate::{Error, Hymba, HymbaOptions, Result, train};
 
-mod float;
+pub(crate) mod float;
 #[cfg(feature = "lm")]
 pub(crate) mod folder;
 pub(crate) mod header;
@@ -205,7 +205,7 @@ fn origin(tensors: &Tensors) -> &'static str {
     if has("hymba_block_") {
         "it seems to come from Edifice; read it with Hymba::load_edifice"
     } else if has("model.layers.") {
-        "it seems to be a language model of Hugging Face, which Hymba::load does not read"
+        "it seems to be a language model of Hugging Face; read its folder with HymbaLm::from_dir (feature lm)"
     } else if has("blocks.") {
         "its names look right, so it was probably made elsewhere; read it with Hymba::load_with and the options"
     } else if tensors.names().any(|name| name.contains(".blocks.")) {

@@ -353,3 +353,75 @@ fn what_users_get_wrong_is_an_error_and_changes_nothing() {
     assert_eq!(state.layer(0, 1), before);
     assert_eq!(state.lengths(), [3]);
 }
+
+#[test]
+fn a_saved_model_and_a_saved_state_come_back() {
+    let folder = tempfile::tempdir().unwrap();
+    for golden in folders() {
+        let lm = HymbaLm::from_dir(&golden).unwrap();
+        let path = folder.path().join("model");
+        lm.save_dir(&path).unwrap();
+        let mut seen = Vec::new();
+        let again = HymbaLm::from_dir_with(&path, &LoadOptions::default(), |loading| seen.push(loading)).unwrap();
+        assert_eq!(
+            seen.last().map(|last| (last.parameters, last.of)),
+            Some((again.num_parameters() as u64, seen[0].of))
+        );
+        assert_eq!(again.config(), lm.config());
+        let ids = arr2(&[[1, 2, 3, 4], [5, 6, 7, 8]]);
+        assert_eq!(again.forward(&ids).unwrap(), lm.forward(&ids).unwrap());
+
+        let mut state = lm.new_state(2);
+        lm.prefill_ragged(&[text(30, 0), text(7, 1)], &mut state).unwrap();
+        let path = folder.path().join("state");
+        lm.save_state(&state, &path).unwrap();
+        // by the model, or by the same one read again
+        for lm in [&lm, &again] {
+            let mut later = lm.load_state(&path).unwrap();
+            assert_eq!(later.lengths(), [30, 7]);
+            for layer in 0..lm.config().num_hidden_layers {
+                assert_eq!(later.layer(0, layer), state.layer(0, layer));
+            }
+            lm.step(&arr1(&[1, 2]), &mut later).unwrap();
+        }
+        assert!(matches!(again.save_state(&state, &path), Err(Error::State(_))));
+    }
+}
+
+#[test]
+fn a_state_of_another_model_or_a_damaged_one_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("state");
+    let bf16 = LoadOptions::default().kv_storage(KvStorage::Bf16);
+    let lm = small(|_| {}, &bf16);
+    let mut state = lm.new_state(1);
+    lm.prefill_ragged(&[text(30, 0)], &mut state).unwrap();
+    lm.save_state(&state, &path).unwrap();
+    let logits = lm.step(&arr1(&[1]), &mut state).unwrap();
+    // what was kept in 16 bits stays so, whatever the model would keep
+    let same = small(|_| {}, &LoadOptions::default());
+    assert_eq!(same.step(&arr1(&[1]), &mut same.load_state(&path).unwrap()).unwrap(), logits);
+
+    let others = [
+        HymbaLm::random(lm.config().clone(), 2, &bf16).unwrap(),
+        small(|config| config.rms_norm_eps = 1e-5, &bf16),
+        small(|config| config.num_hidden_layers = 6, &bf16),
+    ];
+    for other in others {
+        assert!(matches!(other.load_state(&path), Err(Error::State(_))));
+    }
+    let bytes = std::fs::read(&path).unwrap();
+    for end in [0, 7, 8, 100, 2000, bytes.len() - 1] {
+        std::fs::write(&path, &bytes[..end]).unwrap();
+        assert!(matches!(lm.load_state(&path), Err(Error::Format { .. })), "{end}");
+    }
+    for (from, to) in [("[35]", "[36]"), ("[35]", "[04]"), ("[35]", "[9]"), ("[35]", "[]"), ("bf16", "f32 ")] {
+        let at = bytes.windows(from.len()).position(|here| here == from.as_bytes()).unwrap();
+        let mut changed = bytes.clone();
+        changed[at..at + from.len()].fill(b' ');
+        changed[at..at + to.len()].copy_from_slice(to.as_bytes());
+        std::fs::write(&path, changed).unwrap();
+        assert!(lm.load_state(&path).is_err(), "{from} → {to}");
+    }
+    assert!(matches!(lm.load_state(folder.path().join("absent")), Err(Error::Io { .. })));
+}

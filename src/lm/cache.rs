@@ -2,13 +2,15 @@
 
 use half::bf16;
 use half::slice::HalfFloatSliceExt;
-use ndarray::Array3;
+use ndarray::{Array2, Array3};
 
 use crate::kernels::attention::{Run, Stored, attend_step};
 use crate::kernels::matmul::Rows;
+use crate::layers::flat;
 
 /// The type in which a state keeps keys and values.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum KvStorage {
     /// 32 bits, as they are computed.
     #[default]
@@ -90,7 +92,7 @@ impl<T: Kept> Cache<T> {
     /// Rows that are held.
     fn rows(&self) -> usize {
         let KvShape { meta, window, .. } = self.shape;
-        window.map_or(self.length, |window| self.length.min(meta + window))
+        window.map_or(self.length, |window| self.length.min(meta.saturating_add(window)))
     }
 
     /// The positions other than meta tokens that the token at `position` sees, itself not included.
@@ -220,6 +222,47 @@ impl KvCache {
 
     pub(super) fn arrays(&self) -> (Array3<f32>, Array3<f32>) {
         either!(self, cache => cache.arrays())
+    }
+
+    pub(super) fn storage(&self) -> KvStorage {
+        match self {
+            KvCache::F32(_) => KvStorage::F32,
+            KvCache::Bf16(_) => KvStorage::Bf16,
+        }
+    }
+
+    /// Keys and values as they lie in memory: rows, their width, and the numbers.
+    pub(super) fn kept(&self) -> [(usize, usize, Vec<f32>); 2] {
+        fn wide<T: Kept>(cache: &Cache<T>) -> [(usize, usize, Vec<f32>); 2] {
+            let (key, value) = cache.strides();
+            [(key, &cache.keys), (value, &cache.values)].map(|(width, kept)| {
+                let mut wide = Vec::new();
+                T::widen(kept, &mut wide);
+                (cache.rows(), width, wide)
+            })
+        }
+        either!(self, cache => wide(cache))
+    }
+
+    /// What [`kept`](Self::kept) holds when so many tokens were seen: rows, and the widths of keys and values.
+    pub(super) fn dim_at(&self, length: usize) -> (usize, usize, usize) {
+        either!(self, cache => {
+            let (key, value) = cache.strides();
+            (Cache { length, ..Cache::<f32>::new(cache.shape) }.rows(), key, value)
+        })
+    }
+
+    /// Takes over what [`kept`](Self::kept) gave when so many tokens were seen.
+    pub(super) fn restore(&mut self, length: usize, keys: &Array2<f32>, values: &Array2<f32>) {
+        fn narrow<T: Kept>(wide: &Array2<f32>) -> Vec<T> {
+            let mut kept = vec![T::ZERO; wide.len()];
+            T::narrow(flat(wide), &mut kept);
+            kept
+        }
+        either!(self, cache => {
+            cache.length = length;
+            (cache.keys, cache.values) = (narrow(keys), narrow(values));
+        });
     }
 
     /// Bytes of memory taken.

@@ -162,12 +162,7 @@ impl HymbaLm {
     /// The number of parameters.
     pub fn num_parameters(&self) -> usize {
         let mut count = 0;
-        self.visit(&mut |_, parameter| {
-            count += match parameter {
-                Parameter::Matrix(matrix) => matrix.dim().0 * matrix.dim().1,
-                Parameter::Numbers(numbers) => numbers.len(),
-            }
-        });
+        self.visit(&mut |_, parameter| count += parameter.len());
         count
     }
 
@@ -274,7 +269,7 @@ impl HymbaLm {
     /// [`Error::Tokens`] if there are none or an id is not in the vocabulary.
     pub fn inspect(&self, ids: &[u32]) -> Result<LmInspection> {
         self.check(&[ids], None)?;
-        let mut state = self.empty_row();
+        let mut state = self.empty_row(self.kv_storage);
         let team = Team::alone();
         let mut parts = Vec::new();
         for input in [Input::MetaTokens, Input::Ids(ids)] {
@@ -340,7 +335,7 @@ impl HymbaLm {
         self.check(rows, Some(state))?;
         let rows: Vec<&[u32]> = rows.iter().map(AsRef::as_ref).collect();
         let tokens: usize = rows.iter().map(|row| row.len()).sum();
-        with_team(tokens.saturating_mul(self.matrix_numbers()), |team| {
+        with_team(tokens.saturating_mul(self.num_parameters()), |team| {
             let mut done = vec![0; rows.len()];
             loop {
                 // Pieces end at multiples of MOST_TOKENS of their own row, whatever the others do: so a row's numbers do not
@@ -428,34 +423,28 @@ impl HymbaLm {
         x
     }
 
-    fn empty_row(&self) -> RowState {
-        let layers = self.blocks.iter().map(|block| block.new_state(self.kv_storage)).collect();
+    pub(super) fn kv_storage(&self) -> KvStorage {
+        self.kv_storage
+    }
+
+    /// A row that has seen nothing at all.
+    pub(super) fn empty_row(&self, storage: KvStorage) -> RowState {
+        let layers = self.blocks.iter().map(|block| block.new_state(storage)).collect();
         RowState { position: 0, meta: self.meta_tokens.nrows(), layers }
     }
 
     /// A row that has seen the meta tokens.
-    fn prefix(&self) -> &RowState {
+    pub(super) fn prefix(&self) -> &RowState {
         self.prefix.get(|| {
-            let mut row = self.empty_row();
+            let mut row = self.empty_row(self.kv_storage);
             let count = self.meta_tokens.nrows();
             if count > 0 {
-                with_team(count.saturating_mul(self.matrix_numbers()), |team| {
+                with_team(count.saturating_mul(self.num_parameters()), |team| {
                     self.pass(team, vec![(&mut row, Input::MetaTokens)], None);
                 });
             }
             row
         })
-    }
-
-    /// Multiplications a token, about.
-    fn matrix_numbers(&self) -> usize {
-        let mut count = 0;
-        self.visit(&mut |_, parameter| {
-            if let Parameter::Matrix(matrix) = parameter {
-                count += matrix.dim().0 * matrix.dim().1;
-            }
-        });
-        count
     }
 
     pub(super) fn visit<'a>(&'a self, f: &mut Visitor<'_, 'a>) {

@@ -20,3 +20,21 @@ pub(super) enum ParameterMut<'a> {
 pub(super) type Visitor<'f, 'a> = dyn FnMut(&str, Parameter<'a>) + 'f;
 /// As [`Visitor`], for changing the parameters.
 pub(super) type VisitorMut<'f, 'a> = dyn FnMut(&str, ParameterMut<'a>) + 'f;
+
+impl Parameter<'_> {
+    pub(super) fn len(&self) -> usize {
+        match self {
+            Parameter::Matrix(matrix) => matrix.dim().0 * matrix.dim().1,
+            Parameter::Numbers(numbers) => numbers.len(),
+        }
+    }
+}
+
+impl ParameterMut<'_> {
+    pub(super) fn len(&self) -> usize {
+        match self {
+            ParameterMut::Matrix(matrix) => matrix.dim().0 * matrix.dim().1,
+            ParameterMut::Numbers(numbers) => numbers.len(),
+        }
+    }
+}
