@@ -176,7 +176,7 @@ fn a_prompt_may_be_fed_in_pieces() {
                     let want = whole.slice(s![.., fed - 1, ..]).to_owned();
                     let off = largest(&logits, &want);
                     assert!(
-                        off < 2e-5,
+                        off < tolerance,
                         "{kv_storage:?} window {window:?} meta {meta} pieces of {piece} at {fed}: {off}"
                     );
                 }
