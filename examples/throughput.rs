@@ -12,11 +12,12 @@
 use std::error::Error;
 use std::time::{Duration, Instant};
 
-use hymba::ndarray::{Array2, Array3};
-use hymba::train::{AdamW, AdamWOptions, RegressionLoss};
-use hymba::{Hymba, HymbaOptions};
+use cases::{CASES, prepare};
 
-const WIDTH: usize = 287;
+#[allow(dead_code)] // the other examples use more of it
+#[path = "support/cases.rs"]
+mod cases;
+
 const ROUND: Duration = Duration::from_millis(300);
 
 fn main() -> Result<(), Box<dyn Error>> {
@@ -28,30 +29,9 @@ fn main() -> Result<(), Box<dyn Error>> {
         Some(threads) => threads,
         None => std::thread::available_parallelism()?.get(),
     };
-    for (case, batch, length) in [("f1", 1, 60), ("f32", 32, 60), ("f1k", 1, 1024), ("f8k", 1, 8192)] {
-        let model = Hymba::build(HymbaOptions::new(WIDTH).window_size(length.max(60)))?;
-        let x = Array3::from_shape_fn((batch, length, WIDTH), |(b, t, i)| ((b * 7 + t * 3 + i) as f32 * 0.1).sin());
-        report(case, threads, rounds, || model.forward(&x).map(|_| ()))?;
+    for case in CASES {
+        report(case, threads, rounds, prepare(case)?)?;
     }
-    let model = Hymba::build(HymbaOptions::new(WIDTH))?;
-    let mut state = model.new_state(1);
-    let frame = Array2::from_shape_fn((1, WIDTH), |(_, i)| (i as f32 * 0.1).sin());
-    for _ in 0..70 {
-        model.step(&frame, &mut state)?;
-    }
-    report("step", threads, rounds, || model.step(&frame, &mut state).map(|_| ()))?;
-
-    let mut model = model;
-    let x = Array3::from_shape_fn((32, 60, WIDTH), |(b, t, i)| ((b * 7 + t * 3 + i) as f32 * 0.1).sin());
-    let targets = Array2::from_shape_fn((32, model.options().output_size()), |(b, i)| ((b + i) as f32 * 0.1).sin());
-    let mut gradient = model.zeros_like();
-    let mut optimizer = AdamW::new(&model, AdamWOptions::default())?;
-    report("train", threads, rounds, || {
-        let (y, cache) = model.forward_train(&x, None, optimizer.steps())?;
-        let loss = RegressionLoss::MeanSquaredError.evaluate(&y, &targets)?;
-        model.backward(&cache, &loss.gradient, &mut gradient)?;
-        optimizer.step(&mut model, &mut gradient).map(|_| ())
-    })?;
     Ok(())
 }
 

@@ -67,6 +67,7 @@
 //! | feature | default | |
 //! |---|---|---|
 //! | `rayon` | yes | runs the sequences of a batch, the two branches of a block and large products on several threads |
+//! | `profile` | no | times the parts of the arithmetic, for people who work on its speed |
 //!
 //! Threads are those of the rayon pool at hand: the global one (`RAYON_NUM_THREADS` sets its size), or yours, inside
 //! `ThreadPool::install`. A step of a few streams runs on the calling thread alone. Without the feature everything does.
@@ -120,6 +121,8 @@ pub mod lm;
 mod model;
 mod options;
 mod predictor;
+#[cfg(feature = "profile")]
+pub mod profile;
 mod summary;
 pub mod train;
 mod weights;

@@ -4,6 +4,7 @@ use std::ops::Range;
 
 use ndarray::{ArrayViewMut2, Axis};
 
+use super::clock::{Part, Work, timed};
 use super::math;
 use super::matmul::{Out, PANEL, Packed, Rows, matmul_part};
 use super::parallel;
@@ -95,6 +96,21 @@ impl<'a> Sequence<'a> {
         self.meta + self.window.map_or(self.frames, |window| window.min(self.frames))
     }
 
+    /// What the queries of `m` frames of one head from `first` on take: `products` multiplications of its width with every key
+    /// they see, and an exp.
+    fn work(&self, first: usize, m: usize, products: usize) -> Work {
+        // keys of frames that the first so many frames see, all together
+        let seen = |frames: usize| {
+            let full = self.window.map_or(0, |window| frames.saturating_sub(window));
+            let growing = frames - full;
+            growing * (growing + 1) / 2 + full * growing
+        };
+        let first = self.before + first;
+        let pairs = (m * self.meta + seen(first + m) - seen(first)) as u64;
+        let width = (self.key_width + self.value_width) as u64 / 2;
+        Work { multiply_adds: products as u64 * pairs * width, exps: pairs, ..Work::default() }
+    }
+
     /// All columns that frame `i` sees.
     fn seen(&self, i: usize) -> impl Iterator<Item = usize> + Clone + use<> {
         (0..self.meta).chain(self.meta + self.first_seen(i)..self.meta + i + 1)
@@ -144,9 +160,12 @@ impl PackedHead {
     /// number is finite; otherwise frames must really not be touched by what lies after them.
     pub(crate) fn new(head: &Sequence) -> Option<Self> {
         let columns = head.meta + head.frames;
-        (0..columns).all(|column| all_finite(head.value(column))).then(|| PackedHead {
-            keys: Packed::from_rows(columns, head.key_width, |column| head.key(column), None),
-            values: Packed::from_columns(head.value_width, columns, |column| head.value(column)),
+        let work = Work::numbers(2 * columns * (head.key_width + head.value_width));
+        timed(Part::Attention, work, || {
+            (0..columns).all(|column| all_finite(head.value(column))).then(|| PackedHead {
+                keys: Packed::from_rows(columns, head.key_width, |column| head.key(column), None),
+                values: Packed::from_columns(head.value_width, columns, |column| head.value(column)),
+            })
         })
     }
 }
@@ -182,9 +201,15 @@ fn all_finite(x: &[f32]) -> bool {
     largest < f32::INFINITY.to_bits()
 }
 
-/// One tile of queries. Keys come in pieces, and what is summed so far is rescaled whenever a piece holds a new largest
-/// score (the online softmax of flash attention).
+/// One tile of queries.
 pub(crate) fn attend_tile(head: Sequence, packed: Option<&PackedHead>, tile: Tile) {
+    let work = head.work(tile.first, tile.out.nrows(), 2);
+    timed(Part::Attention, work, || attend_queries(head, packed, tile));
+}
+
+/// Keys come in pieces, and what is summed so far is rescaled whenever a piece holds a new largest score (the online
+/// softmax of flash attention).
+fn attend_queries(head: Sequence, packed: Option<&PackedHead>, tile: Tile) {
     let Tile { first, mut out, log_sums } = tile;
     let Some(PackedHead { keys, values }) = packed else {
         if let Some(mut sums) = log_sums {

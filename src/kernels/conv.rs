@@ -1,5 +1,6 @@
 //! Depthwise causal convolution over time.
 
+use super::clock::{Part, Work, timed};
 use super::math::{self, Silu};
 use super::matmul::Rows;
 use super::simd::{Kernel, LANES, Simd, dispatch};
@@ -9,7 +10,7 @@ pub(crate) const TAPS: usize = 4;
 
 /// out `[l, d]`: out_t = bias + Σᵢ weight_i ⊙ x_{t−3+i} for i = 0 … 3, what [`conv_silu`] takes the silu of.
 pub(crate) fn conv(x: Rows, before: &[f32], weight: &[f32], bias: &[f32], out: &mut [f32]) {
-    dispatch(Conv { x, before, weight, bias, out });
+    timed(Part::Elementwise, Work::numbers(2 * out.len()), || dispatch(Conv { x, before, weight, bias, out }));
 }
 
 /// out `[l, d]`: out_t = silu(bias + Σᵢ weight_i ⊙ x_{t−3+i}) for i = 0 … 3. `weight` is `[4, d]`; `before` `[3, d]` holds
@@ -66,7 +67,9 @@ pub(crate) struct ConvGradient<'a> {
 
 /// The gradient of [`conv`] for dy `[l, d]`: row t of x went into the outputs t … t + 3, through weight 3 … 0.
 pub(crate) fn conv_backward(x: Rows, before: &[f32], weight: &[f32], dy: &[f32], gradient: ConvGradient) {
-    dispatch(ConvBackward { x, before, weight, dy, gradient });
+    timed(Part::Elementwise, Work::numbers(3 * dy.len()), || {
+        dispatch(ConvBackward { x, before, weight, dy, gradient })
+    });
 }
 
 struct ConvBackward<'a> {

@@ -1,6 +1,7 @@
 //! Element-wise functions: exp and what is built on it, each within a few units in the last place of its f64 value (gelu:
 //! within 2e-7·|x|, as 1 + erf cancels for negative x).
 
+use super::clock::{Part, Work, timed};
 use super::simd::{Kernel, LANES, Simd, dispatch};
 
 /// A function of one number, applied to sixteen at a time.
@@ -10,7 +11,7 @@ pub(crate) trait Unary {
 
 /// Replaces every number of `x` by its function value.
 pub(crate) fn map<F: Unary>(x: &mut [f32]) {
-    dispatch(Map::<F>(x, std::marker::PhantomData));
+    timed(Part::Elementwise, Work::numbers(2 * x.len()), || dispatch(Map::<F>(x, std::marker::PhantomData)));
 }
 
 /// A function and its derivative.
@@ -20,13 +21,15 @@ pub(crate) trait Differentiable: Unary {
 
 /// dy ⊙ f′(x), in place of dy.
 pub(crate) fn map_backward<F: Differentiable>(x: &[f32], dy: &mut [f32]) {
-    dispatch(MapBackward::<F>(x, dy, std::marker::PhantomData));
+    timed(Part::Elementwise, Work::numbers(3 * x.len()), || {
+        dispatch(MapBackward::<F>(x, dy, std::marker::PhantomData))
+    });
 }
 
 /// f(x) ⊙ y, in place of x.
 #[cfg(feature = "lm")]
 pub(crate) fn map_mul<F: Unary>(x: &mut [f32], y: &[f32]) {
-    dispatch(MapMul::<F>(x, y, std::marker::PhantomData));
+    timed(Part::Elementwise, Work::numbers(3 * x.len()), || dispatch(MapMul::<F>(x, y, std::marker::PhantomData)));
 }
 
 #[cfg(feature = "lm")]

@@ -8,6 +8,7 @@
 //! Every output is one sum over k in ascending order, whatever the shape of the product and however it is shared among
 //! threads. So a row's result does not depend on the batch it is in.
 
+use super::clock::{Part, Work, timed, timed_product};
 use super::parallel;
 use super::simd::{Kernel, LANES, Simd, dispatch};
 
@@ -130,13 +131,17 @@ pub(crate) fn matmul_part(
     mode: Out,
 ) {
     debug_assert!(outputs.start.is_multiple_of(PANEL) && outputs.end <= w.n && inputs.end <= w.k);
-    dispatch(Product { x: Left::Rows(x), m, w, outputs, inputs, out, out_stride, mode });
+    timed_product(m, outputs.len(), inputs.len(), || {
+        dispatch(Product { x: Left::Rows(x), m, w, outputs, inputs, out, out_stride, mode });
+    });
 }
 
 /// grad `[n, k]` += dyᵀ·x for dy `[m, n]` and x `[m, k]`: the gradient of a matrix from those of its outputs.
 pub(crate) fn matmul_gradient(dy: Rows, n: usize, x: Rows, k: usize, m: usize, grad: &mut [f32]) {
-    let dy = Packed::from_columns(n, m, |i| dy.row(i, n));
-    let x = Packed::from_columns(k, m, |i| x.row(i, k));
+    let work = Work::numbers(2 * m * (n + k));
+    let (dy, x) = timed(Part::Packing, work, || {
+        (Packed::from_columns(n, m, |i| dy.row(i, n)), Packed::from_columns(k, m, |i| x.row(i, k)))
+    });
     gradient_rows(&dy, 0, n, &x, grad);
 }
 
@@ -152,7 +157,9 @@ fn gradient_rows(dy: &Packed, first: usize, n: usize, x: &Packed, grad: &mut [f3
     } else {
         let left = Left::Columns(dy, first);
         let (outputs, inputs) = (0..x.n, 0..x.k);
-        dispatch(Product { x: left, m: n, w: x, outputs, inputs, out: grad, out_stride: x.n, mode: Out::Add });
+        timed_product(n, x.n, x.k, || {
+            dispatch(Product { x: left, m: n, w: x, outputs, inputs, out: grad, out_stride: x.n, mode: Out::Add });
+        });
     }
 }
 

@@ -4,7 +4,10 @@
 //! reference that stands in its tests.
 
 pub(crate) mod attention;
+pub(crate) mod clock;
 pub(crate) mod conv;
+#[cfg(feature = "profile")]
+pub(crate) mod limits;
 pub(crate) mod math;
 pub(crate) mod matmul;
 #[cfg(feature = "lm")]

@@ -1,5 +1,6 @@
 //! Normalisation of rows to mean 0 and variance 1.
 
+use super::clock::{Part, Work, timed};
 #[cfg(feature = "lm")]
 use super::matmul::{Out, Rows};
 use super::simd::{Kernel, LANES, Simd, dispatch};
@@ -28,19 +29,23 @@ impl SmallVariance {
 
 /// out = weight ⊙ (x − mean) / deviation + bias, for each row of `weight.len()` numbers.
 pub(crate) fn layer_norm(x: &[f32], weight: &[f32], bias: &[f32], epsilon: f32, rule: SmallVariance, out: &mut [f32]) {
-    dispatch(LayerNorm { x, weight, bias, epsilon, rule, out });
+    timed(Part::Elementwise, Work::numbers(2 * x.len()), || {
+        dispatch(LayerNorm { x, weight, bias, epsilon, rule, out })
+    });
 }
 
 /// out (+)= scale · weight ⊙ x / √(mean(x²) + ε), for each row of `weight.len()` numbers.
 #[cfg(feature = "lm")]
 pub(crate) fn rms_norm(x: Rows, weight: &[f32], epsilon: f32, scale: f32, out: &mut [f32], mode: Out) {
-    dispatch(RmsNorm { x, weight, epsilon, scale, out, mode });
+    timed(Part::Elementwise, Work::numbers(2 * out.len()), || {
+        dispatch(RmsNorm { x, weight, epsilon, scale, out, mode })
+    });
 }
 
 /// x = weight ⊙ x / √(mean(x²) + ε), for each row of `weight.len()` numbers.
 #[cfg(feature = "lm")]
 pub(crate) fn rms_norm_in_place(x: &mut [f32], weight: &[f32], epsilon: f32) {
-    dispatch(RmsNormInPlace { x, weight, epsilon });
+    timed(Part::Elementwise, Work::numbers(2 * x.len()), || dispatch(RmsNormInPlace { x, weight, epsilon }));
 }
 
 #[cfg(feature = "lm")]
@@ -124,7 +129,9 @@ pub(crate) fn layer_norm_backward(
     dweight: &mut [f32],
     dbias: &mut [f32],
 ) {
-    dispatch(LayerNormBackward { x, weight, epsilon, rule, dy, dx, dweight, dbias });
+    timed(Part::Elementwise, Work::numbers(3 * x.len()), || {
+        dispatch(LayerNormBackward { x, weight, epsilon, rule, dy, dx, dweight, dbias })
+    });
 }
 
 struct LayerNormBackward<'a> {

@@ -2,6 +2,7 @@
 
 use ndarray::{ArrayView3, ArrayViewMut1, ArrayViewMut2, ArrayViewMut3, Axis};
 
+use super::clock::{Part, Work, timed};
 use super::math;
 use super::matmul::Rows;
 use super::parallel;
@@ -88,7 +89,10 @@ pub(crate) fn selective_scan_part(
     out: ArrayViewMut2<f32>,
     checkpoints: Checkpoints,
 ) {
-    dispatch(Scan { input, first, state, out, checkpoints });
+    // one for each state, and that of the gate
+    let exps = (out.len() * (state.nrows() + 1)) as u64;
+    let work = Work { exps, ..Work::default() };
+    timed(Part::Scan, work, || dispatch(Scan { input, first, state, out, checkpoints }));
 }
 
 struct Scan<'a> {
@@ -203,7 +207,10 @@ pub(crate) fn selective_scan_backward(
     dout: &[f32],
     gradient: ScanGradient,
 ) {
-    dispatch(ScanBackward { input, checkpoints, dout, gradient });
+    // one for each state, that of the gate and that of its slope
+    let exps = (dout.len() * (checkpoints.dim().1 + 2)) as u64;
+    let work = Work { exps, ..Work::default() };
+    timed(Part::Scan, work, || dispatch(ScanBackward { input, checkpoints, dout, gradient }));
 }
 
 struct ScanBackward<'a> {

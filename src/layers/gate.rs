@@ -3,6 +3,7 @@
 use ndarray::{Array2, ArrayView2, Zip};
 
 use super::{Buffer, Linear, Rng, Visitor, VisitorMut, flat_mut};
+use crate::kernels::clock::{Part, Work, timed};
 use crate::kernels::math::{self, Sigmoid};
 
 /// g = sigmoid(u·W_gᵀ + b_g), one number for each feature of each frame.
@@ -29,7 +30,9 @@ impl Gate {
 
     /// x += g ⊙ mamba + (1 − g) ⊙ attention, all `[rows, h]`
     pub(crate) fn mix(gate: &Array2<f32>, mamba: &Array2<f32>, attention: &Array2<f32>, x: &mut Array2<f32>) {
-        Zip::from(x).and(gate).and(mamba).and(attention).for_each(|x, &g, &m, &a| *x += g * m + (1.0 - g) * a);
+        timed(Part::Elementwise, Work::numbers(5 * x.len()), || {
+            Zip::from(x).and(gate).and(mamba).and(attention).for_each(|x, &g, &m, &a| *x += g * m + (1.0 - g) * a);
+        });
     }
 
     /// The gradient of [`forward`](Self::forward) at u, for its result g: dg `[rows, h]` → du `[rows, h]`.
@@ -40,7 +43,9 @@ impl Gate {
         mut dgate: Buffer,
         grad: &mut Gate,
     ) -> Buffer {
-        Zip::from(&mut *dgate).and(gate).for_each(|dg, &g| *dg *= g * (1.0 - g)); // sigmoid′
+        timed(Part::Elementwise, Work::numbers(3 * gate.len()), || {
+            Zip::from(&mut *dgate).and(gate).for_each(|dg, &g| *dg *= g * (1.0 - g)); // sigmoid′
+        });
         self.linear.backward(u, dgate.view(), &mut grad.linear)
     }
 
@@ -54,10 +59,12 @@ impl Gate {
     ) -> (Buffer, Buffer, Buffer) {
         let (mut dgate, mut dmamba, mut dattention) =
             (Buffer::any(dx.dim()), Buffer::any(dx.dim()), Buffer::any(dx.dim()));
-        Zip::from(&mut *dgate).and(dx).and(mamba).and(attention).for_each(|dg, &dx, &m, &a| *dg = dx * (m - a));
-        Zip::from(&mut *dmamba).and(&mut *dattention).and(dx).and(gate).for_each(|dm, da, &dx, &g| {
-            *dm = dx * g;
-            *da = dx * (1.0 - g);
+        timed(Part::Elementwise, Work::numbers(8 * dx.len()), || {
+            Zip::from(&mut *dgate).and(dx).and(mamba).and(attention).for_each(|dg, &dx, &m, &a| *dg = dx * (m - a));
+            Zip::from(&mut *dmamba).and(&mut *dattention).and(dx).and(gate).for_each(|dm, da, &dx, &g| {
+                *dm = dx * g;
+                *da = dx * (1.0 - g);
+            });
         });
         (dgate, dmamba, dattention)
     }

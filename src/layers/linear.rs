@@ -4,6 +4,7 @@ use ndarray::{Array1, Array2, ArrayView2};
 use rand::RngExt;
 
 use super::{Buffer, Derived, Rng, Visitor, VisitorMut, flat, flat_mut, join};
+use crate::kernels::clock::{Part, Work, timed};
 use crate::kernels::matmul::{Out, Packed, Rows, matmul, matmul_gradient};
 use crate::kernels::parallel;
 
@@ -59,7 +60,9 @@ impl Linear {
             rows * inputs * outputs,
             || {
                 let weight = flat(&self.weight);
-                let across = Packed::from_columns(inputs, outputs, |output| &weight[output * inputs..][..inputs]);
+                let across = timed(Part::Packing, Work::numbers(2 * weight.len()), || {
+                    Packed::from_columns(inputs, outputs, |output| &weight[output * inputs..][..inputs])
+                });
                 let mut dx = Buffer::any((rows, inputs));
                 matmul(dy, rows, &across, flat_mut(&mut dx), Out::Set);
                 dx
@@ -67,9 +70,11 @@ impl Linear {
             || {
                 matmul_gradient(dy, outputs, x, inputs, rows, flat_mut(&mut grad.weight));
                 if let Some(bias) = &mut grad.bias {
-                    for row in dy.data.chunks_exact(outputs) {
-                        bias.iter_mut().zip(row).for_each(|(bias, dy)| *bias += dy);
-                    }
+                    timed(Part::Elementwise, Work::numbers(dy.data.len()), || {
+                        for row in dy.data.chunks_exact(outputs) {
+                            bias.iter_mut().zip(row).for_each(|(bias, dy)| *bias += dy);
+                        }
+                    });
                 }
             },
         );
@@ -81,7 +86,9 @@ impl Linear {
             let (outputs, inputs) = self.weight.dim();
             let weight = flat(&self.weight);
             let row = |output: usize| &weight[output * inputs..][..inputs];
-            Packed::from_rows(outputs, inputs, row, self.bias.as_ref().map(flat))
+            timed(Part::Packing, Work::numbers(2 * weight.len()), || {
+                Packed::from_rows(outputs, inputs, row, self.bias.as_ref().map(flat))
+            })
         });
         matmul(x, rows, packed, y, mode);
     }

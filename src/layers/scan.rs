@@ -4,6 +4,7 @@
 use ndarray::{Array1, Array2, ArrayView3, ArrayViewMut2};
 
 use super::{Derived, Visitor, VisitorMut, flat, join};
+use crate::kernels::clock::{Part, Work, timed};
 use crate::kernels::math::{self, Softplus};
 use crate::kernels::matmul::Rows;
 use crate::kernels::scan::{Checkpoints, RowsMut, ScanGradient, ScanInput, selective_scan, selective_scan_backward};
@@ -120,15 +121,17 @@ impl SelectiveScan {
             input_step: dstep.as_deref_mut(),
         };
         selective_scan_backward(self.input(delta, input, step.as_deref()), checkpoints, dout, scan_gradient);
-        for (t, (ddelta, delta)) in ddelta.chunks_exact_mut(self.d).zip(delta.chunks_exact(self.d)).enumerate() {
-            // the mean hands its gradient to all channels alike
-            let shared = dstep.as_ref().map_or(0.0, |dstep| dstep[t] / self.d as f32);
-            for (ddelta, delta) in ddelta.iter_mut().zip(delta) {
-                let moves = self.time_step == TimeStep::Softplus || (*delta > CLIP.0 && *delta < CLIP.1);
-                // softplus′(δ) = sigmoid(δ) = 1 − exp(−softplus(δ))
-                *ddelta = if moves { -(*ddelta + shared) * (-delta).exp_m1() } else { 0.0 };
+        timed(Part::Elementwise, Work::numbers(3 * delta.len()), || {
+            for (t, (ddelta, delta)) in ddelta.chunks_exact_mut(self.d).zip(delta.chunks_exact(self.d)).enumerate() {
+                // the mean hands its gradient to all channels alike
+                let shared = dstep.as_ref().map_or(0.0, |dstep| dstep[t] / self.d as f32);
+                for (ddelta, delta) in ddelta.iter_mut().zip(delta) {
+                    let moves = self.time_step == TimeStep::Softplus || (*delta > CLIP.0 && *delta < CLIP.1);
+                    // softplus′(δ) = sigmoid(δ) = 1 − exp(−softplus(δ))
+                    *ddelta = if moves { -(*ddelta + shared) * (-delta).exp_m1() } else { 0.0 };
+                }
             }
-        }
+        });
     }
 
     /// Adds the gradients of A and D of one sequence to those of the parameters: A = −exp(a_log), so dA/da_log = A.

@@ -8,6 +8,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 
 use super::{Parameters, views, views_mut};
+use crate::kernels::clock::{Part, Work, timed};
 use crate::kernels::parallel;
 use crate::weights::tensors::Source;
 use crate::weights::{self, header};
@@ -176,7 +177,11 @@ impl<P: Parameters> AdamW<P> {
                 })
             });
         parallel::for_each(groups(pieces, |piece| piece.parameter.len()), |group| {
-            group.into_iter().for_each(|piece| update.apply(piece));
+            for piece in group {
+                // four numbers read and four written
+                let work = Work { memory_bytes: 32 * piece.parameter.len() as u64, ..Work::default() };
+                timed(Part::Optimizer, work, || update.apply(piece));
+            }
         });
         self.steps = step;
         Ok(StepInfo { step, learning_rate, gradient_norm })
@@ -295,14 +300,16 @@ fn norm(gradient: &impl Parameters) -> f64 {
 
 fn sum_of_squares(numbers: &[f32]) -> f64 {
     // several sums side by side, which the compiler makes vectors of
-    let mut sums = [0f64; 16];
-    let (blocks, rest) = numbers.as_chunks::<16>();
-    for block in blocks {
-        for (sum, &number) in sums.iter_mut().zip(block) {
-            *sum += f64::from(number) * f64::from(number);
+    timed(Part::Optimizer, Work { memory_bytes: 4 * numbers.len() as u64, ..Work::default() }, || {
+        let mut sums = [0f64; 16];
+        let (blocks, rest) = numbers.as_chunks::<16>();
+        for block in blocks {
+            for (sum, &number) in sums.iter_mut().zip(block) {
+                *sum += f64::from(number) * f64::from(number);
+            }
         }
-    }
-    sums.iter().sum::<f64>() + rest.iter().map(|&number| f64::from(number) * f64::from(number)).sum::<f64>()
+        sums.iter().sum::<f64>() + rest.iter().map(|&number| f64::from(number) * f64::from(number)).sum::<f64>()
+    })
 }
 
 /// Finds the first gradient, times `scale`, that a step cannot take.

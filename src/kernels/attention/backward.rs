@@ -5,6 +5,7 @@ use std::ops::Range;
 use ndarray::{ArrayView2, ArrayViewMut2, Axis};
 
 use super::{KEYS, QUERIES, Sequence, pieces};
+use crate::kernels::clock::{Part, timed};
 use crate::kernels::math;
 use crate::kernels::matmul::{Out, Packed, Rows, matmul_part};
 use crate::kernels::parallel;
@@ -59,7 +60,8 @@ pub(crate) struct Attended<'a> {
 pub(crate) fn attend_backward(sequence: Sequence, attended: Attended, gradient: AttentionGradient) {
     let (l, h) = gradient.queries.dim();
     if h == sequence.key_width {
-        return attend_head_backward(sequence, attended, gradient);
+        let work = sequence.work(0, l, 5);
+        return timed(Part::Attention, work, || attend_head_backward(sequence, attended, gradient));
     }
     let half = h / sequence.key_width / 2;
     let column = half * sequence.key_width;

@@ -1,6 +1,7 @@
 //! Attention of one query a head over rows that are kept: the streaming form.
 
 use super::{exp_sum, max};
+use crate::kernels::clock::{Part, Work, timed};
 use crate::kernels::simd::{Kernel, LANES, Simd, dispatch};
 
 /// A type in which keys and values are kept.
@@ -46,7 +47,10 @@ pub(crate) struct Run<'a, T> {
 /// What each of `key_heads` heads of keys answers to the `query [key_heads · g · p]` of its g heads of queries, over all rows
 /// of `runs` → `out [key_heads · g · value width]`.
 pub(crate) fn attend_step<T: Stored>(query: &[f32], runs: &[Run<T>], key_heads: usize, group: usize, out: &mut [f32]) {
-    dispatch(Step { query, runs, key_heads, group, out });
+    let rows = runs.iter().map(|run| run.rows).sum::<usize>() as u64;
+    let multiply_adds = rows * (query.len() + out.len()) as u64;
+    let work = Work { multiply_adds, exps: rows * (key_heads * group) as u64, ..Work::default() };
+    timed(Part::Attention, work, || dispatch(Step { query, runs, key_heads, group, out }));
 }
 
 pub(super) struct Step<'a, T> {
