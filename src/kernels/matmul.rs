@@ -8,6 +8,8 @@
 //! Every output is one sum over k in ascending order, whatever the shape of the product and however it is shared among
 //! threads. So a row's result does not depend on the batch it is in.
 
+use ndarray::{ArrayViewMut2, ShapeBuilder};
+
 use super::clock::{Part, Work, timed, timed_product};
 use super::parallel;
 use super::simd::{Kernel, LANES, Simd, dispatch};
@@ -18,22 +20,46 @@ pub(crate) const PANEL: usize = 2 * LANES;
 /// Half a panel's weights for one input: a cache line.
 #[derive(Clone, Copy)]
 #[repr(C, align(64))]
-struct Line([f32; LANES]);
+pub(crate) struct Line(pub [f32; LANES]);
 
-type PanelRow = [Line; 2];
+/// A panel's weights for one input.
+pub(crate) type PanelRow = [Line; 2];
 
-const ZERO_ROW: PanelRow = [Line([0.0; LANES]); 2];
+/// How far ahead, in bytes, weights are fetched that are used once.
+const AHEAD: usize = 1024;
+
+pub(crate) const ZERO_ROW: PanelRow = [Line([0.0; LANES]); 2];
+
+/// A panel's weights for N inputs, in whatever type they are stored.
+pub(crate) trait Weights<const N: usize>: Copy {
+    /// The most rows of a tile for which the compiler keeps the sums in registers.
+    const MAX_ROWS: usize;
+    /// Whether they come from memory, and not from a cache, each time they are used.
+    const STREAMED: bool;
+    /// Those of one of the inputs, for either half of the panel.
+    fn load<S: Simd>(&self, s: S, input: usize) -> [S::V; 2];
+}
+
+impl Weights<1> for PanelRow {
+    const MAX_ROWS: usize = 12;
+    const STREAMED: bool = false;
+
+    #[inline(always)]
+    fn load<S: Simd>(&self, s: S, _input: usize) -> [S::V; 2] {
+        [s.load(&self[0].0), s.load(&self[1].0)]
+    }
+}
 
 /// A matrix `[n, k]` in panels, with a bias `[n]`.
-pub(crate) struct Packed {
+pub(crate) struct Packed<W = PanelRow, const N: usize = 1> {
     /// n, the outputs.
-    n: usize,
-    /// k, the inputs.
-    k: usize,
-    /// `[n / PANEL, k]`, the last panel filled up with zeros.
-    panels: Vec<PanelRow>,
+    pub(crate) n: usize,
+    /// k, the inputs: a multiple of N.
+    pub(crate) k: usize,
+    /// `[n / PANEL, k / N]`, the last panel filled up with zeros.
+    pub(crate) panels: Vec<W>,
     /// `[n / PANEL]`; empty without a bias.
-    bias: Vec<PanelRow>,
+    pub(crate) bias: Vec<PanelRow>,
 }
 
 impl Packed {
@@ -131,9 +157,9 @@ pub(crate) fn matmul_part(
     mode: Out,
 ) {
     debug_assert!(outputs.start.is_multiple_of(PANEL) && outputs.end <= w.n && inputs.end <= w.k);
-    timed_product(m, outputs.len(), inputs.len(), || {
-        dispatch(Product { x: Left::Rows(x), m, w, outputs, inputs, out, out_stride, mode });
-    });
+    let shape = (m, outputs.len()).strides((out_stride, 1));
+    let out = ArrayViewMut2::from_shape(shape, out).expect("room for m rows");
+    timed_product(m, outputs.len(), inputs.len(), || dispatch(Product { x, w, outputs, inputs, out, mode }));
 }
 
 /// grad `[n, k]` += dyᵀ·x for dy `[m, n]` and x `[m, k]`: the gradient of a matrix from those of its outputs.
@@ -155,34 +181,37 @@ fn gradient_rows(dy: &Packed, first: usize, n: usize, x: &Packed, grad: &mut [f3
             || gradient_rows(dy, first + half, n - half, x, bottom),
         );
     } else {
-        let left = Left::Columns(dy, first);
+        let out = ArrayViewMut2::from_shape((n, x.n), grad).expect("room for n rows");
         let (outputs, inputs) = (0..x.n, 0..x.k);
         timed_product(n, x.n, x.k, || {
-            dispatch(Product { x: left, m: n, w: x, outputs, inputs, out: grad, out_stride: x.n, mode: Out::Add });
+            dispatch(Product { x: Columns(dy, first), w: x, outputs, inputs, out, mode: Out::Add });
         });
     }
 }
 
 /// The left operand of a product.
-#[derive(Clone, Copy)]
-enum Left<'a> {
-    Rows(Rows<'a>),
-    /// The columns of a packed matrix `[m, k]` from this one on: it is read transposed.
-    Columns(&'a Packed, usize),
+pub(crate) trait Left<const N: usize>: Copy {
+    /// Computes some panels of the product, side by side where there are rows few enough.
+    fn by_panels<S: Simd, W: Weights<N>>(s: S, product: &mut Product<Self, W, N>, panel: usize, panels: usize);
 }
+
+/// The columns of a packed matrix `[m, k]` from this one on: it is read transposed.
+#[derive(Clone, Copy)]
+struct Columns<'a>(&'a Packed, usize);
 
 /// Columns of a panel that are the rows of one tile.
 const COLUMN_TILE: usize = 8;
 
-/// Some rows of the left operand.
-trait LeftTile: Copy {
-    fn at(self, row: usize, input: usize) -> f32;
+/// Some rows of the left operand, N inputs at a time.
+trait LeftTile<const N: usize>: Copy {
+    /// The inputs from N·i on.
+    fn at(self, row: usize, i: usize) -> [f32; N];
 }
 
-impl<const R: usize> LeftTile for [&[f32]; R] {
+impl<const R: usize, const N: usize> LeftTile<N> for [&[[f32; N]]; R] {
     #[inline(always)]
-    fn at(self, row: usize, input: usize) -> f32 {
-        self[row][input]
+    fn at(self, row: usize, i: usize) -> [f32; N] {
+        self[row][i]
     }
 }
 
@@ -193,132 +222,147 @@ struct PanelColumns<'a> {
     first: usize,
 }
 
-impl LeftTile for PanelColumns<'_> {
+impl LeftTile<1> for PanelColumns<'_> {
     #[inline(always)]
-    fn at(self, row: usize, input: usize) -> f32 {
+    fn at(self, row: usize, i: usize) -> [f32; 1] {
         let (line, lane) = (self.first / LANES, self.first % LANES);
-        let (tiles, _): (&[[f32; COLUMN_TILE]], _) = self.panel[input][line].0.as_chunks();
-        tiles[lane / COLUMN_TILE][row]
+        let (tiles, _): (&[[f32; COLUMN_TILE]], _) = self.panel[i][line].0.as_chunks();
+        [tiles[lane / COLUMN_TILE][row]]
     }
 }
 
-struct Product<'a> {
-    x: Left<'a>,
-    m: usize,
-    w: &'a Packed,
-    outputs: std::ops::Range<usize>,
-    inputs: std::ops::Range<usize>,
-    out: &'a mut [f32],
-    out_stride: usize,
-    mode: Out,
+/// The columns `outputs` of a product, summed over `inputs`, as in [`matmul_part`].
+pub(crate) struct Product<'a, X, W, const N: usize> {
+    pub x: X,
+    pub w: &'a Packed<W, N>,
+    pub outputs: std::ops::Range<usize>,
+    /// From a multiple of N to one.
+    pub inputs: std::ops::Range<usize>,
+    /// `[m, outputs]`, the numbers of a row side by side.
+    pub out: ArrayViewMut2<'a, f32>,
+    pub mode: Out,
 }
 
-impl Kernel for Product<'_> {
+impl<X: Left<N>, W: Weights<N>, const N: usize> Kernel for Product<'_, X, W, N> {
     type Output = ();
 
-    /// Panels outside, rows inside: a panel is fetched once and stays in the first cache while all rows pass.
+    /// Panels outside, rows inside: a panel is fetched once and stays in a near cache while all rows pass.
     #[inline(always)]
     fn run<S: Simd>(mut self, s: S) {
         let panels = self.outputs.end.div_ceil(PANEL);
         let mut panel = self.outputs.start / PANEL;
         // few rows leave registers for several panels, whose sums then do not wait for each other
-        let wide = if self.m <= 2 { 4 } else { 1 };
+        let wide = if self.out.nrows() <= 2 { 4 } else { 1 };
         while panel < panels {
             let width = if panel + wide <= panels { wide } else { 1 };
-            match self.x {
-                Left::Rows(x) => self.rows_by_panels(s, x, panel, width),
-                Left::Columns(x, first) => self.columns_by_panel(s, x, first, panel),
-            }
-            panel += if let Left::Rows(_) = self.x { width } else { 1 };
+            X::by_panels(s, &mut self, panel, width);
+            panel += width;
         }
     }
 }
 
-impl Product<'_> {
-    /// All rows of x by one or four panels.
+impl<const N: usize> Left<N> for Rows<'_> {
     #[inline(always)]
-    fn rows_by_panels<S: Simd>(&mut self, s: S, x: Rows, panel: usize, width: usize) {
+    fn by_panels<S: Simd, W: Weights<N>>(s: S, product: &mut Product<Self, W, N>, panel: usize, panels: usize) {
+        let m = product.out.nrows();
         let mut row = 0;
-        while row < self.m {
-            let rows = (self.m - row).min(S::TILE_ROWS);
-            match (rows, width) {
-                (1, 4) => self.rows::<S, 1, 4>(s, x, row, panel),
-                (2, 4) => self.rows::<S, 2, 4>(s, x, row, panel),
-                (1, _) => self.rows::<S, 1, 1>(s, x, row, panel),
-                (2, _) => self.rows::<S, 2, 1>(s, x, row, panel),
-                (3, _) => self.rows::<S, 3, 1>(s, x, row, panel),
-                (4, _) => self.rows::<S, 4, 1>(s, x, row, panel),
-                (5, _) => self.rows::<S, 5, 1>(s, x, row, panel),
-                (6, _) => self.rows::<S, 6, 1>(s, x, row, panel),
-                (7, _) => self.rows::<S, 7, 1>(s, x, row, panel),
-                (8, _) => self.rows::<S, 8, 1>(s, x, row, panel),
-                (9, _) => self.rows::<S, 9, 1>(s, x, row, panel),
-                (10, _) => self.rows::<S, 10, 1>(s, x, row, panel),
-                (11, _) => self.rows::<S, 11, 1>(s, x, row, panel),
-                _ => self.rows::<S, 12, 1>(s, x, row, panel),
+        while row < m {
+            let rows = (m - row).min(S::TILE_ROWS).min(W::MAX_ROWS);
+            match (rows, panels) {
+                (1, 4) => product.rows::<S, 1, 4>(s, row, panel),
+                (2, 4) => product.rows::<S, 2, 4>(s, row, panel),
+                (1, _) => product.rows::<S, 1, 1>(s, row, panel),
+                (2, _) => product.rows::<S, 2, 1>(s, row, panel),
+                (3, _) => product.rows::<S, 3, 1>(s, row, panel),
+                (4, _) => product.rows::<S, 4, 1>(s, row, panel),
+                (5, _) => product.rows::<S, 5, 1>(s, row, panel),
+                (6, _) => product.rows::<S, 6, 1>(s, row, panel),
+                (7, _) => product.rows::<S, 7, 1>(s, row, panel),
+                (8, _) => product.rows::<S, 8, 1>(s, row, panel),
+                (9, _) => product.rows::<S, 9, 1>(s, row, panel),
+                (10, _) => product.rows::<S, 10, 1>(s, row, panel),
+                (11, _) => product.rows::<S, 11, 1>(s, row, panel),
+                _ => product.rows::<S, 12, 1>(s, row, panel),
             }
             row += rows;
         }
     }
+}
 
+impl Left<1> for Columns<'_> {
+    #[inline(always)]
+    fn by_panels<S: Simd, W: Weights<1>>(s: S, product: &mut Product<Self, W, 1>, panel: usize, panels: usize) {
+        let (Columns(x, first), m) = (product.x, product.out.nrows());
+        for panel in panel..panel + panels {
+            for row in (0..m).step_by(COLUMN_TILE) {
+                let column = first + row;
+                let columns = PanelColumns { panel: &x.panels[column / PANEL * x.k..][..x.k], first: column % PANEL };
+                product.tile::<S, COLUMN_TILE, 1>(s, columns, row, COLUMN_TILE.min(m - row), panel);
+            }
+        }
+    }
+}
+
+impl<W: Weights<N>, const N: usize> Product<'_, Rows<'_>, W, N> {
     /// R rows of x from `row` on by P panels from `panel` on.
     #[inline(always)]
-    fn rows<S: Simd, const R: usize, const P: usize>(&mut self, s: S, x: Rows, row: usize, panel: usize) {
+    fn rows<S: Simd, const R: usize, const P: usize>(&mut self, s: S, row: usize, panel: usize) {
         let k = self.inputs.len();
-        let mut tile: [&[f32]; R] = [&[]; R];
+        let mut tile: [&[[f32; N]]; R] = [&[]; R];
         for (r, tile) in tile.iter_mut().enumerate() {
-            *tile = x.row(row + r, k);
+            *tile = self.x.row(row + r, k).as_chunks().0;
         }
         self.tile::<S, R, P>(s, tile, row, R, panel);
     }
+}
 
-    /// All columns of the packed x from `first` on, as rows, by one panel.
-    #[inline(always)]
-    fn columns_by_panel<S: Simd>(&mut self, s: S, x: &Packed, first: usize, panel: usize) {
-        for row in (0..self.m).step_by(COLUMN_TILE) {
-            let column = first + row;
-            let columns = PanelColumns { panel: &x.panels[column / PANEL * x.k..][..x.k], first: column % PANEL };
-            self.tile::<S, COLUMN_TILE, 1>(s, columns, row, COLUMN_TILE.min(self.m - row), panel);
-        }
-    }
-
+impl<X, W: Weights<N>, const N: usize> Product<'_, X, W, N> {
     /// The first `rows` of R rows, the first of which is `row`, by P panels from `panel` on.
     #[inline(always)]
     #[allow(clippy::needless_range_loop)] // with plain indices the compiler keeps all sums in registers
     fn tile<S: Simd, const R: usize, const P: usize>(
         &mut self,
         s: S,
-        x: impl LeftTile,
+        x: impl LeftTile<N>,
         row: usize,
         rows: usize,
         panel: usize,
     ) {
-        let k = self.inputs.len();
-        let mut w: [&[PanelRow]; P] = [&[]; P];
+        let steps = self.inputs.len() / N;
+        let mut w: [&[W]; P] = [&[]; P];
         for (p, w) in w.iter_mut().enumerate() {
-            *w = &self.w.panels[(panel + p) * self.w.k + self.inputs.start..][..k];
+            *w = &self.w.panels[((panel + p) * self.w.k + self.inputs.start) / N..][..steps];
         }
         let mut sums = [[[s.splat(0.0); 2]; P]; R];
-        for i in 0..k {
+        for i in 0..steps {
             for p in 0..P {
-                let low = s.load(&w[p][i][0].0);
-                let high = s.load(&w[p][i][1].0);
-                for r in 0..R {
-                    let x = s.splat(x.at(r, i));
-                    sums[r][p][0] = s.mul_add(x, low, sums[r][p][0]);
-                    sums[r][p][1] = s.mul_add(x, high, sums[r][p][1]);
+                if W::STREAMED && P > 1 {
+                    // a product of one row waits for memory, and the CPU alone looks not far enough ahead
+                    let ahead = w[p].as_ptr().wrapping_add(i).wrapping_byte_add(AHEAD);
+                    for line in (0..size_of::<W>()).step_by(size_of::<Line>()) {
+                        s.prefetch(ahead.wrapping_byte_add(line));
+                    }
+                }
+            }
+            for p in 0..P {
+                for j in 0..N {
+                    let [low, high] = w[p][i].load(s, j);
+                    for r in 0..R {
+                        let x = s.splat(x.at(r, i)[j]);
+                        sums[r][p][0] = s.mul_add(x, low, sums[r][p][0]);
+                        sums[r][p][1] = s.mul_add(x, high, sums[r][p][1]);
+                    }
                 }
             }
         }
         for (r, sums) in sums.into_iter().enumerate().take(rows) {
+            let row = self.out.row_mut(row + r).into_slice().expect("numbers side by side");
             for (p, sums) in sums.into_iter().enumerate() {
+                let first = (panel + p) * PANEL - self.outputs.start;
                 for (half, mut sum) in sums.into_iter().enumerate() {
-                    let column = (panel + p) * PANEL + half * LANES;
-                    if column >= self.outputs.end {
-                        break;
-                    }
-                    let width = LANES.min(self.outputs.end - column);
-                    let out = &mut self.out[(row + r) * self.out_stride + column - self.outputs.start..][..width];
+                    let Some(out) = row.get_mut(first + half * LANES..) else { break };
+                    let width = LANES.min(out.len());
+                    let out = &mut out[..width];
                     if let Some(bias) = self.w.bias.get(panel + p) {
                         sum = s.add(sum, s.load(&bias[half].0));
                     }
@@ -369,16 +413,8 @@ mod tests {
                 let mut out = vec![1.0; m * n];
                 for mode in [Out::Set, Out::Add] {
                     let (outputs, inputs) = (0..n, 0..k);
-                    let product = Product {
-                        x: Left::Rows(rows),
-                        m,
-                        w: &packed,
-                        outputs,
-                        inputs,
-                        out: &mut out,
-                        out_stride: n,
-                        mode,
-                    };
+                    let view = ArrayViewMut2::from_shape((m, n), &mut out).unwrap();
+                    let product = Product { x: rows, w: &packed, outputs, inputs, out: view, mode };
                     dispatch_at(level, product);
                     let times = if mode == Out::Set { 1.0 } else { 2.0 };
                     for (got, want) in out.iter().zip(&want) {

@@ -1,39 +1,398 @@
-//! stub
-use super::matmul::{Out, Packed, Rows, matmul_part};
+//! Matrices that stay in the type they are stored in, in the order the product reads them.
+//!
+//! A model of a billion parameters takes memory bandwidth for every token, so its weights are widened to `f32` in
+//! registers only. bfloat16 lies in pairs: a lane of 32 bits holds two consecutive inputs' weights of one output, of
+//! which a shift makes the first number and a mask the second.
+
+use half::{bf16, f16};
+use ndarray::{ArrayViewMut2, Axis};
+
+use super::clock::timed_product;
+use super::matmul::{Out, PANEL, Packed, PanelRow, Product, Rows, Weights, ZERO_ROW};
+use super::parallel;
+use super::simd::{LANES, Level, Simd, dispatch_at};
 use super::team::Team;
+
+/// How the numbers of a matrix are stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Storage {
     F32,
     F16,
     Bf16,
 }
+
+/// A panel's weights for one input: a cache line.
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+struct HalfRow([[u16; LANES]; 2]);
+
+impl Weights<1> for HalfRow {
+    const MAX_ROWS: usize = 12;
+    const STREAMED: bool = true;
+
+    #[inline(always)]
+    fn load<S: Simd>(&self, s: S, _input: usize) -> [S::V; 2] {
+        [s.load_f16(&self.0[0]), s.load_f16(&self.0[1])]
+    }
+}
+
+/// A panel's weights for two inputs: two cache lines. The first input's weight is in the low bits.
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+struct PairRow([[u32; LANES]; 2]);
+
+impl Weights<2> for PairRow {
+    const MAX_ROWS: usize = 8;
+    const STREAMED: bool = true;
+
+    #[inline(always)]
+    fn load<S: Simd>(&self, s: S, input: usize) -> [S::V; 2] {
+        if input == 0 {
+            [s.load_bf16_low(&self.0[0]), s.load_bf16_low(&self.0[1])]
+        } else {
+            [s.load_bf16_high(&self.0[0]), s.load_bf16_high(&self.0[1])]
+        }
+    }
+}
+
+/// A type the numbers of a panel are stored in.
+trait Store<const N: usize>: Weights<N> {
+    const ZERO: Self;
+    /// The numbers of one output, narrowed: rounded to the nearest, to even in the middle.
+    fn set(&mut self, output: usize, numbers: [f32; N]);
+    fn get(&self, output: usize) -> [f32; N];
+}
+
+impl Store<1> for PanelRow {
+    const ZERO: Self = ZERO_ROW;
+
+    fn set(&mut self, output: usize, [number]: [f32; 1]) {
+        self[output / LANES].0[output % LANES] = number;
+    }
+
+    fn get(&self, output: usize) -> [f32; 1] {
+        [self[output / LANES].0[output % LANES]]
+    }
+}
+
+impl Store<1> for HalfRow {
+    const ZERO: Self = HalfRow([[0; LANES]; 2]);
+
+    fn set(&mut self, output: usize, [number]: [f32; 1]) {
+        self.0[output / LANES][output % LANES] = f16::from_f32(number).to_bits();
+    }
+
+    fn get(&self, output: usize) -> [f32; 1] {
+        [f16::from_bits(self.0[output / LANES][output % LANES]).to_f32()]
+    }
+}
+
+impl Store<2> for PairRow {
+    const ZERO: Self = PairRow([[0; LANES]; 2]);
+
+    fn set(&mut self, output: usize, numbers: [f32; 2]) {
+        let [first, second] = numbers.map(|number| u32::from(bf16::from_f32(number).to_bits()));
+        self.0[output / LANES][output % LANES] = second << 16 | first;
+    }
+
+    fn get(&self, output: usize) -> [f32; 2] {
+        let pair = self.0[output / LANES][output % LANES];
+        [f32::from_bits(pair << 16), f32::from_bits(pair & 0xffff_0000)]
+    }
+}
+
+/// A matrix `[n, k]`.
 pub(crate) struct Matrix {
     n: usize,
     k: usize,
-    storage: Storage,
-    data: Vec<f32>,
+    panels: Panels,
 }
+
+enum Panels {
+    F32(Packed<PanelRow, 1>),
+    F16(Packed<HalfRow, 1>),
+    /// With a zero more in each row if k is odd.
+    Bf16(Packed<PairRow, 2>),
+}
+
+/// Evaluates the same expression for the panels of any type.
+macro_rules! with_panels {
+    ($panels:expr, $name:ident => $do:expr) => {
+        match $panels {
+            Panels::F32($name) => $do,
+            Panels::F16($name) => $do,
+            Panels::Bf16($name) => $do,
+        }
+    };
+}
+
 impl Matrix {
+    /// All zero.
     pub(crate) fn zeros(n: usize, k: usize, storage: Storage) -> Matrix {
-        Matrix { n, k, storage, data: vec![0.0; n * k] }
+        let panels = match storage {
+            Storage::F32 => Panels::F32(zeros(n, k)),
+            Storage::F16 => Panels::F16(zeros(n, k)),
+            Storage::Bf16 => Panels::Bf16(zeros(n, k)),
+        };
+        Matrix { n, k, panels }
     }
-    pub(crate) fn set_row(&mut self, row: usize, numbers: &[f32]) {
-        self.data[row * self.k..][..self.k].copy_from_slice(numbers);
-    }
-    pub(crate) fn row(&self, row: usize, out: &mut [f32]) {
-        out.copy_from_slice(&self.data[row * self.k..][..self.k]);
-    }
+
+    /// n, the outputs, and k, the inputs.
     pub(crate) fn dim(&self) -> (usize, usize) {
         (self.n, self.k)
     }
+
     pub(crate) fn storage(&self) -> Storage {
-        self.storage
+        match self.panels {
+            Panels::F32(_) => Storage::F32,
+            Panels::F16(_) => Storage::F16,
+            Panels::Bf16(_) => Storage::Bf16,
+        }
     }
+
+    /// The memory the weights take.
     pub(crate) fn num_bytes(&self) -> usize {
-        self.data.len() * 4
+        with_panels!(&self.panels, packed => size_of_val(packed.panels.as_slice()))
     }
-    pub(crate) fn multiply(&self, _team: &Team, x: Rows, m: usize, out: &mut [f32], mode: Out) {
-        let packed = Packed::from_rows(self.n, self.k, |i| &self.data[i * self.k..][..self.k], None);
-        matmul_part(x, m, &packed, 0..self.n, 0..self.k, out, self.n, mode);
+
+    /// Sets a row to these k numbers, rounded to the nearest number of the type they are stored in.
+    pub(crate) fn set_row(&mut self, row: usize, numbers: &[f32]) {
+        assert!(row < self.n && numbers.len() == self.k, "row {row} of {} numbers", numbers.len());
+        with_panels!(&mut self.panels, packed => set_row(panel_mut(packed, row / PANEL), row % PANEL, numbers));
+    }
+
+    /// Sets every row: `fill` writes the k numbers of the row it is told into the slice. On several threads.
+    pub(crate) fn set_rows(&mut self, fill: impl Fn(usize, &mut [f32]) + Sync + Send) {
+        let (n, k) = (self.n, self.k);
+        with_panels!(&mut self.panels, packed => set_rows(packed, n, k, fill));
+    }
+
+    /// Copies a row into these k numbers.
+    pub(crate) fn row(&self, row: usize, numbers: &mut [f32]) {
+        assert!(row < self.n && numbers.len() == self.k, "row {row} of {} numbers", numbers.len());
+        with_panels!(&self.panels, packed => get_row(packed, row, numbers));
+    }
+
+    /// out `[m, n]` = x `[m, k]` · Wᵀ, or added to it.
+    ///
+    /// Every output is one sum over k in ascending order, whatever m is and whoever computes it.
+    pub(crate) fn multiply(&self, team: &Team, x: Rows, m: usize, out: &mut [f32], mode: Out) {
+        self.multiply_at(Level::current(), team, x, m, out, mode);
+    }
+
+    fn multiply_at(&self, level: Level, team: &Team, x: Rows, m: usize, out: &mut [f32], mode: Out) {
+        let out = ArrayViewMut2::from_shape((m, self.n), out).expect("room for m rows");
+        if out.is_empty() {
+            return;
+        }
+        with_panels!(&self.panels, packed => {
+            let mut even = Vec::new();
+            let x = if packed.k == self.k { x } else { with_a_zero(x, m, self.k, &mut even) };
+            multiply(level, team, x, packed, out, mode);
+        });
+    }
+}
+
+fn zeros<W: Store<N>, const N: usize>(n: usize, k: usize) -> Packed<W, N> {
+    let k = k.next_multiple_of(N);
+    Packed { n, k, panels: vec![W::ZERO; n.div_ceil(PANEL) * k / N], bias: Vec::new() }
+}
+
+fn panel_mut<W, const N: usize>(packed: &mut Packed<W, N>, panel: usize) -> &mut [W] {
+    let rows = packed.k / N;
+    &mut packed.panels[panel * rows..][..rows]
+}
+
+fn set_row<W: Store<N>, const N: usize>(panel: &mut [W], output: usize, numbers: &[f32]) {
+    for (to, numbers) in panel.iter_mut().zip(numbers.chunks(N)) {
+        let mut all = [0.0; N];
+        all[..numbers.len()].copy_from_slice(numbers);
+        to.set(output, all);
+    }
+}
+
+fn set_rows<W, const N: usize>(
+    packed: &mut Packed<W, N>,
+    n: usize,
+    k: usize,
+    fill: impl Fn(usize, &mut [f32]) + Sync + Send,
+) where
+    W: Store<N> + Send,
+{
+    let panels = packed.panels.chunks_mut((packed.k / N).max(1)).enumerate().collect();
+    parallel::for_each_if(n * k, panels, |(panel, to)| {
+        let mut numbers = vec![0.0; k];
+        for row in panel * PANEL..n.min((panel + 1) * PANEL) {
+            fill(row, &mut numbers);
+            set_row(to, row % PANEL, &numbers);
+        }
+    });
+}
+
+fn get_row<W: Store<N>, const N: usize>(packed: &Packed<W, N>, row: usize, numbers: &mut [f32]) {
+    let rows = packed.k / N;
+    let panel = &packed.panels[row / PANEL * rows..][..rows];
+    for (from, numbers) in panel.iter().zip(numbers.chunks_mut(N)) {
+        let count = numbers.len();
+        numbers.copy_from_slice(&from.get(row % PANEL)[..count]);
+    }
+}
+
+/// x with a zero after each row. An odd k is rare.
+fn with_a_zero<'a>(x: Rows, m: usize, k: usize, even: &'a mut Vec<f32>) -> Rows<'a> {
+    for i in 0..m {
+        even.extend_from_slice(x.row(i, k));
+        even.push(0.0);
+    }
+    Rows { data: even, stride: k + 1 }
+}
+
+/// The columns of the product, strip by strip, among the team.
+fn multiply<W, const N: usize>(
+    level: Level,
+    team: &Team,
+    x: Rows,
+    w: &Packed<W, N>,
+    mut out: ArrayViewMut2<f32>,
+    mode: Out,
+) where
+    W: Weights<N> + Sync,
+{
+    // the product takes four panels side by side for a row or two, and one for more
+    let width = if out.nrows() <= 2 { 4 * PANEL } else { PANEL };
+    team.for_each(out.axis_chunks_iter_mut(Axis(1), width).enumerate(), |(i, out)| {
+        let outputs = i * width..i * width + out.ncols();
+        timed_product(out.nrows(), outputs.len(), w.k, || {
+            dispatch_at(level, Product { x, w, outputs, inputs: 0..w.k, out, mode });
+        });
+    });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::team::with_team;
+    use super::*;
+
+    const ALL: [Storage; 3] = [Storage::F32, Storage::F16, Storage::Bf16];
+
+    fn levels() -> impl Iterator<Item = Level> {
+        Level::ALL.into_iter().filter(|level| level.is_available())
+    }
+
+    /// Numbers that are the same in any type.
+    fn numbers(count: usize, step: usize) -> Vec<f32> {
+        (0..count).map(|i| (i * step % 17) as f32 / 8.0 - 1.0).collect()
+    }
+
+    fn matrix(w: &[f32], n: usize, k: usize, storage: Storage) -> Matrix {
+        let mut matrix = Matrix::zeros(n, k, storage);
+        for row in 0..n {
+            matrix.set_row(row, &w[row * k..][..k]);
+        }
+        matrix
+    }
+
+    #[test]
+    fn every_level_and_type_equals_the_plain_product() {
+        let sizes = (0..28).map(|m| (m, 33, 19)).chain((1..130).map(|n| (1, n, 7))).chain((0..130).map(|k| (2, 40, k)));
+        for (m, n, k) in sizes.chain([(1, 130, 64), (100, 65, 33), (13, 129, 128), (2, 257, 3), (3, 0, 5)]) {
+            let stride = k + 3;
+            let (x, w) = (numbers(m * stride, 5), numbers(n * k, 7));
+            let mut want = Vec::new();
+            for i in 0..m {
+                let row = |j| (0..k).map(|p| x[i * stride + p] as f64 * w[j * k + p] as f64).sum::<f64>();
+                want.extend((0..n).map(row));
+            }
+            for storage in ALL {
+                let matrix = matrix(&w, n, k, storage);
+                assert_eq!((matrix.dim(), matrix.storage()), ((n, k), storage));
+                for level in levels() {
+                    let mut out = vec![7.0; m * n];
+                    for (mode, times) in [(Out::Set, 1.0), (Out::Add, 2.0)] {
+                        matrix.multiply_at(level, &Team::alone(), Rows { data: &x, stride }, m, &mut out, mode);
+                        for (got, want) in out.iter().zip(&want) {
+                            let error = (*got as f64 - times * want).abs();
+                            assert!(error < 1e-4, "{level:?} {storage:?} {m}x{n}x{k} {got} {want}");
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_row_depends_neither_on_its_batch_nor_on_the_team() {
+        let (m, n, k) = (100, 300, 401);
+        let x: Vec<f32> = (0..m * k).map(|i| (i as f32 * 0.37).sin()).collect();
+        let w: Vec<f32> = (0..n * k).map(|i| (i as f32 * 0.73).sin()).collect();
+        for (storage, level) in ALL.into_iter().flat_map(|storage| levels().map(move |level| (storage, level))) {
+            let matrix = matrix(&w, n, k, storage);
+            let mut all = vec![0.0; m * n];
+            with_team(usize::MAX, |team| {
+                matrix.multiply_at(level, team, Rows { data: &x, stride: k }, m, &mut all, Out::Set);
+            });
+            for (first, rows) in [(0, 1), (13, 1), (50, 2), (70, 3), (20, 13), (1, 99)] {
+                let mut some = vec![0.0; rows * n];
+                let x = Rows { data: &x[first * k..], stride: k };
+                matrix.multiply_at(level, &Team::alone(), x, rows, &mut some, Out::Set);
+                assert!(some == all[first * n..][..rows * n], "{storage:?} {level:?} {first} {rows}");
+            }
+        }
+    }
+
+    #[test]
+    fn rows_come_back_rounded_to_the_nearest() {
+        for (n, k) in [(1, 1), (33, 7), (70, 12)] {
+            let numbers: Vec<f32> = (0..n * k).map(|i| (i as f32 * 0.37).sin() * 3.0).collect();
+            for (storage, round) in [
+                (Storage::F32, (|x| x) as fn(f32) -> f32),
+                (Storage::F16, |x| f16::from_f32(x).to_f32()),
+                (Storage::Bf16, |x| bf16::from_f32(x).to_f32()),
+            ] {
+                let one_by_one = matrix(&numbers, n, k, storage);
+                let mut at_once = Matrix::zeros(n, k, storage);
+                at_once.set_rows(|row, to| to.copy_from_slice(&numbers[row * k..][..k]));
+                for row in 0..n {
+                    let want: Vec<f32> = numbers[row * k..][..k].iter().map(|x| round(*x)).collect();
+                    let mut got = vec![7.0; k];
+                    one_by_one.row(row, &mut got);
+                    assert_eq!(got, want, "{storage:?}");
+                    at_once.row(row, &mut got);
+                    assert_eq!(got, want, "{storage:?}");
+                }
+            }
+        }
+        let matrix = Matrix::zeros(64, 10, Storage::Bf16);
+        assert_eq!(matrix.num_bytes(), 64 * 10 * 2);
+    }
+
+    #[test]
+    fn every_number_of_sixteen_bits_is_widened_exactly() {
+        let same = |a: f32, b: f32| a.to_bits() == b.to_bits() || a.is_nan() && b.is_nan();
+        for (storage, widen) in [
+            (Storage::F16, (|bits| f16::from_bits(bits).to_f32()) as fn(u16) -> f32),
+            (Storage::Bf16, |bits| bf16::from_bits(bits).to_f32()),
+        ] {
+            // as a column of weights, times one, and as the second of two inputs' weights
+            let column: Vec<f32> = (0..=u16::MAX).map(widen).collect();
+            for place in 0..2 {
+                let mut matrix = Matrix::zeros(column.len(), 2, storage);
+                matrix.set_rows(|row, to| to[place] = column[row]);
+                for level in levels() {
+                    let x = [(1 - place) as f32, place as f32];
+                    let mut out = vec![0.0; column.len()];
+                    let mut row = [0.0; 2];
+                    matrix.multiply_at(level, &Team::alone(), Rows { data: &x, stride: 2 }, 1, &mut out, Out::Set);
+                    for (i, (got, want)) in out.iter().zip(&column).enumerate() {
+                        matrix.row(i, &mut row);
+                        // a sum that starts with zero has no −0
+                        assert!(
+                            same(*got, *want + 0.0) && same(row[place], *want),
+                            "{level:?} {storage:?} {got} {want}"
+                        );
+                    }
+                }
+            }
+        }
     }
 }

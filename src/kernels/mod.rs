@@ -18,4 +18,5 @@ pub(crate) mod scan;
 #[allow(unsafe_code)]
 pub(crate) mod simd;
 #[cfg(feature = "lm")]
+#[allow(unsafe_code)]
 pub(crate) mod team;

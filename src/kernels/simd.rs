@@ -1,4 +1,5 @@
-//! Sixteen lanes of `f32` on whatever the CPU has. The only file of the crate with `unsafe` code.
+//! Sixteen lanes of `f32` on whatever the CPU has. Beside [`team`](super::team), the only file of the crate with `unsafe`
+//! code.
 //!
 //! A kernel is a struct of its arguments that implements [`Kernel`]; its `run` is written once, in safe code, over the
 //! operations of [`Simd`]. [`dispatch`] compiles it for every instruction set and picks one at run time. A value of a
@@ -41,6 +42,18 @@ pub(crate) trait Simd: Copy {
     fn min(self, a: Self::V, b: Self::V) -> Self::V;
     /// 2^n for whole n in −126 … 127.
     fn exp2_whole(self, n: Self::V) -> Self::V;
+    /// Sixteen numbers stored as IEEE half precision.
+    #[cfg_attr(not(feature = "lm"), allow(dead_code))]
+    fn load_f16(self, x: &[u16; LANES]) -> Self::V;
+    /// Of sixteen pairs of numbers stored as bfloat16, those in the low bits.
+    #[cfg_attr(not(feature = "lm"), allow(dead_code))]
+    fn load_bf16_low(self, x: &[u32; LANES]) -> Self::V;
+    /// Of sixteen pairs of numbers stored as bfloat16, those in the high bits.
+    #[cfg_attr(not(feature = "lm"), allow(dead_code))]
+    fn load_bf16_high(self, x: &[u32; LANES]) -> Self::V;
+    /// Has the cache line at this address fetched soon. Any address will do.
+    #[inline(always)]
+    fn prefetch<T>(self, _address: *const T) {}
     /// The sum of the lanes, in an order fixed for all instruction sets.
     fn sum(self, v: Self::V) -> f32 {
         let mut lanes = [0.0; LANES];
@@ -109,7 +122,9 @@ impl Level {
         match self {
             Level::Scalar => true,
             #[cfg(target_arch = "x86_64")]
-            Level::Avx2 => is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma"),
+            Level::Avx2 => {
+                is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c")
+            }
             #[cfg(target_arch = "x86_64")]
             Level::Avx512 => is_x86_feature_detected!("avx512f") && Level::Avx2.is_available(),
             #[cfg(not(target_arch = "x86_64"))]
@@ -213,22 +228,44 @@ impl Simd for Scalar {
     fn exp2_whole(self, n: Self::V) -> Self::V {
         lanewise(|i| f32::from_bits((n[i] + EXPONENT_MAGIC).to_bits() << 23))
     }
+    #[inline(always)]
+    fn load_f16(self, x: &[u16; LANES]) -> Self::V {
+        lanewise(|i| {
+            let sign = u32::from(x[i] & 0x8000) << 16;
+            let rest = u32::from(x[i] & 0x7fff) << 13;
+            // the exponent's bias is 127 instead of 15; a product gets subnormal numbers right, too
+            let finite = f32::from_bits(rest) * f32::from_bits((127 + 112) << 23);
+            let special = f32::from_bits(rest | 0xff << 23);
+            f32::from_bits(if rest < 0x1f << 23 { finite } else { special }.to_bits() | sign)
+        })
+    }
+    #[inline(always)]
+    fn load_bf16_low(self, x: &[u32; LANES]) -> Self::V {
+        lanewise(|i| f32::from_bits(x[i] << 16))
+    }
+    #[inline(always)]
+    fn load_bf16_high(self, x: &[u32; LANES]) -> Self::V {
+        lanewise(|i| f32::from_bits(x[i] & BF16_HIGH))
+    }
 }
+
+/// The second number of a pair stored as bfloat16, which is the first half of the same `f32`.
+const BF16_HIGH: u32 = 0xffff_0000;
 
 /// Adding it to a small whole number n leaves n + 127, an exponent field, in the low bits.
 const EXPONENT_MAGIC: f32 = (3u32 << 22) as f32 + 127.0;
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
-    use super::{EXPONENT_MAGIC, Kernel, LANES, Simd};
+    use super::{BF16_HIGH, EXPONENT_MAGIC, Kernel, LANES, Simd};
     use std::arch::x86_64::*;
 
-    #[target_feature(enable = "avx512f,avx2,fma")]
+    #[target_feature(enable = "avx512f,avx2,fma,f16c")]
     pub(super) fn run_avx512<K: Kernel>(kernel: K) -> K::Output {
         kernel.run(Avx512(()))
     }
 
-    #[target_feature(enable = "avx2,fma")]
+    #[target_feature(enable = "avx2,fma,f16c")]
     pub(super) fn run_avx2<K: Kernel>(kernel: K) -> K::Output {
         kernel.run(Avx2(()))
     }
@@ -316,13 +353,32 @@ mod x86 {
                 _mm512_castsi512_ps(_mm512_slli_epi32::<23>(biased))
             }
         }
+        #[inline(always)]
+        fn load_f16(self, x: &[u16; LANES]) -> __m512 {
+            unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(x.as_ptr().cast())) }
+        }
+        #[inline(always)]
+        fn load_bf16_low(self, x: &[u32; LANES]) -> __m512 {
+            unsafe { _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_loadu_si512(x.as_ptr().cast()))) }
+        }
+        #[inline(always)]
+        fn load_bf16_high(self, x: &[u32; LANES]) -> __m512 {
+            unsafe {
+                let mask = _mm512_set1_epi32(BF16_HIGH.cast_signed());
+                _mm512_castsi512_ps(_mm512_and_si512(_mm512_loadu_si512(x.as_ptr().cast()), mask))
+            }
+        }
+        #[inline(always)]
+        fn prefetch<T>(self, address: *const T) {
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(address.cast()) }
+        }
     }
 
     /// Exists only inside [`run_avx2`].
     #[derive(Clone, Copy)]
     pub(super) struct Avx2(());
 
-    // SAFETY of every block below: an `Avx2` exists only where the CPU has AVX2 and FMA, and the pointers come from
+    // SAFETY of every block below: an `Avx2` exists only where the CPU has AVX2, FMA and F16C; the pointers come from
     // references to sixteen numbers, of which the second half starts at the eighth.
     impl Simd for Avx2 {
         type V = [__m256; 2];
@@ -390,6 +446,34 @@ mod x86 {
                 let high = _mm256_castps_si256(_mm256_add_ps(n[1], magic));
                 [_mm256_castsi256_ps(_mm256_slli_epi32::<23>(low)), _mm256_castsi256_ps(_mm256_slli_epi32::<23>(high))]
             }
+        }
+        #[inline(always)]
+        fn load_f16(self, x: &[u16; LANES]) -> Self::V {
+            unsafe {
+                let [low, high] = [x.as_ptr(), x.as_ptr().add(8)];
+                [_mm256_cvtph_ps(_mm_loadu_si128(low.cast())), _mm256_cvtph_ps(_mm_loadu_si128(high.cast()))]
+            }
+        }
+        #[inline(always)]
+        fn load_bf16_low(self, x: &[u32; LANES]) -> Self::V {
+            unsafe {
+                let low = _mm256_slli_epi32::<16>(_mm256_loadu_si256(x.as_ptr().cast()));
+                let high = _mm256_slli_epi32::<16>(_mm256_loadu_si256(x.as_ptr().add(8).cast()));
+                [_mm256_castsi256_ps(low), _mm256_castsi256_ps(high)]
+            }
+        }
+        #[inline(always)]
+        fn load_bf16_high(self, x: &[u32; LANES]) -> Self::V {
+            unsafe {
+                let mask = _mm256_set1_epi32(BF16_HIGH.cast_signed());
+                let low = _mm256_and_si256(_mm256_loadu_si256(x.as_ptr().cast()), mask);
+                let high = _mm256_and_si256(_mm256_loadu_si256(x.as_ptr().add(8).cast()), mask);
+                [_mm256_castsi256_ps(low), _mm256_castsi256_ps(high)]
+            }
+        }
+        #[inline(always)]
+        fn prefetch<T>(self, address: *const T) {
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(address.cast()) }
         }
     }
 }

@@ -172,7 +172,9 @@ impl Attention {
             let mut packed = std::mem::take(&mut view.packed);
             let nothing = Rows { data: &[], stride: 0 };
             let sequence = self.sequence(view, nothing, view.rows.keys.len() / key - view.rows.meta - view.before);
-            pass.team.for_each(packed.iter_mut().enumerate(), |(head, packed)| *packed = PackedHead::new(&sequence.grouped_head(0, head)));
+            pass.team.for_each(packed.iter_mut().enumerate(), |(head, packed)| {
+                *packed = PackedHead::new(&sequence.grouped_head(0, head))
+            });
             view.packed = packed;
         }
         pass.views.insert(self.layer, views);

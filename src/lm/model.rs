@@ -128,13 +128,14 @@ impl HymbaLm {
         let mut rng = Rng::seed_from_u64(seed);
         lm.visit_mut(&mut |name, parameter| match parameter {
             ParameterMut::Matrix(matrix) => {
-                let (rows, columns) = matrix.dim();
+                let (_, columns) = matrix.dim();
                 let bound = 1.0 / (columns as f32).sqrt();
-                let mut row = vec![0.0; columns];
-                for i in 0..rows {
-                    row.iter_mut().for_each(|x| *x = rng.random_range(-bound..=bound));
-                    matrix.set_row(i, &row);
-                }
+                let seed: u64 = rng.random();
+                matrix.set_rows(|row, numbers| {
+                    // a generator for each row, so that threads do not matter
+                    let mut rng = Rng::seed_from_u64(seed.wrapping_add(row as u64));
+                    numbers.iter_mut().for_each(|x| *x = rng.random_range(-bound..=bound));
+                });
             }
             ParameterMut::Numbers(mut numbers) => {
                 let states = numbers.shape().last().copied().unwrap_or(1).max(1);

@@ -165,11 +165,6 @@ impl Folder {
         Some(self.shard(name)?.get(name)?.dtype)
     }
 
-    /// Bytes of all files together. No model is larger than what they hold.
-    pub(crate) fn num_bytes(&self) -> u64 {
-        self.shards.iter().map(Tensors::file_length).fold(0, u64::saturating_add)
-    }
-
     /// Reads a tensor of floats row by row: see [`Tensors::read_rows`].
     pub(crate) fn read_rows(&mut self, name: &str, take: &mut dyn FnMut(usize, &[f32])) -> Result<()> {
         self.shard_mut(name)?.read_rows(name, take)
