@@ -9,8 +9,8 @@
 //! ```
 //!
 //! At the end come tokens a second for the prompt and for decoding, the time to the first token, and the memory of weights and
-//! state. Decoding reads every weight once a token, so that memory bandwidth is its limit: `--random` measures that, too, before
-//! and after, and prints the fraction of it that was reached.
+//! state. Decoding reads every weight once a token, so that memory bandwidth is its limit: `--random` measures that, too, in turns
+//! with the tokens, and prints the fraction of it that was reached.
 
 use std::error::Error;
 use std::io::{self, BufRead, Write};
@@ -19,7 +19,8 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use hymba::HymbaLm;
-use hymba::lm::{Chat, FinishReason, GenerateOptions, HymbaLmConfig, KvStorage, LoadOptions, Tokenizer};
+use hymba::lm::{Chat, FinishReason, GenerateOptions, HymbaLmConfig, KvStorage, LoadOptions, Sampler, Tokenizer};
+use hymba::ndarray::arr1;
 use indicatif::{ProgressBar, ProgressStyle};
 
 #[path = "support/arguments.rs"]
@@ -283,38 +284,58 @@ fn random(settings: &Settings) -> Result<(), Box<dyn Error>> {
     let start = Instant::now();
     let lm = HymbaLm::random(config, settings.options.seed, &settings.load)?;
     println!("made in {:.1} s: {}", start.elapsed().as_secs_f64(), weights(&lm));
-    let before = bandwidth::read();
 
     let ids: Vec<u32> = (0..settings.prompt_tokens as u32).map(|i| i * 7919 % 32_000).collect();
     let mut state = lm.new_state(1); // the meta tokens pass through here, once a model
-    let mut clock = Clock::start();
-    let options = settings.options.clone().stop_tokens(Some(vec![]));
-    lm.generate_with(&mut state, &ids, &options, |_| {
-        clock.tick();
-        ControlFlow::Continue(())
-    })?;
-    // generation feeds the last token, too, so that as many steps were taken as there are tokens
-    let decoding = clock.start.elapsed() - clock.first.unwrap_or_default();
-    let rate = clock.tokens as f64 / decoding.as_secs_f64();
-    let after = bandwidth::read();
-    let first = clock.first.unwrap_or_default().as_secs_f64();
+    let mut sampler = Sampler::new(&settings.options)?;
+    let start = Instant::now();
+    let mut logits = lm.prefill_ragged(&[&ids], &mut state)?;
+    let first = start.elapsed().as_secs_f64();
+    // tokens and reading in turns: what a machine gives changes from one second to the next
+    let memory = bandwidth::Memory::new();
+    let (mut tokens, mut reads) = (Vec::new(), Vec::new());
+    for _ in 0..settings.options.max_tokens {
+        reads.push(memory.read());
+        let start = Instant::now();
+        let id = sampler.pick(logits.row(0).as_slice().unwrap_or_default())?.id;
+        logits = lm.step(&arr1(&[id]), &mut state)?;
+        tokens.push(start.elapsed().as_secs_f64());
+    }
     println!("threads   {} ({})", rayon::current_num_threads(), hymba::simd_level());
     println!(
         "prompt    {} tokens, {:.1} tokens/s; first token after {first:.2} s",
         ids.len(),
         ids.len() as f64 / first
     );
-    println!("decoding  {} tokens, {rate:.2} tokens/s", clock.tokens);
     println!("memory    {} of weights, {} of state", size(lm.num_bytes()), size(state.num_bytes()));
     if let Some(peak) = bandwidth::peak_memory() {
-        println!("          {} at most, of the whole process", size(peak));
+        println!("          {} at most, of the whole process with {} for reading", size(peak), size(bandwidth::BYTES));
     }
-    let limit = before.max(after) / lm.num_bytes() as f64;
-    println!(
-        "bandwidth {:.1} GB/s before, {:.1} after: at most {limit:.2} tokens/s, of which {:.0} % were reached",
-        before / 1e9,
-        after / 1e9,
-        100.0 * rate / limit
-    );
+    let (token, read) = (Spread::of(tokens), Spread::of(reads));
+    println!("decoding  {}", token.rates(1.0, "tokens/s"));
+    println!("reading   {}", read.rates(bandwidth::BYTES as f64 / 1e9, "GB/s"));
+    let limit = bandwidth::BYTES as f64 / read.median / lm.num_bytes() as f64;
+    println!("limit     {limit:.2} tokens/s at that rate, of which {:.0} % were reached", 100.0 / token.median / limit);
     Ok(())
+}
+
+/// Seconds of many calls.
+struct Spread {
+    least: f64,
+    median: f64,
+    most: f64,
+}
+
+impl Spread {
+    fn of(mut seconds: Vec<f64>) -> Self {
+        seconds.sort_by(f64::total_cmp);
+        let at = |i: usize| seconds.get(i).copied().unwrap_or(f64::NAN);
+        Spread { least: at(0), median: at(seconds.len() / 2), most: at(seconds.len().saturating_sub(1)) }
+    }
+
+    /// So much in each call.
+    fn rates(&self, amount: f64, unit: &str) -> String {
+        let [median, best, worst] = [self.median, self.least, self.most].map(|seconds| amount / seconds);
+        format!("{median:.2} {unit} (median; {worst:.2} to {best:.2})")
+    }
 }
