@@ -2,7 +2,7 @@
 
 use half::bf16;
 use half::slice::HalfFloatSliceExt;
-use ndarray::{Array2, Array3};
+use ndarray::Array3;
 
 use crate::kernels::attention::{Run, Stored, attend_step};
 use crate::kernels::matmul::Rows;
@@ -62,12 +62,23 @@ pub(super) struct KvShape {
     pub window: Option<usize>,
 }
 
-/// Rows of keys and values: those of the meta tokens, and then a ring of as many as the window holds, or all.
+impl KvShape {
+    /// Where the row of a position is.
+    fn slot(&self, position: usize) -> usize {
+        match (self.window, position.checked_sub(self.meta)) {
+            (Some(window), Some(token)) => self.meta + token % window,
+            _ => position,
+        }
+    }
+}
+
+/// Rows of keys and values: those of the meta tokens, and then a ring of as many as the window holds, or all. Each head has its
+/// own rows, so that a query reads memory from one end to the other.
 #[derive(Clone)]
 pub(super) struct Cache<T> {
     shape: KvShape,
-    keys: Vec<T>,
-    values: Vec<T>,
+    keys: Vec<Vec<T>>,
+    values: Vec<Vec<T>>,
     /// Tokens pushed so far, meta tokens included.
     length: usize,
 }
@@ -77,16 +88,8 @@ impl<T: Kept> Cache<T> {
     const STEP: usize = 64;
 
     pub(super) fn new(shape: KvShape) -> Self {
-        Cache { shape, keys: Vec::new(), values: Vec::new(), length: 0 }
-    }
-
-    /// Where the row of a position is.
-    fn slot(&self, position: usize) -> usize {
-        let KvShape { meta, window, .. } = self.shape;
-        match (window, position.checked_sub(meta)) {
-            (Some(window), Some(token)) => meta + token % window,
-            _ => position,
-        }
+        let heads = || vec![Vec::new(); shape.heads];
+        Cache { shape, keys: heads(), values: heads(), length: 0 }
     }
 
     /// Rows that are held.
@@ -102,43 +105,48 @@ impl<T: Kept> Cache<T> {
         first.max(meta).min(position)..position
     }
 
-    fn strides(&self) -> (usize, usize) {
-        (self.shape.heads * self.shape.key_width, self.shape.heads * self.shape.value_width)
-    }
-
-    /// The keys and values of the next tokens.
+    /// The keys and values of the next tokens, the heads side by side.
     pub(super) fn push(&mut self, keys: Rows, values: Rows, count: usize) {
-        let (key, value) = self.strides();
-        for i in 0..count {
-            let slot = self.slot(self.length);
-            self.length += 1;
-            let most = self.shape.window.map_or(usize::MAX, |window| self.shape.meta.saturating_add(window));
-            let (rows, room) = (self.rows(), self.rows().next_multiple_of(Self::STEP).min(most));
-            grow(&mut self.keys, rows * key, room * key);
-            grow(&mut self.values, rows * value, room * value);
-            T::narrow(keys.row(i, key), &mut self.keys[slot * key..][..key]);
-            T::narrow(values.row(i, value), &mut self.values[slot * value..][..value]);
+        let KvShape { heads, key_width, value_width, meta, window } = self.shape;
+        let first = self.length;
+        self.length += count;
+        let rows = self.rows();
+        let room =
+            rows.next_multiple_of(Self::STEP).min(window.map_or(usize::MAX, |window| meta.saturating_add(window)));
+        for (kept, width, new) in [(&mut self.keys, key_width, keys), (&mut self.values, value_width, values)] {
+            for kept in kept.iter_mut() {
+                grow(kept, rows * width, room * width);
+            }
+            for i in 0..count {
+                let slot = self.shape.slot(first + i);
+                for (kept, new) in kept.iter_mut().zip(new.row(i, heads * width).chunks_exact(width)) {
+                    T::narrow(new, &mut kept[slot * width..][..width]);
+                }
+            }
         }
     }
 
     /// What the next token sees of those before: meta tokens, and then the others in order.
     fn past(&self) -> Past {
-        let (key, value) = self.strides();
-        let mut past = Past { meta: self.shape.meta.min(self.length), ..Past::default() };
+        let KvShape { key_width, value_width, meta, .. } = self.shape;
+        let mut past = Past { meta: meta.min(self.length), ..Past::default() };
         for position in (0..past.meta).chain(self.seen_before(self.length)) {
-            let slot = self.slot(position);
-            T::widen(&self.keys[slot * key..][..key], &mut past.keys);
-            T::widen(&self.values[slot * value..][..value], &mut past.values);
+            let slot = self.shape.slot(position);
+            self.keys.iter().for_each(|kept| T::widen(&kept[slot * key_width..][..key_width], &mut past.keys));
+            self.values.iter().for_each(|kept| T::widen(&kept[slot * value_width..][..value_width], &mut past.values));
         }
         past
     }
 
     /// What the last token pushed sees, itself included: everything that is held.
     fn seen(&self, head: usize) -> Run<'_, T> {
-        let KvShape { key_width, value_width, .. } = self.shape;
-        let keys = self.keys.get(head * key_width..).unwrap_or_default();
-        let values = self.values.get(head * value_width..).unwrap_or_default();
-        Run { keys, values, strides: self.strides(), rows: self.rows() }
+        let strides = (self.shape.key_width, self.shape.value_width);
+        Run { keys: &self.keys[head], values: &self.values[head], strides, rows: self.rows() }
+    }
+
+    fn dim_at(&self, length: usize) -> (usize, usize, usize, usize) {
+        let rows = Cache::<T> { length, ..Self::new(self.shape) }.rows();
+        (self.shape.heads, rows, self.shape.key_width, self.shape.value_width)
     }
 
     /// Keys `[heads, rows, p]` and values `[heads, rows, ·]`, in the order of their positions.
@@ -146,10 +154,10 @@ impl<T: Kept> Cache<T> {
         let KvShape { heads, meta, .. } = self.shape;
         let lost = self.length - self.rows();
         let positions: Vec<_> = (0..meta.min(self.length)).chain((meta + lost).min(self.length)..self.length).collect();
-        let array = |kept: &[T], width: usize| {
+        let array = |kept: &[Vec<T>], width: usize| {
             Array3::from_shape_fn((heads, positions.len(), width), |(head, i, j)| {
                 let mut wide = Vec::with_capacity(1);
-                T::widen(&kept[(self.slot(positions[i]) * heads + head) * width + j..][..1], &mut wide);
+                T::widen(&kept[head][self.shape.slot(positions[i]) * width + j..][..1], &mut wide);
                 wide[0]
             })
         };
@@ -231,33 +239,33 @@ impl KvCache {
         }
     }
 
-    /// Keys and values as they lie in memory: rows, their width, and the numbers.
-    pub(super) fn kept(&self) -> [(usize, usize, Vec<f32>); 2] {
-        fn wide<T: Kept>(cache: &Cache<T>) -> [(usize, usize, Vec<f32>); 2] {
-            let (key, value) = cache.strides();
+    /// Keys and values `[heads, rows, width]` as they lie in memory.
+    pub(super) fn kept(&self) -> [Array3<f32>; 2] {
+        fn wide<T: Kept>(cache: &Cache<T>) -> [Array3<f32>; 2] {
+            let (heads, rows, key, value) = cache.dim_at(cache.length);
             [(key, &cache.keys), (value, &cache.values)].map(|(width, kept)| {
                 let mut wide = Vec::new();
-                T::widen(kept, &mut wide);
-                (cache.rows(), width, wide)
+                kept.iter().for_each(|kept| T::widen(kept, &mut wide));
+                Array3::from_shape_vec((heads, rows, width), wide).expect("rows of one width")
             })
         }
         either!(self, cache => wide(cache))
     }
 
-    /// What [`kept`](Self::kept) holds when so many tokens were seen: rows, and the widths of keys and values.
-    pub(super) fn dim_at(&self, length: usize) -> (usize, usize, usize) {
-        either!(self, cache => {
-            let (key, value) = cache.strides();
-            (Cache { length, ..Cache::<f32>::new(cache.shape) }.rows(), key, value)
-        })
+    /// The size of what [`kept`](Self::kept) holds when so many tokens were seen: heads, rows, widths of keys and values.
+    pub(super) fn dim_at(&self, length: usize) -> (usize, usize, usize, usize) {
+        either!(self, cache => cache.dim_at(length))
     }
 
     /// Takes over what [`kept`](Self::kept) gave when so many tokens were seen.
-    pub(super) fn restore(&mut self, length: usize, keys: &Array2<f32>, values: &Array2<f32>) {
-        fn narrow<T: Kept>(wide: &Array2<f32>) -> Vec<T> {
-            let mut kept = vec![T::ZERO; wide.len()];
-            T::narrow(flat(wide), &mut kept);
-            kept
+    pub(super) fn restore(&mut self, length: usize, keys: &Array3<f32>, values: &Array3<f32>) {
+        fn narrow<T: Kept>(wide: &Array3<f32>) -> Vec<Vec<T>> {
+            let heads = wide.outer_iter().map(|head| {
+                let mut kept = vec![T::ZERO; head.len()];
+                T::narrow(flat(&head), &mut kept);
+                kept
+            });
+            heads.collect()
         }
         either!(self, cache => {
             cache.length = length;
@@ -268,7 +276,7 @@ impl KvCache {
     /// Bytes of memory taken.
     pub(super) fn num_bytes(&self) -> usize {
         fn bytes<T>(cache: &Cache<T>) -> usize {
-            (cache.keys.capacity() + cache.values.capacity()) * size_of::<T>()
+            cache.keys.iter().chain(&cache.values).map(|kept| kept.capacity() * size_of::<T>()).sum()
         }
         either!(self, cache => bytes(cache))
     }
@@ -309,7 +317,7 @@ mod tests {
                     assert_eq!(cache.past().keys, want);
                     assert_eq!(cache.past().values.len(), 2 * want.len());
                 }
-                assert_eq!(cache.keys.capacity(), meta + window);
+                assert_eq!(cache.keys[0].capacity(), meta + window);
             }
         }
     }
@@ -320,7 +328,7 @@ mod tests {
         for length in 1..1000usize {
             push(&mut cache, 1);
             assert_eq!(cache.seen(0).keys.len(), length);
-            assert_eq!(cache.keys.capacity(), length.next_multiple_of(64));
+            assert_eq!(cache.keys[0].capacity(), length.next_multiple_of(64));
         }
     }
 }

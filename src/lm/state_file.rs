@@ -3,7 +3,7 @@
 use std::io::Write;
 use std::path::Path;
 
-use ndarray::Array2;
+use ndarray::Array3;
 use safetensors::Dtype;
 use serde::{Deserialize, Serialize};
 
@@ -63,7 +63,7 @@ impl HymbaLm {
             return Err(Error::State("another model made it, and only that one can save it".into()));
         }
         let mut tensors = Vec::new();
-        let mut numbers = Vec::new();
+        let mut numbers: Vec<Vec<f32>> = Vec::new();
         for (r, row) in state.rows.iter().enumerate() {
             for (l, layer) in row.layers.iter().enumerate() {
                 let mamba = &layer.mamba;
@@ -72,9 +72,9 @@ impl HymbaLm {
                     numbers.push(array.iter().copied().collect());
                 }
                 if let Some(kv) = &layer.kv {
-                    for (what, (rows, width, kept)) in ["keys", "values"].into_iter().zip(kv.kept()) {
-                        tensors.push((name(r, l, what), dtype(kv.storage()), vec![rows, width]));
-                        numbers.push(kept);
+                    for (what, kept) in ["keys", "values"].into_iter().zip(kv.kept()) {
+                        tensors.push((name(r, l, what), dtype(kv.storage()), kept.shape().to_vec()));
+                        numbers.push(kept.into_iter().collect());
                     }
                 }
             }
@@ -128,9 +128,9 @@ impl HymbaLm {
                 places.push((name(r, l, "conv"), layer.mamba.conv.shape().to_vec()));
                 places.push((name(r, l, "scan"), layer.mamba.scan.shape().to_vec()));
                 if let Some(kv) = &layer.kv {
-                    let (rows, key, value) = kv.dim_at(position);
-                    places.push((name(r, l, "keys"), vec![rows, key]));
-                    places.push((name(r, l, "values"), vec![rows, value]));
+                    let (heads, rows, key, value) = kv.dim_at(position);
+                    places.push((name(r, l, "keys"), vec![heads, rows, key]));
+                    places.push((name(r, l, "values"), vec![heads, rows, value]));
                 }
             }
         }
@@ -143,8 +143,8 @@ impl HymbaLm {
                 tensors.read_into(&name(r, l, "conv"), layer.mamba.conv.view_mut().into_dyn())?;
                 tensors.read_into(&name(r, l, "scan"), layer.mamba.scan.view_mut().into_dyn())?;
                 if let Some(kv) = &mut layer.kv {
-                    let (rows, key, value) = kv.dim_at(position);
-                    let [mut keys, mut values] = [key, value].map(|width| Array2::zeros((rows, width)));
+                    let (heads, rows, key, value) = kv.dim_at(position);
+                    let [mut keys, mut values] = [key, value].map(|width| Array3::zeros((heads, rows, width)));
                     tensors.read_into(&name(r, l, "keys"), keys.view_mut().into_dyn())?;
                     tensors.read_into(&name(r, l, "values"), values.view_mut().into_dyn())?;
                     kv.restore(position, &keys, &values);

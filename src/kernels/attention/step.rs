@@ -6,13 +6,21 @@ use crate::kernels::simd::{Kernel, LANES, Simd, dispatch};
 
 /// A type in which keys and values are kept.
 pub(crate) trait Stored: Copy + Sync {
-    /// The first numbers of `x`, at most sixteen, as f32.
-    fn load<S: Simd>(s: S, x: &[Self]) -> S::V;
+    /// Sixteen numbers as f32.
+    fn load<S: Simd>(s: S, x: &[Self; LANES]) -> S::V;
+
+    /// At most sixteen; the other lanes are zero.
+    fn load_some<S: Simd>(s: S, x: &[Self]) -> S::V;
 }
 
 impl Stored for f32 {
     #[inline(always)]
-    fn load<S: Simd>(s: S, x: &[f32]) -> S::V {
+    fn load<S: Simd>(s: S, x: &[f32; LANES]) -> S::V {
+        s.load(x)
+    }
+
+    #[inline(always)]
+    fn load_some<S: Simd>(s: S, x: &[f32]) -> S::V {
         s.load_some(x)
     }
 }
@@ -20,17 +28,15 @@ impl Stored for f32 {
 #[cfg(feature = "lm")]
 impl Stored for half::bf16 {
     #[inline(always)]
-    fn load<S: Simd>(s: S, x: &[half::bf16]) -> S::V {
-        use half::slice::HalfFloatSliceExt;
-        let x: &[u16] = x.reinterpret_cast();
-        match x.first_chunk() {
-            Some(full) => s.load_bf16(full),
-            None => {
-                let mut lanes = [0; LANES];
-                lanes[..x.len()].copy_from_slice(x);
-                s.load_bf16(&lanes)
-            }
-        }
+    fn load<S: Simd>(s: S, x: &[half::bf16; LANES]) -> S::V {
+        s.load_bf16(&x.map(half::bf16::to_bits))
+    }
+
+    #[inline(always)]
+    fn load_some<S: Simd>(s: S, x: &[half::bf16]) -> S::V {
+        let mut lanes = [half::bf16::ZERO; LANES];
+        lanes[..x.len()].copy_from_slice(x);
+        Self::load(s, &lanes)
     }
 }
 
@@ -99,6 +105,7 @@ const VECTORS: usize = 4;
 
 /// G queries over the keys and values from these columns on.
 #[inline(always)]
+#[allow(clippy::needless_range_loop)] // as in `weighted`
 fn together<S: Simd, T: Stored, const G: usize>(
     s: S,
     query: &[f32],
@@ -116,11 +123,19 @@ fn together<S: Simd, T: Stored, const G: usize>(
         for row in 0..run.rows {
             let keys = &run.keys[row * run.strides.0 + key..][..key_width];
             let mut sums = [s.splat(0.0); G];
-            for (chunk, keys) in keys.chunks(LANES).enumerate() {
-                let keys_here = T::load(s, keys);
-                for (g, sum) in sums.iter_mut().enumerate() {
-                    let query = s.load_some(&query[g * key_width + chunk * LANES..][..keys.len()]);
-                    *sum = s.mul_add(query, keys_here, *sum);
+            let (whole, rest) = keys.as_chunks();
+            for (chunk, keys) in whole.iter().enumerate() {
+                let keys = T::load(s, keys);
+                for g in 0..G {
+                    let query = s.load_some(&query[g * key_width + chunk * LANES..][..LANES]);
+                    sums[g] = s.mul_add(query, keys, sums[g]);
+                }
+            }
+            if !rest.is_empty() {
+                let keys = T::load_some(s, rest);
+                for g in 0..G {
+                    let query = s.load_some(&query[(g + 1) * key_width - rest.len()..][..rest.len()]);
+                    sums[g] = s.mul_add(query, keys, sums[g]);
                 }
             }
             for (g, sum) in sums.into_iter().enumerate() {
@@ -135,26 +150,56 @@ fn together<S: Simd, T: Stored, const G: usize>(
         *total = exp_sum(s, scores, scale, largest);
     }
     for first in (0..value_width).step_by(VECTORS * LANES) {
-        let width = (value_width - first).min(VECTORS * LANES);
-        let mut sums = [[s.splat(0.0); VECTORS]; G];
-        let mut at = 0;
-        for run in runs {
-            for row in 0..run.rows {
-                let values = &run.values[row * run.strides.1 + value + first..][..width];
-                for (v, values) in values.chunks(LANES).enumerate() {
-                    let values = T::load(s, values);
-                    for (g, sums) in sums.iter_mut().enumerate() {
-                        sums[v] = s.mul_add(s.splat(scores[g * rows + at]), values, sums[v]);
-                    }
-                }
-                at += 1;
-            }
-        }
+        let columns = first..value_width.min(first + VECTORS * LANES);
+        let sums = match columns.len() == VECTORS * LANES {
+            true => weighted::<S, T, G, true>(s, runs, value + first, columns.len(), scores),
+            false => weighted::<S, T, G, false>(s, runs, value + first, columns.len(), scores),
+        };
         for (g, (sums, total)) in sums.into_iter().zip(totals).enumerate() {
-            let out = &mut out[g * value_width + first..][..width];
+            let out = &mut out[g * value_width..][columns.clone()];
             for (sum, out) in sums.into_iter().zip(out.chunks_mut(LANES)) {
                 s.store_some(s.div(sum, s.splat(total)), out);
             }
         }
     }
+}
+
+/// The sums of the values, each times its score, over all rows: `width` columns from `value` on, or [`VECTORS`] whole vectors.
+#[inline(always)]
+#[allow(clippy::needless_range_loop)] // with plain indices the compiler keeps all sums in registers
+fn weighted<S: Simd, T: Stored, const G: usize, const WHOLE: bool>(
+    s: S,
+    runs: &[Run<T>],
+    value: usize,
+    width: usize,
+    scores: &[f32],
+) -> [[S::V; VECTORS]; G] {
+    let rows = scores.len() / G;
+    let mut sums = [[s.splat(0.0); VECTORS]; G];
+    let mut at = 0;
+    for run in runs {
+        for row in 0..run.rows {
+            let values = &run.values[row * run.strides.1 + value..];
+            let mut lanes = [s.splat(0.0); VECTORS];
+            if WHOLE {
+                let (values, _) = values[..VECTORS * LANES].as_chunks();
+                for v in 0..VECTORS {
+                    lanes[v] = T::load(s, &values[v]);
+                }
+            } else {
+                for v in 0..VECTORS {
+                    let columns = (v * LANES).min(width)..((v + 1) * LANES).min(width);
+                    lanes[v] = T::load_some(s, &values[columns]);
+                }
+            }
+            for g in 0..G {
+                let score = s.splat(scores[g * rows + at]);
+                for v in 0..VECTORS {
+                    sums[g][v] = s.mul_add(score, lanes[v], sums[g][v]);
+                }
+            }
+            at += 1;
+        }
+    }
+    sums
 }
