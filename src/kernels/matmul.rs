@@ -252,7 +252,11 @@ impl<X: Left<N>, W: Weights<N>, const N: usize> Kernel for Product<'_, X, W, N> 
         let panels = self.outputs.end.div_ceil(PANEL);
         let mut panel = self.outputs.start / PANEL;
         // few rows leave registers for several panels, whose sums then do not wait for each other
-        let wide = if self.out.nrows() <= 2 { 4 } else { 1 };
+        let wide = match self.out.nrows() {
+            0..=2 => 4,
+            3..=6 if W::STREAMED => 2,
+            _ => 1,
+        };
         while panel < panels {
             let width = if panel + wide <= panels { wide } else { 1 };
             X::by_panels(s, &mut self, panel, width);
@@ -271,6 +275,12 @@ impl<const N: usize> Left<N> for Rows<'_> {
             match (rows, panels) {
                 (1, 4) => product.rows::<S, 1, 4>(s, row, panel),
                 (2, 4) => product.rows::<S, 2, 4>(s, row, panel),
+                (1, 2) => product.rows::<S, 1, 2>(s, row, panel),
+                (2, 2) => product.rows::<S, 2, 2>(s, row, panel),
+                (3, 2) => product.rows::<S, 3, 2>(s, row, panel),
+                (4, 2) => product.rows::<S, 4, 2>(s, row, panel),
+                (5, 2) => product.rows::<S, 5, 2>(s, row, panel),
+                (6, 2) => product.rows::<S, 6, 2>(s, row, panel),
                 (1, _) => product.rows::<S, 1, 1>(s, row, panel),
                 (2, _) => product.rows::<S, 2, 1>(s, row, panel),
                 (3, _) => product.rows::<S, 3, 1>(s, row, panel),
@@ -333,11 +343,12 @@ impl<X, W: Weights<N>, const N: usize> Product<'_, X, W, N> {
         for (p, w) in w.iter_mut().enumerate() {
             *w = &self.w.panels[((panel + p) * self.w.k + self.inputs.start) / N..][..steps];
         }
+        let streamed = P > 1 || self.out.nrows() <= W::MAX_ROWS;
         let mut sums = [[[s.splat(0.0); 2]; P]; R];
         for i in 0..steps {
             for p in 0..P {
-                if W::STREAMED && P > 1 {
-                    // a product of one row waits for memory, and the CPU alone looks not far enough ahead
+                if W::STREAMED && streamed {
+                    // a product of few rows waits for memory, and the CPU alone looks not far enough ahead
                     let ahead = w[p].as_ptr().wrapping_add(i).wrapping_byte_add(AHEAD);
                     for line in (0..size_of::<W>()).step_by(size_of::<Line>()) {
                         s.prefetch(ahead.wrapping_byte_add(line));

@@ -248,24 +248,31 @@ fn with_a_zero<'a>(x: Rows, m: usize, k: usize, even: &'a mut Vec<f32>) -> Rows<
 }
 
 /// The columns of the product, strip by strip, among the team.
-fn multiply<W, const N: usize>(
-    level: Level,
-    team: &Team,
-    x: Rows,
-    w: &Packed<W, N>,
-    mut out: ArrayViewMut2<f32>,
-    mode: Out,
-) where
+fn multiply<W, const N: usize>(level: Level, team: &Team, x: Rows, w: &Packed<W, N>, out: ArrayViewMut2<f32>, mode: Out)
+where
     W: Weights<N> + Sync,
 {
-    // the product takes four panels side by side for a row or two, and one for more
-    let width = if out.nrows() <= 2 { 4 * PANEL } else { PANEL };
-    team.for_each(out.axis_chunks_iter_mut(Axis(1), width).enumerate(), |(i, out)| {
-        let outputs = i * width..i * width + out.ncols();
+    team.for_each(strips(out), |(first, out)| {
+        let outputs = first..first + out.ncols();
         timed_product(out.nrows(), outputs.len(), w.k, || {
             dispatch_at(level, Product { x, w, outputs, inputs: 0..w.k, out, mode });
         });
     });
+}
+
+/// The columns of a product as they are handed out, each strip with its first column. The product takes four panels side by
+/// side for few rows; the last strips are of one panel each, so that no thread waits long for the others.
+fn strips(mut out: ArrayViewMut2<f32>) -> Vec<(usize, ArrayViewMut2<f32>)> {
+    let wide = if out.nrows() <= 6 { 4 * PANEL } else { PANEL };
+    let (mut strips, mut first) = (Vec::new(), 0);
+    while out.ncols() > 0 {
+        let left = out.ncols();
+        let width = if left > 2 * wide { wide } else { PANEL.min(left) };
+        let (here, rest) = out.split_at(Axis(1), width);
+        strips.push((first, here));
+        (out, first) = (rest, first + width);
+    }
+    strips
 }
 
 #[cfg(test)]
