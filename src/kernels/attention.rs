@@ -303,7 +303,13 @@ impl Kernel for SoftmaxRow<'_> {
         scores[frames.end.max(meta.end)..].fill(0.0);
         let mut sum = 0.0;
         for run in [meta, frames] {
-            sum += exp_sum(s, &mut scores[run], scale, largest);
+            if !run.is_empty() {
+                sum += exp_sum(s, &mut scores[run], scale, largest);
+            }
+        }
+        if largest == softmax.largest {
+            softmax.sum += sum;
+            return;
         }
         let faded = (softmax.largest - largest).exp();
         if faded != 1.0 {
@@ -315,7 +321,7 @@ impl Kernel for SoftmaxRow<'_> {
     }
 }
 
-/// The largest of scale·x and `so_far`.
+/// The largest of scale·x and `so_far`; NaN is passed over.
 #[inline(always)]
 fn max<S: Simd>(s: S, x: &[f32], scale: f32, so_far: f32) -> f32 {
     let (whole, rest) = x.as_chunks();
@@ -323,9 +329,8 @@ fn max<S: Simd>(s: S, x: &[f32], scale: f32, so_far: f32) -> f32 {
     for x in whole {
         largest = s.max(s.load(x), largest);
     }
-    let mut lanes = [0.0; LANES];
-    s.store(largest, &mut lanes);
-    lanes.iter().chain(rest).fold(so_far, |largest, x| largest.max(scale * x))
+    let largest = if whole.is_empty() { so_far } else { so_far.max(scale * s.largest(largest)) };
+    rest.iter().fold(largest, |largest, x| largest.max(scale * x))
 }
 
 /// Replaces x by exp(scale·x − largest) and returns the sum.
@@ -339,9 +344,13 @@ fn exp_sum<S: Simd>(s: S, x: &mut [f32], scale: f32, largest: f32) -> f32 {
         s.store(e, x);
         sum = s.add(sum, e);
     }
+    let sum = s.sum(sum);
+    if rest.is_empty() {
+        return sum;
+    }
     let e = math::exp(s, s.mul_add(scale_all, s.load_some(rest), shift));
     s.store_some(e, rest);
-    s.sum(sum) + rest.iter().sum::<f32>()
+    sum + rest.iter().sum::<f32>()
 }
 
 /// The weights of query `i` of one head: first those of the k meta tokens, then those of all frames, hidden ones 0. The

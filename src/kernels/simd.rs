@@ -71,6 +71,13 @@ pub(crate) trait Simd: Copy {
     /// Sixteen numbers of which only the upper halves are kept: bf16.
     fn load_bf16(self, x: &[u16; LANES]) -> Self::V;
 
+    /// The largest lane, if none is NaN.
+    fn largest(self, v: Self::V) -> f32 {
+        let mut lanes = [0.0; LANES];
+        self.store(v, &mut lanes);
+        lanes.into_iter().fold(f32::NEG_INFINITY, f32::max)
+    }
+
     /// The first numbers of `x`, at most sixteen; the other lanes are zero.
     #[inline(always)]
     fn load_some(self, x: &[f32]) -> Self::V {
@@ -338,6 +345,10 @@ mod x86 {
                 let halves = _mm512_cvtepu16_epi32(_mm256_loadu_si256(x.as_ptr().cast()));
                 _mm512_castsi512_ps(_mm512_slli_epi32::<16>(halves))
             }
+        }
+        #[inline(always)]
+        fn largest(self, v: __m512) -> f32 {
+            unsafe { _mm512_reduce_max_ps(v) }
         }
         #[inline(always)]
         fn sum(self, v: __m512) -> f32 {

@@ -127,7 +127,7 @@ fn groups_and_later_queries_equal_the_definition() {
 }
 
 #[test]
-fn sums_of_lanes_are_the_same_on_every_level() {
+fn sums_and_maxima_of_lanes_are_the_same_on_every_level() {
     struct Sum([f32; LANES]);
     impl Kernel for Sum {
         type Output = f32;
@@ -136,11 +136,21 @@ fn sums_of_lanes_are_the_same_on_every_level() {
             s.sum(s.load(&self.0))
         }
     }
+    struct Largest([f32; LANES]);
+    impl Kernel for Largest {
+        type Output = f32;
+        #[inline(always)]
+        fn run<S: Simd>(self, s: S) -> f32 {
+            s.largest(s.load(&self.0))
+        }
+    }
     for seed in 0..50 {
         let lanes = std::array::from_fn(|i| ((i * 37 + seed * 11) % 97) as f32 * 1.7e-3 - 0.08);
         let want = dispatch_at(Level::Scalar, Sum(lanes));
         for level in Level::ALL.into_iter().filter(|level| level.is_available()) {
             assert_eq!(dispatch_at(level, Sum(lanes)), want);
+            let largest = lanes.into_iter().fold(f32::NEG_INFINITY, f32::max);
+            assert_eq!(dispatch_at(level, Largest(lanes)), largest);
         }
     }
 }
