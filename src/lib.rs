@@ -36,6 +36,7 @@
 //! | stream | [`Hymba::new_state`], [`Hymba::step`] |
 //! | save and load | [`Hymba::save`], [`Hymba::load`], [`load_with`](Hymba::load_with) for files made elsewhere, [`load_edifice`](Hymba::load_edifice) |
 //! | train | [`Predictor`] and [`train::Trainer`]; or by hand [`Hymba::forward_train`], [`Hymba::backward`], [`train::AdamW`] |
+//! | run NVIDIA's language model | `hymba::lm` (feature `lm`; with text, feature `tokenizer`) |
 //! | look inside | [`Hymba::summary`], [`Hymba::inspect`], [`Hymba::visit`] |
 //!
 //! # Letters
@@ -66,6 +67,8 @@
 //!
 //! | feature | default | |
 //! |---|---|---|
+//! | `lm` | no | the language model, `lm::HymbaLm`, on token ids |
+//! | `tokenizer` | no | `lm` with text: `Tokenizer`, chat templates, `Chat` |
 //! | `rayon` | yes | runs the sequences of a batch, the two branches of a block and large products on several threads |
 //! | `profile` | no | times the parts of the arithmetic, for people who work on its speed |
 //!

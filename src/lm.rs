@@ -1,4 +1,28 @@
-//! NVIDIA's Hymba language model on any CPU.
+//! NVIDIA's Hymba language model on any CPU: Hymba-1.5B, base and instruct, and any size of the same architecture.
+//!
+//! | to | call |
+//! |---|---|
+//! | read a folder of the Hugging Face Hub | [`HymbaLm::from_dir`], [`HymbaLm::from_dir_with`] and [`LoadOptions`] |
+//! | continue a text | [`HymbaLm::generate_text`] with a [`Tokenizer`] (feature `tokenizer`) |
+//! | hold a conversation | [`Chat`] (feature `tokenizer`) |
+//! | continue token ids | [`HymbaLm::generate`]; many prompts together: [`HymbaLm::generate_batch`] |
+//! | run your own loop | [`HymbaLm::new_state`], [`prefill`](HymbaLm::prefill), [`step`](HymbaLm::step), and a [`Sampler`] |
+//! | fork, save, continue | `state.clone()`, [`HymbaLm::save_state`], [`HymbaLm::load_state`] |
+//! | score | [`HymbaLm::log_likelihood`] |
+//! | compare with other implementations | [`HymbaLm::forward`], [`inspect`](HymbaLm::inspect), [`LmState::layer`] |
+//!
+//! Every layer runs attention and Mamba side by side between two shared projections. With the letters of the published
+//! configuration (H hidden_size, E = mamba_expand·H, M meta tokens, W sliding_window):
+//!
+//! ```text
+//! [q | k | v | u | z] = rms(x)·W_inᵀ            layers that use another's keys and values have no k, v
+//! attention: grouped queries, rotary; sees meta tokens, itself and W tokens before it, in global layers all
+//! mamba:     Mamba-1 with norms on δ, B and C
+//! x += (rms₁(attention) + rms₂(mamba))/2 · W_outᵀ
+//! x += MLP(rms(x))                              silu-gated, or relu²
+//! ```
+//!
+//! The weights themselves are NVIDIA's, under their own licence, and not part of this crate, which downloads nothing.
 
 mod attention;
 mod block;
