@@ -19,7 +19,9 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use hymba::HymbaLm;
-use hymba::lm::{Chat, FinishReason, GenerateOptions, HymbaLmConfig, KvStorage, LoadOptions, Sampler, Tokenizer};
+use hymba::lm::{
+    Chat, FinishReason, GenerateOptions, HymbaLmConfig, KvStorage, LoadOptions, Quantization, Sampler, Tokenizer,
+};
 use hymba::ndarray::arr1;
 use indicatif::{ProgressBar, ProgressStyle};
 
@@ -39,6 +41,7 @@ usage: generate --model DIR (--prompt TEXT | --chat [--system TEXT])
   --top-k N --top-p X --min-p X --repetition-penalty X --seed N
   --stop TEXT             ends the text there; may be given several times
   --kv f32|bf16           type of the kept keys and values, f32
+  --quantize none|8|4     bits of the weights, none: as in the files
   --threads N             all cores";
 
 struct Settings {
@@ -94,6 +97,14 @@ fn settings() -> Result<Option<Settings>, String> {
                     "f32" => KvStorage::F32,
                     "bf16" => KvStorage::Bf16,
                     other => return Err(format!("--kv is f32 or bf16, not {other:?}")),
+                }
+            }
+            "--quantize" => {
+                settings.load.quantize = match arguments.value::<String>(&name)?.as_str() {
+                    "none" => Quantization::None,
+                    "8" => Quantization::Bits8,
+                    "4" => Quantization::Bits4,
+                    other => return Err(format!("--quantize is none, 8 or 4, not {other:?}")),
                 }
             }
             other => return Err(format!("there is no argument {other:?}")),

@@ -36,6 +36,7 @@ mod mamba;
 mod model;
 mod parameters;
 mod pass;
+mod quantization;
 mod rope;
 mod sample;
 mod state;
@@ -44,7 +45,7 @@ mod state_file;
 mod text;
 
 pub use cache::KvStorage;
-pub use config::{HymbaLmConfig, KeyQueryNorm, MlpActivation, RopeType, TorchDtype};
+pub use config::{HymbaLmConfig, KeyQueryNorm, MlpActivation, Quantization, RopeType, TorchDtype};
 #[cfg(feature = "tokenizer")]
 pub use converse::{Chat, TextGeneration};
 pub use files::{LoadOptions, Loading};

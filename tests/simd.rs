@@ -44,7 +44,8 @@ fn a_forced_level_is_taken_and_gives_the_same_results() {
     {
         let avx2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
         levels.extend(avx2.then_some("avx2"));
-        levels.extend((avx2 && is_x86_feature_detected!("avx512f")).then_some("avx512"));
+        let avx512 = is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw");
+        levels.extend((avx2 && avx512).then_some("avx512"));
     }
     for forced in &levels {
         let (level, got) = run(forced);

@@ -26,7 +26,7 @@ pub(crate) struct Line(pub [f32; LANES]);
 pub(crate) type PanelRow = [Line; 2];
 
 /// How far ahead, in bytes, weights are fetched that are used once.
-const AHEAD: usize = 1024;
+pub(crate) const AHEAD: usize = 1024;
 
 pub(crate) const ZERO_ROW: PanelRow = [Line([0.0; LANES]); 2];
 
@@ -370,20 +370,26 @@ impl<X, W: Weights<N>, const N: usize> Product<'_, X, W, N> {
             let row = self.out.row_mut(row + r).into_slice().expect("numbers side by side");
             for (p, sums) in sums.into_iter().enumerate() {
                 let first = (panel + p) * PANEL - self.outputs.start;
-                for (half, mut sum) in sums.into_iter().enumerate() {
-                    let Some(out) = row.get_mut(first + half * LANES..) else { break };
-                    let width = LANES.min(out.len());
-                    let out = &mut out[..width];
-                    if let Some(bias) = self.w.bias.get(panel + p) {
-                        sum = s.add(sum, s.load(&bias[half].0));
-                    }
-                    if self.mode == Out::Add {
-                        sum = s.add(s.load_some(out), sum);
-                    }
-                    s.store_some(sum, out);
-                }
+                finish(s, sums, &mut row[first..], self.w.bias.get(panel + p), self.mode);
             }
         }
+    }
+}
+
+/// Writes the sums of a panel to the first of these numbers, or adds them; there may be fewer.
+#[inline(always)]
+pub(crate) fn finish<S: Simd>(s: S, sums: [S::V; 2], out: &mut [f32], bias: Option<&PanelRow>, mode: Out) {
+    for (half, mut sum) in sums.into_iter().enumerate() {
+        let Some(out) = out.get_mut(half * LANES..) else { break };
+        let width = LANES.min(out.len());
+        let out = &mut out[..width];
+        if let Some(bias) = bias {
+            sum = s.add(sum, s.load(&bias[half].0));
+        }
+        if mode == Out::Add {
+            sum = s.add(s.load_some(out), sum);
+        }
+        s.store_some(sum, out);
     }
 }
 

@@ -10,6 +10,7 @@ use ndarray::{ArrayViewMut2, Axis};
 use super::clock::timed_product;
 use super::matmul::{Out, PANEL, Packed, PanelRow, Product, Rows, Weights, ZERO_ROW};
 use super::parallel;
+use super::quantized::{Eight, FileRows, Four, Quantized};
 use super::simd::{LANES, Level, Simd, dispatch_at};
 use super::team::Team;
 
@@ -19,6 +20,10 @@ pub(crate) enum Storage {
     F32,
     F16,
     Bf16,
+    /// 8 bits and a scale for each [`BLOCK`](super::quantized::BLOCK) inputs.
+    Q8,
+    /// 4 bits and a scale.
+    Q4,
 }
 
 /// A panel's weights for one input: a cache line.
@@ -56,7 +61,7 @@ impl Weights<2> for PairRow {
 }
 
 /// A type the numbers of a panel are stored in.
-trait Store<const N: usize>: Weights<N> {
+pub(crate) trait Store<const N: usize>: Weights<N> {
     const ZERO: Self;
     /// The numbers of one output, narrowed: rounded to the nearest, to even in the middle.
     fn set(&mut self, output: usize, numbers: [f32; N]);
@@ -113,6 +118,8 @@ enum Panels {
     F16(Packed<HalfRow, 1>),
     /// With a zero more in each row if k is odd.
     Bf16(Packed<PairRow, 2>),
+    Q8(Quantized<Eight>),
+    Q4(Quantized<Four>),
 }
 
 /// Evaluates the same expression for the panels of any type.
@@ -122,6 +129,8 @@ macro_rules! with_panels {
             Panels::F32($name) => $do,
             Panels::F16($name) => $do,
             Panels::Bf16($name) => $do,
+            Panels::Q8($name) => $do,
+            Panels::Q4($name) => $do,
         }
     };
 }
@@ -133,6 +142,8 @@ impl Matrix {
             Storage::F32 => Panels::F32(zeros(n, k)),
             Storage::F16 => Panels::F16(zeros(n, k)),
             Storage::Bf16 => Panels::Bf16(zeros(n, k)),
+            Storage::Q8 => Panels::Q8(Quantized::zeros(n, k)),
+            Storage::Q4 => Panels::Q4(Quantized::zeros(n, k)),
         };
         Matrix { n, k, panels }
     }
@@ -147,30 +158,54 @@ impl Matrix {
             Panels::F32(_) => Storage::F32,
             Panels::F16(_) => Storage::F16,
             Panels::Bf16(_) => Storage::Bf16,
+            Panels::Q8(_) => Storage::Q8,
+            Panels::Q4(_) => Storage::Q4,
+        }
+    }
+
+    /// What files have of a quantised matrix.
+    pub(crate) fn quantized(&self) -> Option<&dyn FileRows> {
+        match &self.panels {
+            Panels::Q8(quantized) => Some(quantized),
+            Panels::Q4(quantized) => Some(quantized),
+            _ => None,
+        }
+    }
+
+    pub(crate) fn quantized_mut(&mut self) -> Option<&mut dyn FileRows> {
+        match &mut self.panels {
+            Panels::Q8(quantized) => Some(quantized),
+            Panels::Q4(quantized) => Some(quantized),
+            _ => None,
         }
     }
 
     /// The memory the weights take.
     pub(crate) fn num_bytes(&self) -> usize {
-        with_panels!(&self.panels, packed => size_of_val(packed.panels.as_slice()))
+        with_panels!(&self.panels, panels => panels.num_bytes())
     }
 
     /// Sets a row to these k numbers, rounded to the nearest number of the type they are stored in.
     pub(crate) fn set_row(&mut self, row: usize, numbers: &[f32]) {
         assert!(row < self.n && numbers.len() == self.k, "row {row} of {} numbers", numbers.len());
-        with_panels!(&mut self.panels, packed => set_row(panel_mut(packed, row / PANEL), row % PANEL, numbers));
+        with_panels!(&mut self.panels, panels => panels.set_row(row, numbers));
     }
 
     /// Sets every row: `fill` writes the k numbers of the row it is told into the slice. On several threads.
     pub(crate) fn set_rows(&mut self, fill: impl Fn(usize, &mut [f32]) + Sync + Send) {
-        let (n, k) = (self.n, self.k);
-        with_panels!(&mut self.panels, packed => set_rows(packed, n, k, fill));
+        match &mut self.panels {
+            Panels::F32(panels) => panels.set_rows(self.k, fill),
+            Panels::F16(panels) => panels.set_rows(self.k, fill),
+            Panels::Bf16(panels) => panels.set_rows(self.k, fill),
+            Panels::Q8(panels) => panels.set_rows(fill),
+            Panels::Q4(panels) => panels.set_rows(fill),
+        }
     }
 
     /// Copies a row into these k numbers.
     pub(crate) fn row(&self, row: usize, numbers: &mut [f32]) {
         assert!(row < self.n && numbers.len() == self.k, "row {row} of {} numbers", numbers.len());
-        with_panels!(&self.panels, packed => get_row(packed, row, numbers));
+        with_panels!(&self.panels, panels => panels.row(row, numbers));
     }
 
     /// out `[m, n]` = x `[m, k]` · Wᵀ, or added to it.
@@ -185,11 +220,17 @@ impl Matrix {
         if out.is_empty() {
             return;
         }
-        with_panels!(&self.panels, packed => {
-            let mut even = Vec::new();
-            let x = if packed.k == self.k { x } else { with_a_zero(x, m, self.k, &mut even) };
-            multiply(level, team, x, packed, out, mode);
-        });
+        match &self.panels {
+            Panels::F32(packed) => multiply(level, team, x, packed, out, mode),
+            Panels::F16(packed) => multiply(level, team, x, packed, out, mode),
+            Panels::Bf16(packed) => {
+                let mut even = Vec::new();
+                let x = if packed.k == self.k { x } else { with_a_zero(x, m, self.k, &mut even) };
+                multiply(level, team, x, packed, out, mode);
+            }
+            Panels::Q8(quantized) => quantized.multiply(level, team, x, m, out, mode),
+            Panels::Q4(quantized) => quantized.multiply(level, team, x, m, out, mode),
+        }
     }
 }
 
@@ -198,9 +239,39 @@ fn zeros<W: Store<N>, const N: usize>(n: usize, k: usize) -> Packed<W, N> {
     Packed { n, k, panels: vec![W::ZERO; n.div_ceil(PANEL) * k / N], bias: Vec::new() }
 }
 
-fn panel_mut<W, const N: usize>(packed: &mut Packed<W, N>, panel: usize) -> &mut [W] {
-    let rows = packed.k / N;
-    &mut packed.panels[panel * rows..][..rows]
+impl<W: Store<N>, const N: usize> Packed<W, N> {
+    fn num_bytes(&self) -> usize {
+        size_of_val(self.panels.as_slice())
+    }
+
+    fn set_row(&mut self, row: usize, numbers: &[f32]) {
+        let rows = self.k / N;
+        set_row(&mut self.panels[row / PANEL * rows..][..rows], row % PANEL, numbers);
+    }
+
+    fn set_rows(&mut self, k: usize, fill: impl Fn(usize, &mut [f32]) + Sync + Send)
+    where
+        W: Send,
+    {
+        let n = self.n;
+        let panels = self.panels.chunks_mut((self.k / N).max(1)).enumerate().collect();
+        parallel::for_each_if(n * k, panels, |(panel, to)| {
+            let mut numbers = vec![0.0; k];
+            for row in panel * PANEL..n.min((panel + 1) * PANEL) {
+                fill(row, &mut numbers);
+                set_row(to, row % PANEL, &numbers);
+            }
+        });
+    }
+
+    fn row(&self, row: usize, numbers: &mut [f32]) {
+        let rows = self.k / N;
+        let panel = &self.panels[row / PANEL * rows..][..rows];
+        for (from, numbers) in panel.iter().zip(numbers.chunks_mut(N)) {
+            let count = numbers.len();
+            numbers.copy_from_slice(&from.get(row % PANEL)[..count]);
+        }
+    }
 }
 
 fn set_row<W: Store<N>, const N: usize>(panel: &mut [W], output: usize, numbers: &[f32]) {
@@ -208,33 +279,6 @@ fn set_row<W: Store<N>, const N: usize>(panel: &mut [W], output: usize, numbers:
         let mut all = [0.0; N];
         all[..numbers.len()].copy_from_slice(numbers);
         to.set(output, all);
-    }
-}
-
-fn set_rows<W, const N: usize>(
-    packed: &mut Packed<W, N>,
-    n: usize,
-    k: usize,
-    fill: impl Fn(usize, &mut [f32]) + Sync + Send,
-) where
-    W: Store<N> + Send,
-{
-    let panels = packed.panels.chunks_mut((packed.k / N).max(1)).enumerate().collect();
-    parallel::for_each_if(n * k, panels, |(panel, to)| {
-        let mut numbers = vec![0.0; k];
-        for row in panel * PANEL..n.min((panel + 1) * PANEL) {
-            fill(row, &mut numbers);
-            set_row(to, row % PANEL, &numbers);
-        }
-    });
-}
-
-fn get_row<W: Store<N>, const N: usize>(packed: &Packed<W, N>, row: usize, numbers: &mut [f32]) {
-    let rows = packed.k / N;
-    let panel = &packed.panels[row / PANEL * rows..][..rows];
-    for (from, numbers) in panel.iter().zip(numbers.chunks_mut(N)) {
-        let count = numbers.len();
-        numbers.copy_from_slice(&from.get(row % PANEL)[..count]);
     }
 }
 

@@ -14,6 +14,8 @@ pub(crate) mod matmul;
 pub(crate) mod matrix;
 pub(crate) mod norm;
 pub(crate) mod parallel;
+#[cfg(feature = "lm")]
+pub(crate) mod quantized;
 pub(crate) mod scan;
 #[allow(unsafe_code)]
 pub(crate) mod simd;

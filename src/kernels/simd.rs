@@ -24,6 +24,8 @@ pub(crate) trait Kernel {
 pub(crate) trait Simd: Copy {
     /// Sixteen numbers.
     type V: Copy;
+    /// Sixteen whole numbers of 32 bits, or sixteen times four of 8.
+    type I: Copy;
     /// Rows of the product tile that fit the register file beside two vectors of weights.
     const TILE_ROWS: usize;
 
@@ -51,6 +53,22 @@ pub(crate) trait Simd: Copy {
     /// Of sixteen pairs of numbers stored as bfloat16, those in the high bits.
     #[cfg_attr(not(feature = "lm"), allow(dead_code))]
     fn load_bf16_high(self, x: &[u32; LANES]) -> Self::V;
+    #[cfg_attr(not(feature = "lm"), allow(dead_code))]
+    fn load_whole(self, x: &[u32; LANES]) -> Self::I;
+    #[cfg_attr(not(feature = "lm"), allow(dead_code))]
+    fn splat_whole(self, x: u32) -> Self::I;
+    /// In each lane, the sum of the products of four bytes of `a`, from 0 to 255, and four of `b`, from −128 to 127, and `c`.
+    #[cfg_attr(not(feature = "lm"), allow(dead_code))]
+    fn dot(self, a: Self::I, b: Self::I, c: Self::I) -> Self::I;
+    /// The low four bits of each byte.
+    #[cfg_attr(not(feature = "lm"), allow(dead_code))]
+    fn low_nibbles(self, x: Self::I) -> Self::I;
+    /// The high four bits of each byte, moved down.
+    #[cfg_attr(not(feature = "lm"), allow(dead_code))]
+    fn high_nibbles(self, x: Self::I) -> Self::I;
+    /// Signed numbers of 32 bits, to the nearest.
+    #[cfg_attr(not(feature = "lm"), allow(dead_code))]
+    fn to_float(self, x: Self::I) -> Self::V;
     /// Has the cache line at this address fetched soon. Any address will do.
     #[inline(always)]
     fn prefetch<T>(self, _address: *const T) {}
@@ -112,16 +130,18 @@ pub(crate) enum Level {
     Scalar,
     Avx2,
     Avx512,
+    /// As `Avx512`, with an instruction for [`Simd::dot`], which only [`dispatch_whole_at`] makes use of.
+    Avx512Vnni,
 }
 
 impl Level {
-    pub(crate) const ALL: [Level; 3] = [Level::Scalar, Level::Avx2, Level::Avx512];
+    pub(crate) const ALL: [Level; 4] = [Level::Scalar, Level::Avx2, Level::Avx512, Level::Avx512Vnni];
 
     pub(crate) fn name(self) -> &'static str {
         match self {
             Level::Scalar => "scalar",
             Level::Avx2 => "avx2",
-            Level::Avx512 => "avx512",
+            Level::Avx512 | Level::Avx512Vnni => "avx512",
         }
     }
 
@@ -133,7 +153,13 @@ impl Level {
                 is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c")
             }
             #[cfg(target_arch = "x86_64")]
-            Level::Avx512 => is_x86_feature_detected!("avx512f") && Level::Avx2.is_available(),
+            Level::Avx512 => {
+                is_x86_feature_detected!("avx512f")
+                    && is_x86_feature_detected!("avx512bw")
+                    && Level::Avx2.is_available()
+            }
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx512Vnni => is_x86_feature_detected!("avx512vnni") && Level::Avx512.is_available(),
             #[cfg(not(target_arch = "x86_64"))]
             _ => false,
         }
@@ -161,12 +187,24 @@ pub(crate) fn dispatch_at<K: Kernel>(level: Level, kernel: K) -> K::Output {
     #[cfg(target_arch = "x86_64")]
     match level {
         // SAFETY: the CPU has the instructions, as just checked (std caches the answer).
-        Level::Avx512 if level.is_available() => return unsafe { x86::run_avx512(kernel) },
+        Level::Avx512 | Level::Avx512Vnni if level.is_available() => return unsafe { x86::run_avx512(kernel) },
         Level::Avx2 if level.is_available() => return unsafe { x86::run_avx2(kernel) },
         _ => {}
     }
     let _ = level;
     kernel.run(Scalar)
+}
+
+/// As [`dispatch_at`], for a kernel with products of whole numbers: it is compiled once more, for [`Level::Avx512Vnni`].
+#[cfg_attr(not(feature = "lm"), allow(dead_code))]
+#[inline]
+pub(crate) fn dispatch_whole_at<K: Kernel>(level: Level, kernel: K) -> K::Output {
+    #[cfg(target_arch = "x86_64")]
+    if level == Level::Avx512Vnni && level.is_available() {
+        // SAFETY: the CPU has the instructions, as just checked.
+        return unsafe { x86::run_avx512_vnni(kernel) };
+    }
+    dispatch_at(level, kernel)
 }
 
 /// Plain arrays. The compiler makes of it what the target's baseline allows (NEON on aarch64, SSE2 on x86-64).
@@ -182,8 +220,18 @@ fn lanewise(f: impl Fn(usize) -> f32) -> [f32; LANES] {
     v
 }
 
+#[inline(always)]
+fn lanewise_whole(f: impl Fn(usize) -> u32) -> [u32; LANES] {
+    let mut v = [0; LANES];
+    for (i, lane) in v.iter_mut().enumerate() {
+        *lane = f(i);
+    }
+    v
+}
+
 impl Simd for Scalar {
     type V = [f32; LANES];
+    type I = [u32; LANES];
     const TILE_ROWS: usize = 2;
 
     #[inline(always)]
@@ -254,22 +302,60 @@ impl Simd for Scalar {
     fn load_bf16_high(self, x: &[u32; LANES]) -> Self::V {
         lanewise(|i| f32::from_bits(x[i] & BF16_HIGH))
     }
+    #[inline(always)]
+    fn load_whole(self, x: &[u32; LANES]) -> Self::I {
+        *x
+    }
+    #[inline(always)]
+    fn splat_whole(self, x: u32) -> Self::I {
+        [x; LANES]
+    }
+    #[inline(always)]
+    fn dot(self, a: Self::I, b: Self::I, c: Self::I) -> Self::I {
+        lanewise_whole(|i| {
+            let product = |byte: u32| {
+                let unsigned = (a[i] >> (8 * byte) & 0xff).cast_signed();
+                unsigned * ((b[i] << (24 - 8 * byte)).cast_signed() >> 24)
+            };
+            c[i].wrapping_add((product(0) + product(1) + product(2) + product(3)).cast_unsigned())
+        })
+    }
+    #[inline(always)]
+    fn low_nibbles(self, x: Self::I) -> Self::I {
+        lanewise_whole(|i| x[i] & NIBBLES)
+    }
+    #[inline(always)]
+    fn high_nibbles(self, x: Self::I) -> Self::I {
+        lanewise_whole(|i| x[i] >> 4 & NIBBLES)
+    }
+    #[inline(always)]
+    fn to_float(self, x: Self::I) -> Self::V {
+        lanewise(|i| x[i].cast_signed() as f32)
+    }
 }
 
 /// The second number of a pair stored as bfloat16, which is the first half of the same `f32`.
 const BF16_HIGH: u32 = 0xffff_0000;
+
+/// The low four bits of each byte.
+const NIBBLES: u32 = 0x0f0f_0f0f;
 
 /// Adding it to a small whole number n leaves n + 127, an exponent field, in the low bits.
 const EXPONENT_MAGIC: f32 = (3u32 << 22) as f32 + 127.0;
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
-    use super::{BF16_HIGH, EXPONENT_MAGIC, Kernel, LANES, Simd};
+    use super::{BF16_HIGH, EXPONENT_MAGIC, Kernel, LANES, NIBBLES, Simd};
     use std::arch::x86_64::*;
 
-    #[target_feature(enable = "avx512f,avx2,fma,f16c")]
+    #[target_feature(enable = "avx512f,avx512bw,avx2,fma,f16c")]
     pub(super) fn run_avx512<K: Kernel>(kernel: K) -> K::Output {
-        kernel.run(Avx512(()))
+        kernel.run(Avx512::<false>(()))
+    }
+
+    #[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx2,fma,f16c")]
+    pub(super) fn run_avx512_vnni<K: Kernel>(kernel: K) -> K::Output {
+        kernel.run(Avx512::<true>(()))
     }
 
     #[target_feature(enable = "avx2,fma,f16c")]
@@ -289,14 +375,15 @@ mod x86 {
         }
     }
 
-    /// Exists only inside [`run_avx512`].
+    /// Exists only inside [`run_avx512`] and, with VNNI, inside [`run_avx512_vnni`].
     #[derive(Clone, Copy)]
-    pub(super) struct Avx512(());
+    pub(super) struct Avx512<const VNNI: bool>(());
 
-    // SAFETY of every block below: an `Avx512` exists only where the CPU has AVX-512F, and the pointers come from
-    // references to sixteen numbers.
-    impl Simd for Avx512 {
+    // SAFETY of every block below: an `Avx512` exists only where the CPU has AVX-512F and AVX-512BW, and with `VNNI` that,
+    // too; the pointers come from references to sixteen numbers.
+    impl<const VNNI: bool> Simd for Avx512<VNNI> {
         type V = __m512;
+        type I = __m512i;
         const TILE_ROWS: usize = 12;
 
         #[inline(always)]
@@ -380,6 +467,40 @@ mod x86 {
             }
         }
         #[inline(always)]
+        fn load_whole(self, x: &[u32; LANES]) -> __m512i {
+            unsafe { _mm512_loadu_si512(x.as_ptr().cast()) }
+        }
+        #[inline(always)]
+        fn splat_whole(self, x: u32) -> __m512i {
+            unsafe { _mm512_set1_epi32(x.cast_signed()) }
+        }
+        #[inline(always)]
+        fn dot(self, a: __m512i, b: __m512i, c: __m512i) -> __m512i {
+            unsafe {
+                if VNNI {
+                    return _mm512_dpbusd_epi32(c, a, b);
+                }
+                // the bytes at even places and those at odd ones, as 16 bits: no sum of two products overflows 32
+                let even = _mm512_and_si512(a, _mm512_set1_epi16(0xff));
+                let odd = _mm512_srli_epi16::<8>(a);
+                let even = _mm512_madd_epi16(even, _mm512_srai_epi16::<8>(_mm512_slli_epi16::<8>(b)));
+                let odd = _mm512_madd_epi16(odd, _mm512_srai_epi16::<8>(b));
+                _mm512_add_epi32(_mm512_add_epi32(c, even), odd)
+            }
+        }
+        #[inline(always)]
+        fn low_nibbles(self, x: __m512i) -> __m512i {
+            unsafe { _mm512_and_si512(x, _mm512_set1_epi32(NIBBLES.cast_signed())) }
+        }
+        #[inline(always)]
+        fn high_nibbles(self, x: __m512i) -> __m512i {
+            unsafe { _mm512_and_si512(_mm512_srli_epi32::<4>(x), _mm512_set1_epi32(NIBBLES.cast_signed())) }
+        }
+        #[inline(always)]
+        fn to_float(self, x: __m512i) -> __m512 {
+            unsafe { _mm512_cvtepi32_ps(x) }
+        }
+        #[inline(always)]
         fn prefetch<T>(self, address: *const T) {
             unsafe { _mm_prefetch::<_MM_HINT_T0>(address.cast()) }
         }
@@ -393,6 +514,7 @@ mod x86 {
     // references to sixteen numbers, of which the second half starts at the eighth.
     impl Simd for Avx2 {
         type V = [__m256; 2];
+        type I = [__m256i; 2];
         const TILE_ROWS: usize = 2;
 
         #[inline(always)]
@@ -481,6 +603,41 @@ mod x86 {
                 let high = _mm256_and_si256(_mm256_loadu_si256(x.as_ptr().add(8).cast()), mask);
                 [_mm256_castsi256_ps(low), _mm256_castsi256_ps(high)]
             }
+        }
+        #[inline(always)]
+        fn load_whole(self, x: &[u32; LANES]) -> Self::I {
+            unsafe { [_mm256_loadu_si256(x.as_ptr().cast()), _mm256_loadu_si256(x.as_ptr().add(8).cast())] }
+        }
+        #[inline(always)]
+        fn splat_whole(self, x: u32) -> Self::I {
+            unsafe { [_mm256_set1_epi32(x.cast_signed()); 2] }
+        }
+        #[inline(always)]
+        fn dot(self, a: Self::I, b: Self::I, c: Self::I) -> Self::I {
+            let half = |a, b, c| unsafe {
+                // as on AVX-512 without VNNI
+                let even = _mm256_and_si256(a, _mm256_set1_epi16(0xff));
+                let odd = _mm256_srli_epi16::<8>(a);
+                let even = _mm256_madd_epi16(even, _mm256_srai_epi16::<8>(_mm256_slli_epi16::<8>(b)));
+                let odd = _mm256_madd_epi16(odd, _mm256_srai_epi16::<8>(b));
+                _mm256_add_epi32(_mm256_add_epi32(c, even), odd)
+            };
+            [half(a[0], b[0], c[0]), half(a[1], b[1], c[1])]
+        }
+        #[inline(always)]
+        fn low_nibbles(self, x: Self::I) -> Self::I {
+            unsafe {
+                let mask = _mm256_set1_epi32(NIBBLES.cast_signed());
+                [_mm256_and_si256(x[0], mask), _mm256_and_si256(x[1], mask)]
+            }
+        }
+        #[inline(always)]
+        fn high_nibbles(self, x: Self::I) -> Self::I {
+            unsafe { self.low_nibbles([_mm256_srli_epi32::<4>(x[0]), _mm256_srli_epi32::<4>(x[1])]) }
+        }
+        #[inline(always)]
+        fn to_float(self, x: Self::I) -> Self::V {
+            unsafe { [_mm256_cvtepi32_ps(x[0]), _mm256_cvtepi32_ps(x[1])] }
         }
         #[inline(always)]
         fn prefetch<T>(self, address: *const T) {

@@ -62,9 +62,6 @@ impl Team {
         Team::of(1)
     }
 
-    pub(crate) fn threads(&self) -> usize {
-        self.threads
-    }
 
     /// Calls `f` for every item; whoever is free takes the next one. Returns when all are done.
     ///
@@ -292,7 +289,7 @@ mod tests {
     fn every_item_is_worked_on_once() {
         for threads in [1, 2, 3, 8] {
             among(threads, |team| {
-                assert_eq!(team.threads(), threads);
+                assert_eq!(team.threads, threads);
                 for count in (0..70).chain([1000]) {
                     let mut items = vec![0; count];
                     team.for_each(items.iter_mut().enumerate(), |(i, item)| *item += i + 1);
@@ -363,7 +360,7 @@ mod tests {
 
     #[test]
     fn teams_of_any_pool() {
-        assert_eq!(with_team(0, |team| team.threads()), 1);
+        assert_eq!(with_team(0, |team| team.threads), 1);
         with_team(WORK, |team| {
             assert_eq!(sum(team, 100), 4950);
             with_team(WORK, |inner| assert_eq!(sum(inner, 100), 4950));
@@ -382,11 +379,11 @@ mod tests {
                         for _ in 0..10 {
                             pool.install(|| {
                                 with_team(WORK, |team| {
-                                    assert!(team.threads() <= threads);
+                                    assert!(team.threads <= threads);
                                     // a join may pick up other teams' parts while it waits
                                     let (a, b) = rayon::join(|| sum(team, 30), || sum(team, 40));
                                     assert_eq!((a, b, sum(team, 50)), (435, 780, 1225));
-                                    with_team(WORK, |inner| assert_eq!((inner.threads(), sum(inner, 3)), (1, 3)));
+                                    with_team(WORK, |inner| assert_eq!((inner.threads, sum(inner, 3)), (1, 3)));
                                 });
                             });
                         }

@@ -49,6 +49,7 @@ const MAX_CONFIG: u64 = 1 << 20;
 /// | `bos_token_id`, `eos_token_id`, `pad_token_id` | 1, 2, 0 | below `vocab_size`, or null; `eos_token_id` may be a list |
 /// | `torch_dtype` | null | null, `"float32"`, `"float16"`, `"bfloat16"` |
 /// | `memory_tokens_interspersed_every` | 0 | 0 |
+/// | `quantization_config` | null | null, or what [`save_dir`](crate::HymbaLm::save_dir) writes of a quantised model |
 ///
 /// Besides, `hidden_size` and the inner width ⌊mamba_expand · hidden_size⌋ must be multiples of `num_attention_heads`,
 /// and layers that share keys and values must be all global or all windowed. All sizes together may ask for at most
@@ -140,6 +141,8 @@ pub struct HymbaLmConfig {
     pub torch_dtype: Option<TorchDtype>,
     /// Meta tokens before every so many tokens: 0, never.
     pub memory_tokens_interspersed_every: usize,
+    /// The bits of the matrices in the checkpoint, and in a model that was quantised while it was read.
+    pub quantization: Quantization,
 }
 
 /// The key `kq_norm`: how queries and keys are normalised, before they are rotated.
@@ -188,6 +191,30 @@ pub enum TorchDtype {
     BF16,
 }
 
+/// How many bits the weights of the big matrices take, in the files of a checkpoint (key `quantization_config`) and in
+/// memory ([`LoadOptions::quantize`](super::LoadOptions::quantize)).
+///
+/// | matrix | `None` | `Bits8` | `Bits4` |
+/// |---|---|---|---|
+/// | embedding, head, `in_proj`, `out_proj`, `gate_proj`, `up_proj`, `down_proj` | as in the file | 8 bits | 4 bits |
+/// | `x_proj`, `dt_proj`, which make the time step, B and C of the scan | as in the file | 8 bits | 8 bits |
+/// | norms, biases, convolution, A, D, meta tokens | f32 | f32 | f32 |
+///
+/// 32 consecutive weights of a row share a scale, a bfloat16: so it is 8.5 or 4.5 bits a weight. A weight is its scale times
+/// a whole number, of −127 to 127 in 8 bits and of −8 to 7 in 4, where the scale is the one of some that has the least
+/// squared error. The products bring the activations to 8 bits, too, 32 at a time, and multiply whole numbers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+#[non_exhaustive]
+pub enum Quantization {
+    /// Not at all.
+    #[default]
+    None,
+    /// 8 bits.
+    Bits8,
+    /// 4 bits.
+    Bits4,
+}
+
 impl HymbaLmConfig {
     /// The largest number of parameters a model may have: 2³⁶.
     pub const MAX_PARAMETERS: u64 = 1 << 36;
@@ -234,6 +261,7 @@ impl HymbaLmConfig {
             pad_token_id: Some(0),
             torch_dtype: Some(TorchDtype::BF16),
             memory_tokens_interspersed_every: 0,
+            quantization: Quantization::None,
         }
     }
 

@@ -7,13 +7,13 @@ use std::path::Path;
 use safetensors::Dtype;
 
 use super::cache::KvStorage;
-use super::config::HymbaLmConfig;
+use super::config::{HymbaLmConfig, Quantization};
 use super::model::{HEAD, HymbaLm};
 use super::parameters::{Parameter, ParameterMut};
+use super::quantization::{scales_of, tensors};
 use crate::kernels::matrix::{Matrix, Storage};
 use crate::weights::float::Float;
 use crate::weights::folder::{Folder, SINGLE};
-use crate::weights::tensors::Kind;
 use crate::weights::{replace, write_streamed};
 use crate::{Error, Result};
 
@@ -24,17 +24,26 @@ const CONFIG: &str = "config.json";
 /// | option | default | |
 /// |---|---|---|
 /// | `kv_storage` | [`KvStorage::F32`] | the type in which states keep keys and values |
+/// | `quantize` | [`Quantization::None`] | the bits of the big matrices in memory |
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub struct LoadOptions {
     /// The type in which states keep keys and values.
     pub kv_storage: KvStorage,
+    /// The bits of the big matrices in memory. What is quantised in the checkpoint stays so.
+    pub quantize: Quantization,
 }
 
 impl LoadOptions {
     /// Sets the type in which states keep keys and values.
     pub fn kv_storage(mut self, kv_storage: KvStorage) -> Self {
         self.kv_storage = kv_storage;
+        self
+    }
+
+    /// Sets the bits of the big matrices in memory.
+    pub fn quantize(mut self, quantize: Quantization) -> Self {
+        self.quantize = quantize;
         self
     }
 }
@@ -51,8 +60,8 @@ pub struct Loading {
 
 impl HymbaLm {
     /// Reads a model from a folder laid out like those of the Hugging Face Hub: `config.json`, and `model.safetensors` or
-    /// `model.safetensors.index.json` with the files it names. Weights may be bf16, f16 or f32; big matrices stay what they
-    /// are.
+    /// `model.safetensors.index.json` with the files it names. Weights may be bf16, f16 or f32, and big matrices stay what they
+    /// are; or they may be what [`save_dir`](Self::save_dir) writes of a quantised model.
     ///
     /// The folder need not be trusted. Memory never holds more than the model and one row of a tensor.
     ///
@@ -78,26 +87,34 @@ impl HymbaLm {
         Self::from_dir_with(path, &LoadOptions::default(), |_| {})
     }
 
-    /// As [`from_dir`](Self::from_dir), with options; `on_progress` hears how far it has come, about once a tensor.
+    /// As [`from_dir`](Self::from_dir), with options; `on_progress` hears how far it has come, about once a tensor. What is to
+    /// be quantised is quantised row by row, so that the original is never in memory.
     ///
     /// # Errors
     ///
-    /// Those of [`from_dir`](Self::from_dir).
+    /// Those of [`from_dir`](Self::from_dir), and [`Error::Option`] if the checkpoint is quantised already and the options ask
+    /// for other bits.
     pub fn from_dir_with(
         path: impl AsRef<Path>,
         options: &LoadOptions,
         mut on_progress: impl FnMut(Loading),
     ) -> Result<Self> {
         let path = path.as_ref();
-        let config = HymbaLmConfig::from_file(path.join(CONFIG))?;
+        let mut config = HymbaLmConfig::from_file(path.join(CONFIG))?;
+        let stored = config.quantization;
+        config.quantization = stored.then(options.quantize)?;
         let mut folder = Folder::open(path)?;
-        let tensors = config.tensors();
-        let optional: &[&str] = if config.tie_word_embeddings { &[HEAD] } else { &[] };
-        folder.check(tensors.iter().map(|(name, shape)| (&name[..], &shape[..], Kind::Float)), optional)?;
+        let expected: Vec<_> =
+            config.tensors().into_iter().flat_map(|(name, shape)| tensors(name, shape, stored)).collect();
+        let head_scales = scales_of(HEAD);
+        let optional: &[&str] = if config.tie_word_embeddings { &[HEAD, &head_scales] } else { &[] };
+        folder.check(expected.iter().map(|(name, shape, kind)| (&name[..], &shape[..], *kind)), optional)?;
 
-        let storage = |name: &str| match folder.dtype(name) {
-            Some(Dtype::BF16) => Storage::Bf16,
-            Some(Dtype::F16) => Storage::F16,
+        let quantization = config.quantization;
+        let storage = |name: &str| match (quantization.storage(name), folder.dtype(name)) {
+            (Some(storage), _) => storage,
+            (None, Some(Dtype::BF16)) => Storage::Bf16,
+            (None, Some(Dtype::F16)) => Storage::F16,
             _ => Storage::F32,
         };
         let mut lm = Self::zeros(config, options.kv_storage, &storage);
@@ -106,7 +123,7 @@ impl HymbaLm {
         lm.visit_mut(&mut |name, parameter| {
             if result.is_ok() {
                 progress.parameters += parameter.len() as u64;
-                result = read(&mut folder, name, parameter);
+                result = read(&mut folder, name, parameter, stored);
                 on_progress(progress);
             }
         });
@@ -114,9 +131,20 @@ impl HymbaLm {
     }
 
     /// Writes the model to a folder, which is made if there is none, in the form that [`from_dir`](Self::from_dir) reads, and
-    /// Hugging Face's code, too: `config.json` and `model.safetensors`. Matrices are written in the type they have in memory,
-    /// everything else as f32. Each file is written under a temporary name and then renamed. A tokenizer is not part of the
-    /// model; copy its files.
+    /// Hugging Face's code, too, unless the model is quantised: `config.json` and `model.safetensors`. Matrices are written in
+    /// the type they have in memory, everything else as f32. Each file is written under a temporary name and then renamed. A
+    /// tokenizer is not part of the model; copy its files.
+    ///
+    /// Of a quantised matrix `NAME` `[n, k]`, with b = ⌈k / 32⌉ blocks of weights in a row, the files have
+    ///
+    /// | tensor | type and shape | |
+    /// |---|---|---|
+    /// | `NAME` in 8 bits | U8 `[n, 32·b]` | 128 more than the whole numbers |
+    /// | `NAME` in 4 bits | U8 `[n, 16·b]` | 8 more than they are, two in a byte, the first in the low bits |
+    /// | `NAME_scale` | BF16 `[n, b]` | what the whole numbers of a block are multiplied by |
+    ///
+    /// and `config.json` says so: `"quantization_config": {"quant_method": "hymba", "bits": 8, "group_size": 32}`. What stands
+    /// beyond k does not matter.
     ///
     /// # Errors
     ///
@@ -124,15 +152,23 @@ impl HymbaLm {
     pub fn save_dir(&self, path: impl AsRef<Path>) -> Result<()> {
         let path = path.as_ref();
         fs::create_dir_all(path).map_err(|source| Error::io(path, source))?;
-        let mut parameters = Vec::new();
-        self.visit(&mut |name, parameter| parameters.push((name.to_string(), parameter)));
-        let mut shapes: std::collections::BTreeMap<_, _> = self.config().tensors().into_iter().collect();
-        let contents: Vec<_> = parameters
-            .iter()
-            .map(|(name, parameter)| (name.clone(), parameter.dtype(), shapes.remove(name).unwrap_or_default()))
-            .collect();
+        let mut parameters = std::collections::BTreeMap::new();
+        self.visit(&mut |name, parameter| {
+            parameters.insert(name.to_string(), parameter);
+        });
+        let quantization = self.config().quantization;
+        let (mut contents, mut parts) = (Vec::new(), Vec::new());
+        for (name, shape) in self.config().tensors() {
+            let Some(parameter) = parameters.get(&name) else { continue };
+            for (part, shape, _) in tensors(name.clone(), shape, quantization) {
+                let scales = part != name;
+                contents.push((part, parameter.dtype(scales), shape));
+                parts.push((parameter, scales));
+            }
+        }
         write_streamed(&path.join(SINGLE), &contents, &[("format", "pt")], &mut |i, file| {
-            write(&parameters[i].1, file)
+            let (parameter, scales) = parts[i];
+            write(parameter, scales, file)
         })?;
 
         let path = path.join(CONFIG);
@@ -143,8 +179,13 @@ impl HymbaLm {
 }
 
 /// Reads a parameter, whose shape was checked.
-fn read(folder: &mut Folder, name: &str, parameter: ParameterMut) -> Result<()> {
+fn read(folder: &mut Folder, name: &str, parameter: ParameterMut, stored: Quantization) -> Result<()> {
     match parameter {
+        ParameterMut::Matrix(matrix) if stored.storage(name).is_some() => {
+            let Some(quantized) = matrix.quantized_mut() else { return Ok(()) };
+            folder.read_rows(&scales_of(name), &mut |row, scales| quantized.set_scales(row, scales))?;
+            folder.read_byte_rows(name, &mut |row, bytes| quantized.set_bytes(row, bytes))
+        }
         ParameterMut::Matrix(matrix) => folder.read_rows(name, &mut |row, numbers| matrix.set_row(row, numbers)),
         ParameterMut::Numbers(mut array) => {
             let mut places = array.iter_mut();
@@ -156,17 +197,27 @@ fn read(folder: &mut Folder, name: &str, parameter: ParameterMut) -> Result<()> 
     }
 }
 
-/// Writes the numbers of a parameter, row by row.
-fn write(parameter: &Parameter, file: &mut dyn Write) -> io::Result<()> {
+/// Writes the numbers of a parameter, row by row, or the scales of a quantised one.
+fn write(parameter: &Parameter, scales: bool, file: &mut dyn Write) -> io::Result<()> {
     let mut bytes = Vec::new();
     match parameter {
         Parameter::Matrix(matrix) => {
             let (rows, columns) = matrix.dim();
-            let mut row = vec![0.0; columns];
-            for i in 0..rows {
-                matrix.row(i, &mut row);
+            let mut numbers = vec![0.0; columns];
+            for row in 0..rows {
                 bytes.clear();
-                float(matrix).encode(&row, &mut bytes);
+                match matrix.quantized() {
+                    Some(quantized) if scales => {
+                        numbers.clear();
+                        quantized.scales(row, &mut numbers);
+                        Float::BF16.encode(&numbers, &mut bytes);
+                    }
+                    Some(quantized) => quantized.bytes(row, &mut bytes),
+                    None => {
+                        matrix.row(row, &mut numbers);
+                        float(matrix).encode(&numbers, &mut bytes);
+                    }
+                }
                 file.write_all(&bytes)?;
             }
         }
@@ -178,24 +229,25 @@ fn write(parameter: &Parameter, file: &mut dyn Write) -> io::Result<()> {
     Ok(())
 }
 
-/// The type of a matrix in files.
+/// The type of a matrix, or of its scales, in files.
 fn float(matrix: &Matrix) -> Float {
     match matrix.storage() {
         Storage::F32 => Float::F32,
         Storage::F16 => Float::F16,
-        Storage::Bf16 => Float::BF16,
+        Storage::Bf16 | Storage::Q8 | Storage::Q4 => Float::BF16,
     }
 }
 
 impl Parameter<'_> {
-    /// Its type in files.
-    fn dtype(&self) -> Dtype {
+    /// Its type in files, or that of its scales.
+    fn dtype(&self, scales: bool) -> Dtype {
         match self {
             Parameter::Numbers(_) => Dtype::F32,
-            Parameter::Matrix(matrix) => match matrix.storage() {
-                Storage::F32 => Dtype::F32,
-                Storage::F16 => Dtype::F16,
-                Storage::Bf16 => Dtype::BF16,
+            Parameter::Matrix(matrix) if matrix.quantized().is_some() && !scales => Dtype::U8,
+            Parameter::Matrix(matrix) => match float(matrix) {
+                Float::F32 | Float::F64 => Dtype::F32,
+                Float::F16 => Dtype::F16,
+                Float::BF16 => Dtype::BF16,
             },
         }
     }

@@ -25,8 +25,9 @@ const MOST_TOKENS: usize = 512;
 /// NVIDIA's Hymba language model (`HymbaForCausalLM`), of any size, on the CPU.
 ///
 /// Token ids in, logits of the next token out. In front of every row stand the model's meta tokens, which it adds itself. Big
-/// matrices stay in memory in the type they have in the file (bf16 in NVIDIA's) and are widened inside the products; all
-/// arithmetic is f32.
+/// matrices stay in memory in the type they have in the file (bf16 in NVIDIA's), or in 8 or 4 bits
+/// ([`LoadOptions::quantize`](super::LoadOptions::quantize)), and are widened inside the products; all arithmetic is f32 but
+/// for the products with 8 and 4 bits.
 ///
 /// ```no_run
 /// # fn main() -> hymba::Result<()> {
@@ -99,12 +100,13 @@ impl HymbaLm {
         }
     }
 
-    /// A model with random weights in the type `torch_dtype` of the configuration: for measuring speed and memory without the
+    /// A model with random weights, quantised or in the type `torch_dtype` of the configuration: for measuring speed and memory without the
     /// real weights. Its text is noise.
     ///
     /// # Errors
     ///
-    /// Those of [`HymbaLmConfig::validate`].
+    /// Those of [`HymbaLmConfig::validate`], and [`Error::Option`] if the configuration and the options quantise in different
+    /// ways.
     ///
     /// ```
     /// use hymba::HymbaLm;
@@ -117,14 +119,17 @@ impl HymbaLm {
     /// assert_eq!(lm.forward(&arr2(&[[1, 2, 3], [4, 5, 6]]))?.dim(), (2, 3, 50));
     /// # Ok::<(), hymba::Error>(())
     /// ```
-    pub fn random(config: HymbaLmConfig, seed: u64, options: &super::LoadOptions) -> Result<Self> {
+    pub fn random(mut config: HymbaLmConfig, seed: u64, options: &super::LoadOptions) -> Result<Self> {
         config.validate()?;
         let storage = match config.torch_dtype {
             Some(TorchDtype::F16) => Storage::F16,
             Some(TorchDtype::F32) => Storage::F32,
             _ => Storage::Bf16,
         };
-        let mut lm = Self::zeros(config, options.kv_storage, &|_| storage);
+        config.quantization = config.quantization.then(options.quantize)?;
+        let quantization = config.quantization;
+        let storage = |name: &str| quantization.storage(name).unwrap_or(storage);
+        let mut lm = Self::zeros(config, options.kv_storage, &storage);
         let mut rng = Rng::seed_from_u64(seed);
         lm.visit_mut(&mut |name, parameter| match parameter {
             ParameterMut::Matrix(matrix) => {

@@ -112,6 +112,8 @@ impl HymbaLm {
     pub fn load_state(&self, path: impl AsRef<Path>) -> Result<LmState> {
         let (mut tensors, saved) = header::read(Source::open(path.as_ref())?)?;
         let Saved { config, kv_storage, positions, .. } = entry(saved, &tensors)?;
+        // the same weights in fewer bits are the same model, here and below
+        let config = HymbaLmConfig { quantization: self.config().quantization, ..config };
         if config != *self.config() {
             return Err(Error::State("the file holds one of a model with another configuration".into()));
         }

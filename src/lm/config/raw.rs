@@ -10,7 +10,8 @@ use serde::de::{Deserializer, Error as _, IgnoredAny, MapAccess, SeqAccess, Visi
 use serde::{Deserialize, Serialize, Serializer};
 
 use super::check::refused;
-use super::{HymbaLmConfig, KeyQueryNorm, MlpActivation, RopeType, TorchDtype};
+use super::{HymbaLmConfig, KeyQueryNorm, MlpActivation, Quantization, RopeType, TorchDtype};
+use crate::kernels::quantized::BLOCK;
 use crate::weights::tensors::quoted;
 use crate::{Error, Result};
 
@@ -66,6 +67,17 @@ pub(super) struct Raw {
     num_experts: Given,
     attn_hidden_size: Given,
     kq_head_dim: Given,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    quantization_config: Option<RawQuantization>,
+}
+
+/// What every tool that quantises writes, in its own way.
+#[derive(Serialize, Deserialize, Default)]
+#[serde(expecting = "a quantization_config: an object of values by name", default)]
+struct RawQuantization {
+    quant_method: Given,
+    bits: Given,
+    group_size: Given,
 }
 
 fn token<const ID: i128>() -> Given {
@@ -310,6 +322,36 @@ const ROPES: [(&str, RopeType); 2] = [("default", RopeType::Default), ("ntk", Ro
 const DTYPES: [(&str, TorchDtype); 3] =
     [("float32", TorchDtype::F32), ("float16", TorchDtype::F16), ("bfloat16", TorchDtype::BF16)];
 
+impl RawQuantization {
+    fn read(self) -> Result<Quantization> {
+        const METHOD: &str =
+            "\"hymba\": what other tools quantised is not read; read the original with LoadOptions::quantize";
+        let text = |given: &Given| matches!(given, Given::Text(text) if text == "hymba").then_some(());
+        self.quant_method.read("quantization_config.quant_method", None, METHOD, text)?;
+        self.group_size.read("quantization_config.group_size", None, &BLOCK.to_string(), |given| {
+            (given.as_size() == Some(BLOCK)).then_some(())
+        })?;
+        self.bits.read("quantization_config.bits", None, "8 or 4", |given| match given.as_size() {
+            Some(8) => Some(Quantization::Bits8),
+            Some(4) => Some(Quantization::Bits4),
+            _ => None,
+        })
+    }
+
+    fn of(quantization: Quantization) -> Option<Self> {
+        let bits = match quantization {
+            Quantization::None => return None,
+            Quantization::Bits8 => 8,
+            Quantization::Bits4 => 4,
+        };
+        Some(RawQuantization {
+            quant_method: Given::Text("hymba".into()),
+            bits: Given::Int(bits),
+            group_size: Given::Int(BLOCK as i128),
+        })
+    }
+}
+
 impl TryFrom<Raw> for HymbaLmConfig {
     type Error = Error;
 
@@ -372,6 +414,7 @@ impl TryFrom<Raw> for HymbaLmConfig {
                 .memory_tokens_interspersed_every
                 .size_or_off("memory_tokens_interspersed_every")?
                 .unwrap_or(0),
+            quantization: raw.quantization_config.map_or(Ok(Quantization::None), RawQuantization::read)?,
         };
         config.validate()?;
         raw.attn_hidden_size.only("attn_hidden_size", config.hidden_size)?;
@@ -434,6 +477,7 @@ impl From<HymbaLmConfig> for Raw {
             num_experts: Given::Int(1),
             attn_hidden_size: Given::Int(-1),
             kq_head_dim: Given::Int(-1),
+            quantization_config: RawQuantization::of(config.quantization),
         }
     }
 }

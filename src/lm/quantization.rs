@@ -1,0 +1,57 @@
+//! Which matrices are quantised, and how they stand in files.
+
+use super::config::Quantization;
+use crate::kernels::matrix::Storage;
+use crate::kernels::quantized::BLOCK;
+use crate::weights::tensors::Kind;
+use crate::{Error, Result};
+
+/// Matrices that get as few bits as were asked for. All others are small, or not matrices.
+const BIG: [&str; 7] = ["embed_tokens", "lm_head", "in_proj", "out_proj", "gate_proj", "up_proj", "down_proj"];
+/// Matrices that keep 8: they are 2 % of the weights, and the state depends on them.
+const SMALL: [&str; 2] = ["x_proj.0", "dt_proj.0"];
+
+impl Quantization {
+    /// How a matrix is kept; `None` for what is kept as it is.
+    pub(super) fn storage(self, name: &str) -> Option<Storage> {
+        let name = name.strip_suffix(".weight")?;
+        let is = |end: &&str| name.strip_suffix(*end).is_some_and(|start| start.is_empty() || start.ends_with('.'));
+        let (big, small) = (BIG.iter().any(is), SMALL.iter().any(is));
+        match self {
+            Quantization::Bits4 if big => Some(Storage::Q4),
+            Quantization::Bits8 | Quantization::Bits4 if big || small => Some(Storage::Q8),
+            _ => None,
+        }
+    }
+
+    /// What a model has whose checkpoint has `self`.
+    pub(super) fn then(self, asked: Quantization) -> Result<Quantization> {
+        match (self, asked) {
+            (Quantization::None, _) => Ok(asked),
+            (_, Quantization::None) => Ok(self),
+            _ if self == asked => Ok(self),
+            _ => Err(Error::Option {
+                option: "quantize",
+                given: format!("{asked:?}"),
+                allowed: format!("the checkpoint is quantised already, as {self:?}; read the original instead"),
+            }),
+        }
+    }
+}
+
+/// The name of the scales of a matrix.
+pub(super) fn scales_of(name: &str) -> String {
+    format!("{name}_scale")
+}
+
+/// The tensors that hold a tensor of this name and shape: itself or, of a quantised matrix, its scales and its bytes.
+pub(super) fn tensors(name: String, shape: Vec<usize>, quantization: Quantization) -> Vec<(String, Vec<usize>, Kind)> {
+    match (quantization.storage(&name), &shape[..]) {
+        (Some(storage), &[n, k]) => {
+            let blocks = k.div_ceil(BLOCK);
+            let bytes = blocks * if storage == Storage::Q4 { BLOCK / 2 } else { BLOCK };
+            vec![(scales_of(&name), vec![n, blocks], Kind::Float), (name, vec![n, bytes], Kind::Bytes)]
+        }
+        _ => vec![(name, shape, Kind::Float)],
+    }
+}
