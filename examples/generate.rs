@@ -6,6 +6,8 @@
 //! cargo run --release --features tokenizer --example generate -- --model Hymba-1.5B-Instruct --chat
 //! # the real sizes with random weights: speed and memory without the download
 //! cargo run --release --features tokenizer --example generate -- --random
+//! # a small one in a folder; with the tokenizer files of a real one beside it, --model takes it
+//! cargo run --release --features tokenizer --example generate -- --random --hidden 100 --layers 3 --intermediate 64 --save small
 //! ```
 //!
 //! At the end come tokens a second for the prompt and for decoding, the time to the first token, and the memory of weights and
@@ -13,7 +15,7 @@
 //! with the tokens, and prints the fraction of it that was reached.
 
 use std::error::Error;
-use std::io::{self, BufRead, Write};
+use std::io::{self, BufRead, IsTerminal, Write};
 use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -34,8 +36,11 @@ use arguments::Arguments;
 
 const USAGE: &str = "\
 usage: generate --model DIR (--prompt TEXT | --chat [--system TEXT])
-       generate --random [--prompt-tokens N] [--layers N]
+       generate --random [--layers N] [--hidden N] [--intermediate N] [--prompt-tokens N | --save DIR]
 
+  --hidden N              a multiple of 50 from 100 on, 1600; with --layers (32) and --intermediate (5504) the sizes
+  --save DIR              writes the model to a folder, in place of measuring
+  --prompt-tokens N       512
   --max-tokens N          256, with --random 32
   --temperature X         0, which is greedy; 0.7 is usual
   --top-k N --top-p X --min-p X --repetition-penalty X --seed N
@@ -52,6 +57,9 @@ struct Settings {
     system: Option<String>,
     prompt_tokens: usize,
     layers: Option<usize>,
+    hidden: Option<usize>,
+    intermediate: Option<usize>,
+    save: Option<PathBuf>,
     threads: usize,
     load: LoadOptions,
     options: GenerateOptions,
@@ -67,6 +75,9 @@ fn settings() -> Result<Option<Settings>, String> {
         system: None,
         prompt_tokens: 512,
         layers: None,
+        hidden: None,
+        intermediate: None,
+        save: None,
         threads: 0,
         load: LoadOptions::default(),
         options: GenerateOptions::default(),
@@ -83,6 +94,9 @@ fn settings() -> Result<Option<Settings>, String> {
             "--system" => settings.system = Some(arguments.value(&name)?),
             "--prompt-tokens" => settings.prompt_tokens = arguments.value(&name)?,
             "--layers" => settings.layers = Some(arguments.value(&name)?),
+            "--hidden" => settings.hidden = Some(arguments.value(&name)?),
+            "--intermediate" => settings.intermediate = Some(arguments.value(&name)?),
+            "--save" => settings.save = Some(arguments.value(&name)?),
             "--threads" => settings.threads = arguments.value(&name)?,
             "--max-tokens" => max_tokens = Some(arguments.value(&name)?),
             "--temperature" => options.temperature = arguments.value(&name)?,
@@ -113,6 +127,9 @@ fn settings() -> Result<Option<Settings>, String> {
     if settings.random == settings.model.is_some() {
         return Err("one of --model DIR and --random is needed".into());
     }
+    if !settings.random && settings.save.is_some() {
+        return Err("--save goes with --random".into());
+    }
     if !settings.random && settings.chat == settings.prompt.is_some() {
         return Err("one of --prompt TEXT and --chat is needed".into());
     }
@@ -120,31 +137,38 @@ fn settings() -> Result<Option<Settings>, String> {
     Ok(Some(settings))
 }
 
-fn main() -> Result<(), Box<dyn Error>> {
+fn main() {
     let settings = match settings() {
         Ok(Some(settings)) => settings,
         Ok(None) => {
             println!("{USAGE}");
-            return Ok(());
+            return;
         }
         Err(error) => {
             eprintln!("generate: {error}\n{USAGE}");
             std::process::exit(2);
         }
     };
+    if let Err(error) = run(&settings) {
+        eprintln!("generate: {error}");
+        std::process::exit(1);
+    }
+}
+
+fn run(settings: &Settings) -> Result<(), Box<dyn Error>> {
     if settings.threads > 0 {
         rayon::ThreadPoolBuilder::new().num_threads(settings.threads).build_global()?;
     }
     match &settings.model {
-        None => random(&settings),
+        None => random(settings),
         Some(folder) => {
             let tokenizer = Tokenizer::from_dir(folder)?;
             let start = Instant::now();
             let lm = load(folder, &settings.load)?;
             eprintln!("read in {:.1} s: {}", start.elapsed().as_secs_f64(), weights(&lm));
             match &settings.prompt {
-                Some(prompt) => complete(&lm, &tokenizer, prompt, &settings),
-                None => chat(&lm, &tokenizer, &settings),
+                Some(prompt) => complete(&lm, &tokenizer, prompt, settings),
+                None => chat(&lm, &tokenizer, settings),
             }
         }
     }
@@ -191,6 +215,17 @@ impl Clock {
     fn decoding(&self) -> Option<f64> {
         let decoding = self.start.elapsed() - self.first?;
         (self.tokens > 1).then(|| (self.tokens - 1) as f64 / decoding.as_secs_f64())
+    }
+
+    /// The same in one line.
+    fn turn(&self, prompt: usize, reason: FinishReason) -> String {
+        let first = self.first.map_or(String::new(), |first| format!(", the first after {:.2} s", first.as_secs_f64()));
+        let rate = self.decoding().map_or(String::new(), |rate| format!(", {rate:.1} tokens/s"));
+        let end = match reason {
+            FinishReason::StopToken | FinishReason::StopString => String::new(),
+            reason => format!("; ended {}", finish(reason)),
+        };
+        format!("{prompt} tokens read, {} written{first}{rate}{end}", self.tokens)
     }
 
     fn report(&self, prompt: usize) {
@@ -249,19 +284,26 @@ fn chat(lm: &HymbaLm, tokenizer: &Tokenizer, settings: &Settings) -> Result<(), 
     if let Some(system) = &settings.system {
         chat = chat.system(system.as_str());
     }
-    eprintln!("Say something; an empty line ends the chat, /clear forgets it.");
+    // lines of a file or a pipe need nobody to ask for them
+    let asks = io::stdin().is_terminal();
+    if asks {
+        eprintln!("Say something. /clear forgets what was said, /quit or the end of the input ends the chat.");
+    }
     let mut lines = io::stdin().lock().lines();
     loop {
-        eprint!("\nyou> ");
+        if asks {
+            eprint!("\nyou> ");
+        }
         let line = match lines.next() {
             Some(line) => line?,
             None => return Ok(()),
         };
         match line.trim() {
-            "" => return Ok(()),
+            "" => {}
+            "/quit" => return Ok(()),
             "/clear" => {
                 chat.clear();
-                continue;
+                eprintln!("(forgotten)");
             }
             said => {
                 let mut clock = Clock::start();
@@ -274,8 +316,14 @@ fn chat(lm: &HymbaLm, tokenizer: &Tokenizer, settings: &Settings) -> Result<(), 
                 match answer {
                     Ok(answer) => {
                         clock.tokens = answer.generation.ids.len();
-                        clock.report(chat.state().lengths()[0] + 1 - before);
-                        eprintln!("state     {}", size(chat.state().num_bytes()));
+                        // all are new where the template writes down otherwise what was said
+                        let seen = chat.state().lengths()[0] + 1;
+                        let new = seen.checked_sub(before).unwrap_or(seen);
+                        eprintln!(
+                            "({}; {} of state)",
+                            clock.turn(new, answer.generation.finish),
+                            size(chat.state().num_bytes())
+                        );
                     }
                     Err(error) => eprintln!("generate: {error}"),
                 }
@@ -284,7 +332,7 @@ fn chat(lm: &HymbaLm, tokenizer: &Tokenizer, settings: &Settings) -> Result<(), 
     }
 }
 
-/// The real sizes, random weights, and a random prompt.
+/// The real sizes or others, random weights, and a random prompt.
 fn random(settings: &Settings) -> Result<(), Box<dyn Error>> {
     let mut config = HymbaLmConfig::hymba_1_5b();
     if let Some(layers) = settings.layers {
@@ -292,9 +340,22 @@ fn random(settings: &Settings) -> Result<(), Box<dyn Error>> {
         config.global_attn_idx = Some(vec![0]);
         config.kv_reuse_group = None;
     }
+    if let Some(hidden) = settings.hidden {
+        config.hidden_size = hidden;
+        config.mamba_dt_rank = None;
+    }
+    config.intermediate_size = settings.intermediate.unwrap_or(config.intermediate_size);
     let start = Instant::now();
     let lm = HymbaLm::random(config, settings.options.seed, &settings.load)?;
     println!("made in {:.1} s: {}", start.elapsed().as_secs_f64(), weights(&lm));
+    if let Some(folder) = &settings.save {
+        lm.save_dir(folder)?;
+        println!(
+            "saved in {}; --model also wants a tokenizer there: tokenizer.json, tokenizer_config.json",
+            folder.display()
+        );
+        return Ok(());
+    }
 
     let ids: Vec<u32> = (0..settings.prompt_tokens as u32).map(|i| i * 7919 % 32_000).collect();
     let mut state = lm.new_state(1); // the meta tokens pass through here, once a model

@@ -573,6 +573,18 @@ fn a_saved_model_and_a_saved_state_come_back() {
     }
 }
 
+/// To the last digit: a state remembers the configuration of its model and is compared with it.
+#[test]
+fn the_numbers_of_a_config_come_back() {
+    let mut config = HymbaLmConfig::hymba_1_5b();
+    for i in 0..1000 {
+        config.rms_norm_eps = 1e-6 * (1.0 + f64::from(i) / 777.0);
+        config.rope_theta = 1e4 * (1.0 + f64::from(i) / 777.0);
+        let text = serde_json::to_string(&config).unwrap();
+        assert_eq!(serde_json::from_str::<HymbaLmConfig>(&text).unwrap(), config);
+    }
+}
+
 #[test]
 fn a_state_of_another_model_or_a_damaged_one_is_refused() {
     let folder = tempfile::tempdir().unwrap();

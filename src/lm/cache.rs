@@ -4,9 +4,9 @@ use half::bf16;
 use half::slice::HalfFloatSliceExt;
 use ndarray::Array3;
 
+use crate::Result;
 use crate::kernels::attention::{Run, Stored, attend_step};
 use crate::kernels::matmul::Rows;
-use crate::layers::flat;
 
 /// The type in which a state keeps keys and values.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
@@ -183,6 +183,9 @@ pub(super) struct Past {
     pub meta: usize,
 }
 
+/// Reads what has this name and hands on its numbers, in order and in pieces.
+pub(super) type ReadNumbers<'a> = dyn FnMut(&str, &mut dyn FnMut(&[f32])) -> Result<()> + 'a;
+
 /// The keys and values of one layer.
 #[derive(Clone)]
 pub(super) enum KvCache {
@@ -257,20 +260,43 @@ impl KvCache {
         either!(self, cache => cache.dim_at(length))
     }
 
-    /// Takes over what [`kept`](Self::kept) gave when so many tokens were seen.
-    pub(super) fn restore(&mut self, length: usize, keys: &Array3<f32>, values: &Array3<f32>) {
-        fn narrow<T: Kept>(wide: &Array3<f32>) -> Vec<Vec<T>> {
-            let heads = wide.outer_iter().map(|head| {
-                let mut kept = vec![T::ZERO; head.len()];
-                T::narrow(flat(&head), &mut kept);
-                kept
-            });
-            heads.collect()
-        }
-        either!(self, cache => {
+    /// Takes over what [`kept`](Self::kept) gave when so many tokens were seen. `read` hands out the numbers of the `keys` or
+    /// the `values`, in order and in pieces, so that there is no second copy of them.
+    pub(super) fn restore(&mut self, length: usize, read: &mut ReadNumbers) -> Result<()> {
+        fn fill<T: Kept>(cache: &mut Cache<T>, length: usize, read: &mut ReadNumbers) -> Result<()> {
             cache.length = length;
-            (cache.keys, cache.values) = (narrow(keys), narrow(values));
-        });
+            let (_, rows, key, value) = cache.dim_at(length);
+            for (what, kept, width) in [("keys", &mut cache.keys, key), ("values", &mut cache.values, value)] {
+                kept.iter_mut().for_each(|kept| *kept = vec![T::ZERO; rows * width]);
+                let mut places = kept.iter_mut();
+                let mut place: &mut [T] = &mut [];
+                read(what, &mut |mut numbers| {
+                    while !numbers.is_empty() {
+                        if place.is_empty() {
+                            let Some(next) = places.next() else { return };
+                            place = next;
+                        }
+                        let count = numbers.len().min(place.len());
+                        let (now, later) = std::mem::take(&mut place).split_at_mut(count);
+                        T::narrow(&numbers[..count], now);
+                        (place, numbers) = (later, &numbers[count..]);
+                    }
+                })?;
+            }
+            Ok(())
+        }
+        either!(self, cache => fill(cache, length, read))
+    }
+
+    /// Keys of the meta tokens, head by head.
+    pub(super) fn meta_keys(&self) -> Vec<f32> {
+        fn keys<T: Kept>(cache: &Cache<T>) -> Vec<f32> {
+            let mut wide = Vec::new();
+            let count = cache.shape.meta.min(cache.length) * cache.shape.key_width;
+            cache.keys.iter().for_each(|kept| T::widen(&kept[..count], &mut wide));
+            wide
+        }
+        either!(self, cache => keys(cache))
     }
 
     /// Bytes of memory taken.

@@ -65,6 +65,19 @@ impl HymbaLm {
         tokenizer: &Tokenizer,
         prompt: &[u32],
         options: &GenerateOptions,
+        on_text: impl FnMut(&str) -> ControlFlow<()>,
+    ) -> Result<TextGeneration> {
+        self.write_on(state, tokenizer, prompt, &[], options, on_text)
+    }
+
+    /// `before` is what the state has seen and the repetition penalty shall know of.
+    fn write_on(
+        &self,
+        state: &mut LmState,
+        tokenizer: &Tokenizer,
+        prompt: &[u32],
+        before: &[u32],
+        options: &GenerateOptions,
         mut on_text: impl FnMut(&str) -> ControlFlow<()>,
     ) -> Result<TextGeneration> {
         let mut stream = tokenizer.stream();
@@ -74,7 +87,7 @@ impl HymbaLm {
             text.push_str(piece);
             if piece.is_empty() { ControlFlow::Continue(()) } else { on_text(piece) }
         };
-        let mut rows = self.run(state, &[prompt], options, &mut |_, id| {
+        let mut rows = self.run(state, &[prompt], before, options, &mut |_, id| {
             let flow = tell(stops.push(stream.push(id)));
             if stops.stopped().is_some() { ControlFlow::Break(()) } else { flow }
         })?;
@@ -187,6 +200,8 @@ impl<'a> Chat<'a> {
         options: &GenerateOptions,
         on_text: impl FnMut(&str) -> ControlFlow<()>,
     ) -> Result<TextGeneration> {
+        // before anything is fed: after an error the state, too, is what it was
+        options.validate()?;
         let ids = self.tokenizer.encode_chat(&self.messages, &self.options)?;
         if !ids[..ids.len().saturating_sub(1)].starts_with(&self.seen) {
             // a template that rewrites what was said
@@ -203,6 +218,6 @@ impl<'a> Chat<'a> {
         let mut options = options.clone();
         options.stop_strings.push(TURN.into());
         let mut state = self.state.clone();
-        self.lm.generate_text_with(&mut state, self.tokenizer, &[*last], &options, on_text)
+        self.lm.write_on(&mut state, self.tokenizer, &[*last], before, &options, on_text)
     }
 }

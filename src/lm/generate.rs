@@ -132,14 +132,15 @@ impl HymbaLm {
                 allowed: "strings are found in text: use generate_text with a tokenizer, or stop_tokens".into(),
             });
         }
-        self.run(state, prompts, options, &mut on_token)
+        self.run(state, prompts, &[], options, &mut on_token)
     }
 
-    /// The loop behind all forms of generation.
+    /// The loop behind all forms of generation. `before` is what the state has seen and the repetition penalty shall know of.
     pub(super) fn run<T: AsRef<[u32]>>(
         &self,
         state: &mut LmState,
         prompts: &[T],
+        before: &[u32],
         options: &GenerateOptions,
         on_token: &mut dyn FnMut(usize, u32) -> ControlFlow<()>,
     ) -> Result<Vec<Generation>> {
@@ -147,7 +148,7 @@ impl HymbaLm {
         let mut samplers = Vec::new();
         for prompt in prompts {
             let mut sampler = Sampler::new(options)?;
-            prompt.as_ref().iter().for_each(|&id| sampler.observe(id));
+            before.iter().chain(prompt.as_ref()).for_each(|&id| sampler.observe(id));
             samplers.push(sampler);
         }
         let mut rows: Vec<_> = prompts

@@ -262,6 +262,20 @@ impl Tensors {
         })
     }
 
+    /// Reads a tensor of floats from its first number to its last; `take` gets them in pieces, as f32.
+    #[cfg(feature = "lm")]
+    pub(crate) fn read_numbers(&mut self, name: &str, take: &mut dyn FnMut(&[f32])) -> Result<()> {
+        let Some(float) = self.tensors.get(name).and_then(|tensor| Float::of(tensor.dtype)) else {
+            return Err(self.error(format!("{}: not a tensor of floats", quoted(name))));
+        };
+        let mut numbers = Vec::new();
+        self.pieces(name, float.size(), &mut |bytes| {
+            numbers.resize(bytes.len() / float.size(), 0.0);
+            float.decode(bytes, &mut numbers);
+            take(&numbers);
+        })
+    }
+
     /// As [`read_rows`](Self::read_rows), but with the bytes of the rows as they stand in the file, little-endian, whatever
     /// their type.
     #[cfg(feature = "lm")]
