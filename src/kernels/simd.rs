@@ -87,6 +87,7 @@ pub(crate) trait Simd: Copy {
     }
 
     /// Sixteen numbers of which only the upper halves are kept: bf16.
+    #[cfg_attr(not(feature = "lm"), allow(dead_code))]
     fn load_bf16(self, x: &[u16; LANES]) -> Self::V;
 
     /// The largest lane, if none is NaN.

@@ -62,7 +62,6 @@ impl Team {
         Team::of(1)
     }
 
-
     /// Calls `f` for every item; whoever is free takes the next one. Returns when all are done.
     ///
     /// Called while the team is at work already, by one of its members or by another thread, it does everything itself.

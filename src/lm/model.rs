@@ -67,6 +67,9 @@ pub struct HymbaLm {
     pub(super) id: u64,
 }
 
+/// Takes the logits after a token: its row, its place in the row, and the logits.
+pub(super) type Sink<'a> = dyn FnMut(usize, usize, &mut [f32]) -> Result<()> + Send + 'a;
+
 /// What goes into a pass for one row.
 #[derive(Clone, Copy)]
 enum Input<'a> {
@@ -329,14 +332,14 @@ impl HymbaLm {
         Ok(())
     }
 
-    /// Feeds tokens to each row, perhaps none, and hands out the logits after the tokens from `first` on (one entry a row): the
-    /// row, the token's place in it, and the logits, row by row in order.
+    /// Feeds tokens to each row, perhaps none, and hands out the logits after the tokens from `first` on (one entry a row), those of
+    /// a row in order.
     pub(super) fn advance(
         &self,
         rows: &[impl AsRef<[u32]>],
         state: &mut LmState,
         first: &[usize],
-        sink: &mut (dyn FnMut(usize, usize, &mut [f32]) -> Result<()> + Send),
+        sink: &mut Sink<'_>,
     ) -> Result<()> {
         self.check(rows, Some(state))?;
         let rows: Vec<&[u32]> = rows.iter().map(AsRef::as_ref).collect();
