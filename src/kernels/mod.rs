@@ -16,6 +16,8 @@ pub(crate) mod norm;
 pub(crate) mod parallel;
 #[cfg(feature = "lm")]
 pub(crate) mod quantized;
+#[cfg(feature = "lm")]
+mod quants;
 pub(crate) mod scan;
 #[allow(unsafe_code)]
 pub(crate) mod simd;

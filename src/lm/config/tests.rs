@@ -301,3 +301,21 @@ fn files_that_are_no_configs_are_refused() {
     assert!(matches!(HymbaLmConfig::from_file(folder.path()), Err(Error::Format { .. })));
     assert!(matches!(HymbaLmConfig::from_file(folder.path().join("absent")), Err(Error::Io { .. })));
 }
+
+#[test]
+fn quantisation_is_written_and_read() {
+    for (bits, quantization) in [(8, Quantization::Bits8), (4, Quantization::Bits4)] {
+        let quantized = json!({"quant_method": "hymba", "bits": bits, "group_size": 32, "other": [1.5, {}]});
+        let config = read(&with(json!({"quantization_config": quantized}))).unwrap();
+        assert_eq!(config.quantization, quantization);
+        let written = serde_json::to_value(&config).unwrap();
+        assert_eq!(written["quantization_config"], json!({"quant_method": "hymba", "bits": bits, "group_size": 32}));
+        assert_eq!(read(&written).unwrap(), config);
+    }
+    let plain = read(&with(json!({"quantization_config": null}))).unwrap();
+    assert_eq!(plain, read(&small()).unwrap());
+    assert!(serde_json::to_value(&plain).unwrap().get("quantization_config").is_none());
+    for bad in [json!([]), json!("hymba"), json!(8), json!({"quant_method": "gptq", "bits": 4, "group_size": 32})] {
+        assert!(read(&with(json!({"quantization_config": bad}))).is_err(), "{bad}");
+    }
+}
