@@ -37,6 +37,7 @@ mod model;
 mod parameters;
 mod pass;
 mod quantization;
+mod random;
 mod rope;
 mod sample;
 mod state;

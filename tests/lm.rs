@@ -524,7 +524,9 @@ fn what_users_get_wrong_is_an_error_and_changes_nothing() {
     }
     let other = small(|_| {}, &LoadOptions::default());
     let mut foreign: LmState = other.new_state(1);
+    let mut impossible = lm.new_state(usize::MAX);
     for result in [
+        lm.step(&arr1(&[1]), &mut impossible),
         lm.step(&arr1(&[1, 2]), &mut state),
         lm.step(&hymba::ndarray::Array1::<u32>::zeros(0), &mut state),
         lm.step(&arr1(&[1]), &mut foreign),

@@ -76,10 +76,47 @@ impl<F: Unary> Kernel for Map<'_, F> {
     }
 }
 
+/// d softplus / dδ = 1 − e^−Δ for Δ = softplus(δ): dΔ becomes dδ, in place.
+pub(crate) fn softplus_backward(delta: &[f32], ddelta: &mut [f32]) {
+    dispatch(SoftplusBackward { delta, ddelta });
+}
+
+struct SoftplusBackward<'a> {
+    delta: &'a [f32],
+    ddelta: &'a mut [f32],
+}
+
+impl Kernel for SoftplusBackward<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let zero = s.splat(0.0);
+        for (delta, ddelta) in self.delta.chunks(LANES).zip(self.ddelta.chunks_mut(LANES)) {
+            let slope = s.sub(zero, exp_m1(s, s.sub(zero, s.load_some(delta))));
+            s.store_some(s.mul(s.load_some(ddelta), slope), ddelta);
+        }
+    }
+}
+
 /// eˣ. Below −87.3 it stays at e^−87.3 = 1.2e-38 and above 88.3 at e^88.3 = 2.2e38; NaN stays NaN.
 #[inline(always)]
 pub(crate) fn exp<S: Simd>(s: S, x: S::V) -> S::V {
-    // x = n·ln 2 + f with |f| ≤ ln 2 / 2; ln 2 in two parts, the first exact in products with n
+    let (p, power) = exp_parts(s, x);
+    s.mul(s.add(p, s.splat(1.0)), power)
+}
+
+/// eˣ − 1, also where eˣ is near 1; the range is that of [`exp`].
+#[inline(always)]
+fn exp_m1<S: Simd>(s: S, x: S::V) -> S::V {
+    let (p, power) = exp_parts(s, x);
+    s.mul_add(p, power, s.sub(power, s.splat(1.0)))
+}
+
+/// eᶠ − 1 and 2ⁿ for x = n·ln 2 + f with |f| ≤ ln 2 / 2.
+#[inline(always)]
+fn exp_parts<S: Simd>(s: S, x: S::V) -> (S::V, S::V) {
+    // ln 2 in two parts, the first exact in products with n
     const LN_2_HIGH: f32 = 355.0 / 512.0;
     const LN_2_LOW: f32 = -2.121_944_4e-4;
     /// Adding and subtracting it rounds to a whole number.
@@ -92,9 +129,7 @@ pub(crate) fn exp<S: Simd>(s: S, x: S::V) -> S::V {
     let n = s.sub(n, s.splat(ROUND));
     let f = s.mul_add(n, s.splat(-LN_2_HIGH), x);
     let f = s.mul_add(n, s.splat(-LN_2_LOW), f);
-    let p = polynomial(s, f, &TAIL);
-    let p = s.mul_add(s.mul(f, f), p, s.add(f, s.splat(1.0)));
-    s.mul(p, s.exp2_whole(n))
+    (s.mul_add(s.mul(f, f), polynomial(s, f, &TAIL), f), s.exp2_whole(n))
 }
 
 /// c₀ + c₁x + c₂x² + …
@@ -305,6 +340,21 @@ mod tests {
                 dispatch_at(level, MapMul::<Silu>(&mut got, &y, std::marker::PhantomData));
                 dispatch_at(level, Map::<Silu>(&mut want, std::marker::PhantomData));
                 assert!(got.iter().zip(&want).zip(&y).all(|((got, want), y)| *got == want * y));
+            }
+        }
+    }
+
+    #[test]
+    fn the_slope_of_softplus_is_exact_where_it_is_small() {
+        for level in Level::ALL.into_iter().filter(|level| level.is_available()) {
+            for len in 0..130 {
+                let delta: Vec<f32> = (0..len).map(|i| 10f32.powf((i * 37 % 131) as f32 / 16.0 - 6.0)).collect();
+                let mut ddelta = vec![2.0; len];
+                dispatch_at(level, SoftplusBackward { delta: &delta, ddelta: &mut ddelta });
+                for (delta, ddelta) in delta.iter().zip(&ddelta) {
+                    let want = -2.0 * (-*delta as f64).exp_m1();
+                    assert!((*ddelta as f64 - want).abs() <= 4e-7 * want, "{level:?} {delta}: {ddelta} {want}");
+                }
             }
         }
     }

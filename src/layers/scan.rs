@@ -122,15 +122,18 @@ impl SelectiveScan {
         };
         selective_scan_backward(self.input(delta, input, step.as_deref()), checkpoints, dout, scan_gradient);
         timed(Part::Elementwise, Work::numbers(3 * delta.len()), || {
-            for (t, (ddelta, delta)) in ddelta.chunks_exact_mut(self.d).zip(delta.chunks_exact(self.d)).enumerate() {
-                // the mean hands its gradient to all channels alike
-                let shared = dstep.as_ref().map_or(0.0, |dstep| dstep[t] / self.d as f32);
-                for (ddelta, delta) in ddelta.iter_mut().zip(delta) {
-                    let moves = self.time_step == TimeStep::Softplus || (*delta > CLIP.0 && *delta < CLIP.1);
-                    // softplus′(δ) = sigmoid(δ) = 1 − exp(−softplus(δ))
-                    *ddelta = if moves { -(*ddelta + shared) * (-delta).exp_m1() } else { 0.0 };
+            if let Some(dstep) = dstep {
+                for (t, (ddelta, delta)) in ddelta.chunks_exact_mut(self.d).zip(delta.chunks_exact(self.d)).enumerate()
+                {
+                    // the mean hands its gradient to all channels alike, and what is clipped stands still
+                    let shared = dstep[t] / self.d as f32;
+                    for (ddelta, delta) in ddelta.iter_mut().zip(delta) {
+                        let moves = *delta > CLIP.0 && *delta < CLIP.1;
+                        *ddelta = if moves { *ddelta + shared } else { 0.0 };
+                    }
                 }
             }
+            math::softplus_backward(delta, ddelta);
         });
     }
 

@@ -80,6 +80,7 @@ impl HymbaLm {
         options: &GenerateOptions,
         mut on_text: impl FnMut(&str) -> ControlFlow<()>,
     ) -> Result<TextGeneration> {
+        options.validate()?;
         let mut stream = tokenizer.stream();
         let mut stops = StopMatcher::new(options.stop_strings.iter().cloned())?;
         let mut text = String::new();

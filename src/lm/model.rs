@@ -3,11 +3,10 @@
 use std::fmt;
 
 use ndarray::{Array2, Array3, ArrayRef, ArrayRef2, Dimension, s};
-use rand::{RngExt, SeedableRng};
 
 use super::block::{Block, RmsNorm};
 use super::cache::KvStorage;
-use super::config::{HymbaLmConfig, TorchDtype};
+use super::config::HymbaLmConfig;
 use super::parameters::{Parameter, ParameterMut, Visitor, VisitorMut};
 use super::pass::{Pass, row_blocks};
 use super::rope::Rotary;
@@ -15,7 +14,7 @@ use super::state::{LmState, RowState};
 use crate::kernels::matmul::{Out, Rows};
 use crate::kernels::matrix::{Matrix, Storage};
 use crate::kernels::team::{Team, with_team};
-use crate::layers::{Buffer, Derived, Rng, flat, flat_mut};
+use crate::layers::{Buffer, Derived, flat, flat_mut};
 use crate::model::next_id;
 use crate::{Error, Result};
 
@@ -103,66 +102,6 @@ impl HymbaLm {
         }
     }
 
-    /// A model with random weights, quantised or in the type `torch_dtype` of the configuration: for measuring speed and memory without the
-    /// real weights. Its text is noise.
-    ///
-    /// # Errors
-    ///
-    /// Those of [`HymbaLmConfig::validate`], and [`Error::Option`] if the configuration and the options quantise in different
-    /// ways.
-    ///
-    /// ```
-    /// use hymba::HymbaLm;
-    /// use hymba::lm::{HymbaLmConfig, LoadOptions};
-    /// use hymba::ndarray::arr2;
-    ///
-    /// let mut config = HymbaLmConfig::hymba_1_5b();
-    /// (config.hidden_size, config.intermediate_size, config.vocab_size) = (100, 64, 50);
-    /// let lm = HymbaLm::random(config, 0, &LoadOptions::default())?;
-    /// assert_eq!(lm.forward(&arr2(&[[1, 2, 3], [4, 5, 6]]))?.dim(), (2, 3, 50));
-    /// # Ok::<(), hymba::Error>(())
-    /// ```
-    pub fn random(mut config: HymbaLmConfig, seed: u64, options: &super::LoadOptions) -> Result<Self> {
-        config.validate()?;
-        let storage = match config.torch_dtype {
-            Some(TorchDtype::F16) => Storage::F16,
-            Some(TorchDtype::F32) => Storage::F32,
-            _ => Storage::Bf16,
-        };
-        config.quantization = config.quantization.then(options.quantize)?;
-        let quantization = config.quantization;
-        let storage = |name: &str| quantization.storage(name).unwrap_or(storage);
-        let mut lm = Self::zeros(config, options.kv_storage, &storage);
-        let mut rng = Rng::seed_from_u64(seed);
-        lm.visit_mut(&mut |name, parameter| match parameter {
-            ParameterMut::Matrix(matrix) => {
-                let (_, columns) = matrix.dim();
-                let bound = 1.0 / (columns as f32).sqrt();
-                let seed: u64 = rng.random();
-                matrix.set_rows(|row, numbers| {
-                    // a generator for each row, so that threads do not matter
-                    let mut rng = Rng::seed_from_u64(seed.wrapping_add(row as u64));
-                    numbers.iter_mut().for_each(|x| *x = rng.random_range(-bound..=bound));
-                });
-            }
-            ParameterMut::Numbers(mut numbers) => {
-                let states = numbers.shape().last().copied().unwrap_or(1).max(1);
-                for (i, x) in numbers.iter_mut().enumerate() {
-                    *x = match name {
-                        // the usual start of Mamba: A = −1 … −N, and Δ about 0.01
-                        _ if name.ends_with("A_log.0") => ((i % states + 1) as f32).ln(),
-                        _ if name.ends_with("dt_proj.0.bias") => -4.6,
-                        _ if name.ends_with("norm.weight") || name.contains("layernorm") || name.ends_with("D.0") => {
-                            1.0
-                        }
-                        _ => rng.random_range(-0.5..=0.5),
-                    };
-                }
-            }
-        });
-        Ok(lm)
-    }
-
     /// What the checkpoint says of itself.
     pub fn config(&self) -> &HymbaLmConfig {
         &self.config
@@ -189,8 +128,13 @@ impl HymbaLm {
 
     /// A state for `batch` rows that have seen nothing but the meta tokens. What those leave behind is computed at the first
     /// call and kept.
+    ///
+    /// So many rows that they do not fit into memory give a state without rows, which is refused wherever it is used.
     pub fn new_state(&self, batch: usize) -> LmState {
-        LmState { model: self.id, rows: vec![self.prefix().clone(); batch] }
+        let prefix = self.prefix();
+        let bytes = batch.checked_mul(prefix.num_bytes() + size_of_val(prefix));
+        let fits = bytes.is_some_and(|bytes| Vec::<u8>::new().try_reserve_exact(bytes).is_ok());
+        LmState { model: self.id, rows: vec![prefix.clone(); if fits { batch } else { 0 }] }
     }
 
     /// The logits after every token: ids `[b, l]` → `[b, l, vocab_size]`.

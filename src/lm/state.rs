@@ -43,6 +43,13 @@ pub(super) struct RowState {
     pub layers: Vec<LayerState>,
 }
 
+impl RowState {
+    pub(super) fn num_bytes(&self) -> usize {
+        let kv = self.layers.iter().filter_map(|layer| layer.kv.as_ref()).map(KvCache::num_bytes);
+        kv.sum::<usize>() + self.layers.iter().map(|layer| layer.mamba.num_bytes()).sum::<usize>()
+    }
+}
+
 #[derive(Clone)]
 pub(super) struct LayerState {
     pub mamba: MambaState,
@@ -75,8 +82,7 @@ impl LmState {
 
     /// Bytes of everything that is remembered.
     pub fn num_bytes(&self) -> usize {
-        let mamba = self.rows.iter().flat_map(|row| &row.layers).map(|layer| layer.mamba.num_bytes());
-        self.kv_bytes() + mamba.sum::<usize>()
+        self.rows.iter().map(RowState::num_bytes).sum()
     }
 
     /// Bytes of the keys and values among them, the only part that grows.

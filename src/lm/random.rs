@@ -1,0 +1,81 @@
+//! Models with random weights.
+
+use rand::{RngExt, SeedableRng};
+
+use super::config::{HymbaLmConfig, TorchDtype};
+use super::files::LoadOptions;
+use super::model::HymbaLm;
+use super::parameters::ParameterMut;
+use crate::kernels::matrix::Storage;
+use crate::layers::Rng;
+use crate::{Error, Result};
+
+impl HymbaLm {
+    /// A model with random weights, quantised or in the type `torch_dtype` of the configuration: for measuring speed and memory
+    /// without the real weights. Its text is noise.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`HymbaLmConfig::validate`], and [`Error::Option`] if the configuration and the options quantise in different
+    /// ways, or the model does not fit into memory.
+    ///
+    /// ```
+    /// use hymba::HymbaLm;
+    /// use hymba::lm::{HymbaLmConfig, LoadOptions};
+    /// use hymba::ndarray::arr2;
+    ///
+    /// let mut config = HymbaLmConfig::hymba_1_5b();
+    /// (config.hidden_size, config.intermediate_size, config.vocab_size) = (100, 64, 50);
+    /// let lm = HymbaLm::random(config, 0, &LoadOptions::default())?;
+    /// assert_eq!(lm.forward(&arr2(&[[1, 2, 3], [4, 5, 6]]))?.dim(), (2, 3, 50));
+    /// # Ok::<(), hymba::Error>(())
+    /// ```
+    pub fn random(mut config: HymbaLmConfig, seed: u64, options: &LoadOptions) -> Result<Self> {
+        config.validate()?;
+        let bytes = config.num_parameters().and_then(|count| count.checked_mul(2));
+        if bytes.is_none_or(|bytes| Vec::<u8>::new().try_reserve_exact(bytes).is_err()) {
+            return Err(Error::Option {
+                option: "num_hidden_layers",
+                given: config.num_hidden_layers.to_string(),
+                allowed: "the model does not fit into memory; make it smaller".into(),
+            });
+        }
+        let storage = match config.torch_dtype {
+            Some(TorchDtype::F16) => Storage::F16,
+            Some(TorchDtype::F32) => Storage::F32,
+            _ => Storage::Bf16,
+        };
+        config.quantization = config.quantization.then(options.quantize)?;
+        let quantization = config.quantization;
+        let storage = |name: &str| quantization.storage(name).unwrap_or(storage);
+        let mut lm = Self::zeros(config, options.kv_storage, &storage);
+        let mut rng = Rng::seed_from_u64(seed);
+        lm.visit_mut(&mut |name, parameter| match parameter {
+            ParameterMut::Matrix(matrix) => {
+                let (_, columns) = matrix.dim();
+                let bound = 1.0 / (columns as f32).sqrt();
+                let seed: u64 = rng.random();
+                matrix.set_rows(|row, numbers| {
+                    // a generator for each row, so that threads do not matter
+                    let mut rng = Rng::seed_from_u64(seed.wrapping_add(row as u64));
+                    numbers.iter_mut().for_each(|x| *x = rng.random_range(-bound..=bound));
+                });
+            }
+            ParameterMut::Numbers(mut numbers) => {
+                let states = numbers.shape().last().copied().unwrap_or(1).max(1);
+                for (i, x) in numbers.iter_mut().enumerate() {
+                    *x = match name {
+                        // the usual start of Mamba: A = −1 … −N, and Δ about 0.01
+                        _ if name.ends_with("A_log.0") => ((i % states + 1) as f32).ln(),
+                        _ if name.ends_with("dt_proj.0.bias") => -4.6,
+                        _ if name.ends_with("norm.weight") || name.contains("layernorm") || name.ends_with("D.0") => {
+                            1.0
+                        }
+                        _ => rng.random_range(-0.5..=0.5),
+                    };
+                }
+            }
+        });
+        Ok(lm)
+    }
+}
