@@ -151,3 +151,8 @@ pub use predictor::{Normalization, Predictor, PredictorCache, Task, argmax, soft
 pub fn simd_level() -> &'static str {
     kernels::simd::Level::current().name()
 }
+
+/// The examples of the README compile.
+#[cfg(all(doctest, feature = "tokenizer"))]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -14,6 +14,15 @@ fn types_cross_threads() {
     shared::<HymbaBlock>();
     shared::<MambaBranch>();
     shared::<MetaTokenAttention>();
+    #[cfg(feature = "lm")]
+    {
+        fn shared<T: Send + Sync + std::fmt::Debug + 'static>() {}
+        shared::<hymba::HymbaLm>();
+        shared::<hymba::LmState>();
+        shared::<hymba::lm::Sampler>();
+        #[cfg(feature = "tokenizer")]
+        shared::<hymba::lm::Tokenizer>();
+    }
     fn error<T: std::error::Error + Send + Sync + 'static>() {}
     error::<Error>();
 }

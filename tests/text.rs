@@ -92,7 +92,7 @@ fn a_stop_string_ends_the_text_and_is_not_part_of_it() {
     let written = lm.generate_text(tokenizer, "Hello", &greedy(40).stop_strings([last]), go).unwrap();
     assert_eq!((written.text, written.generation.finish), (whole, FinishReason::MaxTokens));
     let empty = lm.generate_text(tokenizer, "Hello", &greedy(4).stop_strings([""]), go);
-    assert!(matches!(empty, Err(Error::Text { .. })), "{empty:?}");
+    assert!(matches!(empty, Err(Error::Option { option: "stop_strings", .. })), "{empty:?}");
 }
 
 #[test]
