@@ -1,5 +1,5 @@
-//! Sixteen lanes of `f32` on whatever the CPU has. Beside [`team`](super::team), the only file of the crate with `unsafe`
-//! code.
+//! Sixteen lanes of `f32` on whatever the CPU has. With its instructions in `x86.rs`, and beside
+//! [`team`](super::team), the only place of the crate with `unsafe` code.
 //!
 //! A kernel is a struct of its arguments that implements [`Kernel`]; its `run` is written once, in safe code, over the
 //! operations of [`Simd`]. [`dispatch`] compiles it for every instruction set and picks one at run time. A value of a

@@ -5,7 +5,7 @@ use ndarray::{Array2, ArrayViewMut2, Axis};
 use super::cache::{KvCache, KvShape, KvStorage, Past};
 use super::config::{HymbaLmConfig, KeyQueryNorm};
 use super::parameters::{Parameter, ParameterMut, Visitor, VisitorMut};
-use super::pass::{Pass, row_blocks};
+use super::pass::{Pass, by_pieces, row_blocks};
 use super::rope::rotate;
 use crate::kernels::attention::{PackedHead, Sequence, attend_tile, tiles};
 use crate::kernels::matmul::Rows;
@@ -80,11 +80,9 @@ impl Attention {
         let row_width = self.query_heads * value_width;
         let mut steps = Vec::new();
         let mut tiled = Vec::new();
-        let mut below = out;
+        let parts = by_pieces(&pass.pieces, out, row_width);
         let views = &pass.views[&self.source];
-        for ((piece, state), view) in pass.pieces.iter().zip(&pass.states).zip(views) {
-            let (here, rest) = std::mem::take(&mut below).split_at_mut(piece.len() * row_width);
-            below = rest;
+        for (((piece, state), view), here) in pass.pieces.iter().zip(&pass.states).zip(views).zip(parts) {
             let queries = Rows { data: piece.of(projected, width), stride: width };
             match (view, &state.layers[self.source].kv) {
                 (Some(view), _) => {

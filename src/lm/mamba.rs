@@ -4,7 +4,7 @@ use ndarray::{Array1, Array2, ArrayViewMut2, Axis, Slice};
 
 use super::config::HymbaLmConfig;
 use super::parameters::{Parameter, ParameterMut, Visitor, VisitorMut};
-use super::pass::{Pass, row_blocks};
+use super::pass::{Pass, by_pieces, row_blocks};
 use crate::kernels::conv::TAPS;
 use crate::kernels::math::{self, Softplus};
 use crate::kernels::matmul::{Out, Rows};
@@ -102,11 +102,9 @@ impl MambaHead {
         let projected = Rows { data: projected, stride: width };
 
         let mut a = Buffer::any((pass.tokens, e));
-        let mut below = flat_mut(&mut a);
+        let parts = by_pieces(&pass.pieces, flat_mut(&mut a), e);
         let mut items = Vec::new();
-        for (piece, state) in pass.pieces.iter().zip(&mut pass.states) {
-            let (here, rest) = std::mem::take(&mut below).split_at_mut(piece.len() * e);
-            below = rest;
+        for ((piece, state), here) in pass.pieces.iter().zip(&mut pass.states).zip(parts) {
             let u = Rows { data: &projected.data[piece.rows.start * width..], ..projected }.skip_columns(width - 2 * e);
             items.push((u, state.layers[layer].mamba.conv.view_mut(), here));
         }
@@ -130,10 +128,8 @@ impl MambaHead {
         pass.team.for_each(row_blocks(flat_mut(&mut delta), e), |(_, delta)| math::map::<Softplus>(delta));
 
         let mut items = Vec::new();
-        let mut below = out;
-        for (piece, state) in pass.pieces.iter().zip(&mut pass.states) {
-            let (here, rest) = std::mem::take(&mut below).split_at_mut(piece.len() * e);
-            below = rest;
+        let parts = by_pieces(&pass.pieces, out, e);
+        for ((piece, state), here) in pass.pieces.iter().zip(&mut pass.states).zip(parts) {
             let at = |rows: &Rows<'_>| piece.rows.start * rows.stride;
             let bc = Rows { data: &low.data[at(&low)..], ..low };
             let xz = Rows { data: &projected.data[at(&projected)..], ..projected };

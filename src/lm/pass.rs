@@ -69,3 +69,14 @@ const BLOCK: usize = 16;
 pub(super) fn row_blocks(activations: &mut [f32], width: usize) -> Vec<(usize, &mut [f32])> {
     activations.chunks_mut(BLOCK * width).enumerate().map(|(i, block)| (i * BLOCK, block)).collect()
 }
+
+/// Activations `[tokens, width]`, piece by piece.
+pub(super) fn by_pieces<'a>(pieces: &[Piece], mut activations: &'a mut [f32], width: usize) -> Vec<&'a mut [f32]> {
+    let mut parts = Vec::with_capacity(pieces.len());
+    for piece in pieces {
+        let (here, rest) = activations.split_at_mut(piece.len() * width);
+        parts.push(here);
+        activations = rest;
+    }
+    parts
+}
