@@ -21,9 +21,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use hymba::HymbaLm;
-use hymba::lm::{
-    Chat, FinishReason, GenerateOptions, HymbaLmConfig, KvStorage, LoadOptions, Quantization, Sampler, Tokenizer,
-};
+use hymba::lm::{Chat, FinishReason, GenerateOptions, HymbaLmConfig, LoadOptions, Sampler, Tokenizer};
 use hymba::ndarray::arr1;
 use indicatif::{ProgressBar, ProgressStyle};
 
@@ -31,6 +29,8 @@ use indicatif::{ProgressBar, ProgressStyle};
 mod arguments;
 #[path = "support/bandwidth.rs"]
 mod bandwidth;
+#[path = "support/load.rs"]
+mod load;
 
 use arguments::Arguments;
 
@@ -45,8 +45,6 @@ usage: generate --model DIR (--prompt TEXT | --chat [--system TEXT])
   --temperature X         0, which is greedy; 0.7 is usual
   --top-k N --top-p X --min-p X --repetition-penalty X --seed N
   --stop TEXT             ends the text there; may be given several times
-  --kv f32|bf16           type of the kept keys and values, f32
-  --quantize none|8|4     bits of the weights, none: as in the files
   --threads N             all cores";
 
 struct Settings {
@@ -106,21 +104,7 @@ fn settings() -> Result<Option<Settings>, String> {
             "--repetition-penalty" => options.repetition_penalty = arguments.value(&name)?,
             "--seed" => options.seed = arguments.value(&name)?,
             "--stop" => options.stop_strings.push(arguments.value(&name)?),
-            "--kv" => {
-                settings.load.kv_storage = match arguments.value::<String>(&name)?.as_str() {
-                    "f32" => KvStorage::F32,
-                    "bf16" => KvStorage::Bf16,
-                    other => return Err(format!("--kv is f32 or bf16, not {other:?}")),
-                }
-            }
-            "--quantize" => {
-                settings.load.quantize = match arguments.value::<String>(&name)?.as_str() {
-                    "none" => Quantization::None,
-                    "8" => Quantization::Bits8,
-                    "4" => Quantization::Bits4,
-                    other => return Err(format!("--quantize is none, 8 or 4, not {other:?}")),
-                }
-            }
+            other if load::set(&mut settings.load, other, &mut arguments)? => {}
             other => return Err(format!("there is no argument {other:?}")),
         }
     }
@@ -141,11 +125,11 @@ fn main() {
     let settings = match settings() {
         Ok(Some(settings)) => settings,
         Ok(None) => {
-            println!("{USAGE}");
+            println!("{USAGE}\n{}", load::USAGE);
             return;
         }
         Err(error) => {
-            eprintln!("generate: {error}\n{USAGE}");
+            eprintln!("generate: {error}\n{USAGE}\n{}", load::USAGE);
             std::process::exit(2);
         }
     };
@@ -164,7 +148,7 @@ fn run(settings: &Settings) -> Result<(), Box<dyn Error>> {
         Some(folder) => {
             let tokenizer = Tokenizer::from_dir(folder)?;
             let start = Instant::now();
-            let lm = load(folder, &settings.load)?;
+            let lm = read(folder, &settings.load)?;
             eprintln!("read in {:.1} s: {}", start.elapsed().as_secs_f64(), weights(&lm));
             match &settings.prompt {
                 Some(prompt) => complete(&lm, &tokenizer, prompt, settings),
@@ -174,7 +158,7 @@ fn run(settings: &Settings) -> Result<(), Box<dyn Error>> {
     }
 }
 
-fn load(folder: &PathBuf, options: &LoadOptions) -> hymba::Result<HymbaLm> {
+fn read(folder: &PathBuf, options: &LoadOptions) -> hymba::Result<HymbaLm> {
     let bar = ProgressBar::new(0).with_style(
         ProgressStyle::with_template("reading {wide_bar} {percent} %").unwrap_or_else(|_| ProgressStyle::default_bar()),
     );
@@ -373,7 +357,7 @@ fn random(settings: &Settings) -> Result<(), Box<dyn Error>> {
         logits = lm.step(&arr1(&[id]), &mut state)?;
         tokens.push(start.elapsed().as_secs_f64());
     }
-    println!("threads   {} ({})", rayon::current_num_threads(), hymba::simd_level());
+    println!("threads   {} ({})", rayon::current_num_threads(), settings.load.arithmetic.simd_level());
     println!(
         "prompt    {} tokens, {:.1} tokens/s; first token after {first:.2} s",
         ids.len(),

@@ -19,14 +19,15 @@ use hymba::ndarray::{ArrayView1, Axis, aview1};
 
 #[path = "support/arguments.rs"]
 mod arguments;
+#[path = "support/load.rs"]
+mod load;
 
 use arguments::Arguments;
 
 const USAGE: &str = "\
 usage: perplexity --model DIR --text FILE
 
-  --quantize none|8|4     bits of the weights, none: as in the files
-  --against none|8|4      compares with the same model of other bits
+  --against none|8|4      compares with the same model of other bits, in f32 arithmetic
   --window N              tokens scored together, 512
   --tokens N              at most so many tokens of the text, all
   --bytes                 tokens are the bytes of the text";
@@ -34,37 +35,28 @@ usage: perplexity --model DIR --text FILE
 struct Settings {
     model: PathBuf,
     text: PathBuf,
-    quantize: Quantization,
+    load: LoadOptions,
     against: Option<Quantization>,
     window: usize,
     tokens: usize,
     bytes: bool,
 }
 
-fn bits(name: &str, arguments: &mut Arguments) -> Result<Quantization, String> {
-    match arguments.value::<String>(name)?.as_str() {
-        "none" => Ok(Quantization::None),
-        "8" => Ok(Quantization::Bits8),
-        "4" => Ok(Quantization::Bits4),
-        other => Err(format!("{name} is none, 8 or 4, not {other:?}")),
-    }
-}
-
 fn settings() -> Result<Option<Settings>, String> {
     let mut arguments = Arguments::new();
     let (mut model, mut text) = (None, None);
-    let (mut quantize, mut against) = (Quantization::None, None);
+    let (mut load, mut against) = (LoadOptions::default(), None);
     let (mut window, mut tokens, mut bytes) = (512, usize::MAX, false);
     while let Some(name) = arguments.next() {
         match name.as_str() {
             "--help" | "-h" => return Ok(None),
             "--model" => model = Some(arguments.value(&name)?),
             "--text" => text = Some(arguments.value(&name)?),
-            "--quantize" => quantize = bits(&name, &mut arguments)?,
-            "--against" => against = Some(bits(&name, &mut arguments)?),
+            "--against" => against = Some(load::bits(&name, &mut arguments)?),
             "--window" => window = arguments.value(&name)?,
             "--tokens" => tokens = arguments.value(&name)?,
             "--bytes" => bytes = true,
+            other if load::set(&mut load, other, &mut arguments)? => {}
             other => return Err(format!("there is no argument {other:?}")),
         }
     }
@@ -72,25 +64,25 @@ fn settings() -> Result<Option<Settings>, String> {
     if window < 2 {
         return Err("--window must be at least 2".into());
     }
-    Ok(Some(Settings { model, text, quantize, against, window, tokens, bytes }))
+    Ok(Some(Settings { model, text, load, against, window, tokens, bytes }))
 }
 
 fn main() -> Result<(), Box<dyn Error>> {
     let settings = match settings() {
         Ok(Some(settings)) => settings,
         Ok(None) => {
-            println!("{USAGE}");
+            println!("{USAGE}\n{}", load::USAGE);
             return Ok(());
         }
         Err(error) => {
-            eprintln!("perplexity: {error}\n{USAGE}");
+            eprintln!("perplexity: {error}\n{USAGE}\n{}", load::USAGE);
             std::process::exit(2);
         }
     };
-    let load = |quantize| HymbaLm::from_dir_with(&settings.model, &LoadOptions::default().quantize(quantize), |_| {});
-    let lm = load(settings.quantize)?;
+    let load = |options: &LoadOptions| HymbaLm::from_dir_with(&settings.model, options, |_| {});
+    let lm = load(&settings.load)?;
     println!("{:.1} M parameters, {:.1} MB", lm.num_parameters() as f64 / 1e6, lm.num_bytes() as f64 / 1e6);
-    let other = settings.against.map(load).transpose()?;
+    let other = settings.against.map(|bits| load(&LoadOptions::default().quantize(bits))).transpose()?;
 
     let mut ids = tokens(&settings)?;
     ids.truncate(settings.tokens);

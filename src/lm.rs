@@ -49,7 +49,7 @@ pub use cache::KvStorage;
 pub use config::{HymbaLmConfig, KeyQueryNorm, MlpActivation, Quantization, RopeType, TorchDtype};
 #[cfg(feature = "tokenizer")]
 pub use converse::{Chat, TextGeneration};
-pub use files::{LoadOptions, Loading};
+pub use files::{Arithmetic, LoadOptions, Loading};
 pub use generate::{FinishReason, Generation, LogLikelihood};
 pub use model::{HymbaLm, LmInspection};
 pub use sample::{Choice, GenerateOptions, Sampler};

@@ -30,27 +30,53 @@ pub(crate) const AHEAD: usize = 1024;
 
 pub(crate) const ZERO_ROW: PanelRow = [Line([0.0; LANES]); 2];
 
-/// A panel's weights for N inputs, in whatever type they are stored.
-pub(crate) trait Weights<const N: usize>: Copy {
+/// The inputs that meet one [`Weights`], and how they are multiplied.
+pub(crate) trait Inputs: Copy {
+    /// Multiplications one after the other that it takes.
+    const STEPS: usize;
+    /// What is multiplied in a step, in all lanes.
+    type Wide<S: Simd>: Copy;
+    fn splat<S: Simd>(self, s: S, step: usize) -> Self::Wide<S>;
+    /// x·w + sum
+    fn multiply<S: Simd>(s: S, x: Self::Wide<S>, w: Self::Wide<S>, sum: S::V) -> S::V;
+}
+
+impl<const N: usize> Inputs for [f32; N] {
+    const STEPS: usize = N;
+    type Wide<S: Simd> = S::V;
+
+    #[inline(always)]
+    fn splat<S: Simd>(self, s: S, step: usize) -> S::V {
+        s.splat(self[step])
+    }
+
+    #[inline(always)]
+    fn multiply<S: Simd>(s: S, x: S::V, w: S::V, sum: S::V) -> S::V {
+        s.mul_add(x, w, sum)
+    }
+}
+
+/// A panel's weights for one or several inputs, in whatever type they are stored.
+pub(crate) trait Weights<X: Inputs>: Copy {
     /// The most rows of a tile for which the compiler keeps the sums in registers.
     const MAX_ROWS: usize;
     /// Whether they come from memory, and not from a cache, each time they are used.
     const STREAMED: bool;
-    /// Those of one of the inputs, for either half of the panel.
-    fn load<S: Simd>(&self, s: S, input: usize) -> [S::V; 2];
+    /// Those of a step, for either half of the panel.
+    fn load<S: Simd>(&self, s: S, step: usize) -> [X::Wide<S>; 2];
 }
 
-impl Weights<1> for PanelRow {
+impl Weights<[f32; 1]> for PanelRow {
     const MAX_ROWS: usize = 12;
     const STREAMED: bool = false;
 
     #[inline(always)]
-    fn load<S: Simd>(&self, s: S, _input: usize) -> [S::V; 2] {
+    fn load<S: Simd>(&self, s: S, _step: usize) -> [S::V; 2] {
         [s.load(&self[0].0), s.load(&self[1].0)]
     }
 }
 
-/// A matrix `[n, k]` in panels, with a bias `[n]`.
+/// A matrix `[n, k]` in panels, with a bias `[n]`; a `W` holds the weights for N inputs.
 pub(crate) struct Packed<W = PanelRow, const N: usize = 1> {
     /// n, the outputs.
     pub(crate) n: usize,
@@ -105,19 +131,19 @@ fn panel_row(numbers: &[f32]) -> PanelRow {
 
 /// Rows of numbers in memory, `stride` apart.
 #[derive(Clone, Copy)]
-pub(crate) struct Rows<'a> {
-    pub data: &'a [f32],
+pub(crate) struct Rows<'a, T = f32> {
+    pub data: &'a [T],
     pub stride: usize,
 }
 
-impl<'a> Rows<'a> {
+impl<'a, T: Copy> Rows<'a, T> {
     /// Without the first columns.
     pub(crate) fn skip_columns(self, column: usize) -> Self {
         Rows { data: self.data.get(column..).unwrap_or(&[]), ..self }
     }
 
     /// The first `width` numbers of row `i`.
-    pub(crate) fn row(&self, i: usize, width: usize) -> &'a [f32] {
+    pub(crate) fn row(&self, i: usize, width: usize) -> &'a [T] {
         &self.data[i * self.stride..][..width]
     }
 }
@@ -159,7 +185,9 @@ pub(crate) fn matmul_part(
     debug_assert!(outputs.start.is_multiple_of(PANEL) && outputs.end <= w.n && inputs.end <= w.k);
     let shape = (m, outputs.len()).strides((out_stride, 1));
     let out = ArrayViewMut2::from_shape(shape, out).expect("room for m rows");
-    timed_product(m, outputs.len(), inputs.len(), || dispatch(Product { x, w, outputs, inputs, out, mode }));
+    timed_product(m, outputs.len(), inputs.len(), || {
+        dispatch(Product { x: Floats::<1>(x), w, outputs, inputs, out, mode })
+    });
 }
 
 /// grad `[n, k]` += dyᵀ·x for dy `[m, n]` and x `[m, k]`: the gradient of a matrix from those of its outputs.
@@ -190,9 +218,35 @@ fn gradient_rows(dy: &Packed, first: usize, n: usize, x: &Packed, grad: &mut [f3
 }
 
 /// The left operand of a product.
-pub(crate) trait Left<const N: usize>: Copy {
+pub(crate) trait Left: Copy {
+    type Inputs: Inputs;
     /// Computes some panels of the product, side by side where there are rows few enough.
-    fn by_panels<S: Simd, W: Weights<N>>(s: S, product: &mut Product<Self, W, N>, panel: usize, panels: usize);
+    fn by_panels<S: Simd, W: Weights<Self::Inputs>, const N: usize>(
+        s: S,
+        product: &mut Product<Self, W, N>,
+        panel: usize,
+        panels: usize,
+    );
+}
+
+/// A left operand in rows.
+pub(crate) trait LeftRows: Copy {
+    type Inputs: Inputs;
+    /// The first `count` numbers of a row, as many at a time as meet one of the weights.
+    fn inputs(&self, row: usize, count: usize) -> &[Self::Inputs];
+}
+
+/// Rows of floats, N at a time.
+#[derive(Clone, Copy)]
+pub(crate) struct Floats<'a, const N: usize>(pub Rows<'a>);
+
+impl<const N: usize> LeftRows for Floats<'_, N> {
+    type Inputs = [f32; N];
+
+    #[inline(always)]
+    fn inputs(&self, row: usize, count: usize) -> &[[f32; N]] {
+        self.0.row(row, count).as_chunks().0
+    }
 }
 
 /// The columns of a packed matrix `[m, k]` from this one on: it is read transposed.
@@ -202,15 +256,15 @@ struct Columns<'a>(&'a Packed, usize);
 /// Columns of a panel that are the rows of one tile.
 const COLUMN_TILE: usize = 8;
 
-/// Some rows of the left operand, N inputs at a time.
-trait LeftTile<const N: usize>: Copy {
-    /// The inputs from N·i on.
-    fn at(self, row: usize, i: usize) -> [f32; N];
+/// Some rows of the left operand.
+trait LeftTile<X>: Copy {
+    /// What meets the weights number i.
+    fn at(self, row: usize, i: usize) -> X;
 }
 
-impl<const R: usize, const N: usize> LeftTile<N> for [&[[f32; N]]; R] {
+impl<const R: usize, X: Copy> LeftTile<X> for [&[X]; R] {
     #[inline(always)]
-    fn at(self, row: usize, i: usize) -> [f32; N] {
+    fn at(self, row: usize, i: usize) -> X {
         self[row][i]
     }
 }
@@ -222,7 +276,7 @@ struct PanelColumns<'a> {
     first: usize,
 }
 
-impl LeftTile<1> for PanelColumns<'_> {
+impl LeftTile<[f32; 1]> for PanelColumns<'_> {
     #[inline(always)]
     fn at(self, row: usize, i: usize) -> [f32; 1] {
         let (line, lane) = (self.first / LANES, self.first % LANES);
@@ -243,7 +297,7 @@ pub(crate) struct Product<'a, X, W, const N: usize> {
     pub mode: Out,
 }
 
-impl<X: Left<N>, W: Weights<N>, const N: usize> Kernel for Product<'_, X, W, N> {
+impl<X: Left, W: Weights<X::Inputs>, const N: usize> Kernel for Product<'_, X, W, N> {
     type Output = ();
 
     /// Panels outside, rows inside: a panel is fetched once and stays in a near cache while all rows pass.
@@ -265,9 +319,16 @@ impl<X: Left<N>, W: Weights<N>, const N: usize> Kernel for Product<'_, X, W, N> 
     }
 }
 
-impl<const N: usize> Left<N> for Rows<'_> {
+impl<X: LeftRows> Left for X {
+    type Inputs = X::Inputs;
+
     #[inline(always)]
-    fn by_panels<S: Simd, W: Weights<N>>(s: S, product: &mut Product<Self, W, N>, panel: usize, panels: usize) {
+    fn by_panels<S: Simd, W: Weights<X::Inputs>, const N: usize>(
+        s: S,
+        product: &mut Product<Self, W, N>,
+        panel: usize,
+        panels: usize,
+    ) {
         let m = product.out.nrows();
         let mut row = 0;
         while row < m {
@@ -299,9 +360,16 @@ impl<const N: usize> Left<N> for Rows<'_> {
     }
 }
 
-impl Left<1> for Columns<'_> {
+impl Left for Columns<'_> {
+    type Inputs = [f32; 1];
+
     #[inline(always)]
-    fn by_panels<S: Simd, W: Weights<1>>(s: S, product: &mut Product<Self, W, 1>, panel: usize, panels: usize) {
+    fn by_panels<S: Simd, W: Weights<[f32; 1]>, const N: usize>(
+        s: S,
+        product: &mut Product<Self, W, N>,
+        panel: usize,
+        panels: usize,
+    ) {
         let (Columns(x, first), m) = (product.x, product.out.nrows());
         for panel in panel..panel + panels {
             for row in (0..m).step_by(COLUMN_TILE) {
@@ -313,39 +381,39 @@ impl Left<1> for Columns<'_> {
     }
 }
 
-impl<W: Weights<N>, const N: usize> Product<'_, Rows<'_>, W, N> {
+impl<X: LeftRows, W: Weights<X::Inputs>, const N: usize> Product<'_, X, W, N> {
     /// R rows of x from `row` on by P panels from `panel` on.
     #[inline(always)]
     fn rows<S: Simd, const R: usize, const P: usize>(&mut self, s: S, row: usize, panel: usize) {
-        let k = self.inputs.len();
-        let mut tile: [&[[f32; N]]; R] = [&[]; R];
+        let (x, count) = (self.x, self.inputs.len());
+        let mut tile: [&[X::Inputs]; R] = [&[]; R];
         for (r, tile) in tile.iter_mut().enumerate() {
-            *tile = self.x.row(row + r, k).as_chunks().0;
+            *tile = x.inputs(row + r, count);
         }
         self.tile::<S, R, P>(s, tile, row, R, panel);
     }
 }
 
-impl<X, W: Weights<N>, const N: usize> Product<'_, X, W, N> {
+impl<X: Left, W: Weights<X::Inputs>, const N: usize> Product<'_, X, W, N> {
     /// The first `rows` of R rows, the first of which is `row`, by P panels from `panel` on.
     #[inline(always)]
     #[allow(clippy::needless_range_loop)] // with plain indices the compiler keeps all sums in registers
     fn tile<S: Simd, const R: usize, const P: usize>(
         &mut self,
         s: S,
-        x: impl LeftTile<N>,
+        x: impl LeftTile<X::Inputs>,
         row: usize,
         rows: usize,
         panel: usize,
     ) {
-        let steps = self.inputs.len() / N;
+        let count = self.inputs.len() / N;
         let mut w: [&[W]; P] = [&[]; P];
         for (p, w) in w.iter_mut().enumerate() {
-            *w = &self.w.panels[((panel + p) * self.w.k + self.inputs.start) / N..][..steps];
+            *w = &self.w.panels[((panel + p) * self.w.k + self.inputs.start) / N..][..count];
         }
         let streamed = P > 1 || self.out.nrows() <= W::MAX_ROWS;
         let mut sums = [[[s.splat(0.0); 2]; P]; R];
-        for i in 0..steps {
+        for i in 0..count {
             for p in 0..P {
                 if W::STREAMED && streamed {
                     // a product of few rows waits for memory, and the CPU alone looks not far enough ahead
@@ -356,12 +424,12 @@ impl<X, W: Weights<N>, const N: usize> Product<'_, X, W, N> {
                 }
             }
             for p in 0..P {
-                for j in 0..N {
-                    let [low, high] = w[p][i].load(s, j);
+                for step in 0..X::Inputs::STEPS {
+                    let [low, high] = w[p][i].load(s, step);
                     for r in 0..R {
-                        let x = s.splat(x.at(r, i)[j]);
-                        sums[r][p][0] = s.mul_add(x, low, sums[r][p][0]);
-                        sums[r][p][1] = s.mul_add(x, high, sums[r][p][1]);
+                        let x = x.at(r, i).splat(s, step);
+                        sums[r][p][0] = X::Inputs::multiply(s, x, low, sums[r][p][0]);
+                        sums[r][p][1] = X::Inputs::multiply(s, x, high, sums[r][p][1]);
                     }
                 }
             }
@@ -431,7 +499,7 @@ mod tests {
                 for mode in [Out::Set, Out::Add] {
                     let (outputs, inputs) = (0..n, 0..k);
                     let view = ArrayViewMut2::from_shape((m, n), &mut out).unwrap();
-                    let product = Product { x: rows, w: &packed, outputs, inputs, out: view, mode };
+                    let product = Product { x: Floats::<1>(rows), w: &packed, outputs, inputs, out: view, mode };
                     dispatch_at(level, product);
                     let times = if mode == Out::Set { 1.0 } else { 2.0 };
                     for (got, want) in out.iter().zip(&want) {

@@ -1,17 +1,18 @@
 //! Matrices that stay in the type they are stored in, in the order the product reads them.
 //!
 //! A model of a billion parameters takes memory bandwidth for every token, so its weights are widened to `f32` in
-//! registers only. bfloat16 lies in pairs: a lane of 32 bits holds two consecutive inputs' weights of one output, of
-//! which a shift makes the first number and a mask the second.
+//! registers only.
 
-use half::{bf16, f16};
+use half::f16;
 use ndarray::{ArrayViewMut2, Axis};
 
+use super::bfloat16::{self, PairRow};
 use super::clock::timed_product;
-use super::matmul::{Out, PANEL, Packed, PanelRow, Product, Rows, Weights, ZERO_ROW};
+use super::matmul::{Floats, Left, Out, PANEL, Packed, PanelRow, Product, Rows, Weights, ZERO_ROW};
+use super::memory::filled;
 use super::parallel;
 use super::quantized::{Eight, FileRows, Four, Quantized};
-use super::simd::{LANES, Level, Simd, dispatch_at};
+use super::simd::{LANES, Level, Simd, dispatch_bf16_at};
 use super::team::Team;
 
 /// How the numbers of a matrix are stored.
@@ -31,37 +32,18 @@ pub(crate) enum Storage {
 #[repr(C, align(64))]
 struct HalfRow([[u16; LANES]; 2]);
 
-impl Weights<1> for HalfRow {
+impl Weights<[f32; 1]> for HalfRow {
     const MAX_ROWS: usize = 12;
     const STREAMED: bool = true;
 
     #[inline(always)]
-    fn load<S: Simd>(&self, s: S, _input: usize) -> [S::V; 2] {
+    fn load<S: Simd>(&self, s: S, _step: usize) -> [S::V; 2] {
         [s.load_f16(&self.0[0]), s.load_f16(&self.0[1])]
     }
 }
 
-/// A panel's weights for two inputs: two cache lines. The first input's weight is in the low bits.
-#[derive(Clone, Copy)]
-#[repr(C, align(64))]
-struct PairRow([[u32; LANES]; 2]);
-
-impl Weights<2> for PairRow {
-    const MAX_ROWS: usize = 8;
-    const STREAMED: bool = true;
-
-    #[inline(always)]
-    fn load<S: Simd>(&self, s: S, input: usize) -> [S::V; 2] {
-        if input == 0 {
-            [s.load_bf16_low(&self.0[0]), s.load_bf16_low(&self.0[1])]
-        } else {
-            [s.load_bf16_high(&self.0[0]), s.load_bf16_high(&self.0[1])]
-        }
-    }
-}
-
 /// A type the numbers of a panel are stored in.
-pub(crate) trait Store<const N: usize>: Weights<N> {
+pub(crate) trait Store<const N: usize>: Weights<[f32; N]> {
     const ZERO: Self;
     /// The numbers of one output, narrowed: rounded to the nearest, to even in the middle.
     fn set(&mut self, output: usize, numbers: [f32; N]);
@@ -92,25 +74,13 @@ impl Store<1> for HalfRow {
     }
 }
 
-impl Store<2> for PairRow {
-    const ZERO: Self = PairRow([[0; LANES]; 2]);
-
-    fn set(&mut self, output: usize, numbers: [f32; 2]) {
-        let [first, second] = numbers.map(|number| u32::from(bf16::from_f32(number).to_bits()));
-        self.0[output / LANES][output % LANES] = second << 16 | first;
-    }
-
-    fn get(&self, output: usize) -> [f32; 2] {
-        let pair = self.0[output / LANES][output % LANES];
-        [f32::from_bits(pair << 16), f32::from_bits(pair & 0xffff_0000)]
-    }
-}
-
 /// A matrix `[n, k]`.
 pub(crate) struct Matrix {
     n: usize,
     k: usize,
     panels: Panels,
+    /// Whether inputs are rounded to bf16 if these weights are, where that is faster.
+    rounds_inputs: bool,
 }
 
 enum Panels {
@@ -139,13 +109,13 @@ impl Matrix {
     /// All zero.
     pub(crate) fn zeros(n: usize, k: usize, storage: Storage) -> Matrix {
         let panels = match storage {
-            Storage::F32 => Panels::F32(zeros(n, k)),
-            Storage::F16 => Panels::F16(zeros(n, k)),
-            Storage::Bf16 => Panels::Bf16(zeros(n, k)),
+            Storage::F32 => Panels::F32(Packed::zeros(n, k)),
+            Storage::F16 => Panels::F16(Packed::zeros(n, k)),
+            Storage::Bf16 => Panels::Bf16(Packed::zeros(n, k)),
             Storage::Q8 => Panels::Q8(Quantized::zeros(n, k)),
             Storage::Q4 => Panels::Q4(Quantized::zeros(n, k)),
         };
-        Matrix { n, k, panels }
+        Matrix { n, k, panels, rounds_inputs: false }
     }
 
     /// n, the outputs, and k, the inputs.
@@ -161,6 +131,11 @@ impl Matrix {
             Panels::Q8(_) => Storage::Q8,
             Panels::Q4(_) => Storage::Q4,
         }
+    }
+
+    /// Says whether the inputs of a matrix in bf16 may be rounded to bf16, too: see [`bfloat16`].
+    pub(crate) fn set_rounds_inputs(&mut self, rounds_inputs: bool) {
+        self.rounds_inputs = rounds_inputs;
     }
 
     /// What files have of a quantised matrix.
@@ -212,7 +187,8 @@ impl Matrix {
     ///
     /// Every output is one sum over k in ascending order, whatever m is and whoever computes it.
     pub(crate) fn multiply(&self, team: &Team, x: Rows, m: usize, out: &mut [f32], mode: Out) {
-        self.multiply_at(Level::current(), team, x, m, out, mode);
+        let level = if self.rounds_inputs { Level::with_tiles() } else { Level::current() };
+        self.multiply_at(level, team, x, m, out, mode);
     }
 
     fn multiply_at(&self, level: Level, team: &Team, x: Rows, m: usize, out: &mut [f32], mode: Out) {
@@ -221,12 +197,15 @@ impl Matrix {
             return;
         }
         match &self.panels {
-            Panels::F32(packed) => multiply(level, team, x, packed, out, mode),
-            Panels::F16(packed) => multiply(level, team, x, packed, out, mode),
+            Panels::F32(packed) => multiply(level, team, Floats::<1>(x), packed, out, mode),
+            Panels::F16(packed) => multiply(level, team, Floats::<1>(x), packed, out, mode),
+            Panels::Bf16(packed) if self.rounds_inputs && bfloat16::pays(level) => {
+                bfloat16::multiply(level, team, x, self.k, packed, out, mode);
+            }
             Panels::Bf16(packed) => {
                 let mut even = Vec::new();
                 let x = if packed.k == self.k { x } else { with_a_zero(x, m, self.k, &mut even) };
-                multiply(level, team, x, packed, out, mode);
+                multiply(level, team, Floats::<2>(x), packed, out, mode);
             }
             Panels::Q8(quantized) => quantized.multiply(level, team, x, m, out, mode),
             Panels::Q4(quantized) => quantized.multiply(level, team, x, m, out, mode),
@@ -234,17 +213,18 @@ impl Matrix {
     }
 }
 
-fn zeros<W: Store<N>, const N: usize>(n: usize, k: usize) -> Packed<W, N> {
-    let k = k.next_multiple_of(N);
-    Packed { n, k, panels: vec![W::ZERO; n.div_ceil(PANEL) * k / N], bias: Vec::new() }
-}
-
 impl<W: Store<N>, const N: usize> Packed<W, N> {
+    /// All zero; k is filled up to a multiple of N.
+    pub(super) fn zeros(n: usize, k: usize) -> Self {
+        let k = k.next_multiple_of(N);
+        Packed { n, k, panels: filled(n.div_ceil(PANEL) * k / N, W::ZERO), bias: Vec::new() }
+    }
+
     fn num_bytes(&self) -> usize {
         size_of_val(self.panels.as_slice())
     }
 
-    fn set_row(&mut self, row: usize, numbers: &[f32]) {
+    pub(super) fn set_row(&mut self, row: usize, numbers: &[f32]) {
         let rows = self.k / N;
         set_row(&mut self.panels[row / PANEL * rows..][..rows], row % PANEL, numbers);
     }
@@ -292,21 +272,28 @@ fn with_a_zero<'a>(x: Rows, m: usize, k: usize, even: &'a mut Vec<f32>) -> Rows<
 }
 
 /// The columns of the product, strip by strip, among the team.
-fn multiply<W, const N: usize>(level: Level, team: &Team, x: Rows, w: &Packed<W, N>, out: ArrayViewMut2<f32>, mode: Out)
-where
-    W: Weights<N> + Sync,
+pub(super) fn multiply<X, W, const N: usize>(
+    level: Level,
+    team: &Team,
+    x: X,
+    w: &Packed<W, N>,
+    out: ArrayViewMut2<f32>,
+    mode: Out,
+) where
+    X: Left + Sync,
+    W: Weights<X::Inputs> + Sync,
 {
     team.for_each(strips(out), |(first, out)| {
         let outputs = first..first + out.ncols();
         timed_product(out.nrows(), outputs.len(), w.k, || {
-            dispatch_at(level, Product { x, w, outputs, inputs: 0..w.k, out, mode });
+            dispatch_bf16_at(level, Product { x, w, outputs, inputs: 0..w.k, out, mode });
         });
     });
 }
 
 /// The columns of a product as they are handed out, each strip with its first column. The product takes four panels side by
 /// side for few rows; the last strips are of one panel each, so that no thread waits long for the others.
-fn strips(mut out: ArrayViewMut2<f32>) -> Vec<(usize, ArrayViewMut2<f32>)> {
+pub(super) fn strips(mut out: ArrayViewMut2<f32>) -> Vec<(usize, ArrayViewMut2<f32>)> {
     let wide = if out.nrows() <= 6 { 4 * PANEL } else { PANEL };
     let (mut strips, mut first) = (Vec::new(), 0);
     while out.ncols() > 0 {
@@ -321,6 +308,8 @@ fn strips(mut out: ArrayViewMut2<f32>) -> Vec<(usize, ArrayViewMut2<f32>)> {
 
 #[cfg(test)]
 mod tests {
+    use half::bf16;
+
     use super::super::team::with_team;
     use super::*;
 

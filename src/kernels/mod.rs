@@ -4,6 +4,8 @@
 //! reference that stands in its tests.
 
 pub(crate) mod attention;
+#[cfg(feature = "lm")]
+pub(crate) mod bfloat16;
 pub(crate) mod clock;
 pub(crate) mod conv;
 #[cfg(feature = "profile")]
@@ -12,6 +14,9 @@ pub(crate) mod math;
 pub(crate) mod matmul;
 #[cfg(feature = "lm")]
 pub(crate) mod matrix;
+#[cfg(feature = "lm")]
+#[allow(unsafe_code)]
+mod memory;
 pub(crate) mod norm;
 pub(crate) mod parallel;
 #[cfg(feature = "lm")]

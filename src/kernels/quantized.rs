@@ -15,6 +15,7 @@ use ndarray::{ArrayViewMut2, Axis};
 
 use super::clock::timed_product;
 use super::matmul::{AHEAD, Out, PANEL, Rows, finish};
+use super::memory::filled;
 use super::parallel;
 pub(crate) use super::quants::{BLOCK, Eight, Four};
 use super::quants::{QUADS, Quants, ROUND, inverse, largest};
@@ -89,7 +90,7 @@ pub(crate) struct Quantized<Q> {
 
 impl<Q: Quants> Quantized<Q> {
     pub(crate) fn zeros(n: usize, k: usize) -> Self {
-        Quantized { n, k, blocks: vec![Q::ZERO; n.div_ceil(PANEL) * k.div_ceil(BLOCK)] }
+        Quantized { n, k, blocks: filled(n.div_ceil(PANEL) * k.div_ceil(BLOCK), Q::ZERO) }
     }
 
     pub(crate) fn num_bytes(&self) -> usize {
@@ -316,8 +317,8 @@ impl<Q: Quants> Product<'_, Q> {
                 }
             }
             for p in 0..P {
-                let scales = w[p][b].scales();
-                let (low, high) = (s.load_bf16_low(scales), s.load_bf16_high(scales));
+                let scales = s.load_whole(w[p][b].scales());
+                let (low, high) = (s.low_bf16(scales), s.high_bf16(scales));
                 for r in 0..R {
                     let scale = s.splat(x[r][b].scale);
                     sums[r][p][0] = s.mul_add(s.mul(s.to_float(whole[r][p][0]), low), scale, sums[r][p][0]);

@@ -47,16 +47,22 @@ pub(crate) trait Simd: Copy {
     /// Sixteen numbers stored as IEEE half precision.
     #[cfg_attr(not(feature = "lm"), allow(dead_code))]
     fn load_f16(self, x: &[u16; LANES]) -> Self::V;
-    /// Of sixteen pairs of numbers stored as bfloat16, those in the low bits.
-    #[cfg_attr(not(feature = "lm"), allow(dead_code))]
-    fn load_bf16_low(self, x: &[u32; LANES]) -> Self::V;
-    /// Of sixteen pairs of numbers stored as bfloat16, those in the high bits.
-    #[cfg_attr(not(feature = "lm"), allow(dead_code))]
-    fn load_bf16_high(self, x: &[u32; LANES]) -> Self::V;
     #[cfg_attr(not(feature = "lm"), allow(dead_code))]
     fn load_whole(self, x: &[u32; LANES]) -> Self::I;
     #[cfg_attr(not(feature = "lm"), allow(dead_code))]
     fn splat_whole(self, x: u32) -> Self::I;
+    /// Of sixteen pairs of numbers stored as bfloat16, those in the low bits.
+    #[cfg_attr(not(feature = "lm"), allow(dead_code))]
+    fn low_bf16(self, x: Self::I) -> Self::V;
+    /// Of sixteen pairs of numbers stored as bfloat16, those in the high bits.
+    #[cfg_attr(not(feature = "lm"), allow(dead_code))]
+    fn high_bf16(self, x: Self::I) -> Self::V;
+    /// In each lane, the products of two pairs of numbers stored as bfloat16, and `c`, summed.
+    #[cfg_attr(not(feature = "lm"), allow(dead_code))]
+    #[inline(always)]
+    fn dot_bf16(self, a: Self::I, b: Self::I, c: Self::V) -> Self::V {
+        dot_bf16(self, a, b, c)
+    }
     /// In each lane, the sum of the products of four bytes of `a`, from 0 to 255, and four of `b`, from −128 to 127, and `c`.
     #[cfg_attr(not(feature = "lm"), allow(dead_code))]
     fn dot(self, a: Self::I, b: Self::I, c: Self::I) -> Self::I;
@@ -125,6 +131,13 @@ pub(crate) trait Simd: Copy {
     }
 }
 
+/// What [`Simd::dot_bf16`] is without an instruction for it.
+#[inline(always)]
+fn dot_bf16<S: Simd>(s: S, a: S::I, b: S::I, c: S::V) -> S::V {
+    let c = s.mul_add(s.high_bf16(a), s.high_bf16(b), c);
+    s.mul_add(s.low_bf16(a), s.low_bf16(b), c)
+}
+
 /// The instruction sets there are code paths for, worst first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Level {
@@ -133,16 +146,22 @@ pub(crate) enum Level {
     Avx512,
     /// As `Avx512`, with an instruction for [`Simd::dot`], which only [`dispatch_whole_at`] makes use of.
     Avx512Vnni,
+    /// With one for [`Simd::dot_bf16`] besides, which only [`dispatch_bf16_at`] makes use of.
+    Avx512Bf16,
+    /// With tiles ([`amx`]), which only [`bfloat16`](super::bfloat16) makes use of.
+    Amx,
 }
 
 impl Level {
-    pub(crate) const ALL: [Level; 4] = [Level::Scalar, Level::Avx2, Level::Avx512, Level::Avx512Vnni];
+    pub(crate) const ALL: [Level; 6] =
+        [Level::Scalar, Level::Avx2, Level::Avx512, Level::Avx512Vnni, Level::Avx512Bf16, Level::Amx];
 
     pub(crate) fn name(self) -> &'static str {
         match self {
             Level::Scalar => "scalar",
             Level::Avx2 => "avx2",
-            Level::Avx512 | Level::Avx512Vnni => "avx512",
+            Level::Avx512 | Level::Avx512Vnni | Level::Avx512Bf16 => "avx512",
+            Level::Amx => "amx",
         }
     }
 
@@ -161,19 +180,32 @@ impl Level {
             }
             #[cfg(target_arch = "x86_64")]
             Level::Avx512Vnni => is_x86_feature_detected!("avx512vnni") && Level::Avx512.is_available(),
-            #[cfg(not(target_arch = "x86_64"))]
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx512Bf16 => is_x86_feature_detected!("avx512bf16") && Level::Avx512Vnni.is_available(),
+            #[cfg(all(target_arch = "x86_64", target_os = "linux", feature = "lm"))]
+            Level::Amx => Level::Avx512Bf16.is_available() && amx::is_permitted(),
+            #[allow(unreachable_patterns)]
             _ => false,
         }
     }
 
-    /// The level in use: the one `HYMBA_SIMD` names, if the CPU has it, or else the best there is.
+    /// The level in use: the one `HYMBA_SIMD` names, if the CPU has it, or else the best there is. Tiles are not asked for.
     pub(crate) fn current() -> Level {
         static CURRENT: OnceLock<Level> = OnceLock::new();
-        *CURRENT.get_or_init(|| {
-            let forced = std::env::var("HYMBA_SIMD").unwrap_or_default();
-            let usable = || Level::ALL.into_iter().rev().filter(|level| level.is_available());
-            usable().find(|level| level.name() == forced).or_else(|| usable().next()).unwrap_or(Level::Scalar)
-        })
+        *CURRENT.get_or_init(|| Level::best(Level::Avx512Bf16))
+    }
+
+    /// As [`current`](Self::current), or tiles: the first call asks the system for them.
+    #[cfg(feature = "lm")]
+    pub(crate) fn with_tiles() -> Level {
+        static WITH_TILES: OnceLock<Level> = OnceLock::new();
+        *WITH_TILES.get_or_init(|| Level::best(Level::Amx))
+    }
+
+    fn best(most: Level) -> Level {
+        let forced = std::env::var("HYMBA_SIMD").unwrap_or_default();
+        let usable = || Level::ALL.into_iter().rev().filter(|level| *level <= most && level.is_available());
+        usable().find(|level| level.name() == forced).or_else(|| usable().next()).unwrap_or(Level::Scalar)
     }
 }
 
@@ -186,11 +218,11 @@ pub(crate) fn dispatch<K: Kernel>(kernel: K) -> K::Output {
 #[inline]
 pub(crate) fn dispatch_at<K: Kernel>(level: Level, kernel: K) -> K::Output {
     #[cfg(target_arch = "x86_64")]
-    match level {
-        // SAFETY: the CPU has the instructions, as just checked (std caches the answer).
-        Level::Avx512 | Level::Avx512Vnni if level.is_available() => return unsafe { x86::run_avx512(kernel) },
-        Level::Avx2 if level.is_available() => return unsafe { x86::run_avx2(kernel) },
-        _ => {}
+    // SAFETY: the CPU has the instructions, as just checked (std caches the answer).
+    if level >= Level::Avx512 && Level::Avx512.is_available() {
+        return unsafe { x86::run_avx512(kernel) };
+    } else if level == Level::Avx2 && level.is_available() {
+        return unsafe { x86::run_avx2(kernel) };
     }
     let _ = level;
     kernel.run(Scalar)
@@ -201,9 +233,21 @@ pub(crate) fn dispatch_at<K: Kernel>(level: Level, kernel: K) -> K::Output {
 #[inline]
 pub(crate) fn dispatch_whole_at<K: Kernel>(level: Level, kernel: K) -> K::Output {
     #[cfg(target_arch = "x86_64")]
-    if level == Level::Avx512Vnni && level.is_available() {
+    if level >= Level::Avx512Vnni && Level::Avx512Vnni.is_available() {
         // SAFETY: the CPU has the instructions, as just checked.
         return unsafe { x86::run_avx512_vnni(kernel) };
+    }
+    dispatch_at(level, kernel)
+}
+
+/// As [`dispatch_at`], for a kernel with products of pairs of bf16: it is compiled once more, for [`Level::Avx512Bf16`].
+#[cfg_attr(not(feature = "lm"), allow(dead_code))]
+#[inline]
+pub(crate) fn dispatch_bf16_at<K: Kernel>(level: Level, kernel: K) -> K::Output {
+    #[cfg(target_arch = "x86_64")]
+    if level >= Level::Avx512Bf16 && Level::Avx512Bf16.is_available() {
+        // SAFETY: the CPU has the instructions, as just checked.
+        return unsafe { x86::run_avx512_bf16(kernel) };
     }
     dispatch_at(level, kernel)
 }
@@ -296,11 +340,11 @@ impl Simd for Scalar {
         })
     }
     #[inline(always)]
-    fn load_bf16_low(self, x: &[u32; LANES]) -> Self::V {
+    fn low_bf16(self, x: Self::I) -> Self::V {
         lanewise(|i| f32::from_bits(x[i] << 16))
     }
     #[inline(always)]
-    fn load_bf16_high(self, x: &[u32; LANES]) -> Self::V {
+    fn high_bf16(self, x: Self::I) -> Self::V {
         lanewise(|i| f32::from_bits(x[i] & BF16_HIGH))
     }
     #[inline(always)]
@@ -344,5 +388,7 @@ const NIBBLES: u32 = 0x0f0f_0f0f;
 /// Adding it to a small whole number n leaves n + 127, an exponent field, in the low bits.
 const EXPONENT_MAGIC: f32 = (3u32 << 22) as f32 + 127.0;
 
+#[cfg(all(target_arch = "x86_64", target_os = "linux", feature = "lm"))]
+pub(crate) mod amx;
 #[cfg(target_arch = "x86_64")]
 mod x86;

@@ -12,6 +12,7 @@ use super::model::{HEAD, HymbaLm};
 use super::parameters::{Parameter, ParameterMut};
 use super::quantization::{scales_of, tensors};
 use crate::kernels::matrix::{Matrix, Storage};
+use crate::kernels::simd::Level;
 use crate::weights::float::Float;
 use crate::weights::folder::{Folder, SINGLE};
 use crate::weights::{replace, write_streamed};
@@ -19,12 +20,47 @@ use crate::{Error, Result};
 
 const CONFIG: &str = "config.json";
 
+/// What activations are rounded to before they are multiplied by matrices that are kept in bf16. Sums are f32 in any case.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub enum Arithmetic {
+    /// Nothing: the weights are widened.
+    #[default]
+    F32,
+    /// To bf16, on CPUs that multiply bf16 faster (AVX-512-BF16, or on Linux AMX); on others this is `F32`. Published code
+    /// computes so, too, and rounds the sums besides. Prompts gain most: decoding waits for memory.
+    Bf16,
+}
+
+impl Arithmetic {
+    /// The instruction set that multiplies on this machine: as [`simd_level`](crate::simd_level) says, or, for `Bf16`, `"amx"`
+    /// or `"avx512-bf16"` if it has that. On Linux, AMX is asked for at the first call.
+    ///
+    /// ```
+    /// use hymba::lm::Arithmetic;
+    ///
+    /// assert_eq!(Arithmetic::F32.simd_level(), hymba::simd_level());
+    /// let is_faster = ["amx", "avx512-bf16"].contains(&Arithmetic::Bf16.simd_level());
+    /// assert_eq!(is_faster, Arithmetic::Bf16.simd_level() != hymba::simd_level());
+    /// ```
+    pub fn simd_level(self) -> &'static str {
+        match self {
+            Arithmetic::F32 => Level::current().name(),
+            Arithmetic::Bf16 => match Level::with_tiles() {
+                Level::Avx512Bf16 => "avx512-bf16",
+                level => level.name(),
+            },
+        }
+    }
+}
+
 /// How a language model is read.
 ///
 /// | option | default | |
 /// |---|---|---|
 /// | `kv_storage` | [`KvStorage::F32`] | the type in which states keep keys and values |
 /// | `quantize` | [`Quantization::None`] | the bits of the big matrices in memory |
+/// | `arithmetic` | [`Arithmetic::F32`] | what activations are rounded to for matrices in bf16 |
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub struct LoadOptions {
@@ -32,6 +68,8 @@ pub struct LoadOptions {
     pub kv_storage: KvStorage,
     /// The bits of the big matrices in memory. What is quantised in the checkpoint stays so.
     pub quantize: Quantization,
+    /// What activations are rounded to for matrices in bf16. (For quantised ones they are rounded to 8 bits.)
+    pub arithmetic: Arithmetic,
 }
 
 impl LoadOptions {
@@ -44,6 +82,12 @@ impl LoadOptions {
     /// Sets the bits of the big matrices in memory.
     pub fn quantize(mut self, quantize: Quantization) -> Self {
         self.quantize = quantize;
+        self
+    }
+
+    /// Sets what activations are rounded to for matrices in bf16.
+    pub fn arithmetic(mut self, arithmetic: Arithmetic) -> Self {
+        self.arithmetic = arithmetic;
         self
     }
 }
@@ -117,7 +161,7 @@ impl HymbaLm {
             (None, Some(Dtype::F16)) => Storage::F16,
             _ => Storage::F32,
         };
-        let mut lm = Self::zeros(config, options.kv_storage, &storage);
+        let mut lm = Self::zeros(config, options, &storage);
         let mut progress = Loading { parameters: 0, of: lm.num_parameters() as u64 };
         let mut result = Ok(());
         lm.visit_mut(&mut |name, parameter| {

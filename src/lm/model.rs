@@ -7,6 +7,7 @@ use ndarray::{Array2, Array3, ArrayRef, ArrayRef2, Dimension, s};
 use super::block::{Block, RmsNorm};
 use super::cache::KvStorage;
 use super::config::HymbaLmConfig;
+use super::files::{Arithmetic, LoadOptions};
 use super::parameters::{Parameter, ParameterMut, Visitor, VisitorMut};
 use super::pass::{Pass, row_blocks};
 use super::rope::Rotary;
@@ -26,7 +27,8 @@ const MOST_TOKENS: usize = 512;
 /// Token ids in, logits of the next token out. In front of every row stand the model's meta tokens, which it adds itself. Big
 /// matrices stay in memory in the type they have in the file (bf16 in NVIDIA's), or in 8 or 4 bits
 /// ([`LoadOptions::quantize`](super::LoadOptions::quantize)), and are widened inside the products; all arithmetic is f32 but
-/// for the products with 8 and 4 bits.
+/// for the products with 8 and 4 bits, and those with bf16 if
+/// [`LoadOptions::arithmetic`](super::LoadOptions::arithmetic) says so.
 ///
 /// ```no_run
 /// # fn main() -> hymba::Result<()> {
@@ -86,20 +88,26 @@ pub struct LmInspection {
 
 impl HymbaLm {
     /// A model of a validated configuration with all parameters zero.
-    pub(super) fn zeros(config: HymbaLmConfig, kv_storage: KvStorage, storage: &dyn Fn(&str) -> Storage) -> Self {
+    pub(super) fn zeros(config: HymbaLmConfig, options: &LoadOptions, storage: &dyn Fn(&str) -> Storage) -> Self {
         let (v, h) = (config.vocab_size, config.hidden_size);
-        HymbaLm {
+        let mut lm = HymbaLm {
             embedding: Matrix::zeros(v, h, storage(EMBEDDING)),
             meta_tokens: Array2::zeros((config.num_memory_tokens, h)),
             blocks: (0..config.num_hidden_layers).map(|layer| Block::zeros(&config, layer, storage)).collect(),
             final_norm: RmsNorm::zeros(h, &config),
             head: (!config.tie_word_embeddings).then(|| Matrix::zeros(v, h, storage(HEAD))),
             rotary: config.rope_base().map(|base| Rotary::new(config.key_width(), base)),
-            kv_storage,
+            kv_storage: options.kv_storage,
             prefix: Derived::new(),
             id: next_id(),
             config,
-        }
+        };
+        lm.visit_mut(&mut |_, parameter| {
+            if let ParameterMut::Matrix(matrix) = parameter {
+                matrix.set_rounds_inputs(options.arithmetic == Arithmetic::Bf16);
+            }
+        });
+        lm
     }
 
     /// What the checkpoint says of itself.

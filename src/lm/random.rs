@@ -48,7 +48,7 @@ impl HymbaLm {
         config.quantization = config.quantization.then(options.quantize)?;
         let quantization = config.quantization;
         let storage = |name: &str| quantization.storage(name).unwrap_or(storage);
-        let mut lm = Self::zeros(config, options.kv_storage, &storage);
+        let mut lm = Self::zeros(config, options, &storage);
         let mut rng = Rng::seed_from_u64(seed);
         lm.visit_mut(&mut |name, parameter| match parameter {
             ParameterMut::Matrix(matrix) => {

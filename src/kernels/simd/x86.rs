@@ -1,16 +1,21 @@
 //! AVX-512 and AVX2.
 
-use super::{BF16_HIGH, EXPONENT_MAGIC, Kernel, LANES, NIBBLES, Simd};
+use super::{BF16_HIGH, EXPONENT_MAGIC, Kernel, LANES, NIBBLES, Simd, dot_bf16};
 use std::arch::x86_64::*;
 
 #[target_feature(enable = "avx512f,avx512bw,avx2,fma,f16c")]
 pub(super) fn run_avx512<K: Kernel>(kernel: K) -> K::Output {
-    kernel.run(Avx512::<false>(()))
+    kernel.run(Avx512::<PLAIN>(()))
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx2,fma,f16c")]
 pub(super) fn run_avx512_vnni<K: Kernel>(kernel: K) -> K::Output {
-    kernel.run(Avx512::<true>(()))
+    kernel.run(Avx512::<VNNI>(()))
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16,avx512vnni,avx2,fma,f16c")]
+pub(super) fn run_avx512_bf16<K: Kernel>(kernel: K) -> K::Output {
+    kernel.run(Avx512::<BF16>(()))
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
@@ -30,13 +35,19 @@ unsafe fn sum_halves(low: __m256, high: __m256) -> f32 {
     }
 }
 
-/// Exists only inside [`run_avx512`] and, with VNNI, inside [`run_avx512_vnni`].
-#[derive(Clone, Copy)]
-pub(super) struct Avx512<const VNNI: bool>(());
+/// What there is besides AVX-512F and AVX-512BW.
+const PLAIN: u8 = 0;
+const VNNI: u8 = 1;
+/// And VNNI.
+const BF16: u8 = 2;
 
-// SAFETY of every block below: an `Avx512` exists only where the CPU has AVX-512F and AVX-512BW, and with `VNNI` that,
-// too; the pointers come from references to sixteen numbers.
-impl<const VNNI: bool> Simd for Avx512<VNNI> {
+/// Exists only inside [`run_avx512`], [`run_avx512_vnni`] and [`run_avx512_bf16`].
+#[derive(Clone, Copy)]
+pub(super) struct Avx512<const MORE: u8>(());
+
+// SAFETY of every block below: an `Avx512` exists only where the CPU has AVX-512F and AVX-512BW, and what `MORE` says;
+// the pointers come from references to sixteen numbers.
+impl<const MORE: u8> Simd for Avx512<MORE> {
     type V = __m512;
     type I = __m512i;
     const TILE_ROWS: usize = 12;
@@ -111,15 +122,21 @@ impl<const VNNI: bool> Simd for Avx512<VNNI> {
         unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(x.as_ptr().cast())) }
     }
     #[inline(always)]
-    fn load_bf16_low(self, x: &[u32; LANES]) -> __m512 {
-        unsafe { _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_loadu_si512(x.as_ptr().cast()))) }
+    fn low_bf16(self, x: __m512i) -> __m512 {
+        unsafe { _mm512_castsi512_ps(_mm512_slli_epi32::<16>(x)) }
     }
     #[inline(always)]
-    fn load_bf16_high(self, x: &[u32; LANES]) -> __m512 {
-        unsafe {
-            let mask = _mm512_set1_epi32(BF16_HIGH.cast_signed());
-            _mm512_castsi512_ps(_mm512_and_si512(_mm512_loadu_si512(x.as_ptr().cast()), mask))
+    fn high_bf16(self, x: __m512i) -> __m512 {
+        unsafe { _mm512_castsi512_ps(_mm512_and_si512(x, _mm512_set1_epi32(BF16_HIGH.cast_signed()))) }
+    }
+    #[inline(always)]
+    fn dot_bf16(self, a: __m512i, b: __m512i, c: __m512) -> __m512 {
+        if MORE >= BF16 {
+            // the same 512 bits, of another type
+            let pairs = |x: __m512i| unsafe { std::mem::transmute::<__m512i, __m512bh>(x) };
+            return unsafe { _mm512_dpbf16_ps(c, pairs(a), pairs(b)) };
         }
+        dot_bf16(self, a, b, c)
     }
     #[inline(always)]
     fn load_whole(self, x: &[u32; LANES]) -> __m512i {
@@ -132,7 +149,7 @@ impl<const VNNI: bool> Simd for Avx512<VNNI> {
     #[inline(always)]
     fn dot(self, a: __m512i, b: __m512i, c: __m512i) -> __m512i {
         unsafe {
-            if VNNI {
+            if MORE >= VNNI {
                 return _mm512_dpbusd_epi32(c, a, b);
             }
             // the bytes at even places and those at odd ones, as 16 bits: no sum of two products overflows 32
@@ -243,21 +260,15 @@ impl Simd for Avx2 {
         }
     }
     #[inline(always)]
-    fn load_bf16_low(self, x: &[u32; LANES]) -> Self::V {
-        unsafe {
-            let low = _mm256_slli_epi32::<16>(_mm256_loadu_si256(x.as_ptr().cast()));
-            let high = _mm256_slli_epi32::<16>(_mm256_loadu_si256(x.as_ptr().add(8).cast()));
-            [_mm256_castsi256_ps(low), _mm256_castsi256_ps(high)]
-        }
+    fn low_bf16(self, x: Self::I) -> Self::V {
+        let half = |x| unsafe { _mm256_castsi256_ps(_mm256_slli_epi32::<16>(x)) };
+        [half(x[0]), half(x[1])]
     }
     #[inline(always)]
-    fn load_bf16_high(self, x: &[u32; LANES]) -> Self::V {
-        unsafe {
-            let mask = _mm256_set1_epi32(BF16_HIGH.cast_signed());
-            let low = _mm256_and_si256(_mm256_loadu_si256(x.as_ptr().cast()), mask);
-            let high = _mm256_and_si256(_mm256_loadu_si256(x.as_ptr().add(8).cast()), mask);
-            [_mm256_castsi256_ps(low), _mm256_castsi256_ps(high)]
-        }
+    fn high_bf16(self, x: Self::I) -> Self::V {
+        let mask = unsafe { _mm256_set1_epi32(BF16_HIGH.cast_signed()) };
+        let half = |x| unsafe { _mm256_castsi256_ps(_mm256_and_si256(x, mask)) };
+        [half(x[0]), half(x[1])]
     }
     #[inline(always)]
     fn load_whole(self, x: &[u32; LANES]) -> Self::I {
