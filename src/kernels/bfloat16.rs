@@ -8,8 +8,10 @@
 use half::bf16;
 use ndarray::ArrayViewMut2;
 
+use super::clock::{Part, Work, timed};
 use super::matmul::{Inputs, LeftRows, Out, Packed, Rows, Weights};
 use super::matrix::{Store, multiply as multiply_strips};
+use super::memory::{Scratch, with_scratch};
 use super::simd::{Kernel, LANES, Level, Simd, dispatch_at};
 use super::team::Team;
 
@@ -98,19 +100,23 @@ pub(super) fn multiply(
 ) {
     /// Rows that one thread rounds at a time.
     const ROWS: usize = 16;
+    thread_local! {
+        static ROUNDED: Scratch<u16> = const { Scratch::new(Vec::new()) };
+    }
     let (m, stride) = (out.nrows(), k.next_multiple_of(TILE_INPUTS));
-    let mut rounded = vec![0; m * stride];
-    if stride > 0 {
-        team.for_each(rounded.chunks_mut(ROWS * stride).enumerate(), |(i, to)| {
-            dispatch_at(level, Round { x, k, first: i * ROWS, to, stride });
+    with_scratch(&ROUNDED, m * stride, |rounded| {
+        team.for_each(rounded.chunks_mut((ROWS * stride).max(1)).enumerate(), |(i, to)| {
+            timed(Part::Packing, Work::numbers(2 * to.len()), || {
+                dispatch_at(level, Round { x, k, first: i * ROWS, to, stride });
+            });
         });
-    }
-    let x = Rows { data: &rounded[..], stride };
-    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-    if level == Level::Amx {
-        return tiles::multiply(level, team, x, w, out, mode);
-    }
-    multiply_strips(level, team, x, w, out, mode);
+        let x = Rows { data: &*rounded, stride };
+        #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+        if level == Level::Amx {
+            return tiles::multiply(level, team, x, w, out, mode);
+        }
+        multiply_strips(level, team, x, w, out, mode);
+    });
 }
 
 /// Rounds some rows of inputs.
@@ -130,9 +136,11 @@ impl Kernel for Round<'_> {
     #[inline(always)]
     fn run<S: Simd>(self, _s: S) {
         for (i, to) in self.to.chunks_exact_mut(self.stride).enumerate() {
-            for (to, x) in to.iter_mut().zip(self.x.row(self.first + i, self.k)) {
+            let (numbers, rest) = to.split_at_mut(self.k);
+            for (to, x) in numbers.iter_mut().zip(self.x.row(self.first + i, self.k)) {
                 *to = round(*x);
             }
+            rest.fill(0);
         }
     }
 }

@@ -1,4 +1,26 @@
-//! Memory for weights, which are read from end to end for every token.
+//! Memory for weights, which are read from end to end for every token, and for what products make of their inputs.
+
+use std::cell::Cell;
+use std::thread::LocalKey;
+
+/// Memory that a thread keeps from one call to the next. Given back to the system and taken again it would cost more than
+/// filling it.
+pub(crate) type Scratch<T> = Cell<Vec<T>>;
+
+/// Calls `f` with so many values, whatever they are.
+pub(crate) fn with_scratch<T: Copy + Default, R>(
+    scratch: &'static LocalKey<Scratch<T>>,
+    count: usize,
+    f: impl FnOnce(&mut [T]) -> R,
+) -> R {
+    let mut values = scratch.take();
+    if values.len() < count {
+        values.resize(count, T::default());
+    }
+    let result = f(&mut values[..count]);
+    scratch.set(values);
+    result
+}
 
 /// So many copies of a value, in huge pages where the system has some: the CPU finds its way to them with fewer look-ups.
 pub(crate) fn filled<T: Copy>(count: usize, value: T) -> Vec<T> {
@@ -40,5 +62,19 @@ mod tests {
             assert_eq!((values.len(), values.iter().all(|value| *value == [1.5; 2])), (count, true));
         }
         assert_eq!(filled(3, ()).len(), 3);
+    }
+
+    #[test]
+    fn scratch_may_be_wanted_while_it_is_in_use() {
+        thread_local! {
+            static SCRATCH: Scratch<u8> = const { Scratch::new(Vec::new()) };
+        }
+        for count in [3, 5, 2, 0] {
+            with_scratch(&SCRATCH, count, |outer| {
+                outer.fill(7);
+                with_scratch(&SCRATCH, 9, |inner| inner.fill(8));
+                assert_eq!(outer, vec![7; count]);
+            });
+        }
     }
 }

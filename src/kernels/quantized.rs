@@ -13,9 +13,9 @@ use std::ops::Range;
 use half::bf16;
 use ndarray::{ArrayViewMut2, Axis};
 
-use super::clock::timed_product;
+use super::clock::{Part, Work, timed, timed_product};
 use super::matmul::{AHEAD, Out, PANEL, Rows, finish};
-use super::memory::filled;
+use super::memory::{Scratch, filled, with_scratch};
 use super::parallel;
 pub(crate) use super::quants::{BLOCK, Eight, Four};
 use super::quants::{QUADS, Quants, ROUND, inverse, largest};
@@ -23,15 +23,13 @@ use super::simd::{Kernel, Level, Simd, dispatch, dispatch_whole_at};
 use super::team::Team;
 
 /// A block of a row of inputs in 8 bits.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Default)]
 struct Inputs {
     quads: [u32; QUADS],
     scale: f32,
     /// Where the sums of a block start: the sum of all inputs, times −[`BIAS`](Quants::BIAS).
     start: u32,
 }
-
-const NO_INPUTS: Inputs = Inputs { quads: [0; QUADS], scale: 0.0, start: 0 };
 
 /// Brings some rows of inputs to 8 bits.
 struct Narrow<'a> {
@@ -148,20 +146,23 @@ impl<Q: Quants> Quantized<Q> {
     ) {
         /// Rows that one thread narrows at a time.
         const ROWS: usize = 16;
-        let width = self.width();
-        let mut inputs = vec![NO_INPUTS; m * width];
-        if width > 0 {
-            team.for_each(inputs.chunks_mut(ROWS * width).enumerate(), |(i, to)| {
-                let narrow = Narrow { x, k: self.k, bias: Q::BIAS, first: i * ROWS, to };
-                dispatch_whole_at(level, narrow);
-            });
+        thread_local! {
+            static INPUTS: Scratch<Inputs> = const { Scratch::new(Vec::new()) };
         }
-        let x = inputs.as_slice();
-        let columns = PANEL * side_by_side(m).max(2);
-        team.for_each(out.axis_chunks_iter_mut(Axis(1), columns).enumerate(), |(i, out)| {
-            let outputs = i * columns..i * columns + out.ncols();
-            timed_product(m, outputs.len(), self.k, || {
-                dispatch_whole_at(level, Product { x, w: self, outputs, out, mode });
+        let width = self.width();
+        with_scratch(&INPUTS, m * width, |inputs| {
+            team.for_each(inputs.chunks_mut((ROWS * width).max(1)).enumerate(), |(i, to)| {
+                let work = Work::numbers(2 * BLOCK * to.len());
+                let narrow = Narrow { x, k: self.k, bias: Q::BIAS, first: i * ROWS, to };
+                timed(Part::Packing, work, || dispatch_whole_at(level, narrow));
+            });
+            let x = &*inputs;
+            let columns = PANEL * side_by_side(m).max(2);
+            team.for_each(out.axis_chunks_iter_mut(Axis(1), columns).enumerate(), |(i, out)| {
+                let outputs = i * columns..i * columns + out.ncols();
+                timed_product(m, outputs.len(), self.k, || {
+                    dispatch_whole_at(level, Product { x, w: self, outputs, out, mode });
+                });
             });
         });
     }
