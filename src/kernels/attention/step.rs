@@ -122,6 +122,7 @@ fn together<S: Simd, T: Stored, const G: usize>(
     for run in runs {
         for row in 0..run.rows {
             let keys = &run.keys[row * run.strides.0 + key..][..key_width];
+            fetch(s, keys, run.strides.0);
             let mut sums = [s.splat(0.0); G];
             let (whole, rest) = keys.as_chunks();
             for (chunk, keys) in whole.iter().enumerate() {
@@ -164,6 +165,15 @@ fn together<S: Simd, T: Stored, const G: usize>(
     }
 }
 
+/// Has a row fetched that comes some rows later. Rows are short, and pages end where the CPU stops looking ahead.
+#[inline(always)]
+fn fetch<S: Simd, T>(s: S, row: &[T], stride: usize) {
+    const ROWS: usize = 8;
+    for line in row.chunks(64 / size_of::<T>()) {
+        s.prefetch(line.as_ptr().wrapping_add(ROWS * stride));
+    }
+}
+
 /// The sums of the values, each times its score, over all rows: `width` columns from `value` on, or [`VECTORS`] whole vectors.
 #[inline(always)]
 #[allow(clippy::needless_range_loop)] // with plain indices the compiler keeps all sums in registers
@@ -180,6 +190,7 @@ fn weighted<S: Simd, T: Stored, const G: usize, const WHOLE: bool>(
     for run in runs {
         for row in 0..run.rows {
             let values = &run.values[row * run.strides.1 + value..];
+            fetch(s, &values[..width], run.strides.1);
             let mut lanes = [s.splat(0.0); VECTORS];
             if WHOLE {
                 let (values, _) = values[..VECTORS * LANES].as_chunks();
