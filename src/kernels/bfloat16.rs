@@ -22,7 +22,8 @@ pub(crate) struct PairRow(pub [[u32; LANES]; 2]);
 
 impl Weights<[f32; 2]> for PairRow {
     const MAX_ROWS: usize = 8;
-    const STREAMED: bool = true;
+    const PANELS: usize = 1;
+    const AHEAD: usize = 4096;
 
     #[inline(always)]
     fn load<S: Simd>(&self, s: S, step: usize) -> [S::V; 2] {
@@ -33,7 +34,8 @@ impl Weights<[f32; 2]> for PairRow {
 
 impl Weights<[u16; 2]> for PairRow {
     const MAX_ROWS: usize = 12;
-    const STREAMED: bool = true;
+    const PANELS: usize = 4;
+    const AHEAD: usize = 1024;
 
     #[inline(always)]
     fn load<S: Simd>(&self, s: S, _step: usize) -> [S::I; 2] {

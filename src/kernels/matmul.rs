@@ -25,9 +25,6 @@ pub(crate) struct Line(pub [f32; LANES]);
 /// A panel's weights for one input.
 pub(crate) type PanelRow = [Line; 2];
 
-/// How far ahead, in bytes, weights are fetched that are used once.
-pub(crate) const AHEAD: usize = 1024;
-
 pub(crate) const ZERO_ROW: PanelRow = [Line([0.0; LANES]); 2];
 
 /// The inputs that meet one [`Weights`], and how they are multiplied.
@@ -60,15 +57,19 @@ impl<const N: usize> Inputs for [f32; N] {
 pub(crate) trait Weights<X: Inputs>: Copy {
     /// The most rows of a tile for which the compiler keeps the sums in registers.
     const MAX_ROWS: usize;
-    /// Whether they come from memory, and not from a cache, each time they are used.
-    const STREAMED: bool;
+    /// Panels side by side for one row or two, which leave registers for them: the sums of one do not wait for those of
+    /// another. But memory is read fastest from one end to the other.
+    const PANELS: usize;
+    /// How many bytes ahead they are fetched for few rows: 0 if they come from a cache.
+    const AHEAD: usize;
     /// Those of a step, for either half of the panel.
     fn load<S: Simd>(&self, s: S, step: usize) -> [X::Wide<S>; 2];
 }
 
 impl Weights<[f32; 1]> for PanelRow {
     const MAX_ROWS: usize = 12;
-    const STREAMED: bool = false;
+    const PANELS: usize = 4;
+    const AHEAD: usize = 0;
 
     #[inline(always)]
     fn load<S: Simd>(&self, s: S, _step: usize) -> [S::V; 2] {
@@ -305,12 +306,7 @@ impl<X: Left, W: Weights<X::Inputs>, const N: usize> Kernel for Product<'_, X, W
     fn run<S: Simd>(mut self, s: S) {
         let panels = self.outputs.end.div_ceil(PANEL);
         let mut panel = self.outputs.start / PANEL;
-        // few rows leave registers for several panels, whose sums then do not wait for each other
-        let wide = match self.out.nrows() {
-            0..=2 => 4,
-            3..=6 if W::STREAMED => 2,
-            _ => 1,
-        };
+        let wide = if self.out.nrows() <= 2 { W::PANELS } else { 1 };
         while panel < panels {
             let width = if panel + wide <= panels { wide } else { 1 };
             X::by_panels(s, &mut self, panel, width);
@@ -336,12 +332,6 @@ impl<X: LeftRows> Left for X {
             match (rows, panels) {
                 (1, 4) => product.rows::<S, 1, 4>(s, row, panel),
                 (2, 4) => product.rows::<S, 2, 4>(s, row, panel),
-                (1, 2) => product.rows::<S, 1, 2>(s, row, panel),
-                (2, 2) => product.rows::<S, 2, 2>(s, row, panel),
-                (3, 2) => product.rows::<S, 3, 2>(s, row, panel),
-                (4, 2) => product.rows::<S, 4, 2>(s, row, panel),
-                (5, 2) => product.rows::<S, 5, 2>(s, row, panel),
-                (6, 2) => product.rows::<S, 6, 2>(s, row, panel),
                 (1, _) => product.rows::<S, 1, 1>(s, row, panel),
                 (2, _) => product.rows::<S, 2, 1>(s, row, panel),
                 (3, _) => product.rows::<S, 3, 1>(s, row, panel),
@@ -415,9 +405,9 @@ impl<X: Left, W: Weights<X::Inputs>, const N: usize> Product<'_, X, W, N> {
         let mut sums = [[[s.splat(0.0); 2]; P]; R];
         for i in 0..count {
             for p in 0..P {
-                if W::STREAMED && streamed {
+                if W::AHEAD > 0 && streamed {
                     // a product of few rows waits for memory, and the CPU alone looks not far enough ahead
-                    let ahead = w[p].as_ptr().wrapping_add(i).wrapping_byte_add(AHEAD);
+                    let ahead = w[p].as_ptr().wrapping_add(i).wrapping_byte_add(W::AHEAD);
                     for line in (0..size_of::<W>()).step_by(size_of::<Line>()) {
                         s.prefetch(ahead.wrapping_byte_add(line));
                     }

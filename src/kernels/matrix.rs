@@ -34,7 +34,8 @@ struct HalfRow([[u16; LANES]; 2]);
 
 impl Weights<[f32; 1]> for HalfRow {
     const MAX_ROWS: usize = 12;
-    const STREAMED: bool = true;
+    const PANELS: usize = 1;
+    const AHEAD: usize = 4096;
 
     #[inline(always)]
     fn load<S: Simd>(&self, s: S, _step: usize) -> [S::V; 2] {

@@ -14,7 +14,7 @@ use half::bf16;
 use ndarray::{ArrayViewMut2, Axis};
 
 use super::clock::{Part, Work, timed, timed_product};
-use super::matmul::{AHEAD, Out, PANEL, Rows, finish};
+use super::matmul::{Out, PANEL, Rows, finish};
 use super::memory::{Scratch, filled, with_scratch};
 use super::parallel;
 pub(crate) use super::quants::{BLOCK, Eight, Four};
@@ -157,7 +157,7 @@ impl<Q: Quants> Quantized<Q> {
                 timed(Part::Packing, work, || dispatch_whole_at(level, narrow));
             });
             let x = &*inputs;
-            let columns = PANEL * side_by_side(m).max(2);
+            let columns = PANEL * if m == 1 { 4 } else { 2 };
             team.for_each(out.axis_chunks_iter_mut(Axis(1), columns).enumerate(), |(i, out)| {
                 let outputs = i * columns..i * columns + out.ncols();
                 timed_product(m, outputs.len(), self.k, || {
@@ -197,15 +197,6 @@ impl<Q: Quants> FileRows for Quantized<Q> {
         for (block, scale) in self.panel_mut(row).iter_mut().zip(scales) {
             block.set_scale(row % PANEL, bf16::from_f32(*scale));
         }
-    }
-}
-
-/// Few rows leave registers for several panels, whose sums then do not wait for each other.
-fn side_by_side(m: usize) -> usize {
-    match m {
-        1 => 4,
-        2 => 2,
-        _ => 1,
     }
 }
 
@@ -252,86 +243,70 @@ impl<Q: Quants> Kernel for Product<'_, Q> {
     #[inline(always)]
     fn run<S: Simd>(mut self, s: S) {
         let m = self.out.nrows();
-        let panels = self.outputs.end.div_ceil(PANEL);
-        let mut panel = self.outputs.start / PANEL;
-        while panel < panels {
-            let wide = side_by_side(m);
-            let width = if panel + wide <= panels { wide } else { 1 };
+        for panel in self.outputs.start / PANEL..self.outputs.end.div_ceil(PANEL) {
             let mut row = 0;
             while row < m {
                 // as even as can be: a tile of one row would wait for its own sums
                 let left = m - row;
                 let rows = left.div_ceil(left.div_ceil(S::TILE_ROWS.div_ceil(2).max(2)));
-                match (rows, width) {
-                    (1, 4) => self.tile::<S, 1, 4>(s, row, panel),
-                    (2, 2) => self.tile::<S, 2, 2>(s, row, panel),
-                    (1, _) => self.tile::<S, 1, 1>(s, row, panel),
-                    (2, _) => self.tile::<S, 2, 1>(s, row, panel),
-                    (3, _) => self.tile::<S, 3, 1>(s, row, panel),
-                    (4, _) => self.tile::<S, 4, 1>(s, row, panel),
-                    (5, _) => self.tile::<S, 5, 1>(s, row, panel),
-                    _ => self.tile::<S, 6, 1>(s, row, panel),
+                match rows {
+                    1 => self.tile::<S, 1>(s, row, panel),
+                    2 => self.tile::<S, 2>(s, row, panel),
+                    3 => self.tile::<S, 3>(s, row, panel),
+                    4 => self.tile::<S, 4>(s, row, panel),
+                    5 => self.tile::<S, 5>(s, row, panel),
+                    _ => self.tile::<S, 6>(s, row, panel),
                 }
                 row += rows;
             }
-            panel += width;
         }
     }
 }
 
 impl<Q: Quants> Product<'_, Q> {
-    /// R rows from `row` on by P panels from `panel` on.
+    /// R rows from `row` on by one panel.
     #[inline(always)]
     #[allow(clippy::needless_range_loop)] // with plain indices the compiler keeps all sums in registers
-    fn tile<S: Simd, const R: usize, const P: usize>(&mut self, s: S, row: usize, panel: usize) {
+    fn tile<S: Simd, const R: usize>(&mut self, s: S, row: usize, panel: usize) {
+        /// How many bytes ahead weights are fetched for few rows.
+        const AHEAD: usize = 4096;
         let blocks = self.w.width();
-        let mut w: [&[Q]; P] = [&[]; P];
-        for (p, w) in w.iter_mut().enumerate() {
-            *w = &self.w.blocks[(panel + p) * blocks..][..blocks];
-        }
+        let w = &self.w.blocks[panel * blocks..][..blocks];
         let mut x: [&[Inputs]; R] = [&[]; R];
         for (r, x) in x.iter_mut().enumerate() {
             *x = &self.x[(row + r) * blocks..][..blocks];
         }
-        let mut sums = [[[s.splat(0.0); 2]; P]; R];
+        let mut sums = [[s.splat(0.0); 2]; R];
         for b in 0..blocks {
-            if R * P < 6 && R < 3 {
-                for p in 0..P {
-                    let ahead = w[p].as_ptr().wrapping_add(b).wrapping_byte_add(AHEAD);
-                    for line in (0..size_of::<Q>()).step_by(64) {
-                        s.prefetch(ahead.wrapping_byte_add(line));
-                    }
+            if R < 3 {
+                let ahead = w.as_ptr().wrapping_add(b).wrapping_byte_add(AHEAD);
+                for line in (0..size_of::<Q>()).step_by(64) {
+                    s.prefetch(ahead.wrapping_byte_add(line));
                 }
             }
-            let mut whole = [[[s.splat_whole(0); 2]; P]; R];
+            let mut whole = [[s.splat_whole(0); 2]; R];
             for r in 0..R {
-                whole[r] = [[s.splat_whole(x[r][b].start); 2]; P];
+                whole[r] = [s.splat_whole(x[r][b].start); 2];
             }
             for quad in 0..QUADS {
-                for p in 0..P {
-                    let [low, high] = w[p][b].load(s, quad);
-                    for r in 0..R {
-                        let x = s.splat_whole(x[r][b].quads[quad]);
-                        whole[r][p][0] = s.dot(low, x, whole[r][p][0]);
-                        whole[r][p][1] = s.dot(high, x, whole[r][p][1]);
-                    }
+                let [low, high] = w[b].load(s, quad);
+                for r in 0..R {
+                    let x = s.splat_whole(x[r][b].quads[quad]);
+                    whole[r][0] = s.dot(low, x, whole[r][0]);
+                    whole[r][1] = s.dot(high, x, whole[r][1]);
                 }
             }
-            for p in 0..P {
-                let scales = s.load_whole(w[p][b].scales());
-                let (low, high) = (s.low_bf16(scales), s.high_bf16(scales));
-                for r in 0..R {
-                    let scale = s.splat(x[r][b].scale);
-                    sums[r][p][0] = s.mul_add(s.mul(s.to_float(whole[r][p][0]), low), scale, sums[r][p][0]);
-                    sums[r][p][1] = s.mul_add(s.mul(s.to_float(whole[r][p][1]), high), scale, sums[r][p][1]);
-                }
+            let scales = s.load_whole(w[b].scales());
+            let (low, high) = (s.low_bf16(scales), s.high_bf16(scales));
+            for r in 0..R {
+                let scale = s.splat(x[r][b].scale);
+                sums[r][0] = s.mul_add(s.mul(s.to_float(whole[r][0]), low), scale, sums[r][0]);
+                sums[r][1] = s.mul_add(s.mul(s.to_float(whole[r][1]), high), scale, sums[r][1]);
             }
         }
         for (r, sums) in sums.into_iter().enumerate() {
             let out = self.out.row_mut(row + r).into_slice().expect("numbers side by side");
-            for (p, sums) in sums.into_iter().enumerate() {
-                finish(s, sums, &mut out[(panel + p) * PANEL - self.outputs.start..], None, self.mode);
-            }
+            finish(s, sums, &mut out[panel * PANEL - self.outputs.start..], None, self.mode);
         }
     }
 }
