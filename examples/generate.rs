@@ -21,7 +21,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use hymba::HymbaLm;
-use hymba::lm::{Chat, FinishReason, GenerateOptions, HymbaLmConfig, LoadOptions, Sampler, Tokenizer};
+use hymba::lm::{Chat, FinishReason, GenerateOptions, HymbaLmConfig, LoadOptions, Quantization, Sampler, Tokenizer};
 use hymba::ndarray::arr1;
 use indicatif::{ProgressBar, ProgressStyle};
 
@@ -357,7 +357,11 @@ fn random(settings: &Settings) -> Result<(), Box<dyn Error>> {
         logits = lm.step(&arr1(&[id]), &mut state)?;
         tokens.push(start.elapsed().as_secs_f64());
     }
-    println!("threads   {} ({})", rayon::current_num_threads(), settings.load.arithmetic.simd_level());
+    let level = match settings.load.quantize {
+        Quantization::None => settings.load.arithmetic.simd_level(),
+        _ => hymba::simd_level(),
+    };
+    println!("threads   {} ({level})", rayon::current_num_threads());
     println!(
         "prompt    {} tokens, {:.1} tokens/s; first token after {first:.2} s",
         ids.len(),

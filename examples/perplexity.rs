@@ -7,14 +7,14 @@
 //! ```
 //!
 //! The text is cut into windows, each of which begins with the beginning-of-text token, if the model has one, and is scored
-//! alone. With `--against` a second copy of the model, of other bits, scores the same windows, and the two are compared token by
-//! token.
+//! alone. With `--against` a second copy of the model, in other bits or without `--arithmetic bf16`, scores the same windows, and
+//! the two are compared token by token.
 
 use std::error::Error;
 use std::path::PathBuf;
 
 use hymba::HymbaLm;
-use hymba::lm::{LoadOptions, Quantization};
+use hymba::lm::{Arithmetic, LoadOptions, Quantization};
 use hymba::ndarray::{ArrayView1, Axis, aview1};
 
 #[path = "support/arguments.rs"]
@@ -27,7 +27,7 @@ use arguments::Arguments;
 const USAGE: &str = "\
 usage: perplexity --model DIR --text FILE
 
-  --against none|8|4      compares with the same model of other bits, in f32 arithmetic
+  --against none|8|4      compares with the same model in these bits and in f32 arithmetic
   --window N              tokens scored together, 512
   --tokens N              at most so many tokens of the text, all
   --bytes                 tokens are the bytes of the text";
@@ -82,7 +82,10 @@ fn main() -> Result<(), Box<dyn Error>> {
     let load = |options: &LoadOptions| HymbaLm::from_dir_with(&settings.model, options, |_| {});
     let lm = load(&settings.load)?;
     println!("{:.1} M parameters, {:.1} MB", lm.num_parameters() as f64 / 1e6, lm.num_bytes() as f64 / 1e6);
-    let other = settings.against.map(|bits| load(&LoadOptions::default().quantize(bits))).transpose()?;
+    let other = settings
+        .against
+        .map(|bits| load(&settings.load.clone().arithmetic(Arithmetic::F32).quantize(bits)))
+        .transpose()?;
 
     let mut ids = tokens(&settings)?;
     ids.truncate(settings.tokens);

@@ -143,7 +143,8 @@ pub use predictor::{Normalization, Predictor, PredictorCache, Task, argmax, soft
 /// The instruction set the kernels use on this machine: `"avx512"`, `"avx2"` or `"scalar"` (which is what the compiler
 /// makes of plain code for the target, NEON on aarch64).
 ///
-/// The environment variable `HYMBA_SIMD`, read once, chooses one by name; a name the CPU lacks is ignored.
+/// The environment variable `HYMBA_SIMD`, read once, chooses one by name; a name the CPU lacks is ignored. (Language models can
+/// use more than these for matrices in bf16: see `lm::Arithmetic`.)
 ///
 /// ```
 /// assert!(["avx512", "avx2", "scalar"].contains(&hymba::simd_level()));

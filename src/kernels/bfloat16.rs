@@ -113,7 +113,7 @@ pub(super) fn multiply(
             });
         });
         let x = Rows { data: &*rounded, stride };
-        #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+        #[cfg(all(target_arch = "x86_64", target_pointer_width = "64", target_os = "linux"))]
         if level == Level::Amx {
             return tiles::multiply(level, team, x, w, out, mode);
         }
@@ -157,7 +157,7 @@ fn round(x: f32) -> u16 {
     (bits >> 16) as u16
 }
 
-#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+#[cfg(all(target_arch = "x86_64", target_pointer_width = "64", target_os = "linux"))]
 mod tiles {
     use super::super::clock::timed_product;
     use super::super::matmul::{PANEL, finish};

@@ -1,12 +1,12 @@
-//! x·Wᵀ with W packed once: every product of the crate.
+//! x·Wᵀ with W packed once: every product of floats, and the tiles of those with bf16 on both sides.
 //!
 //! W `[n, k]` is cut into panels of [`PANEL`] outputs; a panel holds, for each of the k inputs, its outputs' weights side
 //! by side and aligned to 64 bytes. A tile of the product, a few rows of x by one panel, stays in registers over the
 //! whole of k: each weight is read once for all rows of the tile, in the order it lies in memory, and nothing is packed
 //! during the call.
 //!
-//! Every output is one sum over k in ascending order, whatever the shape of the product and however it is shared among
-//! threads. So a row's result does not depend on the batch it is in.
+//! Every output is one sum over k in ascending order (bf16 pairs in the CPU's own), whatever the shape of the product and however
+//! it is shared among threads. So a row's result does not depend on the batch it is in.
 
 use ndarray::{ArrayViewMut2, ShapeBuilder};
 
@@ -60,7 +60,7 @@ pub(crate) trait Weights<X: Inputs>: Copy {
     /// Panels side by side for one row or two, which leave registers for them: the sums of one do not wait for those of
     /// another. But memory is read fastest from one end to the other.
     const PANELS: usize;
-    /// How many bytes ahead they are fetched for few rows: 0 if they come from a cache.
+    /// How many bytes ahead they are fetched for few rows: 0 if that is left to the CPU.
     const AHEAD: usize;
     /// Those of a step, for either half of the panel.
     fn load<S: Simd>(&self, s: S, step: usize) -> [X::Wide<S>; 2];
@@ -304,6 +304,7 @@ impl<X: Left, W: Weights<X::Inputs>, const N: usize> Kernel for Product<'_, X, W
     /// Panels outside, rows inside: a panel is fetched once and stays in a near cache while all rows pass.
     #[inline(always)]
     fn run<S: Simd>(mut self, s: S) {
+        const { assert!((W::PANELS == 1 || W::PANELS == 4) && W::MAX_ROWS <= 12) };
         let panels = self.outputs.end.div_ceil(PANEL);
         let mut panel = self.outputs.start / PANEL;
         let wide = if self.out.nrows() <= 2 { W::PANELS } else { 1 };

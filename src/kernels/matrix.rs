@@ -186,9 +186,10 @@ impl Matrix {
 
     /// out `[m, n]` = x `[m, k]` · Wᵀ, or added to it.
     ///
-    /// Every output is one sum over k in ascending order, whatever m is and whoever computes it.
+    /// Every output is a sum over k in one order, whatever m is and whoever computes it.
     pub(crate) fn multiply(&self, team: &Team, x: Rows, m: usize, out: &mut [f32], mode: Out) {
-        let level = if self.rounds_inputs { Level::with_tiles() } else { Level::current() };
+        let rounds = self.rounds_inputs && matches!(self.panels, Panels::Bf16(_));
+        let level = if rounds { Level::with_tiles() } else { Level::current() };
         self.multiply_at(level, team, x, m, out, mode);
     }
 
@@ -292,8 +293,8 @@ pub(super) fn multiply<X, W, const N: usize>(
     });
 }
 
-/// The columns of a product as they are handed out, each strip with its first column. The product takes four panels side by
-/// side for few rows; the last strips are of one panel each, so that no thread waits long for the others.
+/// The columns of a product as they are handed out, each strip with its first column. For few rows a strip is of several panels;
+/// the last ones are of one panel each, so that no thread waits long for the others.
 pub(super) fn strips(mut out: ArrayViewMut2<f32>) -> Vec<(usize, ArrayViewMut2<f32>)> {
     let wide = if out.nrows() <= 6 { 4 * PANEL } else { PANEL };
     let (mut strips, mut first) = (Vec::new(), 0);

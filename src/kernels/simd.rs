@@ -1,12 +1,12 @@
-//! Sixteen lanes of `f32` on whatever the CPU has. With its instructions in `x86.rs`, and beside
-//! [`team`](super::team), the only place of the crate with `unsafe` code.
+//! Sixteen lanes of `f32` on whatever the CPU has. With its instructions in `x86.rs` and `amx.rs`, and beside
+//! [`team`](super::team) and `memory`, the only place of the crate with `unsafe` code.
 //!
 //! A kernel is a struct of its arguments that implements [`Kernel`]; its `run` is written once, in safe code, over the
 //! operations of [`Simd`]. [`dispatch`] compiles it for every instruction set and picks one at run time. A value of a
 //! type implementing `Simd` is the proof that the CPU has the instructions, which is why its methods are safe.
 //!
 //! The environment variable `HYMBA_SIMD=scalar|avx2|avx512` forces a path (if the CPU has it), so that tests can prove
-//! each one was taken.
+//! each one was taken. `avx512` and less leaves out AMX.
 
 use std::sync::OnceLock;
 
@@ -57,7 +57,8 @@ pub(crate) trait Simd: Copy {
     /// Of sixteen pairs of numbers stored as bfloat16, those in the high bits.
     #[cfg_attr(not(feature = "lm"), allow(dead_code))]
     fn high_bf16(self, x: Self::I) -> Self::V;
-    /// In each lane, the products of two pairs of numbers stored as bfloat16, and `c`, summed.
+    /// In each lane, the products of two pairs of numbers stored as bfloat16, and `c`, summed. An instruction for it takes subnormal
+    /// numbers for zero.
     #[cfg_attr(not(feature = "lm"), allow(dead_code))]
     #[inline(always)]
     fn dot_bf16(self, a: Self::I, b: Self::I, c: Self::V) -> Self::V {
@@ -182,7 +183,7 @@ impl Level {
             Level::Avx512Vnni => is_x86_feature_detected!("avx512vnni") && Level::Avx512.is_available(),
             #[cfg(target_arch = "x86_64")]
             Level::Avx512Bf16 => is_x86_feature_detected!("avx512bf16") && Level::Avx512Vnni.is_available(),
-            #[cfg(all(target_arch = "x86_64", target_os = "linux", feature = "lm"))]
+            #[cfg(all(target_arch = "x86_64", target_pointer_width = "64", target_os = "linux", feature = "lm"))]
             Level::Amx => Level::Avx512Bf16.is_available() && amx::is_permitted(),
             #[allow(unreachable_patterns)]
             _ => false,
@@ -388,7 +389,7 @@ const NIBBLES: u32 = 0x0f0f_0f0f;
 /// Adding it to a small whole number n leaves n + 127, an exponent field, in the low bits.
 const EXPONENT_MAGIC: f32 = (3u32 << 22) as f32 + 127.0;
 
-#[cfg(all(target_arch = "x86_64", target_os = "linux", feature = "lm"))]
+#[cfg(all(target_arch = "x86_64", target_pointer_width = "64", target_os = "linux", feature = "lm"))]
 pub(crate) mod amx;
 #[cfg(target_arch = "x86_64")]
 mod x86;

@@ -28,13 +28,17 @@ pub enum Arithmetic {
     #[default]
     F32,
     /// To bf16, on CPUs that multiply bf16 faster (AVX-512-BF16, or on Linux AMX); on others this is `F32`. Published code
-    /// computes so, too, and rounds the sums besides. Prompts gain most: decoding waits for memory.
+    /// computes so, too, and rounds the sums besides. Prompts gain most: decoding waits for memory. Subnormal numbers count as
+    /// zero.
+    ///
+    /// AMX is asked for when the first such model computes, for the whole process and for good: Linux then refuses signal stacks
+    /// that are too small for its registers. `HYMBA_SIMD=avx512` leaves it out.
     Bf16,
 }
 
 impl Arithmetic {
-    /// The instruction set that multiplies on this machine: as [`simd_level`](crate::simd_level) says, or, for `Bf16`, `"amx"`
-    /// or `"avx512-bf16"` if it has that. On Linux, AMX is asked for at the first call.
+    /// The instruction set that multiplies matrices in bf16 on this machine: as [`simd_level`](crate::simd_level) says, or, for
+    /// `Bf16`, `"amx"` or `"avx512-bf16"` if it has that. For `Bf16` this, too, asks for AMX.
     ///
     /// ```
     /// use hymba::lm::Arithmetic;

@@ -4,7 +4,9 @@
 //! of rows 0 to 15. Tiles 4 and 5 are the rows' inputs, 6 and 7 the weights of the lower and the upper half of a panel.
 
 use std::arch::asm;
-use std::arch::x86_64::{__cpuid, __cpuid_count, _xgetbv};
+use std::arch::x86_64::{__cpuid_count, _xgetbv, CpuidResult};
+use std::cell::Cell;
+use std::marker::PhantomData;
 use std::sync::OnceLock;
 
 use super::super::bfloat16::PairRow;
@@ -32,21 +34,41 @@ pub(super) fn is_permitted() -> bool {
             unsafe { _xgetbv(0) }
         }
 
-        let has_tiles = __cpuid(0).eax >= 7
-            && __cpuid(1).ecx & XSAVE_IN_USE != 0
-            && __cpuid_count(7, 0).edx & AMX_BF16_AND_TILE == AMX_BF16_AND_TILE
+        let has_tiles = cpuid(0).eax >= 7
+            && cpuid(1).ecx & XSAVE_IN_USE != 0
+            && cpuid(7).edx & AMX_BF16_AND_TILE == AMX_BF16_AND_TILE
             // SAFETY: XSAVE is in use, so that there is XGETBV
             && unsafe { states_in_use() } & TILE_STATES == TILE_STATES;
         has_tiles && request()
     })
 }
 
-/// Asks Linux for the tiles, whose state makes a thread's signal frames 8 KiB larger.
+/// What the CPU says of itself. From Rust 1.94 on the function is safe.
+#[allow(unused_unsafe)]
+fn cpuid(leaf: u32) -> CpuidResult {
+    // SAFETY: every CPU of this kind has the instruction
+    unsafe { __cpuid_count(leaf, 0) }
+}
+
+/// Asks Linux for the tiles, for good and for the whole process: signal frames of threads that use them become 8 KiB larger, and
+/// signal stacks too small for that are refused.
 fn request() -> bool {
     const ARCH_REQ_XCOMP_PERM: libc::c_ulong = 0x1023;
     const XFEATURE_XTILEDATA: libc::c_ulong = 18;
     // SAFETY: the call changes nothing but what the kernel lets the process do
     unsafe { libc::syscall(libc::SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0 }
+}
+
+/// Instructions that change tiles: the compiler is told so, though it has no use for them itself.
+macro_rules! tiles {
+    ($($instructions_and_operands:tt)*) => {
+        asm!(
+            $($instructions_and_operands)*,
+            out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+            out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+            options(nostack),
+        )
+    };
 }
 
 /// What LDTILECFG reads.
@@ -59,16 +81,23 @@ struct Configuration {
     rows: [u8; 16],
 }
 
-/// The tile registers of this thread.
+thread_local! {
+    /// Whether there is a [`Tiles`].
+    static IN_USE: Cell<bool> = const { Cell::new(false) };
+}
+
+/// The tile registers of this thread, which are there once.
 pub(crate) struct Tiles {
     /// Rows of x that they are configured for.
     rows: usize,
+    /// Not to be sent to other threads.
+    _here: PhantomData<*const ()>,
 }
 
 impl Tiles {
-    /// The tiles, if this process may use them.
+    /// The tiles, if this process may use them and this thread does not yet.
     pub(crate) fn new() -> Option<Tiles> {
-        is_permitted().then_some(Tiles { rows: 0 })
+        (is_permitted() && !IN_USE.replace(true)).then_some(Tiles { rows: 0, _here: PhantomData })
     }
 
     /// sums `[m, 32]` += x `[m, k]` · Wᵀ for the panel `w` `[k / 2]`. Rows of x go on to a multiple of 32 inputs, with zeros.
@@ -109,12 +138,12 @@ impl Tiles {
         self.configure(m);
         let (rows, weights, sums) = (x.data.as_ptr(), w.as_ptr(), sums.as_mut_ptr());
         let x_stride = 2 * x.stride;
-        // SAFETY: the tiles are configured for m rows, and nobody else of this thread uses them. Read are m rows of x,
+        // SAFETY: the tiles are configured for m rows and this thread's only `Tiles`. Read are m rows of x,
         // `x_stride` bytes apart, with 64 bytes for each of `w`, which was just checked, and the sixteen lines of each of `w`;
         // read and written are m sums of 128 bytes. (What is fetched ahead may be anywhere.)
         unsafe {
             if m <= TILE {
-                asm!(
+                tiles!(
                     "tileloadd tmm0, [{sums} + {line}]",
                     "tileloadd tmm1, [{sums} + {line} + 64]",
                     "2:",
@@ -124,10 +153,10 @@ impl Tiles {
                     "tileloadd tmm7, [{w} + {line} + 64]",
                     "tdpbf16ps tmm1, tmm4, tmm7",
                     // few rows wait for memory
-                    ".set ahead, 4096",
+                    ".set .Lhymba_ahead, 4096",
                     ".rept 32",
-                    "prefetcht0 [{w} + ahead]",
-                    ".set ahead, ahead + 64",
+                    "prefetcht0 [{w} + .Lhymba_ahead]",
+                    ".set .Lhymba_ahead, .Lhymba_ahead + 64",
                     ".endr",
                     "add {x}, 64",
                     "add {w}, 2048",
@@ -140,11 +169,10 @@ impl Tiles {
                     count = inout(reg) w.len() => _,
                     x_stride = in(reg) x_stride,
                     line = in(reg) LINE,
-                    sums = in(reg) sums,
-                    options(nostack),
+                    sums = in(reg) sums
                 );
             } else {
-                asm!(
+                tiles!(
                     "tileloadd tmm0, [{sums} + {line}]",
                     "tileloadd tmm1, [{sums} + {line} + 64]",
                     "tileloadd tmm2, [{lower_sums} + {line}]",
@@ -174,8 +202,7 @@ impl Tiles {
                     x_stride = in(reg) x_stride,
                     line = in(reg) LINE,
                     sums = in(reg) sums,
-                    lower_sums = in(reg) sums.add(TILE),
-                    options(nostack),
+                    lower_sums = in(reg) sums.add(TILE)
                 );
             }
         }
@@ -198,14 +225,15 @@ impl Tiles {
             configuration.rows[tile] = rows as u8;
         }
         // SAFETY: the process may use the tiles; the configuration has at most 16 rows of 64 bytes for each of eight tiles
-        unsafe { asm!("ldtilecfg [{}]", in(reg) &raw const configuration, options(nostack, readonly)) }
+        unsafe { tiles!("ldtilecfg [{}]", in(reg) &raw const configuration) }
     }
 }
 
 impl Drop for Tiles {
     /// Lets the system and the CPU forget about the tiles.
     fn drop(&mut self) {
+        IN_USE.set(false);
         // SAFETY: the process may use the tiles
-        unsafe { asm!("tilerelease", options(nostack)) }
+        unsafe { tiles!("tilerelease") }
     }
 }
