@@ -97,7 +97,8 @@ pub(crate) struct Tiles {
 impl Tiles {
     /// The tiles, if this process may use them and this thread does not yet.
     pub(crate) fn new() -> Option<Tiles> {
-        (is_permitted() && !IN_USE.replace(true)).then_some(Tiles { rows: 0, _here: PhantomData })
+        // made only if it may be: dropping one uses the tiles
+        (is_permitted() && !IN_USE.replace(true)).then(|| Tiles { rows: 0, _here: PhantomData })
     }
 
     /// sums `[m, 32]` += x `[m, k]` · Wᵀ for the panel `w` `[k / 2]`. Rows of x go on to a multiple of 32 inputs, with zeros.
@@ -235,5 +236,25 @@ impl Drop for Tiles {
         IN_USE.set(false);
         // SAFETY: the process may use the tiles
         unsafe { tiles!("tilerelease") }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_thread_has_its_tiles_once_and_only_if_permitted() {
+        for _ in 0..2 {
+            let tiles = Tiles::new();
+            assert_eq!(tiles.is_some(), is_permitted());
+            assert!(Tiles::new().is_none());
+            // the first is there still
+            if let Some(mut tiles) = tiles {
+                let (x, mut sums) = ([0x3f80; 32], [[[0.0; LANES]; 2]]);
+                tiles.multiply(Rows { data: &x, stride: 32 }, &[PairRow([[0x3f80_3f80; LANES]; 2]); TILE], &mut sums);
+                assert_eq!(sums, [[[32.0; LANES]; 2]]);
+            }
+        }
     }
 }
