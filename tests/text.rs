@@ -1,14 +1,16 @@
 //! From a text to a text: a small model with random weights, the published tokenizer beside it, as in a folder of the Hub.
 #![cfg(feature = "tokenizer")]
 
+#[path = "common/tiny_lm.rs"]
+mod tiny_lm;
+
 use std::ops::ControlFlow;
 use std::path::Path;
 use std::sync::LazyLock;
 
-use hymba::lm::{Chat, ChatOptions, FinishReason, HymbaLmConfig, LoadOptions, Message, Tokenizer};
+use hymba::lm::{Chat, ChatOptions, FinishReason, Message, Tokenizer};
 use hymba::{Error, GenerateOptions, HymbaLm};
-
-const TOKENIZER_FOLDER: &str = "tests/data/hymba-1.5b-base";
+use tiny_lm::{TOKENIZER_FOLDER, model};
 
 /// What a user has after downloading.
 static HUB: LazyLock<(HymbaLm, Tokenizer)> = LazyLock::new(|| {
@@ -19,16 +21,6 @@ static HUB: LazyLock<(HymbaLm, Tokenizer)> = LazyLock::new(|| {
     }
     (HymbaLm::from_dir(folder.path()).unwrap(), Tokenizer::from_dir(folder.path()).unwrap())
 });
-
-/// With windows, meta tokens, and keys and values that are shared.
-fn model(vocabulary: usize) -> HymbaLm {
-    let mut config = HymbaLmConfig::hymba_1_5b();
-    (config.hidden_size, config.intermediate_size, config.vocab_size) = (48, 64, vocabulary);
-    (config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads) = (3, 6, 2);
-    (config.global_attn_idx, config.kv_reuse_group) = (Some(vec![0]), Some(vec![vec![1, 2]]));
-    (config.sliding_window, config.num_memory_tokens, config.mamba_dt_rank) = (Some(16), 4, Some(3));
-    HymbaLm::random(config, 7, &LoadOptions::default()).unwrap()
-}
 
 /// Greedy, and not ended by a token.
 fn greedy(tokens: usize) -> GenerateOptions {

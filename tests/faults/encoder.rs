@@ -1,0 +1,1 @@
+//! The encoder: numbers, memory, threads, platforms.

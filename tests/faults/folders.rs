@@ -1,0 +1,1 @@
+//! Folders of language models that other people wrote.

@@ -1,0 +1,1 @@
+//! Generation: states, stops, seeds.

@@ -1,0 +1,1 @@
+//! Series in `.ts` files, as the examples read them.

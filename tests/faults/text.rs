@@ -1,0 +1,1 @@
+//! Text, where prompt and answer meet, and templates.

@@ -1,0 +1,1 @@
+//! Training: averages over unequal batches, what a training that has ended does.
