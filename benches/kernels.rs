@@ -11,12 +11,16 @@ use ndarray::{Array2, Array3};
 #[path = "../src/kernels/mod.rs"]
 mod kernels;
 
-use kernels::attention::{Attended, AttentionGradient, Run, Sequence, attend, attend_backward, attend_step};
+use kernels::attention::{
+    AttentionGradient, AttentionOutput, Head, KvRows, PackedHead, attend_backward, attend_step, attend_tile, tiles,
+};
 use kernels::conv::conv_silu;
 use kernels::math::{Gelu, Sigmoid, Silu, Softplus, Unary, map};
-use kernels::matmul::{Out, Packed, Rows, matmul, matmul_gradient, matmul_part};
+use kernels::matmul::{Packed, matmul, matmul_gradient, matmul_part};
 use kernels::norm::{SmallVariance, layer_norm};
-use kernels::scan::{CHUNK, RowsMut, ScanGradient, ScanInput, selective_scan, selective_scan_backward};
+use kernels::rows::{Out, Rows, RowsMut};
+use kernels::scan::{CHUNK, ScanGradient, ScanInput, selective_scan, selective_scan_backward};
+use kernels::team::{Team, with_team};
 
 const H: usize = 256;
 const D: usize = 512;
@@ -42,13 +46,15 @@ fn products(c: &mut Criterion) {
             b.iter(|| matmul_part(x, rows, &packed, 0..outputs, 0..inputs, black_box(&mut y), outputs, Out::Set));
         });
         group.bench_function(BenchmarkId::new("all threads", &size), |b| {
-            b.iter(|| matmul(x, rows, &packed, black_box(&mut y), Out::Set));
+            with_team(usize::MAX, |team| b.iter(|| matmul(team, x, rows, &packed, black_box(&mut y), Out::Set)));
         });
         let mut grad = vec![0.0; outputs * inputs];
         group.bench_function(BenchmarkId::new("gradient of the matrix", &size), |b| {
-            b.iter(|| {
-                let dy = Rows { data: &y, stride: outputs };
-                matmul_gradient(dy, outputs, x, inputs, rows, black_box(&mut grad));
+            with_team(usize::MAX, |team| {
+                b.iter(|| {
+                    let dy = Rows { data: &y, stride: outputs };
+                    matmul_gradient(team, dy, outputs, x, inputs, rows, black_box(&mut grad));
+                });
             });
         });
     }
@@ -61,7 +67,8 @@ fn products(c: &mut Criterion) {
         let mut y = vec![0.0; outputs];
         group.throughput(Throughput::Bytes((inputs * outputs * size_of::<f32>()) as u64));
         group.bench_function(format!("{inputs}x{outputs}"), |b| {
-            b.iter(|| matmul(Rows { data: &x, stride: inputs }, 1, &packed, black_box(&mut y), Out::Set));
+            let (x, alone) = (Rows { data: &x, stride: inputs }, Team::alone());
+            b.iter(|| matmul(&alone, x, 1, &packed, black_box(&mut y), Out::Set));
         });
     }
     group.finish();
@@ -94,14 +101,14 @@ fn sequences(c: &mut Criterion) {
             z: rows(&x[D..], 2 * D),
             a: &a,
             skip: Some(&before[..D]),
-            input_step: None,
+            mean_delta: None,
         };
         group.bench_function(format!("scan {l}x{D}x{N}"), |b| {
-            b.iter(|| selective_scan(input, state.view_mut(), black_box(&mut y).view_mut(), None));
+            b.iter(|| selective_scan(input, 0, state.view_mut(), black_box(&mut y).view_mut(), None));
         });
 
         let mut checkpoints = Array3::zeros((l.div_ceil(CHUNK), N, D));
-        selective_scan(input, state.view_mut(), y.view_mut(), Some(checkpoints.view_mut()));
+        selective_scan(input, 0, state.view_mut(), y.view_mut(), Some(checkpoints.view_mut()));
         let dout = numbers(l * D);
         let (mut ddelta, mut dv) = (vec![0.0; l * D], vec![0.0; l * D]);
         let (mut dbc, mut dxz) = (vec![0.0; l * (16 + 2 * N)], vec![0.0; l * 2 * D]);
@@ -116,7 +123,7 @@ fn sequences(c: &mut Criterion) {
                     a: &mut da,
                     skip: Some(&mut dskip),
                     state: &mut dstate,
-                    input_step: None,
+                    mean_delta: None,
                 };
                 selective_scan_backward(input, checkpoints.view(), &dout, gradient);
             });
@@ -127,41 +134,43 @@ fn sequences(c: &mut Criterion) {
     for (l, window) in [(60, 60), (1024, 60), (1024, 1024)] {
         let x = numbers(l * H);
         let rows = |data| Rows { data, stride: H };
-        let sequence = Sequence {
+        let head = Head {
             queries: rows(&x),
             keys: rows(&x),
             values: rows(&x),
-            meta_keys: rows(&meta),
-            meta_values: rows(&meta),
-            frames: l,
+            past_keys: rows(&meta),
+            past_values: rows(&meta),
+            past: 4,
             meta: 4,
-            before: 0,
+            frames: l,
             key_width: 64,
             value_width: 64,
             window: Some(window),
         };
-        let mut out = Array2::zeros((l, H));
-        group.throughput(Throughput::Elements((l * H) as u64));
-        group.bench_function(format!("attention {l}x{H} window {window}"), |b| {
-            b.iter(|| attend(sequence, black_box(&mut out).view_mut(), None));
+        let (mut out, mut log_sums) = (Array2::zeros((l, 64)), Array2::zeros((l, 1)));
+        group.throughput(Throughput::Elements((l * 64) as u64));
+        group.bench_function(format!("attention of a head {l}x64 window {window}"), |b| {
+            b.iter(|| {
+                let packed = PackedHead::new(&head);
+                let tiles = tiles(black_box(&mut out).view_mut(), Some(log_sums.view_mut()));
+                tiles.into_iter().for_each(|tile| attend_tile(head, packed.as_ref(), tile));
+            });
         });
 
-        let mut log_sums = Array2::zeros((l, 4));
-        attend(sequence, out.view_mut(), Some(log_sums.view_mut()));
-        let attended = Attended { out: rows(out.as_slice().unwrap()), dout: rows(&x), log_sums: log_sums.view() };
-        let mut frames = [(); 3].map(|()| Array2::zeros((l, H)));
-        let mut tokens = [(); 2].map(|()| Array2::zeros((4, H)));
-        group.bench_function(format!("attention backward {l}x{H} window {window}"), |b| {
+        let (out, dout) = (Rows { data: out.as_slice().unwrap(), stride: 64 }, rows(&x));
+        let output = AttentionOutput { out, dout, log_sums: log_sums.view() };
+        let mut frames = [(); 3].map(|()| Array2::zeros((l, 64)));
+        let mut tokens = [(); 2].map(|()| Array2::zeros((4, 64)));
+        group.bench_function(format!("attention backward of a head {l}x64 window {window}"), |b| {
             b.iter(|| {
                 let [queries, keys, values] = black_box(&mut frames).each_mut().map(|array| array.view_mut());
-                let [meta_keys, meta_values] = tokens.each_mut().map(|array| array.view_mut());
-                let gradient = AttentionGradient { queries, keys, values, meta_keys, meta_values };
-                attend_backward(sequence, attended, gradient);
+                let [past_keys, past_values] = tokens.each_mut().map(|array| array.view_mut());
+                attend_backward(head, output, AttentionGradient { queries, keys, values, past_keys, past_values });
             });
         });
     }
     let (x, mut out) = (numbers(60 * H), vec![0.0; H]);
-    let run = |keys, values, rows| Run { keys, values, strides: (H, H), rows };
+    let run = |keys, values, rows| KvRows { keys, values, strides: (H, H), rows };
     let runs = [run(&meta, &meta, 4), run(&x, &x, 60)];
     group.throughput(Throughput::Elements(H as u64));
     group.bench_function("attention step window 60", |b| {

@@ -15,8 +15,8 @@ use hymba::ndarray::Array1;
 #[path = "../src/kernels/mod.rs"]
 mod kernels;
 
-use kernels::matmul::{Out, Rows};
-use kernels::matrix::{Matrix, Storage};
+use kernels::matmul::{Matrix, Storage};
+use kernels::rows::{Out, Rows};
 use kernels::team::with_team;
 
 const POSITION: usize = 512;

@@ -26,6 +26,8 @@ use hymba::train::{Dataset, EpochMetrics, Progress, Targets, Trained, Trainer, T
 use hymba::{Error as HymbaError, HymbaOptions, Predictor, Task, argmax};
 use indicatif::{ProgressBar, ProgressStyle};
 
+#[path = "support/classes.rs"]
+mod classes;
 #[path = "support/confusion.rs"]
 mod confusion;
 #[path = "support/learned.rs"]
@@ -36,7 +38,6 @@ mod picture;
 mod ts;
 
 use confusion::Confusion;
-use ts::{Case, Target};
 
 /// Steps of the optimiser that a training takes unless `--epochs` says something else, within these epochs.
 const STEPS: usize = 1000;
@@ -82,10 +83,16 @@ fn run() -> Result<bool, Box<dyn Error>> {
         return Ok(true);
     };
     let (train_file, test_file) = (read(&arguments.train)?, read(&arguments.test)?);
-    let task = task(&train_file, &arguments.train)?;
-    let train = dataset(&task, train_file, &arguments.train, "has no class; a training series needs one")?;
+    if let (Some(train), Some(test)) = (train_file.spacing, test_file.spacing)
+        && !train.is_like(test)
+    {
+        println!("  NOTE: the training frames are {} apart, the test frames {}", train.amount(), test.amount());
+    }
+    let task = classes::task(&train_file, &arguments.train)?;
+    let train = classes::training(&task, train_file, &arguments.train)?;
     let name = test_file.name.clone();
-    let test = dataset(&task, test_file, &arguments.test, "has no class; leave it out to count the others")?;
+    let (test, notes) = classes::test(&task, test_file, &arguments.test)?;
+    notes.iter().for_each(|note| println!("  {note}"));
     if train.width() != test.width() {
         let (train, test) = (train.width(), test.width());
         return Err(
@@ -223,68 +230,13 @@ fn default_folder(name: &str, train: &Path) -> PathBuf {
 
 /// The series of a file, without gaps. Says what is in it.
 fn read(path: &Path) -> Result<ts::Dataset, Box<dyn Error>> {
-    let mut data = ts::Dataset::read(path)?;
-    if data.classes.is_empty() {
-        return Err(format!("{}: its series have no classes (no `@classLabel true` line)", path.display()).into());
-    }
-    let (mut missing, mut cut, mut gaps) = (0, 0, 0);
-    for case in &mut data.cases {
-        cut += ts::cut_missing_end(&mut case.frames);
-        let filled = ts::fill_missing(&mut case.frames);
-        missing += filled;
-        gaps += usize::from(filled > 0);
-    }
+    let data = classes::read(path)?;
     let lengths = || data.cases.iter().map(|case| case.frames.nrows());
     let (shortest, longest) = (lengths().min().unwrap_or(0), lengths().max().unwrap_or(0));
     let lengths = if shortest == longest { longest.to_string() } else { format!("{shortest} to {longest}") };
     println!("{}: {} series of {lengths} frames of {} numbers", path.display(), data.cases.len(), data.dims);
-    if missing > 0 {
-        println!("  {missing} missing values in {gaps} series: each takes the value before it");
-    }
-    if cut > 0 {
-        println!("  {cut} frames at the ends of series hold no value at all: they are cut off");
-    }
+    data.notes.iter().for_each(|note| println!("  {note}"));
     Ok(data)
-}
-
-/// The classes of the training series, in the order of the header.
-fn task(train: &ts::Dataset, path: &Path) -> Result<Task, String> {
-    let occurs = |class: usize| train.cases.iter().any(|case| case.target == Target::Class(class));
-    let classes: Vec<&str> =
-        train.classes.iter().enumerate().filter(|&(class, _)| occurs(class)).map(|(_, label)| label.as_str()).collect();
-    if classes.len() < 2 {
-        return Err(format!(
-            "{}: the series are of {} classes, two at least are needed",
-            path.display(),
-            classes.len()
-        ));
-    }
-    Ok(Task::classify(classes))
-}
-
-/// The series with their classes as places among the labels of `task`.
-fn dataset(task: &Task, data: ts::Dataset, path: &Path, no_class: &str) -> Result<Dataset, Box<dyn Error>> {
-    let mut classes = Vec::with_capacity(data.cases.len());
-    for (i, case) in data.cases.iter().enumerate() {
-        let fault = |what: String| format!("{}: series {} {what}", path.display(), i + 1);
-        let Target::Class(class) = case.target else { return Err(fault(no_class.into()).into()) };
-        let label = &data.classes[class];
-        let place = task.labels().iter().position(|known| known == label);
-        classes.push(place.ok_or_else(|| {
-            let known = shortened(&task.labels().join(", "));
-            fault(format!("is of class `{label}`, which no training series is of; those are of: {known}"))
-        })?);
-    }
-    let series = data.cases.into_iter().map(|Case { frames, .. }| frames).collect();
-    Ok(Dataset::new(task, series, Targets::Classes(classes))?)
-}
-
-fn shortened(text: &str) -> String {
-    const SHOWN: usize = 200;
-    match text.char_indices().nth(SHOWN) {
-        Some((end, _)) => format!("{}…", &text[..end]),
-        None => text.to_string(),
-    }
 }
 
 /// Trains, from the start or from a checkpoint.
@@ -423,7 +375,8 @@ fn predict(predictor: &Predictor, test: &Dataset) -> hymba::Result<Array2<f32>> 
 
 fn test_with(predictor: &Predictor, test: &Dataset) -> Result<Confusion, Box<dyn Error>> {
     let Targets::Classes(classes) = test.targets() else { return Err("the test series have no classes".into()) };
-    let mut confusion = Confusion::new(predictor.task().labels());
+    // those of the test series may be more
+    let mut confusion = Confusion::new(test.task().labels());
     for (&class, predicted) in classes.iter().zip(argmax(&predict(predictor, test)?)) {
         confusion.count(class, predicted);
     }

@@ -105,6 +105,7 @@ fn read(files: &[PathBuf]) -> Result<Vec<Case>, Box<dyn Error>> {
         let mut data = Dataset::read(file)?;
         let name = if data.name.is_empty() { "series" } else { &data.name };
         println!("{name}: {} series, {} numbers a frame", data.cases.len(), data.dims);
+        data.notes.iter().for_each(|note| println!("  {note}"));
         if *dims.get_or_insert(data.dims) != data.dims {
             return Err(format!(
                 "{}: frames are {} wide, those of the files before are not",

@@ -2,9 +2,10 @@
 //!
 //! ```text
 //! RAYON_NUM_THREADS=2 cargo run --release --example throughput -- 5
+//! RAYON_NUM_THREADS=1 cargo run --release --example throughput -- f1 step
 //! ```
 //!
-//! The argument is the number of rounds (3 unless given). A round calls a case for at least 0.3 s after a warm-up and takes
+//! Arguments: the number of rounds (3 unless given), and the cases (all unless some are named). A round calls a case for at least 0.3 s after a warm-up and takes
 //! the median call. Cases: `f1` batch 1 × length 60, `f32` 32 × 60, `f1k` 1 × 1024 and `f8k` 1 × 8192 with a window as
 //! long as the sequence, `step` one frame of one stream past 70 frames, `train` forward, mean squared error, backward and
 //! AdamW on 32 × 60.
@@ -21,15 +22,22 @@ mod cases;
 const ROUND: Duration = Duration::from_millis(300);
 
 fn main() -> Result<(), Box<dyn Error>> {
-    let rounds = match std::env::args().nth(1) {
-        Some(rounds) => rounds.parse().map_err(|_| format!("the number of rounds, not {rounds:?}"))?,
-        None => 3,
-    };
+    let (mut rounds, mut cases) = (3, Vec::new());
+    for argument in std::env::args().skip(1) {
+        match argument.parse() {
+            Ok(number) => rounds = number,
+            Err(_) if CASES.contains(&&*argument) => cases.push(argument),
+            Err(_) => return Err(format!("{argument:?} is neither a number of rounds nor one of {CASES:?}").into()),
+        }
+    }
+    if cases.is_empty() {
+        cases = CASES.map(String::from).into();
+    }
     let threads = match std::env::var("RAYON_NUM_THREADS").ok().and_then(|threads| threads.parse().ok()) {
         Some(threads) => threads,
         None => std::thread::available_parallelism()?.get(),
     };
-    for case in CASES {
+    for case in &cases {
         report(case, threads, rounds, prepare(case)?)?;
     }
     Ok(())

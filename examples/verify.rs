@@ -55,7 +55,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use hymba::ndarray::{Array2, Array3, ArrayD, Axis, IxDyn, concatenate};
-use hymba::{BlockInspection, Hymba, HymbaOptions, Preset};
+use hymba::{BlockInspection, Hymba, HymbaOptions, Variant};
 
 #[path = "support/compare.rs"]
 mod compare;
@@ -224,7 +224,7 @@ fn options(folder: &Path, kind: Kind) -> Result<HymbaOptions, String> {
     let text = std::fs::read_to_string(&path).map_err(|error| fault(error.to_string()))?;
     let mut options: HymbaOptions = serde_json::from_str(&text).map_err(|error| fault(error.to_string()))?;
     if kind == Kind::Edifice {
-        options.preset = Preset::Edifice;
+        options.variant = Variant::Edifice;
     }
     options.dropout = 0.0; // which other program would draw the same?
     Ok(options)

@@ -69,7 +69,8 @@ pub enum Error {
     /// Training has left the numbers that f32 can hold.
     #[error(
         "at step {step}, {what}: lower the learning rate, warm it up, clip the gradient's norm, or look for extreme \
-         values in the data"
+         values in the data; to go on without the batch, clear its gradient (Parameters::fill_zero) or set \
+         TrainerOptions::skip_not_finite"
     )]
     NotFinite {
         /// The step that was to be taken, from 1.

@@ -33,8 +33,8 @@
 //! | describe a model | [`HymbaOptions::new`] and its setters; [`recommended`](HymbaOptions::recommended), [`edifice`](HymbaOptions::edifice) |
 //! | build it | [`Hymba::build`] |
 //! | encode sequences | [`Hymba::forward`], [`forward_ragged`](Hymba::forward_ragged) for different lengths, [`forward_sequence`](Hymba::forward_sequence) for every frame |
-//! | stream | [`Hymba::new_state`], [`Hymba::step`] |
-//! | save and load | [`Hymba::save`], [`Hymba::load`], [`load_with`](Hymba::load_with) for files made elsewhere, [`load_edifice`](Hymba::load_edifice) |
+//! | stream | [`Hymba::new_state`], [`Hymba::step`], [`Hymba::prefill`]; [`HymbaState`] |
+//! | save and load | [`Hymba::save`], [`Hymba::load`], [`to_bytes`](Hymba::to_bytes), [`from_bytes`](Hymba::from_bytes), [`load_with`](Hymba::load_with) for files made elsewhere, [`load_edifice`](Hymba::load_edifice) |
 //! | train | [`Predictor`] and [`train::Trainer`]; or by hand [`Hymba::forward_train`], [`Hymba::backward`], [`train::AdamW`] |
 //! | run NVIDIA's language model | `hymba::lm` (feature `lm`; with text, feature `tokenizer`) |
 //! | look inside | [`Hymba::summary`], [`Hymba::inspect`], [`Hymba::visit`] |
@@ -72,11 +72,20 @@
 //! | `rayon` | yes | runs the sequences of a batch, the two branches of a block and large products on several threads |
 //! | `profile` | no | times the parts of the arithmetic, for people who work on its speed |
 //!
-//! Threads are those of the rayon pool at hand: the global one (`RAYON_NUM_THREADS` sets its size), or yours, inside
+//! Work runs on the current rayon pool: the global one (`RAYON_NUM_THREADS` sets its size), or yours, inside
 //! `ThreadPool::install`. A step of a few streams runs on the calling thread alone. Without the feature everything does.
+//!
+//! A child of `fork` has none of its parent's threads. If the parent has used the global pool by calls of this crate, the child
+//! does everything on the calling thread, with the same results; a pool that the child makes itself gives it threads again,
+//! inside `ThreadPool::install`. Where the parent's global pool was started by other code alone, this crate cannot know: call
+//! it inside a pool of the child's own, or fork before. Do not fork inside a callback.
 //!
 //! The instruction set (AVX-512, AVX2 or plain code) is chosen at run time: [`simd_level`]. Up to 256 MB of work memory are kept
 //! for the next call.
+//!
+//! On 32-bit targets and `wasm32-unknown-unknown` (`default-features = false`) everything builds; for the feature `tokenizer`
+//! on the latter, the random numbers of a dependency need a source: `--cfg getrandom_backend="unsupported"` in `RUSTFLAGS`
+//! (no random number is drawn), or `"wasm_js"` with `getrandom`'s feature of that name in the browser.
 //!
 //! Rust 1.89 or newer. Arguments such as `&ArrayRef3<f32>` (new in ndarray 0.17, which is [re-exported](ndarray)) take
 //! `&array`, `&view` and `&slice` alike.
@@ -91,7 +100,7 @@
 //! | `meta_tokens` | `[k, h]` | only where k > 0 |
 //! | `norm.*`, `ffn_norm.*`, and at the end `final_norm.*` | `[h]` | `weight`, `bias`; ε = 1e-5 |
 //! | `mamba.in_proj.weight` | `[2d, h]` | rows xi, then z |
-//! | `mamba.conv.weight`, `.bias` | `[d, 4]`, `[d]` | the last tap is for the frame at hand; PyTorch has `[d, 1, 4]` |
+//! | `mamba.conv.weight`, `.bias` | `[d, 4]`, `[d]` | the last tap is for the current frame; PyTorch has `[d, 1, 4]` |
 //! | `mamba.x_proj.weight` | `[r + 2n, d]` | rows δ, B, C |
 //! | `mamba.dt_proj.weight`, `.bias` | `[d, r]`, `[d]` | |
 //! | `mamba.a_log`, `mamba.d` | `[d, n]`, `[d]` | A = −exp(a_log) |
@@ -104,7 +113,9 @@
 //! From Python, for [`Hymba::load_with`], or with the options inside, not all of which need be there, for [`Hymba::load`]:
 //!
 //! ```python
+//! import json
 //! from safetensors.torch import save_file
+//!
 //! save_file(tensors, "model.safetensors")
 //!
 //! options = {"embed_dim": 12, "hidden_size": 64, "num_layers": 2}
@@ -114,30 +125,29 @@
 #![warn(missing_docs)]
 #![deny(unsafe_code)]
 
-mod block;
-mod edifice;
+mod encoder;
 mod error;
+mod files;
+#[cfg_attr(not(feature = "lm"), allow(dead_code))] // some are there for the language model
 mod kernels;
+#[cfg_attr(not(feature = "lm"), allow(dead_code))]
 mod layers;
 #[cfg(feature = "lm")]
 pub mod lm;
-mod model;
-mod options;
+mod parameters;
 mod predictor;
 #[cfg(feature = "profile")]
 pub mod profile;
-mod summary;
+mod states;
 pub mod train;
-mod weights;
 
-pub use block::{BlockInspection, HymbaBlock};
+pub use encoder::{BlockInspection, Hymba, HymbaBlock, HymbaOptions, HymbaState, Inspection, TrainCache, Variant};
 pub use error::{Error, Result};
 pub use layers::{MambaBranch, MetaTokenAttention};
 #[cfg(feature = "lm")]
 pub use lm::{GenerateOptions, Generation, HymbaLm, LmState};
-pub use model::{Hymba, HymbaState, Inspection, TrainCache};
 pub use ndarray;
-pub use options::{HymbaOptions, Preset};
+pub use parameters::{Parameter, StoredMatrix};
 pub use predictor::{Normalization, Predictor, PredictorCache, Task, argmax, softmax};
 
 /// The instruction set the kernels use on this machine: `"avx512"`, `"avx2"` or `"scalar"` (which is what the compiler

@@ -24,34 +24,33 @@
 //!
 //! The weights themselves are NVIDIA's, under their own licence, and not part of this crate, which downloads nothing.
 
-mod attention;
+mod arrays;
 mod block;
-mod cache;
 mod config;
 #[cfg(feature = "tokenizer")]
 mod converse;
 mod files;
 mod generate;
-mod mamba;
 mod model;
-mod parameters;
-mod pass;
+mod names;
+mod python_json;
 mod quantization;
 mod random;
-mod rope;
 mod sample;
+mod size;
 mod state;
 mod state_file;
 #[cfg(feature = "tokenizer")]
 mod text;
 
-pub use cache::KvStorage;
+pub use crate::layers::KvStorage;
 pub use config::{HymbaLmConfig, KeyQueryNorm, MlpActivation, Quantization, RopeType, TorchDtype};
 #[cfg(feature = "tokenizer")]
 pub use converse::{Chat, TextGeneration};
 pub use files::{Arithmetic, LoadOptions, Loading};
-pub use generate::{FinishReason, Generation, LogLikelihood};
+pub use generate::{FinishReason, Generation, LogLikelihood, RowOptions};
 pub use model::{HymbaLm, LmInspection};
+pub(crate) use python_json::python_json;
 pub use sample::{Choice, GenerateOptions, Sampler};
 pub use state::{LmLayerState, LmState};
 #[cfg(feature = "tokenizer")]

@@ -7,8 +7,11 @@ use ndarray::{
 };
 use rand::SeedableRng;
 
-use crate::block::sequences;
+use crate::encoder::sequences;
+use crate::encoder::{Keeps, of_numbers};
+use crate::kernels::team::Team;
 use crate::layers::{Linear, Rng};
+use crate::parameters::{Parameter, ParameterMut};
 use crate::train::Parameters;
 use crate::{Error, Hymba, HymbaOptions, HymbaState, Result};
 
@@ -99,7 +102,7 @@ impl Predictor {
     }
 
     /// Predicts from the last frame of each sequence: x `[b, l, embed_dim]` → `[b, outputs]`; logits in a classification.
-    /// With lengths, row i is a sequence of `lengths[i]` frames, and what follows them is not looked at.
+    /// With lengths, row i is a sequence of `lengths[i]` frames, and what follows them is ignored.
     ///
     /// # Errors
     ///
@@ -153,12 +156,19 @@ impl Predictor {
     /// # Ok::<(), hymba::Error>(())
     /// ```
     pub fn step(&self, frame: &ArrayRef2<f32>, state: &mut HymbaState) -> Result<Array2<f32>> {
+        self.encoder.check_frame(frame, state, self.options().embed_dim + 2 * self.task.outputs())?;
         let hidden = self.encoder.step(&self.normalized(frame), state)?;
-        Ok(self.rescaled(self.head.forward(hidden.view()).into_array()))
+        Ok(self.rescaled(self.head.forward(&Team::alone(), hidden.view()).into_array()))
     }
 
     /// z `[b, l, outputs]` of every frame, or `[b, 1, outputs]` of the last ones.
     pub(crate) fn run(&self, x: &ArrayRef3<f32>, lengths: Option<&[usize]>, frame_wise: bool) -> Result<Array3<f32>> {
+        let keeps = if frame_wise { Keeps::Outputs } else { Keeps::Last };
+        // of a row or a frame: the normalised frames, and what the head makes of it
+        let (_, l, embed_dim) = x.dim();
+        let normalized = if frame_wise { embed_dim } else { embed_dim.saturating_mul(l) };
+        let more = normalized.saturating_add(2 * self.task.outputs());
+        self.encoder.check_batch(x, if frame_wise { None } else { lengths }, keeps, more)?;
         let x = self.normalized(x);
         let hidden = match (frame_wise, lengths) {
             (true, _) => self.encoder.forward_sequence(&x)?,
@@ -172,7 +182,7 @@ impl Predictor {
     fn apply_head(&self, hidden: Array3<f32>) -> (Array3<f32>, Array2<f32>) {
         let batch = hidden.dim().0;
         let hidden = rows(hidden);
-        (sequences(self.head.forward(hidden.view()).into_array(), batch), hidden)
+        (sequences(self.head.forward(&Team::alone(), hidden.view()).into_array(), batch), hidden)
     }
 
     /// What the encoder sees of x. A width that is not the encoder's is left for the encoder to refuse.
@@ -230,9 +240,14 @@ impl Predictor {
     pub fn set_input_normalization(&mut self, normalization: Option<Normalization>) -> Result<()> {
         check_width(normalization.as_ref(), "embed_dim", self.options().embed_dim)?;
         self.input = normalization;
-        // a walk that may change parameters makes the encoder refuse older states
-        self.encoder.visit_mut(&mut |_, _| {});
+        self.salt_encoder();
         Ok(())
+    }
+
+    /// Ties states to what happens to frames before the encoder.
+    fn salt_encoder(&mut self) {
+        let salt = self.input.as_ref().map_or(0, |input| of_numbers(input.mean().iter().chain(input.scale())));
+        self.encoder.set_salt(salt);
     }
 
     /// Sets the mean and scale of the targets of a regression, so that the head predicts numbers of mean 0 and scale 1.
@@ -275,13 +290,21 @@ impl Predictor {
     /// Calls `f` with the name and the values of every parameter: those of the encoder, then `head.weight` and `head.bias`.
     pub fn visit<'a>(&'a self, f: &mut dyn FnMut(&str, ArrayViewD<'a, f32>)) {
         self.encoder.visit(f);
-        self.head.visit("head", f);
+        self.head.visit("head", &mut |name, parameter| {
+            if let Parameter::Array(array) = parameter {
+                f(name, array);
+            }
+        });
     }
 
     /// As [`visit`](Self::visit), for changing the parameters. States made before can no longer be used.
     pub fn visit_mut<'a>(&'a mut self, f: &mut dyn FnMut(&str, ArrayViewMutD<'a, f32>)) {
         self.encoder.visit_mut(f);
-        self.head.visit_mut("head", f);
+        self.head.visit_mut("head", &mut |name, parameter| {
+            if let ParameterMut::Array(array) = parameter {
+                f(name, array);
+            }
+        });
     }
 
     /// A predictor of the same task and options whose parameters are all zero: where gradients are gathered.

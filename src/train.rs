@@ -36,6 +36,7 @@ mod optimizer;
 mod schedule;
 mod trainer;
 
+use data::cut;
 pub use data::{Dataset, Targets};
 pub use loss::{CrossEntropy, Loss, RegressionLoss};
 pub use optimizer::{AdamW, AdamWOptions, StepInfo};
@@ -81,6 +82,27 @@ pub trait Parameters: Sized {
     fn visit_mut<'a>(&'a mut self, f: &mut dyn FnMut(&str, ArrayViewMutD<'a, f32>));
     /// The same parameters, all zero.
     fn zeros_like(&self) -> Self;
+
+    /// Sets every parameter to zero. Clears a gradient that is not to be used: after [`AdamW::step`] has refused one that is not
+    /// finite, it would spoil all later steps.
+    ///
+    /// ```
+    /// use hymba::train::{AdamW, AdamWOptions, Parameters};
+    /// use hymba::{Error, Hymba, HymbaOptions};
+    ///
+    /// let mut model = Hymba::build(HymbaOptions::new(3).hidden_size(8).num_layers(1))?;
+    /// let mut optimizer = AdamW::new(&model, AdamWOptions::default())?;
+    /// let mut gradient = model.zeros_like();
+    /// gradient.visit_mut(&mut |_, mut array| array.fill(f32::NAN)); // of a batch that went wrong
+    /// if let Err(Error::NotFinite { .. }) = optimizer.step(&mut model, &mut gradient) {
+    ///     gradient.fill_zero();
+    /// }
+    /// assert!(optimizer.step(&mut model, &mut gradient).is_ok());
+    /// # Ok::<(), hymba::Error>(())
+    /// ```
+    fn fill_zero(&mut self) {
+        self.visit_mut(&mut |_, mut array| array.fill(0.0));
+    }
 }
 
 impl Parameters for Hymba {

@@ -95,7 +95,9 @@ fn models() -> Vec<Hymba> {
         small(24).window_size(40).num_meta_tokens(1),
         small(7).window_size(9).num_meta_tokens(0),
         small(7).window_size(2).num_meta_tokens(20).dropout(0.4),
+        small(7).num_layers(1).dropout(0.5),
         HymbaOptions::edifice(7).hidden_size(24).num_heads(3).num_layers(2).state_size(5),
+        HymbaOptions::edifice(7).hidden_size(24).num_heads(3).num_layers(2).state_size(5).dropout(0.3),
     ]
     .map(|options| Hymba::build(options).unwrap())
     .into()

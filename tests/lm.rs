@@ -456,6 +456,7 @@ fn rows_alone(lm: &HymbaLm) {
     let generated = generated.unwrap();
     for (row, prompt) in prompts.iter().enumerate() {
         assert_eq!(generated[row].ids, heard[row]);
+        let options = options.clone().stream(row as u64);
         let alone = lm.generate(prompt, &options, |_| ControlFlow::Continue(())).unwrap();
         match generated[row].finish {
             FinishReason::Cancelled => assert_eq!((row, heard[row].as_slice()), (4, &alone.ids[..2])),

@@ -109,25 +109,25 @@ fn the_gradient_is_used_up() {
 fn what_clipping_and_accumulating_do() {
     // with this epsilon the length of the gradient matters
     let options = AdamWOptions::default().epsilon(1.0).learning_rate(0.5);
-    let step = |options: AdamWOptions, factor: f32, batches: usize| {
+    let step = |options: AdamWOptions, factor: f32, weight: f64| {
         let mut model = layer();
         let mut gradient = gradient(0); // of norm 2.5
         gradient.visit_mut(&mut |_, mut array| array *= factor);
         let mut optimizer = AdamW::new(&model, options).unwrap();
-        let info = optimizer.step_accumulated(&mut model, &mut gradient, batches).unwrap();
+        let info = optimizer.step_accumulated(&mut model, &mut gradient, weight).unwrap();
         (model, info.gradient_norm)
     };
-    let (plain, norm) = step(options.clone(), 1.0, 1);
+    let (plain, norm) = step(options.clone(), 1.0, 1.0);
     assert_relative_eq!(norm, 2.5);
-    assert_eq!(step(options.clone(), 4.0, 4), (plain.clone(), norm));
-    assert_eq!(step(options.clone().clip_norm(2.5), 1.0, 1), (plain.clone(), norm), "not longer than that");
-    let (clipped, norm) = step(options.clone().clip_norm(2.5), 8.0, 1);
+    assert_eq!(step(options.clone(), 4.0, 4.0), (plain.clone(), norm));
+    assert_eq!(step(options.clone().clip_norm(2.5), 1.0, 1.0), (plain.clone(), norm), "not longer than that");
+    let (clipped, norm) = step(options.clone().clip_norm(2.5), 8.0, 1.0);
     assert_relative_eq!(norm, 20.0);
     assert_relative_eq!(clipped.numbers()[..], plain.numbers()[..], epsilon = 1e-6);
-    let (clipped, norm) = step(options.clone().clip_norm(2.5), 32.0, 4);
+    let (clipped, norm) = step(options.clone().clip_norm(2.5), 32.0, 4.0);
     assert_relative_eq!(norm, 20.0);
     assert_relative_eq!(clipped.numbers()[..], plain.numbers()[..], epsilon = 1e-6);
-    assert_ne!(step(options, 8.0, 1).0, plain);
+    assert_ne!(step(options, 8.0, 1.0).0, plain);
 }
 
 #[test]
@@ -322,7 +322,12 @@ fn parameters_that_do_not_fit() {
         refused(optimizer.step(&mut model, &mut other.clone()).unwrap_err(), "the gradient has");
         refused(optimizer.step(&mut other, &mut gradient(0)).unwrap_err(), "the model has");
     }
-    refused(optimizer.step_accumulated(&mut model, &mut gradient(0), 0).unwrap_err(), "1 batch");
+    for weight in [0.0, -1.0, f64::NAN, f64::INFINITY] {
+        refused(
+            optimizer.step_accumulated(&mut model, &mut gradient(0), weight).unwrap_err(),
+            "the gradient's weight is",
+        );
+    }
     assert_eq!((model, optimizer.steps()), (layer(), 0));
     refused(AdamW::new(&transposed, AdamWOptions::default()).unwrap_err(), "row-major");
     let twice = Layer { names: ["weight"; 2], ..layer() };

@@ -246,8 +246,8 @@ fn what_does_not_go_together() {
         assert!(matches!(predictor.backward(&cache, &y, &mut other), Err(Error::State(_))));
     }
     let mut state = predictor.new_state(1);
-    let input = predictor.input_normalization().cloned();
-    predictor.set_input_normalization(input).unwrap();
+    let other = Normalization::new(array![0.5, 0.5, 0.5, 0.5, 0.5], array![1.0, 1.0, 1.0, 1.0, 1.0]).unwrap();
+    predictor.set_input_normalization(Some(other)).unwrap();
     assert!(matches!(predictor.step(&Array2::zeros((1, 5)), &mut state), Err(Error::State(_))));
     let error = predictor.backward(&cache, &y, &mut grads).unwrap_err();
     assert!(matches!(error, Error::State(_)), "{error}");

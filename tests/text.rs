@@ -51,7 +51,7 @@ fn the_pieces_of_a_text_are_the_text() {
             // the same tokens as without text, and their text
             let ids = tokenizer.encode(prompt).unwrap();
             assert_eq!(lm.generate(&ids, &options, |_| ControlFlow::Continue(())).unwrap(), generation);
-            let mut stream = tokenizer.stream();
+            let mut stream = tokenizer.stream_after(&ids);
             let mut text: String = generation.ids.iter().map(|id| stream.push(*id).to_owned()).collect();
             text.push_str(stream.finish());
             assert_eq!(text, written.text);

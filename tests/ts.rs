@@ -66,7 +66,7 @@ fn errors_name_the_line_and_the_fault() {
         ("@dimensions 2\n", "no @data line"),
         ("@data\n", "no cases"),
         ("1,2,3\n", "line 1: expected a header line"),
-        ("# x\n@timeStamps true\n", "line 2: series with timestamps are not read"),
+        ("# x\n@timeStamps true\n@data\n1,2\n", "line 4: dimension 1: value 1: `1,2` is not a `(time,value)`"),
         ("@timeStamps\n", "line 1: @timeStamps needs `true` or `false`, found nothing"),
         ("@dimensions zero\n", "line 1: @dimensions needs a whole number of at least 1, found `zero`"),
         ("@dimensions 0\n", "line 1: @dimensions needs a whole number"),
@@ -76,7 +76,7 @@ fn errors_name_the_line_and_the_fault() {
             "line 4: fields separated by `:`: 2, but",
         ),
         ("@univariate true\n@dimensions 2\n", "line 2: the header says both 1 and 2 dimensions"),
-        ("@classLabel true\n", "line 1: @classLabel true needs the names"),
+        ("@classLabel true\n@data\n1:\n", "line 3: there is no class after the last `:`"),
         ("@classLabel true a\n@targetLabel true\n@data\n", "line 3: the header has both"),
         (&format!("{classes}1,2\n"), "line 3: fields separated by `:`: 1, but expected 1 with values and a class"),
         (

@@ -4,6 +4,11 @@
 //! of a dimension by `,`, and at the end a class or a number where the header announces one. `?` is a missing value.
 //! Of the header only what decides how the lines are read is used (`@timestamps`, `@dimensions`, `@univariate`,
 //! `@classLabel`, `@targetLabel`, in any case of letters); lengths and missing values are taken as the lines give them.
+//!
+//! Where a file leaves something open, it is read as follows, and [`Dataset::notes`] say so: values with timestamps lose
+//! them, if they are evenly spaced; a class may be spelled in another case than in the header, or as another form of the same
+//! number; classes that the header does not list are those of the lines, sorted; text that is not UTF-8 is Latin-1. White space is
+//! that of ASCII: other characters of that kind are part of a label.
 
 #![allow(dead_code, reason = "each example uses a part of this reader")]
 
@@ -13,6 +18,14 @@ use std::path::{Path, PathBuf};
 
 use hymba::ndarray::{Array2, Array3, s};
 
+#[path = "labels.rs"]
+pub mod labels;
+#[path = "timestamps.rs"]
+mod timestamps;
+
+use labels::Labels;
+pub use timestamps::Spacing;
+
 /// The contents of one file.
 #[derive(Debug, Clone, Default)]
 pub struct Dataset {
@@ -20,10 +33,14 @@ pub struct Dataset {
     pub name: String,
     /// Width of every frame.
     pub dims: usize,
-    /// The class names, in the order of the header.
+    /// The class names: in the order of the header, or sorted where it does not list them.
     pub classes: Vec<String>,
     /// The series, in the order of the file.
     pub cases: Vec<Case>,
+    /// The time between two frames, where the values had timestamps.
+    pub spacing: Option<Spacing>,
+    /// What a user should know of how the file was read, a line each.
+    pub notes: Vec<String>,
 }
 
 /// One series and what is to be predicted from it.
@@ -74,8 +91,12 @@ impl Dataset {
         let with_path = |error| TsError { path: Some(path.to_path_buf()), ..error };
         let bytes = std::fs::read(path)
             .map_err(|error| with_path(TsError { path: None, line: None, reason: error.to_string() }))?;
-        // comments may be in any encoding; everything that is read is ASCII
-        Dataset::parse(&String::from_utf8_lossy(&bytes)).map_err(with_path)
+        let (text, is_utf8) = decode(&bytes).map_err(with_path)?;
+        let mut data = Dataset::parse(&text).map_err(with_path)?;
+        if !is_utf8 {
+            data.notes.push("the text is not UTF-8: it is read as Latin-1".into());
+        }
+        Ok(data)
     }
 
     /// Reads the text of a file.
@@ -85,7 +106,7 @@ impl Dataset {
         let mut in_data = false;
         for (index, line) in text.trim_start_matches('\u{feff}').lines().enumerate() {
             let at_this_line = |reason| TsError { path: None, line: Some(index + 1), reason };
-            let line = line.trim();
+            let line = line.trim_ascii();
             if line.is_empty() || line.starts_with(['#', '%']) {
                 continue;
             }
@@ -101,13 +122,31 @@ impl Dataset {
         let reason = match (in_data, cases.is_empty()) {
             (false, _) => "there is no @data line; is this a .ts file?",
             (true, true) => "there are no cases after @data",
-            (true, false) => {
-                let Header { name, dims, classes, .. } = header;
-                return Ok(Dataset { name, dims: dims.unwrap_or(0), classes, cases });
-            }
+            (true, false) => return Ok(header.dataset(cases)),
         };
         Err(TsError { path: None, line: None, reason: reason.into() })
     }
+}
+
+/// Bytes → text, and whether it is UTF-8. Otherwise it is Latin-1, which keeps all bytes apart. Comments and the name of the
+/// problem do not decide: nothing is read of them that could be mistaken.
+fn decode(bytes: &[u8]) -> Result<(String, bool), TsError> {
+    if bytes.starts_with(b"\xff\xfe") || bytes.starts_with(b"\xfe\xff") {
+        return Err(TsError { path: None, line: None, reason: "it is UTF-16; save it as UTF-8".into() });
+    }
+    let bytes = bytes.strip_prefix("\u{feff}".as_bytes()).unwrap_or(bytes);
+    let decides = |line: &&[u8]| {
+        let line = line.trim_ascii_start();
+        let is_name = line.get(..12).is_some_and(|key| key.eq_ignore_ascii_case(b"@problemname"));
+        !is_name && !line.starts_with(b"#") && !line.starts_with(b"%")
+    };
+    let is_utf8 = std::str::from_utf8(bytes).is_ok()
+        || bytes.split(|byte| *byte == b'\n').filter(decides).all(|line| std::str::from_utf8(line).is_ok());
+    let text = match is_utf8 {
+        true => String::from_utf8_lossy(bytes).into_owned(),
+        false => bytes.iter().map(|&byte| char::from(byte)).collect(),
+    };
+    Ok((text, is_utf8))
 }
 
 /// What the header says about the lines after it.
@@ -116,9 +155,12 @@ struct Header {
     name: String,
     /// `None` until the header or the first case tells.
     dims: Option<usize>,
+    has_timestamps: bool,
     has_class: bool,
     has_value: bool,
-    classes: Vec<String>,
+    labels: Labels,
+    /// Of the first series that tells.
+    spacing: Option<Spacing>,
 }
 
 impl Header {
@@ -127,16 +169,12 @@ impl Header {
         let Some(entry) = line.strip_prefix('@') else {
             return Err(format!("expected a header line such as `@problemName x`, found `{}`", short(line)));
         };
-        let mut words = entry.split_whitespace();
+        let mut words = entry.split_ascii_whitespace();
         let key = words.next().unwrap_or_default();
         let value = words.next();
         match key.to_ascii_lowercase().as_str() {
             "problemname" => self.name = value.unwrap_or_default().to_string(),
-            "timestamps" if yes_or_no(key, value)? => {
-                return Err(
-                    "series with timestamps are not read; give evenly spaced values and `@timestamps false`".into()
-                );
-            }
+            "timestamps" => self.has_timestamps = yes_or_no(key, value)?,
             "univariate" if yes_or_no(key, value)? => self.set_dims(1)?,
             "dimension" | "dimensions" => match value.and_then(|value| value.parse().ok()) {
                 Some(dims) if dims > 0 => self.set_dims(dims)?,
@@ -144,10 +182,8 @@ impl Header {
             },
             "classlabel" => {
                 self.has_class = yes_or_no(key, value)?;
-                self.classes = words.map(str::to_string).collect();
-                if self.has_class && self.classes.is_empty() {
-                    return Err(format!("@{key} true needs the names of the classes after it"));
-                }
+                let names = words.filter(|_| self.has_class);
+                self.labels = Labels::new(names.map(str::to_string).collect());
             }
             "targetlabel" => self.has_value = yes_or_no(key, value)?,
             _ => {}
@@ -176,7 +212,7 @@ impl Header {
 
     /// Reads one line after `@data`.
     fn read_case(&mut self, line: &str) -> Result<Case, String> {
-        let mut fields: Vec<&str> = line.split(':').map(str::trim).collect();
+        let mut fields = fields(line);
         let (targets, end) = match (self.has_class, self.has_value) {
             (true, _) => (1, " and a class"),
             (_, true) => (1, " and a target number"),
@@ -195,9 +231,23 @@ impl Header {
         fields.truncate(dims);
 
         let mut columns = Vec::with_capacity(dims);
+        let mut times = None;
         for (index, field) in fields.iter().enumerate() {
-            let column = read_values(field).map_err(|reason| format!("dimension {}: {reason}", index + 1))?;
-            columns.push(column);
+            let fault = |reason| format!("dimension {}: {reason}", index + 1);
+            if self.has_timestamps {
+                let (column, new) = timestamps::read(field).map_err(fault)?;
+                if *times.get_or_insert_with(|| new.clone()) != new {
+                    return Err(fault(
+                        "its timestamps are not those of dimension 1; a frame needs a value of each".into(),
+                    ));
+                }
+                columns.push(column);
+            } else {
+                columns.push(read_values(field).map_err(fault)?);
+            }
+        }
+        if let Some(times) = times {
+            self.keep_spacing(times.spacing()?)?;
         }
         let length = columns[0].len();
         if let Some(other) = columns.iter().position(|column| column.len() != length) {
@@ -211,20 +261,57 @@ impl Header {
         Ok(Case { frames, target })
     }
 
-    fn read_target(&self, label: &str) -> Result<Target, String> {
+    /// All series must have the same, since it is dropped.
+    fn keep_spacing(&mut self, spacing: Option<Spacing>) -> Result<(), String> {
+        match (self.spacing, spacing) {
+            (Some(before), Some(new)) if !before.is_like(new) => Err(format!(
+                "its timestamps are {} apart, those of the series before {}; give all series one spacing",
+                new.amount(),
+                before.amount()
+            )),
+            (before, new) => {
+                self.spacing = before.or(new);
+                Ok(())
+            }
+        }
+    }
+
+    /// What was read.
+    fn dataset(mut self, mut cases: Vec<Case>) -> Dataset {
+        let places = self.labels.sort();
+        for case in &mut cases {
+            if let Target::Class(class) = &mut case.target {
+                *class = places[*class];
+            }
+        }
+        let (classes, mut notes) = self.labels.finish();
+        if self.has_timestamps {
+            let apart =
+                self.spacing.map_or("one a series".into(), |spacing| format!("evenly {} apart", spacing.amount()));
+            notes.push(format!("the timestamps ({apart}) are dropped"));
+        }
+        Dataset { name: self.name, dims: self.dims.unwrap_or(0), classes, cases, spacing: self.spacing, notes }
+    }
+
+    fn read_target(&mut self, label: &str) -> Result<Target, String> {
         if label == "?" {
             return Ok(Target::None);
         }
         if self.has_value {
             return number(label).map(Target::Value).map_err(|reason| format!("target: {reason}"));
         }
-        match self.classes.iter().position(|class| class == label) {
-            Some(class) => Ok(Target::Class(class)),
-            None => {
-                Err(format!("class `{}` is not in the header's list: {}", short(label), short(&self.classes.join(" "))))
-            }
-        }
+        self.labels.class(label).map(Target::Class)
     }
+}
+
+/// A line at its `:`, but for those in the brackets of a timestamp.
+fn fields(line: &str) -> Vec<&str> {
+    let mut in_brackets = false;
+    let is_end = |c: char| {
+        in_brackets = c == '(' || in_brackets && c != ')';
+        c == ':' && !in_brackets
+    };
+    line.split(is_end).map(str::trim_ascii).collect()
 }
 
 /// The values of one dimension, NaN for a missing one.
@@ -233,22 +320,25 @@ fn read_values(field: &str) -> Result<Vec<f32>, String> {
         return Err("no values".into());
     }
     let mut values = Vec::new();
-    for (index, text) in field.split(',').map(str::trim).enumerate() {
-        let value = match text {
-            "?" => f32::NAN,
-            _ if text.eq_ignore_ascii_case("nan") => f32::NAN,
-            _ => number(text).map_err(|reason| format!("value {}: {reason}", index + 1))?,
-        };
-        values.push(value);
+    for (index, text) in field.split(',').map(str::trim_ascii).enumerate() {
+        values.push(value(text).map_err(|reason| format!("value {}: {reason}", index + 1))?);
     }
     Ok(values)
+}
+
+/// A value, NaN for a missing one.
+fn value(text: &str) -> Result<f32, String> {
+    if text == "?" || text.eq_ignore_ascii_case("nan") { Ok(f32::NAN) } else { number(text) }
 }
 
 fn number(text: &str) -> Result<f32, String> {
     match text.parse::<f32>() {
         Ok(value) if value.is_finite() => Ok(value),
         Ok(_) => Err(format!("`{}` is not a finite 32-bit number", short(text))),
-        Err(_) if text.starts_with('(') => Err(format!("`{}` looks like a timestamp, which is not read", short(text))),
+        Err(_) if text.starts_with('(') => Err(format!(
+            "`{}` looks like a timestamp: with timestamps the header needs `@timestamps true`",
+            short(text)
+        )),
         Err(_) => Err(format!("`{}` is not a number", short(text))),
     }
 }

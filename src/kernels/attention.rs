@@ -6,14 +6,12 @@ use ndarray::{ArrayViewMut2, Axis};
 
 use super::clock::{Part, Work, timed};
 use super::math;
-use super::matmul::{Out, PANEL, Packed, Rows, matmul_part};
-use super::parallel;
+use super::matmul::{PANEL, Packed, matmul_part};
+use super::rows::{Out, Rows};
 use super::simd::{Kernel, LANES, Simd, dispatch};
 
-pub(crate) use backward::{Attended, AttentionGradient, attend_backward};
-#[cfg(feature = "lm")]
-pub(crate) use step::Stored;
-pub(crate) use step::{Run, attend_step};
+pub(crate) use backward::{AttentionGradient, AttentionOutput, attend_backward};
+pub(crate) use step::{KvElement, KvRows, attend_step};
 
 mod backward;
 mod step;
@@ -23,81 +21,69 @@ const QUERIES: usize = 24;
 /// Keys whose scores are held at a time, for each of these queries.
 const KEYS: usize = 8 * PANEL;
 
-/// One sequence: l frames in front of which stand k meta tokens; in each row the heads lie side by side.
+/// One head of one sequence: the queries of some frames, and the keys and values they may see. Rows may be longer than a head.
 #[derive(Clone, Copy)]
-pub(crate) struct Sequence<'a> {
+pub(crate) struct Head<'a> {
+    /// `[l, p]`
     pub queries: Rows<'a>,
+    /// `[l, p]`, of the same frames.
     pub keys: Rows<'a>,
+    /// `[l, value_width]`
     pub values: Rows<'a>,
-    pub meta_keys: Rows<'a>,
-    pub meta_values: Rows<'a>,
-    /// l, of keys and values.
-    pub frames: usize,
-    /// Frames in front of the one that asks the first query.
-    pub before: usize,
-    /// k
+    /// `[past, p]`, of what came before them: meta tokens, then frames in their order.
+    pub past_keys: Rows<'a>,
+    /// `[past, value_width]`
+    pub past_values: Rows<'a>,
+    pub past: usize,
+    /// Meta tokens among `past`, which every frame sees.
     pub meta: usize,
+    /// l
+    pub frames: usize,
     /// p, of queries and keys.
     pub key_width: usize,
-    /// Width of a head of values, and of the output.
+    /// Width of a value, and of the output.
     pub value_width: usize,
     /// Frames a frame sees, itself included; `None` is the whole past.
     pub window: Option<usize>,
 }
 
-impl<'a> Sequence<'a> {
+impl<'a> Head<'a> {
     /// Scores are multiplied by 1/√p.
     fn scale(&self) -> f32 {
         1.0 / (self.key_width as f32).sqrt()
     }
 
-    /// The first frame that frame `i` sees.
+    /// Frames in front of the first query.
+    fn before(&self) -> usize {
+        self.past - self.meta
+    }
+
+    /// Keys there are. Meta tokens are the first columns of the scores, then come all frames.
+    fn columns(&self) -> usize {
+        self.past + self.frames
+    }
+
+    /// The first frame that frame `i` sees, counted from the first of the past.
     fn first_seen(&self, i: usize) -> usize {
         self.window.map_or(0, |window| (i + 1).saturating_sub(window))
     }
 
-    /// One head, as the first of what is left of the rows.
-    pub(crate) fn head(&self, head: usize) -> Sequence<'a> {
-        self.grouped_head(head, head)
-    }
-
-    /// One head of queries, with one of keys and values.
-    pub(crate) fn grouped_head(&self, query_head: usize, key_head: usize) -> Sequence<'a> {
-        let (key, value) = (key_head * self.key_width, key_head * self.value_width);
-        Sequence {
-            queries: self.queries.skip_columns(query_head * self.key_width),
-            keys: self.keys.skip_columns(key),
-            values: self.values.skip_columns(value),
-            meta_keys: self.meta_keys.skip_columns(key),
-            meta_values: self.meta_values.skip_columns(value),
-            ..*self
-        }
-    }
-
-    /// The key of the first head in a column: the meta tokens come first, then the frames.
     fn key(&self, column: usize) -> &'a [f32] {
-        self.row(self.meta_keys, self.keys, column, self.key_width)
-    }
-
-    /// As [`key`](Self::key).
-    fn value(&self, column: usize) -> &'a [f32] {
-        self.row(self.meta_values, self.values, column, self.value_width)
-    }
-
-    fn row(&self, meta: Rows<'a>, frames: Rows<'a>, column: usize, width: usize) -> &'a [f32] {
-        match column.checked_sub(self.meta) {
-            None => meta.row(column, width),
-            Some(frame) => frames.row(frame, width),
+        match column.checked_sub(self.past) {
+            None => self.past_keys.row(column, self.key_width),
+            Some(frame) => self.keys.row(frame, self.key_width),
         }
     }
 
-    /// Meta tokens and frames that a frame sees, at most.
-    pub(crate) fn most_seen(&self) -> usize {
-        self.meta + self.window.map_or(self.frames, |window| window.min(self.frames))
+    fn value(&self, column: usize) -> &'a [f32] {
+        match column.checked_sub(self.past) {
+            None => self.past_values.row(column, self.value_width),
+            Some(frame) => self.values.row(frame, self.value_width),
+        }
     }
 
-    /// What the queries of `m` frames of one head from `first` on take: `products` multiplications of its width with every key
-    /// they see, and an exp.
+    /// What the queries of `m` frames from `first` on take: `products` multiplications of a width with every key they see, and
+    /// an exp.
     fn work(&self, first: usize, m: usize, products: usize) -> Work {
         // keys of frames that the first so many frames see, all together
         let seen = |frames: usize| {
@@ -105,7 +91,7 @@ impl<'a> Sequence<'a> {
             let growing = frames - full;
             growing * (growing + 1) / 2 + full * growing
         };
-        let first = self.before + first;
+        let first = self.before() + first;
         let pairs = (m * self.meta + seen(first + m) - seen(first)) as u64;
         let width = (self.key_width + self.value_width) as u64 / 2;
         Work { multiply_adds: products as u64 * pairs * width, exps: pairs, ..Work::default() }
@@ -120,35 +106,6 @@ impl<'a> Sequence<'a> {
 /// Where ln Σ exp(score) of every frame and head `[l, a]` is kept for the backward pass.
 pub(crate) type LogSums<'a> = Option<ArrayViewMut2<'a, f32>>;
 
-/// out `[l, h]` = softmax(queries · keysᵀ/√p over what each frame sees) · values, head by head.
-pub(crate) fn attend(sequence: Sequence, out: ArrayViewMut2<f32>, log_sums: LogSums) {
-    let (l, h) = out.dim();
-    if h == sequence.value_width {
-        return attend_head(sequence, out, log_sums);
-    }
-    let half = h / sequence.value_width / 2;
-    let (left, right) = out.split_at(Axis(1), half * sequence.value_width);
-    let (left_sums, right_sums) = match log_sums.map(|sums| sums.split_at(Axis(1), half)) {
-        Some((left, right)) => (Some(left), Some(right)),
-        None => (None, None),
-    };
-    parallel::join_if(
-        l * sequence.most_seen() * h,
-        || attend(sequence, left, left_sums),
-        || attend(sequence.head(half), right, right_sums),
-    );
-}
-
-fn attend_head(head: Sequence, out: ArrayViewMut2<f32>, log_sums: LogSums) {
-    let packed = PackedHead::new(&head);
-    let tiles = tiles(out, log_sums);
-    if tiles.len() > 16 && packed.is_some() {
-        parallel::for_each(tiles, |tile| attend_tile(head, packed.as_ref(), tile));
-    } else {
-        tiles.into_iter().for_each(|tile| attend_tile(head, packed.as_ref(), tile));
-    }
-}
-
 /// The keys and values of one head in the order in which products read them.
 pub(crate) struct PackedHead {
     keys: Packed,
@@ -158,8 +115,8 @@ pub(crate) struct PackedHead {
 impl PackedHead {
     /// `None` where some value is not finite. What a query does not see has weight 0, and 0 times a number is 0 only if the
     /// number is finite; otherwise frames must really not be touched by what lies after them.
-    pub(crate) fn new(head: &Sequence) -> Option<Self> {
-        let columns = head.meta + head.frames;
+    pub(crate) fn new(head: &Head) -> Option<Self> {
+        let columns = head.columns();
         let work = Work::numbers(2 * columns * (head.key_width + head.value_width));
         timed(Part::Attention, work, || {
             (0..columns).all(|column| all_finite(head.value(column))).then(|| PackedHead {
@@ -170,7 +127,8 @@ impl PackedHead {
     }
 }
 
-/// Queries of one head that pass over the keys together: which is the first, where their output goes, and their log-sums.
+/// Queries of one head that pass over the keys together: which is the first, where their output goes, and their log-sums, which
+/// the backward pass reads.
 pub(crate) struct Tile<'a> {
     first: usize,
     out: ArrayViewMut2<'a, f32>,
@@ -201,15 +159,15 @@ fn all_finite(x: &[f32]) -> bool {
     largest < f32::INFINITY.to_bits()
 }
 
-/// One tile of queries.
-pub(crate) fn attend_tile(head: Sequence, packed: Option<&PackedHead>, tile: Tile) {
+/// out = softmax(queries · keysᵀ/√p over what each frame sees) · values, for one tile of queries.
+pub(crate) fn attend_tile(head: Head, packed: Option<&PackedHead>, tile: Tile) {
     let work = head.work(tile.first, tile.out.nrows(), 2);
     timed(Part::Attention, work, || attend_queries(head, packed, tile));
 }
 
 /// Keys come in pieces, and what is summed so far is rescaled whenever a piece holds a new largest score (the online
 /// softmax of flash attention).
-fn attend_queries(head: Sequence, packed: Option<&PackedHead>, tile: Tile) {
+fn attend_queries(head: Head, packed: Option<&PackedHead>, tile: Tile) {
     let Tile { first, mut out, log_sums } = tile;
     let Some(PackedHead { keys, values }) = packed else {
         if let Some(mut sums) = log_sums {
@@ -219,8 +177,8 @@ fn attend_queries(head: Sequence, packed: Option<&PackedHead>, tile: Tile) {
     };
     let (m, width_out) = out.dim();
     let k = head.meta;
-    let queries = Rows { data: &head.queries.data[first * head.queries.stride..], ..head.queries };
-    let first = head.before + first;
+    let queries = head.queries.skip_rows(first);
+    let first = head.before() + first;
     let mut sums = vec![0.0; m * width_out];
     let mut softmax = vec![RunningSoftmax { largest: f32::NEG_INFINITY, sum: 0.0 }; m];
     let mut scores = vec![0.0; m * KEYS];
@@ -355,10 +313,10 @@ fn exp_sum<S: Simd>(s: S, x: &mut [f32], scale: f32, largest: f32) -> f32 {
 
 /// The weights of query `i` of one head: first those of the k meta tokens, then those of all frames, hidden ones 0. The
 /// oracle of the fast path.
-pub(crate) fn weights(head: Sequence, i: usize) -> Vec<f32> {
+pub(crate) fn weights(head: Head, i: usize) -> Vec<f32> {
     let query = head.queries.row(i, head.key_width);
-    let seen = head.seen(head.before + i);
-    let mut weights = vec![0.0; head.meta + head.frames];
+    let seen = head.seen(head.before() + i);
+    let mut weights = vec![0.0; head.columns()];
     let mut largest = f32::NEG_INFINITY;
     for column in seen.clone() {
         let score: f32 = query.iter().zip(head.key(column)).map(|(q, k)| q * k).sum();
@@ -377,11 +335,11 @@ pub(crate) fn weights(head: Sequence, i: usize) -> Vec<f32> {
 }
 
 /// The queries from `first` on by the definition, touching nothing a frame does not see.
-fn attend_plainly(head: Sequence, first: usize, mut out: ArrayViewMut2<f32>) {
+fn attend_plainly(head: Head, first: usize, mut out: ArrayViewMut2<f32>) {
     for (i, mut out) in out.rows_mut().into_iter().enumerate() {
         let weights = weights(head, first + i);
         out.fill(0.0);
-        for column in head.seen(head.before + first + i) {
+        for column in head.seen(head.before() + first + i) {
             out.iter_mut().zip(head.value(column)).for_each(|(out, value)| *out += weights[column] * value);
         }
     }

@@ -2,7 +2,7 @@
 
 use super::clock::{Part, Work, timed};
 use super::math::{self, Silu};
-use super::matmul::Rows;
+use super::rows::Rows;
 use super::simd::{Kernel, LANES, Simd, dispatch};
 
 /// Taps of the convolution.

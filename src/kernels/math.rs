@@ -27,15 +27,12 @@ pub(crate) fn map_backward<F: Differentiable>(x: &[f32], dy: &mut [f32]) {
 }
 
 /// f(x) ⊙ y, in place of x.
-#[cfg(feature = "lm")]
 pub(crate) fn map_mul<F: Unary>(x: &mut [f32], y: &[f32]) {
     timed(Part::Elementwise, Work::numbers(3 * x.len()), || dispatch(MapMul::<F>(x, y, std::marker::PhantomData)));
 }
 
-#[cfg(feature = "lm")]
 struct MapMul<'a, F>(&'a mut [f32], &'a [f32], std::marker::PhantomData<F>);
 
-#[cfg(feature = "lm")]
 impl<F: Unary> Kernel for MapMul<'_, F> {
     type Output = ();
 
@@ -204,7 +201,6 @@ fn erf<S: Simd>(s: S, x: S::V) -> S::V {
 }
 
 /// max(x, 0)²
-#[cfg(feature = "lm")]
 #[inline(always)]
 fn squared_relu<S: Simd>(s: S, x: S::V) -> S::V {
     let positive = s.max(s.splat(0.0), x);
@@ -231,9 +227,16 @@ unary! {
     Gelu = gelu: "x/2 · (1 + erf(x/√2))";
 }
 
-#[cfg(feature = "lm")]
 unary! {
     SquaredRelu = squared_relu: "max(x, 0)²";
+}
+
+impl Differentiable for SquaredRelu {
+    #[inline(always)]
+    fn derivative<S: Simd>(s: S, x: S::V) -> S::V {
+        let positive = s.max(s.splat(0.0), x);
+        s.add(positive, positive)
+    }
 }
 
 impl Differentiable for Silu {
@@ -304,7 +307,6 @@ mod tests {
         check::<Softplus>(|x| x.max(0.0) + (-x.abs()).exp().ln_1p(), 2.0, 0.0, 4e-7);
         check::<Gelu>(|x| 0.5 * x * (1.0 + erf_f64(x / 2f64.sqrt())), 6.0, 8e-7, 4e-7);
         check::<Gelu>(|x| 0.5 * x * (1.0 + erf_f64(x / 2f64.sqrt())), 0.5, 0.0, 4e-7);
-        #[cfg(feature = "lm")]
         check::<SquaredRelu>(|x| x.max(0.0).powi(2), 9.0, 0.0, 2e-7);
     }
 
@@ -325,11 +327,11 @@ mod tests {
         }
         let sigmoid = |x: f64| 1.0 / (1.0 + (-x).exp());
         check::<Silu>(|x| sigmoid(x) * (1.0 + x * (1.0 - sigmoid(x))));
+        check::<SquaredRelu>(|x| 2.0 * x.max(0.0));
         let density = |x: f64| (-0.5 * x * x).exp() / (2.0 * std::f64::consts::PI).sqrt();
         check::<Gelu>(|x| 0.5 * (1.0 + erf_f64(x / 2f64.sqrt())) + x * density(x));
     }
 
-    #[cfg(feature = "lm")]
     #[test]
     fn products_with_a_function_equal_the_two_steps() {
         for level in Level::ALL.into_iter().filter(|level| level.is_available()) {

@@ -4,8 +4,7 @@ use ndarray::{ArrayView3, ArrayViewMut1, ArrayViewMut2, ArrayViewMut3, Axis};
 
 use super::clock::{Part, Work, timed};
 use super::math;
-use super::matmul::Rows;
-use super::parallel;
+use super::rows::{Rows, RowsMut};
 use super::simd::{Kernel, LANES, Simd, dispatch};
 
 /// Channels that pass through time together: their states stay in the first cache, and two vectors of them hide each
@@ -30,7 +29,7 @@ pub(crate) struct ScanInput<'a> {
     /// D `[d]`, the skip, if there is one.
     pub skip: Option<&'a [f32]>,
     /// One time step a frame `[l]` to be used with B in place of Δ.
-    pub input_step: Option<&'a [f32]>,
+    pub mean_delta: Option<&'a [f32]>,
 }
 
 /// Frames of a chunk: the states at the start of each are kept for the backward pass, those inside computed again. Keeping all
@@ -43,46 +42,10 @@ pub(crate) type Checkpoints<'a> = Option<ArrayViewMut3<'a, f32>>;
 
 /// For t = 0 … l−1, with the state S `[n, d]` (transposed against the paper, so that channels lie side by side):
 ///
-/// S = exp(Δ_t A) ⊙ S + B_t (Δ_t ⊙ v_t)ᵀ,  out_t = (S·C_t + D ⊙ v_t) ⊙ silu(z_t).
+/// S = exp(Δ_t A) ⊙ S + B_t (Δ_t ⊙ v_t)ᵀ,  out_t = (S·C_t + D ⊙ v_t) ⊙ silu(z_t),
+///
+/// for the channels from `first` on, as many as `out` and `state` have columns.
 pub(crate) fn selective_scan(
-    input: ScanInput,
-    state: ArrayViewMut2<f32>,
-    out: ArrayViewMut2<f32>,
-    checkpoints: Checkpoints,
-) {
-    scan_channels(input, 0, state, out, checkpoints);
-}
-
-/// The channels from `first` on, as many as `out` has columns, on several threads if that pays.
-fn scan_channels(
-    input: ScanInput,
-    first: usize,
-    state: ArrayViewMut2<f32>,
-    out: ArrayViewMut2<f32>,
-    checkpoints: Checkpoints,
-) {
-    /// Multiplications that take as long as one exp and what surrounds it.
-    const STATE_WORK: usize = 50;
-    let half = (out.ncols() / 2).next_multiple_of(CHANNELS);
-    let work = half * out.nrows() * state.nrows() * STATE_WORK;
-    if half < out.ncols() && work >= parallel::MIN_WORK {
-        let (left, right) = out.split_at(Axis(1), half);
-        let (left_state, right_state) = state.split_at(Axis(1), half);
-        let (left_kept, right_kept) = match checkpoints.map(|kept| kept.split_at(Axis(2), half)) {
-            Some((left, right)) => (Some(left), Some(right)),
-            None => (None, None),
-        };
-        parallel::join(
-            || scan_channels(input, first, left_state, left, left_kept),
-            || scan_channels(input, first + half, right_state, right, right_kept),
-        );
-    } else {
-        selective_scan_part(input, first, state, out, checkpoints);
-    }
-}
-
-/// The channels from `first` on, as many as `out` and `state` have columns, on this thread.
-pub(crate) fn selective_scan_part(
     input: ScanInput,
     first: usize,
     state: ArrayViewMut2<f32>,
@@ -108,7 +71,7 @@ impl Kernel for Scan<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(mut self, s: S) {
-        let ScanInput { delta, v, b, c, z, a, skip, input_step } = self.input;
+        let ScanInput { delta, v, b, c, z, a, skip, mean_delta } = self.input;
         let (n, columns) = self.state.dim();
         let d = a.len() / n;
         let zero = [s.splat(0.0); 2];
@@ -138,7 +101,7 @@ impl Kernel for Scan<'_> {
                 let delta = load_pair(s, &delta.data[t * delta.stride..][here.clone()]);
                 let v = load_pair(s, &v.data[t * v.stride..][here.clone()]);
                 let z = load_pair(s, &z.data[t * z.stride..][here.clone()]);
-                let step = match input_step {
+                let step = match mean_delta {
                     Some(step) => [s.splat(step[t]); 2],
                     None => delta,
                 };
@@ -182,13 +145,7 @@ pub(crate) struct ScanGradient<'a> {
     /// The gradient `[n, d]` of the state after the last frame; becomes that of the state before the first.
     pub state: &'a mut [f32],
     /// The gradient `[l]` of the one time step a frame, if B goes with it.
-    pub input_step: Option<&'a mut [f32]>,
-}
-
-/// Rows of numbers to write, `stride` apart.
-pub(crate) struct RowsMut<'a> {
-    pub data: &'a mut [f32],
-    pub stride: usize,
+    pub mean_delta: Option<&'a mut [f32]>,
 }
 
 /// The gradient of [`selective_scan`] for dout `[l, d]`, as the reverse recurrence. With dy = dout ⊙ silu(z), step Δ or the one
@@ -225,7 +182,7 @@ impl Kernel for ScanBackward<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let ScanInput { delta, v, b, c, z, a, skip, input_step } = self.input;
+        let ScanInput { delta, v, b, c, z, a, skip, mean_delta } = self.input;
         let mut gradient = self.gradient;
         let (_, n, d) = self.checkpoints.dim();
         let l = self.dout.len() / d;
@@ -261,7 +218,7 @@ impl Kernel for ScanBackward<'_> {
                 for t in frames.clone() {
                     let delta = load_pair(s, &delta.data[t * delta.stride..][here.clone()]);
                     let v = load_pair(s, &v.data[t * v.stride..][here.clone()]);
-                    let step = match input_step {
+                    let step = match mean_delta {
                         Some(step) => [s.splat(step[t]); 2],
                         None => delta,
                     };
@@ -290,7 +247,7 @@ impl Kernel for ScanBackward<'_> {
                     let z = load_pair(s, &z.data[t * z.stride..][here.clone()]);
                     let dout = load_pair(s, &self.dout[row(t)]);
                     let dy = [s.mul(dout[0], math::silu(s, z[0])), s.mul(dout[1], math::silu(s, z[1]))];
-                    let step = match input_step {
+                    let step = match mean_delta {
                         Some(step) => [s.splat(step[t]); 2],
                         None => delta,
                     };
@@ -325,7 +282,7 @@ impl Kernel for ScanBackward<'_> {
                     let mut dz = zero;
                     for half in 0..2 {
                         let dstep = s.mul(v[half], written[half]);
-                        match input_step {
+                        match mean_delta {
                             Some(_) => dsteps[t - first] = s.add(dsteps[t - first], dstep),
                             None => ddelta[half] = s.add(ddelta[half], dstep),
                         }
@@ -356,7 +313,7 @@ impl Kernel for ScanBackward<'_> {
                     row[i] = s.sum(db[(t - first) * n + i]);
                     row[n + i] = s.sum(dc[(t - first) * n + i]);
                 }
-                if let Some(step) = &mut gradient.input_step {
+                if let Some(step) = &mut gradient.mean_delta {
                     step[t] = s.sum(dsteps[t - first]);
                 }
             }

@@ -8,7 +8,9 @@
 //! The environment variable `HYMBA_SIMD=scalar|avx2|avx512` forces a path (if the CPU has it), so that tests can prove
 //! each one was taken. `avx512` and less leaves out AMX.
 
-use std::sync::OnceLock;
+pub(crate) use isa::Level;
+
+mod isa;
 
 /// Numbers in one vector, on every instruction set.
 pub(crate) const LANES: usize = 16;
@@ -45,36 +47,26 @@ pub(crate) trait Simd: Copy {
     /// 2^n for whole n in −126 … 127.
     fn exp2_whole(self, n: Self::V) -> Self::V;
     /// Sixteen numbers stored as IEEE half precision.
-    #[cfg_attr(not(feature = "lm"), allow(dead_code))]
     fn load_f16(self, x: &[u16; LANES]) -> Self::V;
-    #[cfg_attr(not(feature = "lm"), allow(dead_code))]
     fn load_whole(self, x: &[u32; LANES]) -> Self::I;
-    #[cfg_attr(not(feature = "lm"), allow(dead_code))]
     fn splat_whole(self, x: u32) -> Self::I;
     /// Of sixteen pairs of numbers stored as bfloat16, those in the low bits.
-    #[cfg_attr(not(feature = "lm"), allow(dead_code))]
     fn low_bf16(self, x: Self::I) -> Self::V;
     /// Of sixteen pairs of numbers stored as bfloat16, those in the high bits.
-    #[cfg_attr(not(feature = "lm"), allow(dead_code))]
     fn high_bf16(self, x: Self::I) -> Self::V;
     /// In each lane, the products of two pairs of numbers stored as bfloat16, and `c`, summed. An instruction for it takes subnormal
     /// numbers for zero.
-    #[cfg_attr(not(feature = "lm"), allow(dead_code))]
     #[inline(always)]
     fn dot_bf16(self, a: Self::I, b: Self::I, c: Self::V) -> Self::V {
         dot_bf16(self, a, b, c)
     }
     /// In each lane, the sum of the products of four bytes of `a`, from 0 to 255, and four of `b`, from −128 to 127, and `c`.
-    #[cfg_attr(not(feature = "lm"), allow(dead_code))]
     fn dot(self, a: Self::I, b: Self::I, c: Self::I) -> Self::I;
     /// The low four bits of each byte.
-    #[cfg_attr(not(feature = "lm"), allow(dead_code))]
     fn low_nibbles(self, x: Self::I) -> Self::I;
     /// The high four bits of each byte, moved down.
-    #[cfg_attr(not(feature = "lm"), allow(dead_code))]
     fn high_nibbles(self, x: Self::I) -> Self::I;
     /// Signed numbers of 32 bits, to the nearest.
-    #[cfg_attr(not(feature = "lm"), allow(dead_code))]
     fn to_float(self, x: Self::I) -> Self::V;
     /// Has the cache line at this address fetched soon. Any address will do.
     #[inline(always)]
@@ -94,7 +86,6 @@ pub(crate) trait Simd: Copy {
     }
 
     /// Sixteen numbers of which only the upper halves are kept: bf16.
-    #[cfg_attr(not(feature = "lm"), allow(dead_code))]
     fn load_bf16(self, x: &[u16; LANES]) -> Self::V;
 
     /// The largest lane, if none is NaN.
@@ -139,77 +130,6 @@ fn dot_bf16<S: Simd>(s: S, a: S::I, b: S::I, c: S::V) -> S::V {
     s.mul_add(s.low_bf16(a), s.low_bf16(b), c)
 }
 
-/// The instruction sets there are code paths for, worst first.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) enum Level {
-    Scalar,
-    Avx2,
-    Avx512,
-    /// As `Avx512`, with an instruction for [`Simd::dot`], which only [`dispatch_whole_at`] makes use of.
-    Avx512Vnni,
-    /// With one for [`Simd::dot_bf16`] besides, which only [`dispatch_bf16_at`] makes use of.
-    Avx512Bf16,
-    /// With tiles ([`amx`]), which only [`bfloat16`](super::bfloat16) makes use of.
-    Amx,
-}
-
-impl Level {
-    pub(crate) const ALL: [Level; 6] =
-        [Level::Scalar, Level::Avx2, Level::Avx512, Level::Avx512Vnni, Level::Avx512Bf16, Level::Amx];
-
-    pub(crate) fn name(self) -> &'static str {
-        match self {
-            Level::Scalar => "scalar",
-            Level::Avx2 => "avx2",
-            Level::Avx512 | Level::Avx512Vnni | Level::Avx512Bf16 => "avx512",
-            Level::Amx => "amx",
-        }
-    }
-
-    pub(crate) fn is_available(self) -> bool {
-        match self {
-            Level::Scalar => true,
-            #[cfg(target_arch = "x86_64")]
-            Level::Avx2 => {
-                is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c")
-            }
-            #[cfg(target_arch = "x86_64")]
-            Level::Avx512 => {
-                is_x86_feature_detected!("avx512f")
-                    && is_x86_feature_detected!("avx512bw")
-                    && Level::Avx2.is_available()
-            }
-            #[cfg(target_arch = "x86_64")]
-            Level::Avx512Vnni => is_x86_feature_detected!("avx512vnni") && Level::Avx512.is_available(),
-            #[cfg(target_arch = "x86_64")]
-            Level::Avx512Bf16 => is_x86_feature_detected!("avx512bf16") && Level::Avx512Vnni.is_available(),
-            #[cfg(all(target_arch = "x86_64", target_pointer_width = "64", target_os = "linux", feature = "lm"))]
-            Level::Amx => Level::Avx512Bf16.is_available() && amx::is_permitted(),
-            #[allow(unreachable_patterns)]
-            _ => false,
-        }
-    }
-
-    /// The level in use: the one `HYMBA_SIMD` names, if the CPU has it, or else the best there is. Tiles are not asked for.
-    pub(crate) fn current() -> Level {
-        static CURRENT: OnceLock<Level> = OnceLock::new();
-        *CURRENT.get_or_init(|| Level::best(Level::Avx512Bf16))
-    }
-
-    /// As [`current`](Self::current), or tiles: the first call asks the system for them.
-    #[cfg(feature = "lm")]
-    pub(crate) fn with_tiles() -> Level {
-        static WITH_TILES: OnceLock<Level> = OnceLock::new();
-        *WITH_TILES.get_or_init(|| Level::best(Level::Amx))
-    }
-
-    fn best(most: Level) -> Level {
-        let forced = std::env::var("HYMBA_SIMD").unwrap_or_default();
-        let usable = || Level::ALL.into_iter().rev().filter(|level| *level <= most && level.is_available());
-        usable().find(|level| level.name() == forced).or_else(|| usable().next()).unwrap_or(Level::Scalar)
-    }
-}
-
 /// Runs a kernel on the best instruction set of this CPU.
 pub(crate) fn dispatch<K: Kernel>(kernel: K) -> K::Output {
     dispatch_at(Level::current(), kernel)
@@ -230,7 +150,6 @@ pub(crate) fn dispatch_at<K: Kernel>(level: Level, kernel: K) -> K::Output {
 }
 
 /// As [`dispatch_at`], for a kernel with products of whole numbers: it is compiled once more, for [`Level::Avx512Vnni`].
-#[cfg_attr(not(feature = "lm"), allow(dead_code))]
 #[inline]
 pub(crate) fn dispatch_whole_at<K: Kernel>(level: Level, kernel: K) -> K::Output {
     #[cfg(target_arch = "x86_64")]
@@ -242,7 +161,6 @@ pub(crate) fn dispatch_whole_at<K: Kernel>(level: Level, kernel: K) -> K::Output
 }
 
 /// As [`dispatch_at`], for a kernel with products of pairs of bf16: it is compiled once more, for [`Level::Avx512Bf16`].
-#[cfg_attr(not(feature = "lm"), allow(dead_code))]
 #[inline]
 pub(crate) fn dispatch_bf16_at<K: Kernel>(level: Level, kernel: K) -> K::Output {
     #[cfg(target_arch = "x86_64")]
@@ -389,7 +307,5 @@ const NIBBLES: u32 = 0x0f0f_0f0f;
 /// Adding it to a small whole number n leaves n + 127, an exponent field, in the low bits.
 const EXPONENT_MAGIC: f32 = (3u32 << 22) as f32 + 127.0;
 
-#[cfg(all(target_arch = "x86_64", target_pointer_width = "64", target_os = "linux", feature = "lm"))]
-pub(crate) mod amx;
 #[cfg(target_arch = "x86_64")]
 mod x86;

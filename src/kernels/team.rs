@@ -1,13 +1,16 @@
 //! Threads that stay awake during one call.
 //!
 //! One token passes through some 250 products, each of which keeps two cores busy for a few hundred microseconds. Waking a
-//! thread for every one of them, as [`parallel`](super::parallel) does, takes a good part of that time. So a [`Team`] is
+//! thread for every one of them takes a good part of that time. So a [`Team`] is
 //! called together once a token: its helpers wait for work without sleeping, and taking a share of a product costs them
 //! well below a microsecond.
 //!
 //! Nobody waits for a helper to show up: the caller works on the items itself, and only waits for those who took one. In a
 //! pool that is busy with other things it therefore does everything alone. A thread belongs to one team at most, which
 //! rules out that two teams wait for each other.
+//!
+//! How work is cut depends on its size and the number of threads, the results on neither. Without the feature `rayon`, and in a child
+//! of `fork`, which has none of the pool's threads, everything runs on the calling thread.
 
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
@@ -23,6 +26,46 @@ pub(crate) use pool::with_team;
 #[cfg(not(feature = "rayon"))]
 pub(crate) fn with_team<R>(_work: usize, f: impl FnOnce(&Team) -> R) -> R {
     f(&Team::alone())
+}
+
+/// About 40 µs of products on one thread, several times what calling a team together costs.
+pub(crate) const MIN_WORK: usize = 4 << 20;
+
+/// The product of these factors: an estimate of work, in multiplications or what takes as long.
+pub(crate) fn work<const N: usize>(factors: [usize; N]) -> usize {
+    factors.into_iter().fold(1, usize::saturating_mul)
+}
+
+/// Whether this process has the threads of the current pool.
+#[cfg(feature = "rayon")]
+pub(crate) fn has_threads() -> bool {
+    // a thread of a pool is where its pool is
+    rayon::current_thread_index().is_some() || owns_global_pool()
+}
+
+/// Whether the threads of the global pool are, or would be, those of this process: after `fork` a child has the pool's
+/// memory, and would wait for threads that only its parent has.
+#[cfg(all(feature = "rayon", unix))]
+fn owns_global_pool() -> bool {
+    use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
+    /// The process that used the pool first; 0 is none.
+    static OWNER: AtomicU32 = AtomicU32::new(0);
+    let here = std::process::id();
+    OWNER.compare_exchange(0, here, Relaxed, Relaxed).map_or_else(|owner| owner == here, |_| true)
+}
+
+#[cfg(all(feature = "rayon", not(unix)))]
+fn owns_global_pool() -> bool {
+    true
+}
+
+/// Threads that work at the same time, at most.
+pub(crate) fn threads() -> usize {
+    #[cfg(feature = "rayon")]
+    if has_threads() {
+        return rayon::current_num_threads();
+    }
+    1
 }
 
 /// The thread that called [`with_team`] and its helpers.
@@ -57,7 +100,12 @@ impl Team {
         }
     }
 
-    /// Only the thread at hand.
+    /// Members, the caller among them.
+    pub(crate) fn threads(&self) -> usize {
+        self.threads
+    }
+
+    /// Only the calling thread.
     pub(crate) fn alone() -> Team {
         Team::of(1)
     }
@@ -94,6 +142,13 @@ impl Team {
         if let Some(payload) = job.panic.into_inner().unwrap_or_else(PoisonError::into_inner) {
             resume_unwind(payload);
         }
+    }
+
+    /// The results of `f` for every item, in order.
+    pub(crate) fn map<T: Send, R: Send>(&self, items: Vec<T>, f: impl Fn(T) -> R + Sync) -> Vec<R> {
+        let mut results: Vec<Option<R>> = items.iter().map(|_| None).collect();
+        self.for_each(items.into_iter().zip(&mut results), |(item, result)| *result = Some(f(item)));
+        results.into_iter().flatten().collect()
     }
 
     /// Works on the job there is, if any.
@@ -169,8 +224,7 @@ mod pool {
     use std::sync::atomic::{AtomicBool, Ordering};
     use std::thread;
 
-    use super::super::parallel::MIN_WORK;
-    use super::{Team, Wait};
+    use super::{MIN_WORK, Team, Wait, has_threads};
 
     thread_local! {
         static IN_A_TEAM: Cell<bool> = const { Cell::new(false) };
@@ -191,10 +245,10 @@ mod pool {
         }
     }
 
-    /// Runs `f` with a team of the threads of the rayon pool at hand, no more of them than there are cores; alone, if the
+    /// Runs `f` with a team of the threads of the current rayon pool, no more of them than there are cores; alone, if the
     /// work (in multiplications or what takes as long) is small.
     pub(crate) fn with_team<R: Send>(work: usize, f: impl FnOnce(&Team) -> R + Send) -> R {
-        if work < MIN_WORK {
+        if work < MIN_WORK || !has_threads() {
             return f(&Team::alone());
         }
         // The outer scope enters the pool. The thread is a member until the inner one is over, where it might otherwise
@@ -252,6 +306,14 @@ mod pool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn work_is_never_less_for_more() {
+        assert_eq!(work([3, 5, 7]), 105);
+        assert_eq!(work([usize::MAX / 2, 3]), usize::MAX);
+        assert_eq!(work([usize::MAX, usize::MAX, 0]), 0);
+    }
+
     use std::sync::Barrier;
 
     /// Enough for a team.

@@ -1,323 +1,576 @@
 //! The attention branch: causal multi-head attention with learned meta tokens in front.
 
-use ndarray::{Array2, Array3, Array4, ArrayView2, Axis, s};
+use ndarray::{Array2, Array3, Array4, ArrayView2, ArrayViewMut2, Axis, s};
 use rand_distr::{Distribution, Normal};
 
-use super::{Buffer, Linear, Rng, Visitor, VisitorMut, debug_shapes, flat, join};
-use crate::HymbaOptions;
-use crate::block::Prefix;
+use super::batch::{Batch, Spans, for_rows};
+use super::kv_cache::{KvCache, KvShape, KvStorage, Past};
+use super::rope::apply_rope;
+use super::state::{LayerState, StateGradient};
+use super::{Buffer, Linear, Rng, flat, flat_mut};
 use crate::kernels::attention::{
-    Attended, AttentionGradient, Run, Sequence, attend, attend_backward, attend_step, weights,
+    AttentionGradient, AttentionOutput, Head, PackedHead, attend_backward, attend_tile, tiles, weights,
 };
-use crate::kernels::matmul::Rows;
-use crate::kernels::parallel;
+use crate::kernels::norm::rms_norm_in_place;
+use crate::kernels::rows::Rows;
+use crate::kernels::team::Team;
+use crate::parameters::{Parameter, ParameterMut, Visitor, VisitorMut, debug_shapes, join};
 
 /// The branch that recalls: every frame looks at the meta tokens and at the last `window_size` frames.
 ///
 /// Queries, keys, values and output are linear maps with bias; scores are scaled by 1/√p for heads of width `p = h/a`.
 /// There is no position encoding, as the Mamba branch carries order. Frame `i` sees frame `j ≤ i` if `i − j < w`, and
 /// always all meta tokens, whose keys and values come from the tokens as they travel through the blocks (in the Edifice
-/// preset: from two parameters of the block).
+/// variant: from two parameters of the block).
+///
+/// In the language model the four maps are one with those of the Mamba branch and so belong to the block; several heads of queries
+/// share one of keys and values, values are wider than keys, queries and keys may have norms and a rotary embedding, and some layers
+/// use the keys and values of another.
 #[derive(Clone)]
 pub struct MetaTokenAttention {
-    heads: usize,
-    q_proj: Linear,
-    k_proj: Linear,
-    v_proj: Linear,
-    out_proj: Linear,
-    /// Keys and values `[k, h]` of the Edifice preset.
-    own_meta: Option<(Array2<f32>, Array2<f32>)>,
+    config: AttentionConfig,
+    projections: Option<Projections>,
+    /// Norms of queries and keys `[heads, p]`, or `[1, p]` for all heads.
+    norms: Option<[Array2<f32>; 2]>,
+    /// Keys and values `[k, h]` of the meta tokens, where they are parameters of the layer.
+    own_meta: Option<[Array2<f32>; 2]>,
+}
+
+/// The sizes of a branch.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct AttentionConfig {
+    /// Heads of queries: a multiple of those of keys.
+    pub query_heads: usize,
+    pub kv: KvShape,
+}
+
+#[derive(Clone)]
+struct Projections {
+    q: Linear,
+    k: Linear,
+    v: Linear,
+    out: Linear,
+}
+
+/// Where in a model a branch stands.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Depth {
+    pub layer: usize,
+    /// The layer whose keys and values it uses, maybe itself.
+    pub kv_layer: usize,
+    /// Whether a later layer uses them, too.
+    pub kv_is_used_later: bool,
+}
+
+impl Depth {
+    /// A layer that shares nothing.
+    pub(crate) fn of(layer: usize) -> Self {
+        Depth { layer, kv_layer: layer, kv_is_used_later: false }
+    }
+}
+
+/// Keys and values of a pass that later layers use.
+pub(crate) struct SharedKv {
+    /// `[rows, heads · p]` and `[rows, heads · value_width]`
+    keys: Buffer,
+    values: Buffer,
+    /// Per sequence and head of keys, in the order in which products read them; `None` for those that read the cache.
+    packed: Vec<Vec<Option<PackedHead>>>,
 }
 
 /// What [`MetaTokenAttention::backward`] reads.
 pub(crate) struct AttentionCache {
-    batch: usize,
-    /// Queries, keys and values `[b·l, h]`.
+    /// Queries, keys and values `[rows, h]`.
     q: Buffer,
     k: Buffer,
     v: Buffer,
-    /// What goes into the last projection, `[b·l, h]`.
+    /// What goes into the last projection, `[rows, h]`.
     mixed: Buffer,
-    /// ln Σ exp(score), `[b·l, a]`.
+    /// ln Σ exp(score), `[rows, a]`.
     log_sums: Array2<f32>,
 }
 
-impl AttentionCache {
-    /// Keys and values `[b·l, h]`.
-    pub(crate) fn keys_and_values(&self) -> (&Array2<f32>, &Array2<f32>) {
-        (&self.k, &self.v)
-    }
+/// The norms of queries and keys: whether there are any, and whether each head has its own weights.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum HeadNorms {
+    None,
+    Shared,
+    PerHead,
 }
 
-/// The keys and values of the frames that each sequence of a batch can still see.
-#[derive(Clone)]
-pub(crate) struct AttentionState {
-    sequences: Vec<(Ring, Ring)>,
-}
-
-impl AttentionState {
-    /// Nothing seen yet. With a `window` of `None` the state grows with every frame.
-    pub(crate) fn new(batch: usize, h: usize, window: Option<usize>) -> Self {
-        let ring = || Ring::new(h, window);
-        AttentionState { sequences: (0..batch).map(|_| (ring(), ring())).collect() }
-    }
-
-    /// Numbers that a new state of one sequence takes room for.
-    pub(crate) fn num_reserved(h: usize, window: Option<usize>) -> usize {
-        2 * Ring::reserved(window) * h
-    }
-
-    pub(crate) fn num_numbers(&self) -> usize {
-        self.sequences.iter().map(|(keys, values)| keys.rows.len() + values.rows.len()).sum()
-    }
-}
-
-/// The last `window` rows pushed, in any order: softmax does not mind.
-#[derive(Clone)]
-struct Ring {
-    h: usize,
-    window: Option<usize>,
-    rows: Vec<f32>,
-    /// Where the oldest row begins, once there are `window` of them.
-    oldest: usize,
-}
-
-impl Ring {
-    /// Rows there is room for from the start.
-    const RESERVED: usize = 64;
-
-    fn new(h: usize, window: Option<usize>) -> Self {
-        let reserved = Self::reserved(window);
-        Ring { h, window, rows: Vec::with_capacity(reserved * h), oldest: 0 }
-    }
-
-    fn reserved(window: Option<usize>) -> usize {
-        window.unwrap_or(Self::RESERVED).min(Self::RESERVED)
-    }
-
-    fn push(&mut self, row: &[f32]) {
-        if self.window.is_some_and(|window| self.rows.len() / self.h >= window) {
-            self.rows[self.oldest..self.oldest + self.h].copy_from_slice(row);
-            self.oldest = (self.oldest + self.h) % self.rows.len();
-        } else {
-            self.rows.extend_from_slice(row);
-        }
-    }
-}
+/// ε of the norms of queries and keys.
+const HEAD_EPSILON: f32 = 1e-6;
 
 debug_shapes!(MetaTokenAttention);
 
 impl MetaTokenAttention {
-    pub(crate) fn zeros(options: &HymbaOptions) -> Self {
-        let h = options.hidden_size;
-        let meta = || Array2::zeros((options.num_meta_tokens, h));
+    /// With maps of its own `[h, h]` and a bias each, and with meta keys and values of its own if it `owns_meta`.
+    pub(crate) fn zeros(config: AttentionConfig, h: usize, owns_meta: bool) -> Self {
+        let linear = || Linear::zeros(h, h, true);
+        let meta = || Array2::zeros((config.kv.meta, h));
         MetaTokenAttention {
-            heads: options.num_heads,
-            q_proj: Linear::zeros(h, h, true),
-            k_proj: Linear::zeros(h, h, true),
-            v_proj: Linear::zeros(h, h, true),
-            out_proj: Linear::zeros(h, h, true),
-            own_meta: options.preset.rules().own_meta_rows.then(|| (meta(), meta())),
+            config,
+            projections: Some(Projections { q: linear(), k: linear(), v: linear(), out: linear() }),
+            norms: None,
+            own_meta: owns_meta.then(|| [meta(), meta()]),
+        }
+    }
+
+    /// For a block that has the maps.
+    #[cfg_attr(not(feature = "lm"), allow(dead_code))]
+    pub(crate) fn without_projections(config: AttentionConfig, norms: HeadNorms) -> Self {
+        let norm = |heads: usize| match norms {
+            HeadNorms::PerHead => Array2::zeros((heads, config.kv.key_width)),
+            _ => Array2::zeros((1, config.kv.key_width)),
+        };
+        let norms = (norms != HeadNorms::None).then(|| [norm(config.query_heads), norm(config.kv.heads)]);
+        MetaTokenAttention { config, projections: None, norms, own_meta: None }
+    }
+
+    /// A gradient of this branch, zero.
+    pub(crate) fn zeros_like(&self) -> Self {
+        let zeros = |arrays: &[Array2<f32>; 2]| arrays.each_ref().map(|array| Array2::zeros(array.dim()));
+        MetaTokenAttention {
+            config: self.config,
+            projections: self.projections.as_ref().map(|Projections { q, k, v, out }| Projections {
+                q: q.zeros_like(),
+                k: k.zeros_like(),
+                v: v.zeros_like(),
+                out: out.zeros_like(),
+            }),
+            norms: self.norms.as_ref().map(zeros),
+            own_meta: self.own_meta.as_ref().map(zeros),
         }
     }
 
     pub(crate) fn init(&mut self, rng: &mut Rng) {
-        for linear in [&mut self.q_proj, &mut self.k_proj, &mut self.v_proj, &mut self.out_proj] {
-            linear.init(rng);
+        self.linears_mut().for_each(|linear| linear.init(rng));
+        self.own_meta.iter_mut().flatten().for_each(|meta| init_meta_tokens(meta, rng));
+    }
+
+    /// Parameters of a branch with maps of its own.
+    pub(crate) fn count(h: usize, own_meta: Option<usize>) -> Option<usize> {
+        let maps = Linear::count(h, h, true)?.checked_mul(4)?;
+        maps.checked_add(own_meta.unwrap_or(0).checked_mul(h)?.checked_mul(2)?)
+    }
+
+    /// The large maps.
+    pub(crate) fn linears_mut(&mut self) -> impl Iterator<Item = &mut Linear> {
+        self.projections.iter_mut().flat_map(|Projections { q, k, v, out }| [q, k, v, out])
+    }
+
+    /// A cache for a sequence that has seen nothing.
+    pub(crate) fn new_cache(&self, storage: KvStorage) -> KvCache {
+        KvCache::new(self.config.kv, storage)
+    }
+
+    /// Puts meta keys and values that are parameters of the layer into a new cache.
+    pub(crate) fn push_own_meta(&self, cache: &mut KvCache) {
+        if let Some([keys, values]) = &self.own_meta {
+            cache.push(all_rows(keys), all_rows(values), keys.nrows());
         }
-        if let Some((keys, values)) = &mut self.own_meta {
-            init_meta_tokens(keys, rng);
-            init_meta_tokens(values, rng);
+    }
+
+    /// u `[rows, h]` → `[rows, h]`, or `only` some rows of it. The states of `depth` move on.
+    pub(crate) fn forward(
+        &self,
+        batch: &mut Batch,
+        depth: Depth,
+        u: ArrayView2<f32>,
+        only: Option<&[usize]>,
+    ) -> Buffer {
+        let Projections { q, k, v, out } = self.projections();
+        let [mut q, mut k, mut v] = [q, k, v].map(|map| map.forward(batch.team, u));
+        self.prepare(batch, depth, &mut q, &mut k, &mut v);
+        let mixed = self.attend(batch, depth, all_rows(&q), all_rows(&k), all_rows(&v), None);
+        match only {
+            Some(rows) => out.forward(batch.team, mixed.rows_at(rows).view()),
+            None => out.forward(batch.team, mixed.view()),
         }
-    }
-
-    /// The meta keys and values `[k, h]` that are parameters of this layer, if they are.
-    pub(crate) fn own_meta(&self) -> Option<&(Array2<f32>, Array2<f32>)> {
-        self.own_meta.as_ref()
-    }
-
-    /// u `[b·l, h]`, with `prefix` in front of every sequence → `[b·l, h]`
-    pub(crate) fn forward(&self, u: ArrayView2<f32>, batch: usize, prefix: &Prefix) -> Buffer {
-        self.out_proj.forward(self.run(u, batch, prefix, None).mixed.view())
-    }
-
-    /// These rows of what [`forward`](Self::forward) returns: the last projection is left out for the others.
-    pub(crate) fn forward_rows(&self, u: ArrayView2<f32>, batch: usize, prefix: &Prefix, rows: &[usize]) -> Buffer {
-        let mixed = self.run(u, batch, prefix, None).mixed;
-        self.out_proj.forward(mixed.rows_at(rows).view())
     }
 
     /// As [`forward`](Self::forward); returns also what [`backward`](Self::backward) reads.
-    pub(crate) fn forward_train(&self, u: ArrayView2<f32>, batch: usize, prefix: &Prefix) -> (Buffer, AttentionCache) {
-        let mut log_sums = Array2::zeros((u.nrows(), self.heads));
-        let cache = self.run(u, batch, prefix, Some(&mut log_sums));
-        (self.out_proj.forward(cache.mixed.view()), AttentionCache { log_sums, ..cache })
+    pub(crate) fn forward_train(
+        &self,
+        batch: &mut Batch,
+        depth: Depth,
+        u: ArrayView2<f32>,
+    ) -> (Buffer, AttentionCache) {
+        let Projections { q, k, v, out } = self.projections();
+        let [q, k, v] = [q, k, v].map(|map| map.forward(batch.team, u));
+        let mut log_sums = Array2::zeros((u.nrows(), self.config.query_heads));
+        let mixed = self.attend(batch, depth, all_rows(&q), all_rows(&k), all_rows(&v), Some(&mut log_sums));
+        (out.forward(batch.team, mixed.view()), AttentionCache { q, k, v, mixed, log_sums })
     }
 
-    /// The gradient of [`forward_train`](Self::forward_train) at u: dy `[b·l, h]` → du `[b·l, h]`. `dend` are the gradients of the
-    /// keys and values of a batch of one, where others attended to them. Adds those of the prefix to `dprefix`.
+    /// The gradient of [`forward_train`](Self::forward_train) at u, for sequences that all began with the state `initial`: dy
+    /// `[rows, h]` → du `[rows, h]`. `dfinal` are the gradients of the keys and values of a single sequence, where others attended
+    /// to them. Adds those of the meta tokens' keys and values in front to `dinitial`.
     #[allow(clippy::too_many_arguments)]
     pub(crate) fn backward(
         &self,
+        team: &Team,
+        spans: &Spans,
         u: ArrayView2<f32>,
         cache: &AttentionCache,
-        prefix: &Prefix,
+        initial: &LayerState,
         dy: ArrayView2<f32>,
-        dend: Option<(&Array2<f32>, &Array2<f32>)>,
+        dfinal: Option<&StateGradient>,
         grad: &mut MetaTokenAttention,
-        dprefix: (&mut Array2<f32>, &mut Array2<f32>),
+        dinitial: &mut StateGradient,
     ) -> Buffer {
-        let (rows, h) = u.dim();
-        let (k, batch) = (prefix.keys.nrows(), cache.batch);
-        let l = rows / batch;
-        let dmixed = self.out_proj.backward(cache.mixed.view(), dy, &mut grad.out_proj);
-        let [mut dq, mut dk, mut dv] = [(); 3].map(|()| Buffer::any((rows, h)));
-        let [mut dmeta_keys, mut dmeta_values] = [(); 2].map(|()| Array3::zeros((batch, k, h)));
-        let sequences: Vec<_> = (0..batch)
-            .zip(dq.axis_chunks_iter_mut(Axis(0), l))
-            .zip(dk.axis_chunks_iter_mut(Axis(0), l))
-            .zip(dv.axis_chunks_iter_mut(Axis(0), l))
-            .zip(dmeta_keys.outer_iter_mut())
-            .zip(dmeta_values.outer_iter_mut())
-            .map(|(((((i, queries), keys), values), meta_keys), meta_values)| {
-                (i, AttentionGradient { queries, keys, values, meta_keys, meta_values })
-            })
-            .collect();
-        let work = 2 * rows * (k + prefix.window.map_or(l, |window| window.min(l))) * h;
-        parallel::for_each_if(work, sequences, |(i, gradient)| {
-            let rows = s![i * l..(i + 1) * l, ..];
-            let sequence = self.sequence(prefix, cache.q.slice(rows), cache.k.slice(rows), cache.v.slice(rows));
-            let attended = Attended {
-                out: Rows { data: &flat(&cache.mixed)[i * l * h..], stride: h },
-                dout: Rows { data: &flat(&dmixed)[i * l * h..], stride: h },
-                log_sums: cache.log_sums.slice(rows),
-            };
-            attend_backward(sequence, attended, gradient);
-        });
-        *dprefix.0 += &dmeta_keys.sum_axis(Axis(0));
-        *dprefix.1 += &dmeta_values.sum_axis(Axis(0));
-        if let Some((dkeys, dvalues)) = dend {
-            *dk += dkeys;
-            *dv += dvalues;
+        let AttentionConfig { query_heads, kv: KvShape { heads, key_width, value_width, .. } } = self.config;
+        let group = query_heads / heads;
+        let (Projections { q, k, v, out }, Some(grads)) = (self.projections(), &mut grad.projections) else {
+            unreachable!("a gradient has the maps of its branch");
+        };
+        let dmixed = out.backward(team, cache.mixed.view(), dy, &mut grads.out);
+        let mut dq = Buffer::uninit(cache.q.dim());
+        let mut dk = Buffer::uninit(cache.k.dim());
+        let mut dv = Buffer::uninit(cache.v.dim());
+        let kv = initial.kv.as_ref().expect("a layer with maps of its own has keys and values of its own");
+        let pasts: Vec<_> = (0..heads).map(|head| kv.past(head)).collect();
+        let past = kv.rows();
+        let mut dpast_keys = Array3::zeros((spans.len(), past, heads * key_width));
+        let mut dpast_values = Array3::zeros((spans.len(), past, heads * value_width));
+
+        let mut items = Vec::new();
+        let parts = spans.split(flat_mut(&mut dq), query_heads * key_width);
+        let parts = parts.zip(spans.split(flat_mut(&mut dk), heads * key_width));
+        let parts = parts.zip(spans.split(flat_mut(&mut dv), heads * value_width));
+        let pasts_of = dpast_keys.outer_iter_mut().zip(dpast_values.outer_iter_mut());
+        for ((span, ((dq, dk), dv)), (dpast_keys, dpast_values)) in spans.iter().zip(parts).zip(pasts_of) {
+            let queries = columns(by_rows(dq, span.len()), group * key_width).into_iter();
+            let mut keys = columns(by_rows(dk, span.len()), key_width).into_iter();
+            let mut values = columns(by_rows(dv, span.len()), value_width).into_iter();
+            let mut past_keys = columns(dpast_keys, key_width).into_iter();
+            let mut past_values = columns(dpast_values, value_width).into_iter();
+            for (head, queries) in queries.enumerate() {
+                let next = |of: &mut std::vec::IntoIter<_>| of.next().expect("as many heads as queries have groups");
+                let (keys, values) = (next(&mut keys), next(&mut values));
+                let (past_keys, past_values) = (next(&mut past_keys), next(&mut past_values));
+                items.push((span, head, AttentionGradient { queries, keys, values, past_keys, past_values }));
+            }
         }
-        let mut du = self.q_proj.backward(u, dq.view(), &mut grad.q_proj);
-        *du += &*self.k_proj.backward(u, dk.view(), &mut grad.k_proj);
-        *du += &*self.v_proj.backward(u, dv.view(), &mut grad.v_proj);
+        team.for_each(items, |(span, head, gradient)| {
+            let of = |rows: &'_ Array2<f32>, column: usize| (rows.ncols(), span.start * rows.ncols() + column);
+            let at = |array, column| {
+                let (stride, start) = of(array, column);
+                Rows { data: &flat(array)[start..], stride }
+            };
+            let input = Head {
+                queries: at(&cache.q, head * group * key_width),
+                keys: at(&cache.k, head * key_width),
+                values: at(&cache.v, head * value_width),
+                ..self.head(&pasts[head], span.len(), kv.window())
+            };
+            let output = AttentionOutput {
+                out: at(&cache.mixed, head * group * value_width),
+                dout: at(&dmixed, head * group * value_width),
+                log_sums: cache.log_sums.slice(s![span.clone(), head * group..(head + 1) * group]),
+            };
+            attend_backward(input, output, gradient);
+        });
+        dinitial.keys += &dpast_keys.sum_axis(Axis(0));
+        dinitial.values += &dpast_values.sum_axis(Axis(0));
+        if let Some(dfinal) = dfinal {
+            *dk += &dfinal.keys;
+            *dv += &dfinal.values;
+        }
+        let mut du = q.backward(team, u, dq.view(), &mut grads.q);
+        *du += &*k.backward(team, u, dk.view(), &mut grads.k);
+        *du += &*v.backward(team, u, dv.view(), &mut grads.v);
         du
     }
 
     /// Adds the gradients of the meta keys and values that are parameters of this layer, if they are.
-    pub(crate) fn add_own_meta(&mut self, dkeys: &Array2<f32>, dvalues: &Array2<f32>) {
-        if let Some((keys, values)) = &mut self.own_meta {
-            *keys += dkeys;
-            *values += dvalues;
+    pub(crate) fn add_own_meta(&mut self, dinitial: &StateGradient) {
+        if let Some([keys, values]) = &mut self.own_meta {
+            *keys += &dinitial.keys;
+            *values += &dinitial.values;
         }
     }
 
-    /// Everything up to the last projection.
-    fn run(
-        &self,
-        u: ArrayView2<f32>,
-        batch: usize,
-        prefix: &Prefix,
-        log_sums: Option<&mut Array2<f32>>,
-    ) -> AttentionCache {
-        let (q, k, v) = (self.q_proj.forward(u), self.k_proj.forward(u), self.v_proj.forward(u));
-        let mut mixed = Buffer::any(q.dim());
-        let l = u.nrows() / batch;
-        let mut log_sums = log_sums.map(|sums| sums.axis_chunks_iter_mut(Axis(0), l));
-        let sequences: Vec<_> = (0..batch)
-            .zip(mixed.axis_chunks_iter_mut(Axis(0), l))
-            .map(|sequence| (sequence, log_sums.as_mut().and_then(|sums| sums.next())))
-            .collect();
-        let work = u.len() * (prefix.keys.nrows() + prefix.window.map_or(l, |window| window.min(l)));
-        parallel::for_each_if(work, sequences, |((i, mixed), log_sums)| {
-            let rows = s![i * l..(i + 1) * l, ..];
-            attend(self.sequence(prefix, q.slice(rows), k.slice(rows), v.slice(rows)), mixed, log_sums);
-        });
-        AttentionCache { batch, q, k, v, mixed, log_sums: Array2::zeros((0, 0)) }
-    }
-
-    /// The next frame of each sequence, u `[b, h]` → `[b, h]`; `state` moves on by one frame.
-    pub(crate) fn step(&self, u: ArrayView2<f32>, prefix: &Prefix, state: &mut AttentionState) -> Buffer {
-        let (q, k, v) = (self.q_proj.forward(u), self.k_proj.forward(u), self.v_proj.forward(u));
-        let mut mixed = Buffer::any(q.dim());
-        for (i, (keys, values)) in state.sequences.iter_mut().enumerate() {
-            keys.push(flat(&k.row(i)));
-            values.push(flat(&v.row(i)));
-            let h = keys.h;
-            let run = |keys, values, rows| Run { keys, values, strides: (h, h), rows };
-            let meta = run(flat(&prefix.keys), flat(&prefix.values), prefix.keys.nrows());
-            let frames = run(&keys.rows, &values.rows, keys.rows.len() / h);
-            let mut mixed = mixed.slice_mut(s![i, ..]);
-            let mixed = mixed.as_slice_mut().expect("a row of a new array");
-            attend_step(flat(&q.row(i)), &[meta, frames], self.heads, 1, mixed);
-        }
-        self.out_proj.forward(mixed.view())
-    }
-
-    /// The attention weights `[b, a, l, k + l]`: what each frame takes from each meta token, then from each frame.
-    pub(crate) fn weights(&self, u: ArrayView2<f32>, batch: usize, prefix: &Prefix) -> Array4<f32> {
-        let (q, k, v) = (self.q_proj.forward(u), self.k_proj.forward(u), self.v_proj.forward(u));
-        let l = u.nrows() / batch;
-        let mut all = Array4::zeros((batch, self.heads, l, prefix.keys.nrows() + l));
-        for (i, mut all) in all.outer_iter_mut().enumerate() {
-            let rows = s![i * l..(i + 1) * l, ..];
-            let sequence = self.sequence(prefix, q.slice(rows), k.slice(rows), v.slice(rows));
+    /// The attention weights of one sequence of a batch in which all have l rows `[a, l, k + l]`: what each frame takes from each
+    /// meta token, then from each frame.
+    pub(crate) fn weights(&self, batch: &Batch, depth: Depth, u: ArrayView2<f32>) -> Array4<f32> {
+        let Projections { q, k, v, .. } = self.projections();
+        let [q, k, v] = [q, k, v].map(|map| map.forward(batch.team, u));
+        let AttentionConfig { query_heads, kv: KvShape { heads, key_width, value_width, .. } } = self.config;
+        let cache = |state: &'_ LayerState| state.kv.as_ref().map_or(0, KvCache::rows);
+        let past = batch.states.first().map_or(0, |state| cache(&state.layers[depth.layer]));
+        let l = batch.spans.iter().next().map_or(0, |span| span.len());
+        let mut all = Array4::zeros((batch.spans.len(), query_heads, l, past + l));
+        for ((span, state), mut all) in batch.spans.iter().zip(&batch.states).zip(all.outer_iter_mut()) {
+            let Some(kv) = &state.layers[depth.layer].kv else { continue };
             for (head, mut all) in all.outer_iter_mut().enumerate() {
+                let key_head = head * heads / query_heads;
+                let past = kv.past(key_head);
+                let input = Head {
+                    queries: all_rows(&q).skip_rows(span.start).skip_columns(head * key_width),
+                    keys: all_rows(&k).skip_rows(span.start).skip_columns(key_head * key_width),
+                    values: all_rows(&v).skip_rows(span.start).skip_columns(key_head * value_width),
+                    ..self.head(&past, l, kv.window())
+                };
                 for (frame, mut all) in all.outer_iter_mut().enumerate() {
-                    all.iter_mut().zip(weights(sequence.head(head), frame)).for_each(|(all, weight)| *all = weight);
+                    all.iter_mut().zip(weights(input, frame)).for_each(|(all, weight)| *all = weight);
                 }
             }
         }
         all
     }
 
-    fn sequence<'a>(
+    /// Norms, rotary embedding and rounding of queries, keys and values that stand in arrays of their own.
+    fn prepare(&self, batch: &Batch, depth: Depth, q: &mut Array2<f32>, k: &mut Array2<f32>, v: &mut Array2<f32>) {
+        let AttentionConfig { query_heads, kv } = self.config;
+        self.prepare_columns(batch, depth, q, [query_heads, 0, 0]);
+        self.prepare_columns(batch, depth, k, [0, kv.heads, 0]);
+        self.prepare_columns(batch, depth, v, [0, 0, kv.heads]);
+    }
+
+    /// Norms and rotary embedding of queries and keys, and rounding of keys and values to what is kept. Rows begin with so many
+    /// `heads` of queries, of keys, and of values.
+    pub(crate) fn prepare_columns(&self, batch: &Batch, depth: Depth, rows: &mut Array2<f32>, heads: [usize; 3]) {
+        let KvShape { key_width, value_width, .. } = self.config.kv;
+        let (queries, keys, values) = (heads[0] * key_width, heads[1] * key_width, heads[2] * value_width);
+        let cache = batch.states.first().and_then(|state| state.layers[depth.layer].kv.as_ref());
+        let rounding = cache.filter(|cache| cache.storage() == KvStorage::Bf16 && keys + values > 0);
+        if self.norms.is_none() && batch.angles.is_empty() && rounding.is_none() {
+            return;
+        }
+        let width = rows.ncols();
+        for_rows(batch.team, flat_mut(rows), width, |first, rows| {
+            for (i, row) in rows.chunks_exact_mut(width).enumerate() {
+                let (rotated, rest) = row.split_at_mut(queries + keys);
+                if let Some(norms) = &self.norms {
+                    let (queries, keys) = rotated.split_at_mut(queries);
+                    for (heads, norm) in [queries, keys].into_iter().zip(norms) {
+                        let weights = norm.rows().into_iter().cycle();
+                        for (head, weight) in heads.chunks_exact_mut(key_width).zip(weights) {
+                            rms_norm_in_place(head, flat(&weight), HEAD_EPSILON);
+                        }
+                    }
+                }
+                if let Some(angles) = batch.angles.get(first + i) {
+                    apply_rope(rotated, angles);
+                }
+                if let Some(cache) = rounding {
+                    cache.round(&mut rotated[queries..]);
+                    cache.round(&mut rest[..values]);
+                }
+            }
+        });
+    }
+
+    /// Attention of queries q `[rows, ·]` over the past of each sequence and the new keys and values, which a layer that uses
+    /// another's does not have → `[rows, a · value_width]`. New keys and values go into the caches.
+    pub(crate) fn attend(
         &self,
-        prefix: &'a Prefix,
-        queries: ArrayView2<'a, f32>,
-        keys: ArrayView2<'a, f32>,
-        values: ArrayView2<'a, f32>,
-    ) -> Sequence<'a> {
-        let (frames, h) = queries.dim();
-        let rows = |array: ArrayView2<'a, f32>| Rows { data: array.to_slice().expect("whole rows"), stride: h };
-        Sequence {
-            queries: rows(queries),
-            keys: rows(keys),
-            values: rows(values),
-            meta_keys: rows(prefix.keys.view()),
-            meta_values: rows(prefix.values.view()),
-            frames,
-            meta: prefix.keys.nrows(),
-            before: 0,
-            key_width: h / self.heads,
-            value_width: h / self.heads,
-            window: prefix.window,
+        batch: &mut Batch,
+        depth: Depth,
+        q: Rows,
+        k: Rows,
+        v: Rows,
+        log_sums: Option<&mut Array2<f32>>,
+    ) -> Buffer {
+        let AttentionConfig { query_heads, kv: KvShape { heads, key_width, value_width, .. } } = self.config;
+        let group = query_heads / heads;
+        let owns = depth.kv_layer == depth.layer;
+        let shared = batch.shared.remove(&depth.kv_layer);
+        // a single row reads the cache, in which it stands itself; not one of the meta tokens, whose gradient is wanted
+        let reads_cache: Vec<bool> = batch
+            .spans
+            .iter()
+            .zip(&batch.states)
+            .map(|(span, state)| {
+                let expects_meta = state.layers[depth.kv_layer].kv.as_ref().is_some_and(KvCache::expects_meta);
+                batch.keeps_kv && span.len() == 1 && !expects_meta
+            })
+            .collect();
+        let push = |batch: &mut Batch, k: Rows, v: Rows, singles: bool| {
+            for (i, (span, state)) in batch.spans.iter().zip(&mut batch.states).enumerate() {
+                if batch.keeps_kv
+                    && reads_cache[i] == singles
+                    && let Some(cache) = &mut state.layers[depth.kv_layer].kv
+                {
+                    cache.push(k.skip_rows(span.start), v.skip_rows(span.start), span.len());
+                }
+            }
+        };
+        if owns {
+            push(batch, k, v, true);
+        }
+
+        let caches: Vec<&KvCache> = batch
+            .states
+            .iter()
+            .map(|state| {
+                state.layers[depth.kv_layer].kv.as_ref().expect("the layer whose keys and values are used has them")
+            })
+            .collect();
+        let mut pasts: Vec<Vec<Past>> = Vec::new();
+        for (cache, reads_cache) in caches.iter().zip(&reads_cache) {
+            let heads = if *reads_cache { 0 } else { heads };
+            pasts.push((0..heads).map(|head| cache.past(head)).collect());
+        }
+        let is_new = shared.is_none();
+        let (shared_rows, mut packed) = match shared {
+            Some(SharedKv { keys, values, packed }) => (Some((keys, values)), packed),
+            None => (None, pasts.iter().map(|heads| heads.iter().map(|_| None).collect()).collect()),
+        };
+        let (k, v) = match &shared_rows {
+            Some((keys, values)) => (all_rows(keys), all_rows(values)),
+            None => (k, v),
+        };
+
+        let mut mixed = Buffer::uninit((batch.spans.rows(), query_heads * value_width));
+        let mut sums = log_sums.map(|sums| batch.spans.split(flat_mut(sums), query_heads));
+        let (mut steps, mut groups) = (Vec::new(), Vec::new());
+        let outs = batch.spans.split(flat_mut(&mut mixed), query_heads * value_width);
+        for (((i, span), out), packed) in batch.spans.iter().enumerate().zip(outs).zip(&mut packed) {
+            let sums = sums.as_mut().and_then(Iterator::next);
+            if reads_cache[i] {
+                let queries = q.row(span.start, query_heads * key_width).chunks_exact(group * key_width);
+                let heads = queries.zip(out.chunks_exact_mut(group * value_width)).enumerate();
+                steps.extend(heads.map(|(head, (query, out))| (caches[i], head, query, out)));
+                continue;
+            }
+            let mut sums = sums.map(|sums| columns(by_rows(sums, span.len()), 1).into_iter());
+            let mut outs = columns(by_rows(out, span.len()), value_width).into_iter();
+            for (head, packed) in packed.iter_mut().enumerate() {
+                let input = Head {
+                    queries: q.skip_rows(span.start).skip_columns(head * group * key_width),
+                    keys: k.skip_rows(span.start).skip_columns(head * key_width),
+                    values: v.skip_rows(span.start).skip_columns(head * value_width),
+                    ..self.head(&pasts[i][head], span.len(), caches[i].window())
+                };
+                let mut parts = Vec::new();
+                for (member, out) in outs.by_ref().take(group).enumerate() {
+                    let input = Head { queries: input.queries.skip_columns(member * key_width), ..input };
+                    let tiles = tiles(out, sums.as_mut().and_then(Iterator::next));
+                    parts.extend(tiles.into_iter().map(|tile| (input, tile)));
+                }
+                groups.push((input, packed, parts));
+            }
+        }
+        batch.team.for_each(steps, |(cache, head, query, out)| cache.attend(head, group, query, out));
+        let pack = |packed: &mut Option<PackedHead>, head: &Head| {
+            if is_new {
+                *packed = PackedHead::new(head);
+            }
+        };
+        if groups.len() >= 4 * batch.team.threads() {
+            // enough for every thread: what one has packed stays in its caches
+            batch.team.for_each(groups, |(head, packed, tiles)| {
+                pack(packed, &head);
+                tiles.into_iter().for_each(|(head, tile)| attend_tile(head, packed.as_ref(), tile));
+            });
+        } else {
+            batch.team.for_each(&mut groups, |(head, packed, _)| pack(packed, head));
+            let tiles = groups.into_iter().flat_map(|(_, packed, tiles)| {
+                let packed = &*packed;
+                tiles.into_iter().map(move |(head, tile)| (head, packed, tile))
+            });
+            batch
+                .team
+                .for_each(tiles.collect::<Vec<_>>(), |(head, packed, tile)| attend_tile(head, packed.as_ref(), tile));
+        }
+
+        drop(pasts);
+        if !depth.kv_is_used_later {
+            push(batch, k, v, false);
+        } else {
+            let rows = batch.spans.rows();
+            let (keys, values) = match shared_rows {
+                Some(shared) => shared,
+                None => (copy_rows(k, rows, heads * key_width), copy_rows(v, rows, heads * value_width)),
+            };
+            batch.shared.insert(depth.kv_layer, SharedKv { keys, values, packed });
+        }
+        mixed
+    }
+
+    /// One head of some rows that come after `past`, without queries, keys and values.
+    fn head<'a>(&self, past: &'a Past, rows: usize, window: Option<usize>) -> Head<'a> {
+        let KvShape { key_width, value_width, .. } = self.config.kv;
+        let nothing = Rows { data: &[], stride: 0 };
+        Head {
+            queries: nothing,
+            keys: nothing,
+            values: nothing,
+            past_keys: Rows { data: &past.keys, stride: key_width },
+            past_values: Rows { data: &past.values, stride: value_width },
+            past: past.rows,
+            meta: past.meta,
+            frames: rows,
+            key_width,
+            value_width,
+            window,
         }
     }
 
+    fn projections(&self) -> &Projections {
+        self.projections.as_ref().expect("a block that has the maps calls `attend`")
+    }
+
     pub(crate) fn visit<'a>(&'a self, name: &str, f: &mut Visitor<'_, 'a>) {
-        self.q_proj.visit(&join(name, "q_proj"), f);
-        self.k_proj.visit(&join(name, "k_proj"), f);
-        self.v_proj.visit(&join(name, "v_proj"), f);
-        self.out_proj.visit(&join(name, "out_proj"), f);
-        if let Some((keys, values)) = &self.own_meta {
-            f(&join(name, "meta_k"), keys.view().into_dyn());
-            f(&join(name, "meta_v"), values.view().into_dyn());
+        if let Some(Projections { q, k, v, out }) = &self.projections {
+            q.visit(&join(name, "q_proj"), f);
+            k.visit(&join(name, "k_proj"), f);
+            v.visit(&join(name, "v_proj"), f);
+            out.visit(&join(name, "out_proj"), f);
+        }
+        for (arrays, names) in
+            [(&self.norms, ["q_norm.weight", "k_norm.weight"]), (&self.own_meta, ["meta_k", "meta_v"])]
+        {
+            for (array, tensor) in arrays.iter().flatten().zip(names) {
+                f(&join(name, tensor), Parameter::Array(array.view().into_dyn()));
+            }
         }
     }
 
     pub(crate) fn visit_mut<'a>(&'a mut self, name: &str, f: &mut VisitorMut<'_, 'a>) {
-        self.q_proj.visit_mut(&join(name, "q_proj"), f);
-        self.k_proj.visit_mut(&join(name, "k_proj"), f);
-        self.v_proj.visit_mut(&join(name, "v_proj"), f);
-        self.out_proj.visit_mut(&join(name, "out_proj"), f);
-        if let Some((keys, values)) = &mut self.own_meta {
-            f(&join(name, "meta_k"), keys.view_mut().into_dyn());
-            f(&join(name, "meta_v"), values.view_mut().into_dyn());
+        if let Some(Projections { q, k, v, out }) = &mut self.projections {
+            q.visit_mut(&join(name, "q_proj"), f);
+            k.visit_mut(&join(name, "k_proj"), f);
+            v.visit_mut(&join(name, "v_proj"), f);
+            out.visit_mut(&join(name, "out_proj"), f);
+        }
+        let (norms, own_meta) = (&mut self.norms, &mut self.own_meta);
+        for (arrays, names) in [(norms, ["q_norm.weight", "k_norm.weight"]), (own_meta, ["meta_k", "meta_v"])] {
+            for (array, tensor) in arrays.iter_mut().flatten().zip(names) {
+                f(&join(name, tensor), ParameterMut::Array(array.view_mut().into_dyn()));
+            }
         }
     }
+}
+
+fn all_rows(array: &Array2<f32>) -> Rows<'_> {
+    Rows { data: flat(array), stride: array.ncols() }
+}
+
+fn by_rows(numbers: &mut [f32], rows: usize) -> ArrayViewMut2<'_, f32> {
+    ArrayViewMut2::from_shape((rows, numbers.len() / rows.max(1)), numbers).expect("whole rows")
+}
+
+/// The columns of an array, so many at a time.
+fn columns(mut rest: ArrayViewMut2<'_, f32>, width: usize) -> Vec<ArrayViewMut2<'_, f32>> {
+    let mut parts = Vec::new();
+    while rest.ncols() > width {
+        let (left, right) = rest.split_at(Axis(1), width);
+        parts.push(left);
+        rest = right;
+    }
+    parts.push(rest);
+    parts
+}
+
+fn copy_rows(from: Rows, rows: usize, width: usize) -> Buffer {
+    let mut copy = Buffer::uninit((rows, width));
+    copy.rows_mut().into_iter().enumerate().for_each(|(i, mut row)| {
+        row.as_slice_mut().expect("a row of an array in standard layout").copy_from_slice(from.row(i, width));
+    });
+    copy
 }
 
 /// Standard deviation of new meta tokens.

@@ -5,7 +5,7 @@
 //! here and handed out to the next that asks for one of about their size.
 
 use std::ops::{Deref, DerefMut};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, TryLockError};
 
 use ndarray::Array2;
 
@@ -23,9 +23,20 @@ struct Pool {
     kept: usize,
 }
 
-fn pool() -> MutexGuard<'static, Pool> {
-    // every change leaves the pool usable, so a panic elsewhere does not matter
-    POOL.lock().unwrap_or_else(PoisonError::into_inner)
+/// The pool, unless another thread keeps it for long: one that is not running, or that was left behind by `fork`, so that
+/// nobody will ever unlock it.
+fn pool() -> Option<MutexGuard<'static, Pool>> {
+    /// Some microseconds; others need a fraction of one.
+    const TRIES: usize = 1000;
+    for _ in 0..TRIES {
+        match POOL.try_lock() {
+            Ok(pool) => return Some(pool),
+            // every change leaves the pool usable, so a panic elsewhere does not matter
+            Err(TryLockError::Poisoned(pool)) => return Some(pool.into_inner()),
+            Err(TryLockError::WouldBlock) => std::hint::spin_loop(),
+        }
+    }
+    None
 }
 
 impl Pool {
@@ -43,11 +54,14 @@ impl Pool {
         Some(array)
     }
 
-    fn put(&mut self, array: Vec<f32>) {
-        if array.capacity() >= SMALLEST && self.kept + array.capacity() <= MOST_KEPT {
-            self.kept += array.capacity();
-            self.arrays.push(array);
+    /// Keeps the array, or gives it back, to be dropped when the pool is unlocked.
+    fn put(&mut self, array: Vec<f32>) -> Option<Vec<f32>> {
+        if array.capacity() < SMALLEST || self.kept + array.capacity() > MOST_KEPT {
+            return Some(array);
         }
+        self.kept += array.capacity();
+        self.arrays.push(array);
+        None
     }
 }
 
@@ -55,30 +69,35 @@ impl Pool {
 pub(crate) struct Buffer(Array2<f32>);
 
 impl Buffer {
-    /// An array whose numbers are whatever was there before: for those who write all of them.
-    pub(crate) fn any(dim: (usize, usize)) -> Self {
+    /// An array with unspecified contents, for callers that overwrite every element.
+    pub(crate) fn uninit(dim: (usize, usize)) -> Self {
         let count = dim.0 * dim.1;
-        let taken = if count >= SMALLEST { pool().take(count) } else { None };
+        let taken = if count >= SMALLEST { pool().and_then(|mut pool| pool.take(count)) } else { None };
         let mut array = taken.unwrap_or_default();
         array.resize(count, 0.0);
         Buffer(Array2::from_shape_vec(dim, array).expect("as many numbers as the shape has"))
     }
 
+    /// An array without numbers, to be replaced.
+    pub(crate) fn empty() -> Self {
+        Buffer(Array2::zeros((0, 0)))
+    }
+
     pub(crate) fn zeros(dim: (usize, usize)) -> Self {
-        let mut buffer = Self::any(dim);
+        let mut buffer = Self::uninit(dim);
         buffer.fill(0.0);
         buffer
     }
 
     pub(crate) fn copy_of(array: &Array2<f32>) -> Self {
-        let mut buffer = Self::any(array.dim());
+        let mut buffer = Self::uninit(array.dim());
         buffer.assign(array);
         buffer
     }
 
     /// A copy of some rows.
     pub(crate) fn rows_at(&self, rows: &[usize]) -> Self {
-        let mut copy = Self::any((rows.len(), self.ncols()));
+        let mut copy = Self::uninit((rows.len(), self.ncols()));
         copy.rows_mut().into_iter().zip(rows).for_each(|(mut copy, &row)| copy.assign(&self.row(row)));
         copy
     }
@@ -99,7 +118,10 @@ impl Drop for Buffer {
     fn drop(&mut self) {
         if self.0.len() >= SMALLEST {
             let (array, _) = std::mem::take(&mut self.0).into_raw_vec_and_offset();
-            pool().put(array);
+            let _not_kept = match pool() {
+                Some(mut pool) => pool.put(array),
+                None => Some(array),
+            };
         }
     }
 }
@@ -137,7 +159,7 @@ mod tests {
 
     #[test]
     fn zeros_are_zero_and_copies_are_copies() {
-        Buffer::any((100, 100)).fill(7.0);
+        Buffer::uninit((100, 100)).fill(7.0);
         assert!(Buffer::zeros((100, 100)).iter().all(|x| *x == 0.0));
         let array = Array2::from_elem((100, 90), 3.0);
         assert_eq!(*Buffer::copy_of(&array), array);

@@ -1,12 +1,15 @@
-//! The short causal convolution in front of the scan, one filter a channel.
+//! The short causal convolution in front of the scan, one filter per channel.
 
-use ndarray::{Array1, Array2, ArrayView1, ArrayView2, ArrayViewMut2, s};
+use ndarray::{Array1, Array2, ArrayView1, ArrayView2, Axis, Slice, s};
 use rand::RngExt;
 
-use super::{Derived, Rng, Visitor, VisitorMut, flat, flat_mut, join};
+use super::batch::{Spans, rows_of};
+use super::{Buffer, Lazy, Rng, flat, flat_mut};
 use crate::kernels::conv::{ConvGradient, TAPS, conv, conv_backward, conv_silu};
 use crate::kernels::math::{self, Silu};
-use crate::kernels::matmul::Rows;
+use crate::kernels::rows::Rows;
+use crate::kernels::team::Team;
+use crate::parameters::{Parameter, ParameterMut, Visitor, VisitorMut, join};
 
 /// Rows the convolution looks back.
 pub(crate) const HISTORY: usize = TAPS - 1;
@@ -16,111 +19,174 @@ pub(crate) const HISTORY: usize = TAPS - 1;
 pub(crate) struct CausalConv {
     weight: Array2<f32>,
     bias: Array1<f32>,
+    /// Taps in files, at most [`TAPS`]; the first ones are zero.
+    taps: usize,
+    /// Whether files have a bias; otherwise it is zero.
+    has_bias: bool,
     /// weightᵀ `[4, d]`, so that channels lie side by side.
-    taps: Derived<Array2<f32>>,
+    across: Lazy<Array2<f32>>,
 }
 
 impl CausalConv {
-    pub(crate) fn zeros(d: usize) -> Self {
-        CausalConv { weight: Array2::zeros((d, TAPS)), bias: Array1::zeros(d), taps: Derived::new() }
+    pub(crate) fn zeros(d: usize, taps: usize, has_bias: bool) -> Self {
+        let weight = Array2::zeros((d, TAPS));
+        CausalConv { weight, bias: Array1::zeros(d), taps, has_bias, across: Lazy::new() }
+    }
+
+    /// A gradient of this layer, zero.
+    pub(crate) fn zeros_like(&self) -> Self {
+        Self::zeros(self.bias.len(), self.taps, self.has_bias)
     }
 
     /// Weights uniform in ±1/√4, bias zero.
     pub(crate) fn init(&mut self, rng: &mut Rng) {
-        self.taps.forget();
-        let bound = 1.0 / (TAPS as f32).sqrt();
-        self.weight.mapv_inplace(|_| rng.random_range(-bound..=bound));
+        self.across.forget();
+        let bound = 1.0 / (self.taps as f32).sqrt();
+        let mut weight = self.weight.slice_axis_mut(Axis(1), Slice::from(TAPS - self.taps..));
+        weight.mapv_inplace(|_| rng.random_range(-bound..=bound));
     }
 
-    /// One sequence: the first d columns of x → out `[l, d]`. `history` `[3, d]` holds the rows in front of x, oldest first,
-    /// and is brought up to date.
-    pub(crate) fn step(&self, x: Rows, mut history: ArrayViewMut2<f32>, out: &mut [f32]) {
+    /// Parameters of such a layer.
+    pub(crate) fn count(d: usize) -> Option<usize> {
+        d.checked_mul(TAPS + 1)
+    }
+
+    /// The first d columns of x, sequence by sequence → out `[rows, d]`. `histories` `[3, d]` hold the rows in front of each
+    /// sequence, oldest first, and are brought up to date.
+    pub(crate) fn forward<'a>(
+        &self,
+        team: &Team,
+        spans: &Spans,
+        x: Rows,
+        histories: impl Iterator<Item = &'a mut Array2<f32>>,
+        out: &mut [f32],
+    ) {
+        /// Rows that one thread takes at a time.
+        const ROWS: usize = 128;
         let d = self.bias.len();
-        let frames = out.len() / d;
-        conv_silu(x, flat(&history.view()), flat(self.taps()), flat(&self.bias), out);
-
-        let kept = HISTORY.saturating_sub(frames);
-        for i in 0..kept {
-            let (mut to, from) = history.multi_slice_mut((s![i, ..], s![i + HISTORY - kept, ..]));
-            to.assign(&from);
+        let mut pieces = Vec::new();
+        for ((span, history), out) in spans.iter().zip(histories).zip(spans.split(out, d)) {
+            let x = x.skip_rows(span.start);
+            for (i, out) in out.chunks_mut(ROWS * d).enumerate() {
+                let before =
+                    if i == 0 { history.clone() } else { copy_rows(x.skip_rows(i * ROWS - HISTORY), HISTORY, d) };
+                pieces.push((x.skip_rows(i * ROWS), before, out));
+            }
+            // the rows left behind are the last of the history and the frames together
+            let kept = HISTORY.saturating_sub(span.len());
+            let mut left = copy_rows(x.skip_rows(span.len().saturating_sub(HISTORY)), HISTORY - kept, d);
+            if kept > 0 {
+                left = ndarray::concatenate![Axis(0), history.slice(s![HISTORY - kept.., ..]), left];
+            }
+            *history = left;
         }
-        for i in kept..HISTORY {
-            history.row_mut(i).assign(&ArrayView1::from(x.row(i + frames - HISTORY, d)));
-        }
+        team.for_each(pieces, |(x, before, out)| {
+            conv_silu(x, flat(&before), flat(self.across()), flat(&self.bias), out);
+        });
     }
 
-    /// The gradient of one sequence's forward pass, which began with `history` in front of x. `dout` `[l, d]` is that of the
-    /// output and is overwritten. Writes the first d columns of `dx` `[l, ≥ d]` and adds to `dhistory` `[3, d]`.
+    /// The gradient of [`forward`](Self::forward), for sequences that all began with `history` in front of x `[rows, ≥ d]`. `dout`
+    /// `[rows, d]` is that of the output and is overwritten. Writes the first d columns of `dx` `[rows, ≥ d]` and adds to
+    /// `dhistory` `[3, d]`.
+    #[allow(clippy::too_many_arguments)]
     pub(crate) fn backward(
         &self,
+        team: &Team,
+        spans: &Spans,
         x: ArrayView2<f32>,
         history: ArrayView2<f32>,
         dout: &mut [f32],
-        dx: ArrayViewMut2<f32>,
-        mut dhistory: ArrayViewMut2<f32>,
+        dx: &mut Array2<f32>,
+        dhistory: &mut Array2<f32>,
         grad: &mut CausalConv,
     ) {
-        let (rows, taps) = (Rows { data: flat(&x), stride: x.ncols() }, self.taps());
-        let (history, stride) = (flat(&history), dx.ncols());
-        let mut before_silu = vec![0.0; dout.len()];
-        conv(rows, history, flat(taps), flat(&self.bias), &mut before_silu);
-        math::map_backward::<Silu>(&before_silu, dout);
-        let mut dtaps = Array2::zeros(taps.dim());
-        let gradient = ConvGradient {
-            dx: dx.into_slice().expect("whole rows"),
-            stride,
-            before: dhistory.as_slice_mut().expect("whole rows"),
-            weight: flat_mut(&mut dtaps),
-            bias: flat_mut(&mut grad.bias),
-        };
-        conv_backward(rows, history, flat(taps), dout, gradient);
-        grad.taps.forget();
-        grad.weight += &dtaps.t();
+        let (d, stride) = (self.bias.len(), x.ncols());
+        let across = self.across();
+        // what the sequences share is summed afterwards, in their order
+        let gradients = team.map(
+            spans.iter().zip(spans.split(dout, d)).zip(spans.split(flat_mut(dx), stride)).collect(),
+            |((span, dout), dx)| {
+                let x = Rows { data: rows_of(span, flat(&x), stride), stride };
+                let mut before_silu = Buffer::uninit((span.len(), d));
+                conv(x, flat(&history), flat(across), flat(&self.bias), flat_mut(&mut before_silu));
+                math::map_backward::<Silu>(flat(&before_silu), dout);
+                let (mut dweight, mut dbias) = (Array2::zeros(across.dim()), Array1::zeros(d));
+                let mut dbefore = Array2::zeros((HISTORY, d));
+                let gradient = ConvGradient {
+                    dx,
+                    stride,
+                    before: flat_mut(&mut dbefore),
+                    weight: flat_mut(&mut dweight),
+                    bias: flat_mut(&mut dbias),
+                };
+                conv_backward(x, flat(&history), flat(across), dout, gradient);
+                (dweight, dbias, dbefore)
+            },
+        );
+        grad.across.forget();
+        for (dweight, dbias, dbefore) in gradients {
+            grad.weight += &dweight.t();
+            grad.bias += &dbias;
+            *dhistory += &dbefore;
+        }
     }
 
-    fn taps(&self) -> &Array2<f32> {
-        self.taps.get(|| self.weight.t().as_standard_layout().into_owned())
+    fn across(&self) -> &Array2<f32> {
+        self.across.get(|| self.weight.t().as_standard_layout().into_owned())
     }
 
     pub(crate) fn visit<'a>(&'a self, name: &str, f: &mut Visitor<'_, 'a>) {
-        f(&join(name, "weight"), self.weight.view().into_dyn());
-        f(&join(name, "bias"), self.bias.view().into_dyn());
+        let weight = self.weight.slice_axis(Axis(1), Slice::from(TAPS - self.taps..));
+        f(&join(name, "weight"), Parameter::Array(weight.into_dyn()));
+        if self.has_bias {
+            f(&join(name, "bias"), Parameter::Array(self.bias.view().into_dyn()));
+        }
     }
 
     pub(crate) fn visit_mut<'a>(&'a mut self, name: &str, f: &mut VisitorMut<'_, 'a>) {
-        self.taps.forget();
-        f(&join(name, "weight"), self.weight.view_mut().into_dyn());
-        f(&join(name, "bias"), self.bias.view_mut().into_dyn());
+        self.across.forget();
+        let weight = self.weight.slice_axis_mut(Axis(1), Slice::from(TAPS - self.taps..));
+        f(&join(name, "weight"), ParameterMut::Array(weight.into_dyn()));
+        if self.has_bias {
+            f(&join(name, "bias"), ParameterMut::Array(self.bias.view_mut().into_dyn()));
+        }
     }
+}
+
+/// The first `count` rows of x, d columns of each.
+fn copy_rows(x: Rows, count: usize, d: usize) -> Array2<f32> {
+    let mut rows = Array2::zeros((count, d));
+    rows.rows_mut().into_iter().enumerate().for_each(|(i, mut row)| row.assign(&ArrayView1::from(x.row(i, d))));
+    rows
 }
 
 #[cfg(test)]
 mod tests {
-    use super::*;
-    use ndarray::Array3;
     use rand::SeedableRng;
+
+    use super::*;
 
     #[test]
     fn pieces_of_any_length_continue_each_other() {
         let (d, l) = (5, 11);
-        let mut conv = CausalConv::zeros(d);
+        let mut conv = CausalConv::zeros(d, TAPS, true);
         conv.init(&mut Rng::seed_from_u64(1));
         let x = Array2::from_shape_fn((l, d + 2), |(i, j)| (i * 3 + j * 5 % 7) as f32 / 10.0 - 1.0);
-        let mut whole = vec![0.0; l * d];
-        let mut history = Array3::zeros((2, HISTORY, d));
         let rows = Rows { data: flat(&x), stride: d + 2 };
-        conv.step(rows, history.slice_mut(s![0, .., ..]), &mut whole);
+        let run = |x: Rows, history: &mut Array2<f32>, out: &mut [f32]| {
+            let spans = Spans::new([out.len() / d]);
+            conv.forward(&Team::alone(), &spans, x, std::iter::once(history), out);
+        };
+        let (mut whole, mut history) = (vec![0.0; l * d], Array2::zeros((HISTORY, d)));
+        run(rows, &mut history, &mut whole);
         for piece in 1..l {
-            history.slice_mut(s![1, .., ..]).fill(0.0);
-            let mut pieces = vec![0.0; l * d];
+            let (mut pieces, mut past) = (vec![0.0; l * d], Array2::zeros((HISTORY, d)));
             for from in (0..l).step_by(piece) {
                 let to = l.min(from + piece);
-                let out = &mut pieces[from * d..to * d];
-                let rows = Rows { data: &rows.data[from * rows.stride..], ..rows };
-                conv.step(rows, history.slice_mut(s![1, .., ..]), out);
+                run(rows.skip_rows(from), &mut past, &mut pieces[from * d..to * d]);
             }
             assert_eq!(whole, pieces);
-            assert_eq!(history.slice(s![0, .., ..]), history.slice(s![1, .., ..]));
+            assert_eq!(history, past);
         }
     }
 }

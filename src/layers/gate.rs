@@ -1,10 +1,13 @@
 //! The gate that mixes the two branches of a block.
 
-use ndarray::{Array2, ArrayView2, Zip};
+use ndarray::{Array2, ArrayView2};
 
-use super::{Buffer, Linear, Rng, Visitor, VisitorMut, flat_mut};
+use super::batch::for_rows;
+use super::{Buffer, Linear, Rng, flat, flat_mut};
 use crate::kernels::clock::{Part, Work, timed};
 use crate::kernels::math::{self, Sigmoid};
+use crate::kernels::team::Team;
+use crate::parameters::{Visitor, VisitorMut};
 
 /// g = sigmoid(u·W_gᵀ + b_g), one number for each feature of each frame.
 #[derive(Clone)]
@@ -17,53 +20,95 @@ impl Gate {
         Gate { linear: Linear::zeros(h, h, true) }
     }
 
+    /// A gradient of this gate, zero.
+    pub(crate) fn zeros_like(&self) -> Self {
+        Gate { linear: self.linear.zeros_like() }
+    }
+
     pub(crate) fn init(&mut self, rng: &mut Rng) {
         self.linear.init(rng);
     }
 
+    /// Parameters of such a gate.
+    pub(crate) fn count(h: usize) -> Option<usize> {
+        Linear::count(h, h, true)
+    }
+
     /// u `[rows, h]` → g `[rows, h]`
-    pub(crate) fn forward(&self, u: ArrayView2<f32>) -> Buffer {
-        let mut gate = self.linear.forward(u);
-        math::map::<Sigmoid>(flat_mut(&mut gate));
+    pub(crate) fn forward(&self, team: &Team, u: ArrayView2<f32>) -> Buffer {
+        let mut gate = self.linear.forward(team, u);
+        let h = gate.ncols();
+        for_rows(team, flat_mut(&mut gate), h, |_, gate| math::map::<Sigmoid>(gate));
         gate
     }
 
     /// x += g ⊙ mamba + (1 − g) ⊙ attention, all `[rows, h]`
-    pub(crate) fn mix(gate: &Array2<f32>, mamba: &Array2<f32>, attention: &Array2<f32>, x: &mut Array2<f32>) {
-        timed(Part::Elementwise, Work::numbers(5 * x.len()), || {
-            Zip::from(x).and(gate).and(mamba).and(attention).for_each(|x, &g, &m, &a| *x += g * m + (1.0 - g) * a);
+    pub(crate) fn mix(
+        team: &Team,
+        gate: &Array2<f32>,
+        mamba: &Array2<f32>,
+        attention: &Array2<f32>,
+        x: &mut Array2<f32>,
+    ) {
+        let h = x.ncols();
+        for_rows(team, flat_mut(x), h, |first, x| {
+            let here = first * h..first * h + x.len();
+            let branches = flat(mamba)[here.clone()].iter().zip(&flat(attention)[here.clone()]);
+            timed(Part::Elementwise, Work::numbers(5 * x.len()), || {
+                for ((x, g), (m, a)) in x.iter_mut().zip(&flat(gate)[here]).zip(branches) {
+                    *x += g * m + (1.0 - g) * a;
+                }
+            });
         });
     }
 
     /// The gradient of [`forward`](Self::forward) at u, for its result g: dg `[rows, h]` → du `[rows, h]`.
     pub(crate) fn backward(
         &self,
+        team: &Team,
         u: ArrayView2<f32>,
         gate: &Array2<f32>,
         mut dgate: Buffer,
         grad: &mut Gate,
     ) -> Buffer {
-        timed(Part::Elementwise, Work::numbers(3 * gate.len()), || {
-            Zip::from(&mut *dgate).and(gate).for_each(|dg, &g| *dg *= g * (1.0 - g)); // sigmoid′
+        let h = gate.ncols();
+        for_rows(team, flat_mut(&mut dgate), h, |first, dgate| {
+            timed(Part::Elementwise, Work::numbers(3 * dgate.len()), || {
+                dgate.iter_mut().zip(&flat(gate)[first * h..]).for_each(|(dg, g)| *dg *= g * (1.0 - g)); // sigmoid′
+            });
         });
-        self.linear.backward(u, dgate.view(), &mut grad.linear)
+        self.linear.backward(team, u, dgate.view(), &mut grad.linear)
     }
 
     /// The gradients of [`mix`](Self::mix): dx `[rows, h]`, which is also that of the x before, → those of the gate, of mamba
     /// and of attention.
     pub(crate) fn mix_backward(
+        team: &Team,
         gate: &Array2<f32>,
         mamba: &Array2<f32>,
         attention: &Array2<f32>,
         dx: &Array2<f32>,
     ) -> (Buffer, Buffer, Buffer) {
-        let (mut dgate, mut dmamba, mut dattention) =
-            (Buffer::any(dx.dim()), Buffer::any(dx.dim()), Buffer::any(dx.dim()));
-        timed(Part::Elementwise, Work::numbers(8 * dx.len()), || {
-            Zip::from(&mut *dgate).and(dx).and(mamba).and(attention).for_each(|dg, &dx, &m, &a| *dg = dx * (m - a));
-            Zip::from(&mut *dmamba).and(&mut *dattention).and(dx).and(gate).for_each(|dm, da, &dx, &g| {
-                *dm = dx * g;
-                *da = dx * (1.0 - g);
+        let h = dx.ncols();
+        let [mut dgate, mut dmamba, mut dattention] = [(); 3].map(|()| Buffer::uninit(dx.dim()));
+        for_rows(team, flat_mut(&mut dgate), h, |first, dgate| {
+            let (m, a, dx) = (&flat(mamba)[first * h..], &flat(attention)[first * h..], &flat(dx)[first * h..]);
+            timed(Part::Elementwise, Work::numbers(4 * dgate.len()), || {
+                for ((dg, dx), (m, a)) in dgate.iter_mut().zip(dx).zip(m.iter().zip(a)) {
+                    *dg = dx * (m - a);
+                }
+            });
+        });
+        for_rows(team, flat_mut(&mut dmamba), h, |first, dmamba| {
+            let (g, dx) = (&flat(gate)[first * h..], &flat(dx)[first * h..]);
+            timed(Part::Elementwise, Work::numbers(3 * dmamba.len()), || {
+                dmamba.iter_mut().zip(dx).zip(g).for_each(|((dm, dx), g)| *dm = dx * g);
+            });
+        });
+        for_rows(team, flat_mut(&mut dattention), h, |first, dattention| {
+            let (g, dx) = (&flat(gate)[first * h..], &flat(dx)[first * h..]);
+            timed(Part::Elementwise, Work::numbers(3 * dattention.len()), || {
+                dattention.iter_mut().zip(dx).zip(g).for_each(|((da, dx), g)| *da = dx * (1.0 - g));
             });
         });
         (dgate, dmamba, dattention)

@@ -1,116 +1,114 @@
 //! A linear map: y = x·Wᵀ + b.
 
 use ndarray::{Array1, Array2, ArrayView2};
-use rand::RngExt;
 
-use super::{Buffer, Derived, Rng, Visitor, VisitorMut, flat, flat_mut, join};
+use super::{Buffer, Rng, Weight, flat, flat_mut};
 use crate::kernels::clock::{Part, Work, timed};
-use crate::kernels::matmul::{Out, Packed, Rows, matmul, matmul_gradient};
-use crate::kernels::parallel;
+use crate::kernels::rows::{Out, Rows};
+use crate::kernels::team::Team;
+use crate::parameters::{Parameter, ParameterMut, Visitor, VisitorMut, join};
 
 /// W `[out, in]` and, where there is one, b `[out]`.
 #[derive(Clone)]
 pub(crate) struct Linear {
-    weight: Array2<f32>,
+    weight: Weight,
     bias: Option<Array1<f32>>,
-    /// The weights in the order the product reads them.
-    packed: Derived<Packed>,
 }
 
 impl Linear {
-    /// All zero.
+    /// All zero; to be trained.
     pub(crate) fn zeros(inputs: usize, outputs: usize, bias: bool) -> Self {
-        Linear {
-            weight: Array2::zeros((outputs, inputs)),
-            bias: bias.then(|| Array1::zeros(outputs)),
-            packed: Derived::new(),
-        }
+        Self::with_weight(Weight::zeros(outputs, inputs), bias)
     }
 
-    /// Weights uniform in ±1/√inputs, bias zero.
+    /// With this weight, and a bias of zero if there is one.
+    pub(crate) fn with_weight(weight: Weight, bias: bool) -> Self {
+        let (outputs, _) = weight.dim();
+        Linear { weight, bias: bias.then(|| Array1::zeros(outputs)) }
+    }
+
+    /// A gradient of this map, zero.
+    pub(crate) fn zeros_like(&self) -> Self {
+        Self::with_weight(self.weight.zeros_like(), self.bias.is_some())
+    }
+
+    /// Weights uniform in ±1/√in, bias zero.
     pub(crate) fn init(&mut self, rng: &mut Rng) {
-        self.packed.forget();
-        let bound = 1.0 / (self.weight.ncols() as f32).sqrt();
-        self.weight.mapv_inplace(|_| rng.random_range(-bound..=bound));
+        self.weight.init(rng);
     }
 
-    /// x `[rows, in]` → `[rows, out]`. Rows may be longer than `in`; the rest is not read.
-    pub(crate) fn forward(&self, x: ArrayView2<f32>) -> Buffer {
-        let mut y = Buffer::any((x.nrows(), self.weight.nrows()));
-        let rows = Rows { data: flat(&x), stride: x.ncols() };
-        self.apply(rows, x.nrows(), flat_mut(&mut y), Out::Set);
+    /// Sets each number of the bias.
+    pub(crate) fn init_bias(&mut self, mut value: impl FnMut() -> f32) {
+        self.weight.forget();
+        self.bias.iter_mut().flatten().for_each(|bias| *bias = value());
+    }
+
+    /// out and in.
+    pub(crate) fn dim(&self) -> (usize, usize) {
+        self.weight.dim()
+    }
+
+    /// Parameters of such a map.
+    pub(crate) fn count(inputs: usize, outputs: usize, bias: bool) -> Option<usize> {
+        inputs.checked_add(usize::from(bias))?.checked_mul(outputs)
+    }
+
+    /// x `[rows, in]` → `[rows, out]`. Rows may be longer than `in`; the rest is ignored.
+    pub(crate) fn forward(&self, team: &Team, x: ArrayView2<f32>) -> Buffer {
+        let mut y = Buffer::uninit((x.nrows(), self.dim().0));
+        self.multiply(team, rows(&x), x.nrows(), flat_mut(&mut y), Out::Set);
         y
     }
 
     /// y `[rows, out]` += x·Wᵀ + b
-    pub(crate) fn add_to(&self, x: ArrayView2<f32>, y: &mut Array2<f32>) {
-        let rows = Rows { data: flat(&x), stride: x.ncols() };
-        self.apply(rows, x.nrows(), flat_mut(y), Out::Add);
+    pub(crate) fn add_to(&self, team: &Team, x: ArrayView2<f32>, y: &mut Array2<f32>) {
+        self.multiply(team, rows(&x), x.nrows(), flat_mut(y), Out::Add);
+    }
+
+    fn multiply(&self, team: &Team, x: Rows, m: usize, y: &mut [f32], mode: Out) {
+        self.weight.multiply(team, x, m, self.bias.as_ref().map(flat), y, mode);
     }
 
     /// The gradient of [`forward`](Self::forward) at x: dy `[rows, out]` → dx `[rows, in]`.
     ///
     /// dx = dy·W, dW += dyᵀ·x, db += Σ_rows dy
-    pub(crate) fn backward(&self, x: ArrayView2<f32>, dy: ArrayView2<f32>, grad: &mut Linear) -> Buffer {
-        let (outputs, inputs) = self.weight.dim();
-        let rows = dy.nrows();
-        let (x, dy) = (Rows { data: flat(&x), stride: x.ncols() }, Rows { data: flat(&dy), stride: outputs });
-        grad.packed.forget();
-        let (dx, ()) = parallel::join_if(
-            rows * inputs * outputs,
-            || {
-                let weight = flat(&self.weight);
-                let across = timed(Part::Packing, Work::numbers(2 * weight.len()), || {
-                    Packed::from_columns(inputs, outputs, |output| &weight[output * inputs..][..inputs])
-                });
-                let mut dx = Buffer::any((rows, inputs));
-                matmul(dy, rows, &across, flat_mut(&mut dx), Out::Set);
-                dx
-            },
-            || {
-                matmul_gradient(dy, outputs, x, inputs, rows, flat_mut(&mut grad.weight));
-                if let Some(bias) = &mut grad.bias {
-                    timed(Part::Elementwise, Work::numbers(dy.data.len()), || {
-                        for row in dy.data.chunks_exact(outputs) {
-                            bias.iter_mut().zip(row).for_each(|(bias, dy)| *bias += dy);
-                        }
-                    });
-                }
-            },
-        );
-        dx
-    }
-
-    fn apply(&self, x: Rows, rows: usize, y: &mut [f32], mode: Out) {
-        let packed = self.packed.get(|| {
-            let (outputs, inputs) = self.weight.dim();
-            let weight = flat(&self.weight);
-            let row = |output: usize| &weight[output * inputs..][..inputs];
-            timed(Part::Packing, Work::numbers(2 * weight.len()), || {
-                Packed::from_rows(outputs, inputs, row, self.bias.as_ref().map(flat))
-            })
-        });
-        matmul(x, rows, packed, y, mode);
-    }
-
-    /// Sets each number of the bias.
-    pub(crate) fn init_bias(&mut self, mut value: impl FnMut() -> f32) {
-        self.packed.forget();
-        self.bias.iter_mut().flatten().for_each(|bias| *bias = value());
+    pub(crate) fn backward(&self, team: &Team, x: ArrayView2<f32>, dy: ArrayView2<f32>, grad: &mut Linear) -> Buffer {
+        if let Some(bias) = &mut grad.bias {
+            add_rows(team, flat(&dy), flat_mut(bias));
+        }
+        self.weight.backward(team, rows(&x), dy, &mut grad.weight)
     }
 
     pub(crate) fn visit<'a>(&'a self, name: &str, f: &mut Visitor<'_, 'a>) {
-        f(&join(name, "weight"), self.weight.view().into_dyn());
+        self.weight.visit(&join(name, "weight"), f);
         if let Some(bias) = &self.bias {
-            f(&join(name, "bias"), bias.view().into_dyn());
+            f(&join(name, "bias"), Parameter::Array(bias.view().into_dyn()));
         }
     }
 
     pub(crate) fn visit_mut<'a>(&'a mut self, name: &str, f: &mut VisitorMut<'_, 'a>) {
-        self.packed.forget();
-        f(&join(name, "weight"), self.weight.view_mut().into_dyn());
+        self.weight.visit_mut(&join(name, "weight"), f);
         if let Some(bias) = &mut self.bias {
-            f(&join(name, "bias"), bias.view_mut().into_dyn());
+            f(&join(name, "bias"), ParameterMut::Array(bias.view_mut().into_dyn()));
         }
     }
+}
+
+fn rows<'a>(x: &'a ArrayView2<f32>) -> Rows<'a> {
+    Rows { data: flat(x), stride: x.ncols() }
+}
+
+/// sum `[width]` += Σ of the rows of x `[rows, width]`
+fn add_rows(team: &Team, x: &[f32], sum: &mut [f32]) {
+    /// Columns that one thread takes at a time.
+    const COLUMNS: usize = 128;
+    let width = sum.len();
+    team.for_each(sum.chunks_mut(COLUMNS).enumerate(), |(i, sum)| {
+        let columns = i * COLUMNS..i * COLUMNS + sum.len();
+        timed(Part::Elementwise, Work::numbers(x.len() / width * sum.len()), || {
+            for row in x.chunks_exact(width) {
+                sum.iter_mut().zip(&row[columns.clone()]).for_each(|(sum, x)| *sum += x);
+            }
+        });
+    });
 }

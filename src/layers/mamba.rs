@@ -1,15 +1,17 @@
 //! The Mamba branch (Mamba-1, arXiv 2312.00752, figure 3 and algorithm 2).
 
-use ndarray::{Array2, Array3, Array4, ArrayView2, Axis, s};
+use ndarray::{Array2, Array3, ArrayView2, s};
 use rand::RngExt;
 
-use super::conv::HISTORY;
-use super::scan::{ScanPartial, ScanRows, ScanRowsGradient};
-use super::{Buffer, CausalConv, Linear, Rng, SelectiveScan, Visitor, VisitorMut, debug_shapes, flat, flat_mut, join};
-use crate::HymbaOptions;
-use crate::kernels::matmul::Rows;
-use crate::kernels::parallel;
-use crate::kernels::scan::{CHUNK, RowsMut};
+use super::batch::{Batch, Spans, for_rows};
+use super::conv::{CausalConv, HISTORY};
+use super::rms_norm::RmsNorm;
+use super::scan::{ScanRows, ScanRowsGradient, SelectiveScan, TimeStep};
+use super::state::MambaState;
+use super::{Buffer, Linear, Rng, flat, flat_mut};
+use crate::kernels::rows::Rows;
+use crate::kernels::team::Team;
+use crate::parameters::{Visitor, VisitorMut, debug_shapes, join};
 
 /// The branch that carries order and the far past: a gated selective state space model.
 ///
@@ -23,101 +25,85 @@ use crate::kernels::scan::{CHUNK, RowsMut};
 /// | `y_t = S_t C_t + D ⊙ v_t` | `[d]` |
 /// | `(y ⊙ silu(z))·W_outᵀ` | `[l, h]` |
 ///
-/// with `d = 2h` and `r = ⌈h/16⌉`. The Edifice preset differs as [`HymbaOptions::edifice`] says.
+/// with `d = 2h` and `r = ⌈h/16⌉`. The Edifice variant differs as
+/// [`HymbaOptions::edifice`](crate::HymbaOptions::edifice) says. In the language model the first and the last map are one with those
+/// of attention and so belong to the block, and δ, B and C may have norms of their own.
 #[derive(Clone)]
 pub struct MambaBranch {
-    in_proj: Linear,
+    /// W_in, and W_out.
+    projections: Option<[Linear; 2]>,
     conv: CausalConv,
     x_proj: Linear,
+    /// Norms of δ `[r]`, B `[n]` and C `[n]`.
+    inner_norms: Option<[RmsNorm; 3]>,
     dt_proj: Linear,
     scan: SelectiveScan,
-    out_proj: Linear,
+}
+
+/// The sizes and the parts of a branch.
+pub(crate) struct MambaConfig {
+    /// d
+    pub inner: usize,
+    /// n
+    pub states: usize,
+    /// Taps of the convolution, at most 4, and whether it has a bias.
+    pub taps: usize,
+    pub conv_bias: bool,
+    pub learned_decay: bool,
+    pub time_step: TimeStep,
+    /// ε of the norms of δ, B and C, if there are any.
+    pub inner_norms: Option<f32>,
 }
 
 /// What [`MambaBranch::backward`] reads.
 pub(crate) struct MambaCache {
-    /// `[b·l, d | d]`
+    /// `[rows, d | d]`
     xz: Buffer,
-    /// `[b·l, d]`
+    /// `[rows, d]`
     v: Buffer,
-    /// `[b·l, r | n | n]`
+    /// `[rows, r | n | n]`
     dbc: Buffer,
-    /// Δ `[b·l, d]`
+    /// Δ `[rows, d]`
     delta: Buffer,
-    /// `[b·l, d]`, after the gate.
+    /// `[rows, d]`, after the gate.
     y: Buffer,
-    /// The states `[b, ⌈l/16⌉, n, d]` at the start of every 16 frames.
-    checkpoints: Array4<f32>,
-}
-
-impl MambaCache {
-    /// Sequence `i` of length l.
-    fn scan_rows(&self, i: usize, l: usize) -> ScanRows<'_> {
-        fn rows(array: &Array2<f32>, first: usize) -> Rows<'_> {
-            Rows { data: &flat(array)[first * array.ncols()..], stride: array.ncols() }
-        }
-        ScanRows { v: rows(&self.v, i * l), bc: rows(&self.dbc, i * l), xz: rows(&self.xz, i * l) }
-    }
-}
-
-/// Multiplications that take as long as one number of the convolution, and as one state of the scan.
-const CONV_WORK: usize = 30;
-const SCAN_WORK: usize = 50;
-
-/// What the branch remembers of each sequence of a batch.
-#[derive(Clone)]
-pub(crate) struct MambaState {
-    /// The last rows of xi `[b, 3, d]`, oldest first.
-    conv: Array3<f32>,
-    /// Sᵀ `[b, n, d]`.
-    scan: Array3<f32>,
-}
-
-impl MambaState {
-    /// Nothing seen yet.
-    pub(crate) fn zeros(batch: usize, options: &HymbaOptions) -> Self {
-        let d = options.inner_size();
-        MambaState { conv: Array3::zeros((batch, HISTORY, d)), scan: Array3::zeros((batch, options.state_size, d)) }
-    }
-
-    /// A gradient of this state.
-    pub(crate) fn zeros_like(&self) -> Self {
-        MambaState { conv: Array3::zeros(self.conv.dim()), scan: Array3::zeros(self.scan.dim()) }
-    }
-
-    /// This state of one sequence, for each of `batch`.
-    pub(crate) fn repeat(&self, batch: usize) -> Self {
-        let repeat = |state: &Array3<f32>| {
-            let one = state.index_axis(Axis(0), 0);
-            ndarray::stack(Axis(0), &vec![one; batch]).unwrap_or_default()
-        };
-        MambaState { conv: repeat(&self.conv), scan: repeat(&self.scan) }
-    }
-
-    pub(crate) fn num_numbers(&self) -> usize {
-        self.conv.len() + self.scan.len()
-    }
+    /// The states `[·, n, d]` at the start of every 16 frames of each sequence.
+    checkpoints: Array3<f32>,
 }
 
 debug_shapes!(MambaBranch);
 
 impl MambaBranch {
-    pub(crate) fn zeros(options: &HymbaOptions) -> Self {
-        let (h, d, n, r) = (options.hidden_size, options.inner_size(), options.state_size, options.dt_rank());
-        let rules = options.preset.rules();
+    /// With these maps: W_in `[2d, h]` and W_out `[h, d]`, unless the block has them, W_x `[r + 2n, d]` and W_dt `[d, r]`.
+    pub(crate) fn new(config: &MambaConfig, projections: Option<[Linear; 2]>, x_proj: Linear, dt_proj: Linear) -> Self {
+        let (d, n, (_, r)) = (config.inner, config.states, dt_proj.dim());
         MambaBranch {
-            in_proj: Linear::zeros(h, 2 * d, rules.projection_bias),
-            conv: CausalConv::zeros(d),
-            x_proj: Linear::zeros(d, r + 2 * n, rules.projection_bias),
-            dt_proj: Linear::zeros(r, d, true),
-            scan: SelectiveScan::zeros(d, n, rules.learned_decay, rules.time_step),
-            out_proj: Linear::zeros(d, h, rules.projection_bias),
+            projections,
+            conv: CausalConv::zeros(d, config.taps, config.conv_bias),
+            x_proj,
+            inner_norms: config.inner_norms.map(|epsilon| [r, n, n].map(|width| RmsNorm::zeros(width, epsilon))),
+            dt_proj,
+            scan: SelectiveScan::zeros(d, n, config.learned_decay, config.time_step),
+        }
+    }
+
+    /// A gradient of this branch, zero.
+    pub(crate) fn zeros_like(&self) -> Self {
+        MambaBranch {
+            projections: self.projections.as_ref().map(|both| both.each_ref().map(Linear::zeros_like)),
+            conv: self.conv.zeros_like(),
+            x_proj: self.x_proj.zeros_like(),
+            inner_norms: self.inner_norms.as_ref().map(|norms| norms.each_ref().map(RmsNorm::zeros_like)),
+            dt_proj: self.dt_proj.zeros_like(),
+            scan: self.scan.zeros_like(),
         }
     }
 
     /// As Mamba starts: the bias of the time step such that Δ is log-uniform in \[0.001, 0.1\].
     pub(crate) fn init(&mut self, rng: &mut Rng) {
-        self.in_proj.init(rng);
+        if let Some([in_proj, _]) = &mut self.projections {
+            in_proj.init(rng);
+        }
         self.conv.init(rng);
         self.x_proj.init(rng);
         self.dt_proj.init(rng);
@@ -126,161 +112,216 @@ impl MambaBranch {
             delta.exp_m1().ln() // softplus⁻¹
         });
         self.scan.init();
-        self.out_proj.init(rng);
+        if let Some([_, out_proj]) = &mut self.projections {
+            out_proj.init(rng);
+        }
+        self.inner_norms.iter_mut().flatten().for_each(RmsNorm::init);
     }
 
-    /// u `[b·l, h]`, every sequence starting from the one state `start` → `[b·l, h]`
-    pub(crate) fn forward(&self, u: ArrayView2<f32>, batch: usize, start: &MambaState) -> Buffer {
-        self.step(u, &mut start.repeat(batch))
+    /// Parameters of a branch with maps `[2d, h]` and `[h, d]` of its own, without inner norms.
+    pub(crate) fn count(config: &MambaConfig, h: usize, r: usize, bias: bool) -> Option<usize> {
+        let (d, n) = (config.inner, config.states);
+        let counts = [
+            Linear::count(h, d.checked_mul(2)?, bias)?,
+            CausalConv::count(d)?,
+            Linear::count(d, n.checked_mul(2)?.checked_add(r)?, bias)?,
+            Linear::count(r, d, true)?,
+            SelectiveScan::count(d, n, config.learned_decay)?,
+            Linear::count(d, h, bias)?,
+        ];
+        counts.into_iter().try_fold(0, usize::checked_add)
     }
 
-    /// These rows of what [`forward`](Self::forward) returns: the last projection is left out for the others.
-    pub(crate) fn forward_rows(&self, u: ArrayView2<f32>, batch: usize, start: &MambaState, rows: &[usize]) -> Buffer {
-        let y = self.run(u, &mut start.repeat(batch), None).y;
-        self.out_proj.forward(y.rows_at(rows).view())
+    /// A state of a sequence that has seen nothing.
+    pub(crate) fn new_state(&self) -> MambaState {
+        let (d, n) = self.scan.dim();
+        MambaState::zeros(d, n)
     }
 
-    /// As [`forward`](Self::forward); returns also what [`backward`](Self::backward) reads, and the states after the frames.
-    pub(crate) fn forward_train(
+    /// u `[rows, h]` → `[rows, h]`, or `only` some rows of it. The states of `layer` move on.
+    pub(crate) fn forward(
         &self,
+        batch: &mut Batch,
+        layer: usize,
         u: ArrayView2<f32>,
-        batch: usize,
-        start: &MambaState,
-    ) -> (Buffer, MambaCache, MambaState) {
-        let mut state = start.repeat(batch);
-        let chunks = (u.nrows() / batch).div_ceil(CHUNK);
-        let (_, n, d) = start.scan.dim();
-        let mut checkpoints = Array4::zeros((batch, chunks, n, d));
-        let cache = self.run(u, &mut state, Some(&mut checkpoints));
-        (self.out_proj.forward(cache.y.view()), MambaCache { checkpoints, ..cache }, state)
+        only: Option<&[usize]>,
+    ) -> Buffer {
+        let [in_proj, out_proj] = self.projections();
+        let xz = in_proj.forward(batch.team, u);
+        let y = self.run(batch, layer, xz.view(), None);
+        match only {
+            Some(rows) => out_proj.forward(batch.team, y.rows_at(rows).view()),
+            None => out_proj.forward(batch.team, y.view()),
+        }
     }
 
-    /// The gradient of [`forward_train`](Self::forward_train) at u: dy `[b·l, h]` → du `[b·l, h]`. `dend` is the gradient of the
-    /// one state after the frames of a batch of one, if it was used. Adds that of the state before to `dstart`.
+    /// Everything between the outer maps: xz `[rows, ·]`, of which the last 2d columns are xi and z → y ⊙ silu(z) `[rows, d]`.
+    pub(crate) fn run(
+        &self,
+        batch: &mut Batch,
+        layer: usize,
+        xz: ArrayView2<f32>,
+        cache: Option<&mut MambaCache>,
+    ) -> Buffer {
+        let (team, spans) = (batch.team, &batch.spans);
+        let (d, _) = self.scan.dim();
+        let width = xz.ncols();
+        let all = Rows { data: flat(&xz), stride: width };
+
+        // v = silu(conv(xi))                                 [rows, d]
+        let mut v = Buffer::uninit((xz.nrows(), d));
+        let histories = batch.states.iter_mut().map(|state| &mut state.layers[layer].mamba.conv);
+        self.conv.forward(team, spans, all.skip_columns(width - 2 * d), histories, flat_mut(&mut v));
+        // [δ | B | C] = v·W_xᵀ                               [rows, r | n | n]
+        let mut dbc = self.x_proj.forward(team, v.view());
+        self.normalise(team, &mut dbc);
+        // Δ = softplus(δ·W_dtᵀ + b_dt)                       [rows, d]
+        let mut delta = self.dt_proj.forward(team, dbc.view());
+        // S_t = exp(Δ_t A) ⊙ S_{t−1} + (Δ_t ⊙ v_t) B_tᵀ,  y_t = S_t C_t + D ⊙ v_t,  out_t = y_t ⊙ silu(z_t)
+        let bc = Rows { data: flat(&dbc), stride: dbc.ncols() };
+        let input = ScanRows { v: Rows { data: flat(&v), stride: d }, bc, xz: all };
+        let states = batch.states.iter_mut().map(|state| &mut state.layers[layer].mamba.scan);
+        match cache {
+            None => self.scan.forward(team, spans, &mut delta, input, states, None),
+            Some(cache) => {
+                let y = self.scan.forward(team, spans, &mut delta, input, states, Some(&mut cache.checkpoints));
+                (cache.v, cache.dbc, cache.delta) = (v, dbc, delta);
+                y
+            }
+        }
+    }
+
+    /// As [`forward`](Self::forward); returns also what [`backward`](Self::backward) reads.
+    pub(crate) fn forward_train(&self, batch: &mut Batch, layer: usize, u: ArrayView2<f32>) -> (Buffer, MambaCache) {
+        let [in_proj, out_proj] = self.projections();
+        let (d, n) = self.scan.dim();
+        let mut cache = MambaCache {
+            xz: in_proj.forward(batch.team, u),
+            v: Buffer::empty(),
+            dbc: Buffer::empty(),
+            delta: Buffer::empty(),
+            y: Buffer::empty(),
+            checkpoints: Array3::zeros((SelectiveScan::num_checkpoints(&batch.spans), n, d)),
+        };
+        let xz = std::mem::replace(&mut cache.xz, Buffer::empty());
+        let y = self.run(batch, layer, xz.view(), Some(&mut cache));
+        (cache.xz, cache.y) = (xz, y);
+        (out_proj.forward(batch.team, cache.y.view()), cache)
+    }
+
+    /// The gradient of [`forward_train`](Self::forward_train) at u, for sequences that all began with the state `initial`: dy
+    /// `[rows, h]` → du `[rows, h]`. `dfinal` is the gradient of the state after the rows of a single sequence, if it was used. Adds
+    /// that of the state before to `dinitial`.
     #[allow(clippy::too_many_arguments)]
     pub(crate) fn backward(
         &self,
+        team: &Team,
+        spans: &Spans,
         u: ArrayView2<f32>,
         cache: &MambaCache,
-        start: &MambaState,
+        initial: &MambaState,
         dy: ArrayView2<f32>,
-        dend: Option<&MambaState>,
+        dfinal: Option<&MambaState>,
         grad: &mut MambaBranch,
-        dstart: &mut MambaState,
+        dinitial: &mut MambaState,
     ) -> Buffer {
-        let (batch, _, n, d) = cache.checkpoints.dim();
-        let (rows, l) = (u.nrows(), u.nrows() / batch);
+        let ([in_proj, out_proj], Some([grad_in, grad_out])) = (self.projections(), &mut grad.projections) else {
+            unreachable!("a gradient has the maps of its branch");
+        };
+        let (d, _) = self.scan.dim();
+        let rows = u.nrows();
         let width = cache.dbc.ncols();
-        let dout = self.out_proj.backward(cache.y.view(), dy, &mut grad.out_proj); // [b·l, d]
+        let dout = out_proj.backward(team, cache.y.view(), dy, grad_out); // [rows, d]
 
-        // the scan, each sequence on its own; what they share is summed afterwards, in their order
-        let mut ddelta = Buffer::any((rows, d));
-        let mut dv = Buffer::any((rows, d));
-        let mut ddbc = Buffer::any((rows, width));
-        let mut dxz = Buffer::any((rows, 2 * d));
-        let mut dstates = dend.map_or_else(|| Array3::zeros((batch, n, d)), |dend| dend.scan.clone());
-        let mut da = Array3::zeros((batch, n, d));
-        let mut dskip = Array2::zeros((batch, d));
-        let mut sequences = Vec::with_capacity(batch);
-        for (((((((i, delta), v), bc), xz), state), a), skip) in (0..)
-            .zip(flat_mut(&mut ddelta).chunks_exact_mut(l * d))
-            .zip(flat_mut(&mut dv).chunks_exact_mut(l * d))
-            .zip(flat_mut(&mut ddbc).chunks_exact_mut(l * width))
-            .zip(flat_mut(&mut dxz).chunks_exact_mut(l * 2 * d))
-            .zip(flat_mut(&mut dstates).chunks_exact_mut(n * d))
-            .zip(flat_mut(&mut da).chunks_exact_mut(n * d))
-            .zip(flat_mut(&mut dskip).chunks_exact_mut(d))
-        {
-            let (bc, xz) = (RowsMut { data: bc, stride: width }, RowsMut { data: xz, stride: 2 * d });
-            sequences.push((i, ScanRowsGradient { delta, v, bc, xz, state }, ScanPartial { a, skip }));
-        }
-        parallel::for_each(sequences, |(i, gradient, partial)| {
-            let here = i * l * d..(i + 1) * l * d;
-            let checkpoints = cache.checkpoints.index_axis(Axis(0), i);
-            let (delta, dout) = (&flat(&cache.delta)[here.clone()], &flat(&dout)[here]);
-            self.scan.backward(delta, cache.scan_rows(i, l), checkpoints, dout, gradient, partial);
-        });
-        for i in 0..batch {
-            let (da, dskip) = (da.index_axis(Axis(0), i), dskip.row(i));
-            self.scan.add_partial(flat(&da), flat(&dskip), &mut grad.scan);
-            dstart.scan += &dstates.index_axis(Axis(0), i);
-        }
-
-        let dlow = self.dt_proj.backward(cache.dbc.view(), ddelta.view(), &mut grad.dt_proj); // [b·l, r]
-        ddbc.slice_mut(s![.., ..dlow.ncols()]).assign(&dlow);
-        *dv += &*self.x_proj.backward(cache.v.view(), ddbc.view(), &mut grad.x_proj);
-        let history = start.conv.index_axis(Axis(0), 0);
-        for i in 0..batch {
-            let rows = s![i * l..(i + 1) * l, ..];
-            let dv = &mut flat_mut(&mut dv)[i * l * d..(i + 1) * l * d];
-            let dhistory = dstart.conv.index_axis_mut(Axis(0), 0);
-            self.conv.backward(cache.xz.slice(rows), history, dv, dxz.slice_mut(rows), dhistory, &mut grad.conv);
-        }
-        if let Some(dend) = dend {
+        let (mut ddelta, mut dv) = (Buffer::uninit((rows, d)), Buffer::uninit((rows, d)));
+        let (mut ddbc, mut dxz) = (Buffer::uninit((rows, width)), Buffer::uninit((rows, 2 * d)));
+        let gradient = ScanRowsGradient { delta: &mut ddelta, v: &mut dv, bc: &mut ddbc, xz: &mut dxz };
+        let input = ScanRows {
+            v: Rows { data: flat(&cache.v), stride: d },
+            bc: Rows { data: flat(&cache.dbc), stride: width },
+            xz: Rows { data: flat(&cache.xz), stride: 2 * d },
+        };
+        self.scan.backward(
+            team,
+            spans,
+            &cache.delta,
+            input,
+            cache.checkpoints.view(),
+            &dout,
+            gradient,
+            dfinal.map(|dfinal| &dfinal.scan),
+            &mut dinitial.scan,
+            &mut grad.scan,
+        );
+        let dlow = self.dt_proj.backward(team, cache.dbc.view(), ddelta.view(), &mut grad.dt_proj); // [rows, r]
+        ddbc.slice_mut(s![.., ..dlow.ncols()]).assign(&*dlow);
+        *dv += &*self.x_proj.backward(team, cache.v.view(), ddbc.view(), &mut grad.x_proj);
+        let history = initial.conv.view();
+        let xz = cache.xz.view();
+        self.conv.backward(team, spans, xz, history, flat_mut(&mut dv), &mut dxz, &mut dinitial.conv, &mut grad.conv);
+        if let Some(dfinal) = dfinal {
             // the rows left behind are the last of the history and the frames together
-            for (j, dend) in dend.conv.index_axis(Axis(0), 0).rows().into_iter().enumerate() {
-                match (l + j).checked_sub(HISTORY) {
-                    Some(t) => dxz.slice_mut(s![t, ..d]).scaled_add(1.0, &dend),
-                    None => dstart.conv.slice_mut(s![0, l + j, ..]).scaled_add(1.0, &dend),
+            for (j, dfinal) in dfinal.conv.rows().into_iter().enumerate() {
+                match (rows + j).checked_sub(HISTORY) {
+                    Some(t) => dxz.slice_mut(s![t, ..d]).scaled_add(1.0, &dfinal),
+                    None => dinitial.conv.row_mut(rows + j).scaled_add(1.0, &dfinal),
                 }
             }
         }
-        self.in_proj.backward(u, dxz.view(), &mut grad.in_proj)
+        in_proj.backward(team, u, dxz.view(), grad_in)
     }
 
-    /// The next frames of each sequence, u `[b·l, h]` → `[b·l, h]`; `state` moves on by l frames, usually one.
-    pub(crate) fn step(&self, u: ArrayView2<f32>, state: &mut MambaState) -> Buffer {
-        self.out_proj.forward(self.run(u, state, None).y.view())
+    fn projections(&self) -> &[Linear; 2] {
+        self.projections.as_ref().expect("a block that has the outer maps calls `run`")
     }
 
-    /// Everything up to the last projection.
-    fn run(&self, u: ArrayView2<f32>, state: &mut MambaState, checkpoints: Option<&mut Array4<f32>>) -> MambaCache {
-        let (batch, _, d) = state.conv.dim();
-        let l = u.nrows() / batch;
-        let xz = self.in_proj.forward(u); // [b·l, 2d]
-        let mut v = Buffer::any((batch * l, d));
-        let histories = state.conv.outer_iter_mut();
-        let sequences = histories.zip(flat_mut(&mut v).chunks_exact_mut(l * d)).enumerate().collect();
-        parallel::for_each_if(batch * l * d * CONV_WORK, sequences, |(i, (history, v))| {
-            // columns d.. are z, which the convolution leaves alone
-            self.conv.step(Rows { data: &flat(&xz)[i * l * 2 * d..], stride: 2 * d }, history, v);
+    /// The norms of δ, B and C.
+    fn normalise(&self, team: &Team, dbc: &mut Array2<f32>) {
+        let Some([dt, b, c]) = &self.inner_norms else { return };
+        let ((_, r), (_, n), width) = (self.dt_proj.dim(), self.scan.dim(), dbc.ncols());
+        for_rows(team, flat_mut(dbc), width, |_, rows| {
+            for row in rows.chunks_exact_mut(width) {
+                dt.in_place(&mut row[..r]);
+                b.in_place(&mut row[r..r + n]);
+                c.in_place(&mut row[r + n..]);
+            }
         });
-        let dbc = self.x_proj.forward(v.view()); // [b·l, r | n | n]
-        let mut delta = self.dt_proj.forward(dbc.view()); // [b·l, d]
-        let mut y = Buffer::any((batch * l, d));
-        let none = Array4::zeros((0, 0, 0, 0));
-        let mut cache =
-            MambaCache { xz, v, dbc, delta: Buffer::any((0, 0)), y: Buffer::any((0, 0)), checkpoints: none };
-        let work = l * state.scan.len() * SCAN_WORK;
-        let mut checkpoints = checkpoints.map(|checkpoints| checkpoints.outer_iter_mut());
-        let sequences: Vec<_> = (0..batch)
-            .zip(state.scan.outer_iter_mut())
-            .zip(flat_mut(&mut delta).chunks_exact_mut(l * d))
-            .zip(y.axis_chunks_iter_mut(Axis(0), l))
-            .map(|sequence| (sequence, checkpoints.as_mut().and_then(|checkpoints| checkpoints.next())))
-            .collect();
-        parallel::for_each_if(work, sequences, |((((i, state), delta), y), checkpoints)| {
-            self.scan.step(delta, cache.scan_rows(i, l), state, y, checkpoints);
-        });
-        (cache.delta, cache.y) = (delta, y);
-        cache
     }
 
     pub(crate) fn visit<'a>(&'a self, name: &str, f: &mut Visitor<'_, 'a>) {
-        self.in_proj.visit(&join(name, "in_proj"), f);
+        if let Some([in_proj, _]) = &self.projections {
+            in_proj.visit(&join(name, "in_proj"), f);
+        }
         self.conv.visit(&join(name, "conv"), f);
         self.x_proj.visit(&join(name, "x_proj"), f);
+        if let Some([dt, b, c]) = &self.inner_norms {
+            dt.visit(&join(name, "dt_norm"), f);
+            b.visit(&join(name, "b_norm"), f);
+            c.visit(&join(name, "c_norm"), f);
+        }
         self.dt_proj.visit(&join(name, "dt_proj"), f);
         self.scan.visit(name, f);
-        self.out_proj.visit(&join(name, "out_proj"), f);
+        if let Some([_, out_proj]) = &self.projections {
+            out_proj.visit(&join(name, "out_proj"), f);
+        }
     }
 
     pub(crate) fn visit_mut<'a>(&'a mut self, name: &str, f: &mut VisitorMut<'_, 'a>) {
-        self.in_proj.visit_mut(&join(name, "in_proj"), f);
+        let (in_proj, out_proj) = self.projections.as_mut().map(|[first, last]| (first, last)).unzip();
+        if let Some(in_proj) = in_proj {
+            in_proj.visit_mut(&join(name, "in_proj"), f);
+        }
         self.conv.visit_mut(&join(name, "conv"), f);
         self.x_proj.visit_mut(&join(name, "x_proj"), f);
+        if let Some([dt, b, c]) = &mut self.inner_norms {
+            dt.visit_mut(&join(name, "dt_norm"), f);
+            b.visit_mut(&join(name, "b_norm"), f);
+            c.visit_mut(&join(name, "c_norm"), f);
+        }
         self.dt_proj.visit_mut(&join(name, "dt_proj"), f);
         self.scan.visit_mut(name, f);
-        self.out_proj.visit_mut(&join(name, "out_proj"), f);
+        if let Some(out_proj) = out_proj {
+            out_proj.visit_mut(&join(name, "out_proj"), f);
+        }
     }
 }

@@ -1,121 +1,103 @@
 //! One layer: attention and Mamba side by side between two shared projections, and an MLP.
 
-use ndarray::Array1;
-
-use super::attention::Attention;
-use super::cache::KvStorage;
-use super::config::{HymbaLmConfig, MlpActivation};
-use super::mamba::MambaHead;
-use super::parameters::{Parameter, ParameterMut, Visitor, VisitorMut};
-use super::pass::{Pass, row_blocks};
-use super::state::LayerState;
-use crate::kernels::math::{self, Silu, SquaredRelu};
-use crate::kernels::matmul::{Out, Rows};
-use crate::kernels::matrix::{Matrix, Storage};
-use crate::kernels::norm::rms_norm;
-use crate::layers::{Buffer, flat, flat_mut, join};
-
-/// weight ⊙ x / √(mean(x²) + ε), weight `[h]`.
-pub(super) struct RmsNorm {
-    pub weight: Array1<f32>,
-    pub epsilon: f32,
-}
-
-impl RmsNorm {
-    pub(super) fn zeros(h: usize, config: &HymbaLmConfig) -> Self {
-        RmsNorm { weight: Array1::zeros(h), epsilon: config.rms_norm_eps as f32 }
-    }
-
-    /// out (+)= scale · norm(x), for x `[tokens, h]`
-    pub(super) fn forward(&self, pass: &Pass, x: &[f32], scale: f32, out: &mut [f32], mode: Out) {
-        let h = self.weight.len();
-        pass.team.for_each(row_blocks(out, h), |(first, out)| self.rows(&x[first * h..], scale, out, mode));
-    }
-
-    /// As [`forward`](Self::forward), on this thread.
-    pub(super) fn rows(&self, x: &[f32], scale: f32, out: &mut [f32], mode: Out) {
-        let x = Rows { data: x, stride: self.weight.len() };
-        rms_norm(x, flat(&self.weight), self.epsilon, scale, out, mode);
-    }
-}
-
-/// x·Wᵀ + bias, with the weights `[out, in]` in the type they are stored in.
-struct Projection {
-    weight: Matrix,
-    bias: Option<Array1<f32>>,
-}
-
-impl Projection {
-    /// out (+)= x·Wᵀ + bias, for x `[tokens, in]`
-    fn forward(&self, pass: &Pass, x: &[f32], out: &mut [f32], mode: Out) {
-        let (n, k) = self.weight.dim();
-        let mut mode = mode;
-        if let Some(bias) = &self.bias {
-            let add = |out: &mut f32, bias: &f32| *out = if mode == Out::Add { *out + bias } else { *bias };
-            out.chunks_exact_mut(n).for_each(|row| row.iter_mut().zip(bias).for_each(|(out, bias)| add(out, bias)));
-            mode = Out::Add;
-        }
-        self.weight.multiply(pass.team, Rows { data: x, stride: k }, pass.tokens, out, mode);
-    }
-}
-
-/// The MLP, absent where `intermediate_size` is 0.
-struct Mlp {
-    norm: RmsNorm,
-    /// Only with silu.
-    gate: Option<Matrix>,
-    up: Matrix,
-    down: Matrix,
-}
+use super::config::{HymbaLmConfig, KeyQueryNorm, MlpActivation};
+use super::names::{LAYER, in_files, visit_published};
+use crate::kernels::matmul::Storage;
+use crate::kernels::rows::{Out, Rows};
+use crate::layers::{
+    Activation, AttentionConfig, Batch, Buffer, Depth, HeadNorms, KvShape, KvStorage, LayerState, Linear, MambaBranch,
+    MambaConfig, MetaTokenAttention, Mlp, RmsNorm, TimeStep, Weight, flat,
+};
+use crate::parameters::{Parameter, ParameterMut, Visitor, VisitorMut};
 
 /// One layer.
 pub(super) struct Block {
-    layer: usize,
+    depth: Depth,
     norm: RmsNorm,
-    in_proj: Projection,
-    attention: Attention,
-    mamba: MambaHead,
+    in_proj: Linear,
+    attention: MetaTokenAttention,
+    mamba: MambaBranch,
     attention_norm: RmsNorm,
     mamba_norm: RmsNorm,
-    out_proj: Projection,
-    mlp: Option<Mlp>,
-}
-
-/// The name of a layer in files.
-fn prefix(layer: usize) -> String {
-    format!("model.layers.{layer}")
+    out_proj: Linear,
+    /// Absent where `intermediate_size` is 0.
+    mlp: Option<(RmsNorm, Mlp)>,
+    /// Heads of queries, of new keys and of new values in front of the rows of `in_proj`.
+    heads: [usize; 3],
+    /// Columns of all queries, and of all keys.
+    widths: [usize; 2],
 }
 
 impl Block {
     pub(super) fn zeros(config: &HymbaLmConfig, layer: usize, storage: &dyn Fn(&str) -> Storage) -> Self {
         let (h, e, f) = (config.hidden_size, config.inner_size(), config.intermediate_size);
-        let name = prefix(layer);
-        let matrix = |rows, columns, tensor: &str| Matrix::zeros(rows, columns, storage(&join(&name, tensor)));
-        let projection = |rows, columns, tensor: &str| Projection {
-            weight: matrix(rows, columns, tensor),
-            bias: config.mamba_proj_bias.then(|| Array1::zeros(rows)),
+        let (n, r) = (config.mamba_d_state, config.dt_rank());
+        let linear = |outputs, inputs, ours: &str, bias| {
+            let (_, published) = LAYER.into_iter().find(|(name, _)| *name == ours).expect("a name of the table");
+            Linear::with_weight(Weight::stored(outputs, inputs, storage(&in_files(layer, published))), bias)
         };
-        let gated = config.mlp_hidden_act == MlpActivation::Silu;
-        Block {
+        let norm = |width| RmsNorm::zeros(width, config.rms_norm_eps as f32);
+        let bias = config.mamba_proj_bias;
+        let kv_layer = config.kv_source(layer);
+        let later = layer + 1..config.num_hidden_layers;
+        let depth = Depth {
             layer,
-            norm: RmsNorm::zeros(h, config),
-            in_proj: projection(config.in_proj_rows(layer), h, "mamba.in_proj.weight"),
-            attention: Attention::new(config, layer),
-            mamba: MambaHead::zeros(config, &join(&name, "mamba"), storage),
-            attention_norm: RmsNorm::zeros(e, config),
-            mamba_norm: RmsNorm::zeros(e, config),
-            out_proj: projection(h, e, "mamba.out_proj.weight"),
-            mlp: (f > 0).then(|| Mlp {
-                norm: RmsNorm::zeros(h, config),
-                gate: gated.then(|| matrix(f, h, "moe.experts.0.gate_proj.weight")),
-                up: matrix(f, h, "moe.experts.0.up_proj.weight"),
-                down: matrix(h, f, "moe.experts.0.down_proj.weight"),
+            kv_layer,
+            kv_is_used_later: later.into_iter().any(|later| config.kv_source(later) == kv_layer),
+        };
+        let attention = AttentionConfig {
+            query_heads: config.num_attention_heads,
+            kv: KvShape {
+                heads: config.num_key_value_heads,
+                key_width: config.key_width(),
+                value_width: config.value_width(),
+                meta: config.num_memory_tokens,
+                // itself and sliding_window others
+                window: config.window(layer).map(|window| window + 1),
+            },
+        };
+        let head_norms = match config.kq_norm {
+            KeyQueryNorm::None => HeadNorms::None,
+            KeyQueryNorm::PerHeadRms => HeadNorms::PerHead,
+            _ => HeadNorms::Shared,
+        };
+        let mamba = MambaConfig {
+            inner: e,
+            states: n,
+            taps: config.mamba_d_conv,
+            conv_bias: config.mamba_conv_bias,
+            learned_decay: true,
+            time_step: TimeStep::Softplus,
+            inner_norms: config.mamba_inner_layernorms.then_some(config.rms_norm_eps as f32),
+        };
+        let (x_proj, dt_proj) =
+            (linear(r + 2 * n, e, "mamba.x_proj.weight", false), linear(e, r, "mamba.dt_proj.weight", true));
+        let new_heads = if kv_layer == layer { config.num_key_value_heads } else { 0 };
+        let gated = config.mlp_hidden_act == MlpActivation::Silu;
+        let activation = if gated { Activation::GatedSilu } else { Activation::SquaredRelu };
+        Block {
+            depth,
+            norm: norm(h),
+            in_proj: linear(config.in_proj_rows(layer), h, "in_proj.weight", bias),
+            attention: MetaTokenAttention::without_projections(attention, head_norms),
+            mamba: MambaBranch::new(&mamba, None, x_proj, dt_proj),
+            attention_norm: norm(e),
+            mamba_norm: norm(e),
+            out_proj: linear(h, e, "out_proj.weight", bias),
+            mlp: (f > 0).then(|| {
+                let gate = gated.then(|| linear(f, h, "mlp.gate.weight", false));
+                let (up, down) = (linear(f, h, "mlp.up.weight", false), linear(h, f, "mlp.down.weight", false));
+                (norm(h), Mlp::new(activation, gate, up, down))
             }),
+            heads: [config.num_attention_heads, new_heads, new_heads],
+            widths: [config.num_attention_heads * config.key_width(), new_heads * config.key_width()],
         }
     }
 
+    /// A state of a sequence that has seen nothing.
     pub(super) fn new_state(&self, storage: KvStorage) -> LayerState {
-        LayerState { mamba: self.mamba.new_state(), kv: self.attention.new_cache(storage) }
+        let owns_kv = self.depth.kv_layer == self.depth.layer;
+        LayerState { mamba: self.mamba.new_state(), kv: owns_kv.then(|| self.attention.new_cache(storage)) }
     }
 
     /// x `[tokens, H]` → x `[tokens, H]`, in place:
@@ -125,104 +107,60 @@ impl Block {
     /// x += (norm₁(Attention(q, k, v)) + norm₂(Mamba(u, z)))/2 · W_outᵀ
     /// x += MLP(norm(x))
     /// ```
-    pub(super) fn forward(&self, pass: &mut Pass, x: &mut [f32]) {
-        let (width, h) = self.in_proj.weight.dim();
-        let (_, e) = self.out_proj.weight.dim();
-        let tokens = pass.tokens;
+    pub(super) fn forward(&self, batch: &mut Batch, x: &mut Buffer) {
+        let team = batch.team;
+        let mut normal = Buffer::uninit(x.dim());
+        self.norm.forward(team, x.view(), 1.0, &mut normal, Out::Set);
+        let mut projected = self.in_proj.forward(team, normal.view());
+        self.attention.prepare_columns(batch, self.depth, &mut projected, self.heads);
 
-        let mut normal = Buffer::any((tokens, h));
-        self.norm.forward(pass, x, 1.0, flat_mut(&mut normal), Out::Set);
-        let mut projected = Buffer::any((tokens, width));
-        self.in_proj.forward(pass, flat(&normal), flat_mut(&mut projected), Out::Set);
-        let [mut attention, mut mamba, mut mean] = [(); 3].map(|()| Buffer::any((tokens, e)));
-        self.attention.forward(pass, flat_mut(&mut projected), width, flat_mut(&mut attention));
-        self.mamba.forward(pass, self.layer, flat(&projected), width, flat_mut(&mut mamba));
-        self.attention_norm.forward(pass, flat(&attention), 0.5, flat_mut(&mut mean), Out::Set);
-        self.mamba_norm.forward(pass, flat(&mamba), 0.5, flat_mut(&mut mean), Out::Add);
-        self.out_proj.forward(pass, flat(&mean), x, Out::Add);
+        let queries = Rows { data: flat(&projected), stride: projected.ncols() };
+        let keys = queries.skip_columns(self.widths[0]);
+        let values = keys.skip_columns(self.widths[1]);
+        let attention = self.attention.attend(batch, self.depth, queries, keys, values, None);
+        let mamba = self.mamba.run(batch, self.depth.layer, projected.view(), None);
+        let mut mean = Buffer::uninit(mamba.dim());
+        self.attention_norm.forward(team, attention.view(), 0.5, &mut mean, Out::Set);
+        self.mamba_norm.forward(team, mamba.view(), 0.5, &mut mean, Out::Add);
+        self.out_proj.add_to(team, mean.view(), x);
 
-        if let Some(mlp) = &self.mlp {
-            mlp.norm.forward(pass, x, 1.0, flat_mut(&mut normal), Out::Set);
-            mlp.forward(pass, flat(&normal), x);
+        if let Some((norm, mlp)) = &self.mlp {
+            norm.forward(team, x.view(), 1.0, &mut normal, Out::Set);
+            mlp.add_to(team, normal.view(), x);
         }
     }
 
     pub(super) fn visit<'a>(&'a self, f: &mut Visitor<'_, 'a>) {
-        let name = prefix(self.layer);
-        let mamba = join(&name, "mamba");
-        let array = |array: &'a Array1<f32>| Parameter::Numbers(array.view().into_dyn());
-        f(&join(&name, "input_layernorm.weight"), array(&self.norm.weight));
-        for (tensor, projection) in [("in_proj", &self.in_proj), ("out_proj", &self.out_proj)] {
-            let tensor = join(&mamba, tensor);
-            f(&join(&tensor, "weight"), Parameter::Matrix(&projection.weight));
-            if let Some(bias) = &projection.bias {
-                f(&join(&tensor, "bias"), array(bias));
-            }
+        let mut all: Vec<(String, Parameter<'a>)> = Vec::new();
+        let add: &mut Visitor<'_, 'a> = &mut |name, parameter| all.push((name.to_string(), parameter));
+        self.norm.visit("norm", add);
+        self.in_proj.visit("in_proj", add);
+        self.attention.visit("attention", add);
+        self.mamba.visit("mamba", add);
+        self.attention_norm.visit("attention_norm", add);
+        self.mamba_norm.visit("mamba_norm", add);
+        self.out_proj.visit("out_proj", add);
+        if let Some((norm, mlp)) = &self.mlp {
+            norm.visit("mlp_norm", add);
+            mlp.visit("mlp", add);
         }
-        self.attention.visit(&join(&mamba, "self_attn"), f);
-        self.mamba.visit(&mamba, f);
-        f(&join(&mamba, "pre_avg_layernorm1.weight"), array(&self.attention_norm.weight));
-        f(&join(&mamba, "pre_avg_layernorm2.weight"), array(&self.mamba_norm.weight));
-        if let Some(mlp) = &self.mlp {
-            let expert = join(&name, "moe.experts.0");
-            f(&join(&name, "pre_moe_layernorm.weight"), array(&mlp.norm.weight));
-            if let Some(gate) = &mlp.gate {
-                f(&join(&expert, "gate_proj.weight"), Parameter::Matrix(gate));
-            }
-            f(&join(&expert, "up_proj.weight"), Parameter::Matrix(&mlp.up));
-            f(&join(&expert, "down_proj.weight"), Parameter::Matrix(&mlp.down));
-        }
+        visit_published(self.depth.layer, all, f);
     }
 
     pub(super) fn visit_mut<'a>(&'a mut self, f: &mut VisitorMut<'_, 'a>) {
-        let name = prefix(self.layer);
-        let mamba = join(&name, "mamba");
-        let array = |array: &'a mut Array1<f32>| ParameterMut::Numbers(array.view_mut().into_dyn());
-        f(&join(&name, "input_layernorm.weight"), array(&mut self.norm.weight));
-        for (tensor, projection) in [("in_proj", &mut self.in_proj), ("out_proj", &mut self.out_proj)] {
-            let tensor = join(&mamba, tensor);
-            f(&join(&tensor, "weight"), ParameterMut::Matrix(&mut projection.weight));
-            if let Some(bias) = &mut projection.bias {
-                f(&join(&tensor, "bias"), array(bias));
-            }
+        let mut all: Vec<(String, ParameterMut<'a>)> = Vec::new();
+        let add: &mut VisitorMut<'_, 'a> = &mut |name, parameter| all.push((name.to_string(), parameter));
+        self.norm.visit_mut("norm", add);
+        self.in_proj.visit_mut("in_proj", add);
+        self.attention.visit_mut("attention", add);
+        self.mamba.visit_mut("mamba", add);
+        self.attention_norm.visit_mut("attention_norm", add);
+        self.mamba_norm.visit_mut("mamba_norm", add);
+        self.out_proj.visit_mut("out_proj", add);
+        if let Some((norm, mlp)) = &mut self.mlp {
+            norm.visit_mut("mlp_norm", add);
+            mlp.visit_mut("mlp", add);
         }
-        self.attention.visit_mut(&join(&mamba, "self_attn"), f);
-        self.mamba.visit_mut(&mamba, f);
-        f(&join(&mamba, "pre_avg_layernorm1.weight"), array(&mut self.attention_norm.weight));
-        f(&join(&mamba, "pre_avg_layernorm2.weight"), array(&mut self.mamba_norm.weight));
-        if let Some(mlp) = &mut self.mlp {
-            let expert = join(&name, "moe.experts.0");
-            f(&join(&name, "pre_moe_layernorm.weight"), array(&mut mlp.norm.weight));
-            if let Some(gate) = &mut mlp.gate {
-                f(&join(&expert, "gate_proj.weight"), ParameterMut::Matrix(gate));
-            }
-            f(&join(&expert, "up_proj.weight"), ParameterMut::Matrix(&mut mlp.up));
-            f(&join(&expert, "down_proj.weight"), ParameterMut::Matrix(&mut mlp.down));
-        }
-    }
-}
-
-impl Mlp {
-    /// x += down(silu(gate(u)) ⊙ up(u)), or x += down(relu(up(u))²), for u `[tokens, H]`
-    fn forward(&self, pass: &Pass, u: &[f32], x: &mut [f32]) {
-        let (f, h) = self.up.dim();
-        let rows = Rows { data: u, stride: h };
-        let mut up = Buffer::any((pass.tokens, f));
-        self.up.multiply(pass.team, rows, pass.tokens, flat_mut(&mut up), Out::Set);
-        let inner = match &self.gate {
-            Some(gate) => {
-                let mut gated = Buffer::any((pass.tokens, f));
-                gate.multiply(pass.team, rows, pass.tokens, flat_mut(&mut gated), Out::Set);
-                pass.team.for_each(row_blocks(flat_mut(&mut gated), f), |(first, gated)| {
-                    math::map_mul::<Silu>(gated, &flat(&up)[first * f..][..gated.len()]);
-                });
-                gated
-            }
-            None => {
-                pass.team.for_each(row_blocks(flat_mut(&mut up), f), |(_, up)| math::map::<SquaredRelu>(up));
-                up
-            }
-        };
-        self.down.multiply(pass.team, Rows { data: flat(&inner), stride: f }, pass.tokens, x, Out::Add);
+        visit_published(self.depth.layer, all, f);
     }
 }

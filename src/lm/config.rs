@@ -2,54 +2,72 @@
 
 use std::path::Path;
 
-use serde::{Deserialize, Serialize};
+use serde::Deserialize;
 
 use self::raw::Raw;
-use crate::weights::header::printable;
-use crate::weights::tensors::Source;
+use super::python_json::python_json_of_strings;
+use crate::files::header::printable;
+use crate::files::tensors::Source;
 use crate::{Error, Result};
 
 mod check;
 mod raw;
+mod rope_parameters;
 #[cfg(test)]
 mod tests;
+mod write;
 
 /// Longest `config.json` that is read. The published one has 3 kB.
 const MAX_CONFIG: u64 = 1 << 20;
 
 /// The shape and the switches of a Hymba language model: the keys of its `config.json` that influence what it computes.
 ///
-/// Fields are named as the keys are. Keys of the file that are not listed here change nothing and are ignored; those that
-/// would change something this crate does not do (`num_experts` above 1, an `attn_hidden_size` or `kq_head_dim` of its
-/// own) are refused.
+/// Fields are named as the keys are, and read as the published code reads them: see the two tables.
 ///
 /// | key | if absent | range |
 /// |---|---|---|
 /// | `hidden_size`, `num_hidden_layers`, `vocab_size`, `num_attention_heads` | refused | ≥ 1 |
 /// | `intermediate_size` | refused | ≥ 0; 0 leaves out the MLP |
-/// | `num_key_value_heads` | `num_attention_heads` | ≥ 1, divides `num_attention_heads` |
+/// | `num_key_value_heads` | 8 | ≥ 1, divides `num_attention_heads`; null for as many |
 /// | `mlp_hidden_act` | refused | `"silu"`, `"relu2"` |
 /// | `kq_norm` | refused | `"none"`, `"rms"`, `"perhead-rms"` |
 /// | `hidden_act` | `"silu"` | `"silu"` |
 /// | `mamba_expand`, `mamba_d_state`, `mamba_d_conv` | 2, 16, 4 | > 0, ≥ 1, 1 to 4 |
 /// | `mamba_dt_rank` | `"auto"` | ≥ 1, or `"auto"`, which is ⌈hidden_size / 16⌉ |
 /// | `mamba_conv_bias`, `mamba_proj_bias`, `mamba_inner_layernorms` | true, false, true | |
-/// | `num_memory_tokens` | 0 | ≥ 0 |
+/// | `num_memory_tokens` | 0 | 0 to [`MAX_META_TOKENS`](Self::MAX_META_TOKENS) |
 /// | `sliding_window` | null | ≥ 1; null for none, and then all layers are global |
-/// | `global_attn_idx` | null | layers; needed with a `sliding_window` |
-/// | `kv_reuse_group` | null | ascending lists of layers, no layer in two |
+/// | `global_attn_idx` | null | layers, also such as there are none; needed with a `sliding_window` |
+/// | `kv_reuse_group` | null | lists of layers, also such as there are none; the first comes before the others |
 /// | `kv_reuse_every_i_layer` | −1 | ≥ 1; 0 or less for never |
 /// | `rope` | false | |
 /// | `rope_type` | null | null or `"default"`, `"ntk"` |
 /// | `rope_theta` | 10000 | > 0 |
+/// | `rope_parameters`, `rope_scaling` | null | objects with `rope_theta` and `rope_type` (or `type`): null, `"default"`, `"ntk"` |
+/// | `partial_rotary_factor` | 1 | 1, also in those objects |
 /// | `max_position_embeddings` | 262144 | ≥ 1 |
 /// | `orig_max_position_embeddings` | null | ≥ 1; needed with `"ntk"` |
 /// | `rms_norm_eps` | 1e-6 | > 0, ≤ 1 |
 /// | `tie_word_embeddings` | false | |
-/// | `bos_token_id`, `eos_token_id`, `pad_token_id` | 1, 2, 0 | below `vocab_size`, or null; `eos_token_id` may be a list |
-/// | `torch_dtype` | null | null, `"float32"`, `"float16"`, `"bfloat16"` |
+/// | `bos_token_id`, `eos_token_id`, `pad_token_id` | 1, 2, 0 | null or below 0 for none; `eos_token_id` may be a list |
+/// | `torch_dtype`, or `dtype` | null | null, `"float32"`, `"float16"`, `"bfloat16"` |
 /// | `memory_tokens_interspersed_every` | 0 | 0 |
+/// | `attn_hidden_size`, `kq_head_dim` | −1 | 0 or less, or what they are anyway: `hidden_size`, and that over the number of heads |
 /// | `quantization_config` | null | null, or what [`save_dir`](crate::HymbaLm::save_dir) writes of a quantised model |
+///
+/// | ignored, as they change nothing in the published code either | |
+/// |---|---|
+/// | `num_experts`, `num_experts_per_tok`, `output_router_logits`, `router_aux_loss_coef` | there is always one expert, and no router |
+/// | `v_head_dim`, `conv_dim` | follow from the other sizes |
+/// | `layer_type`, `num_mamba`, `kv_weight_reuse` | all layers are hybrid |
+/// | `attn_implementation`, `attn_implementation_new`, `use_mamba_kernels`, `use_cache`, `calc_logits_for_entire_prompt` | how it is computed |
+/// | `attention_dropout`, `initializer_range` | for training |
+/// | `architectures`, `auto_map`, `transformers_version`, `seq_length`, and any other key | |
+///
+/// What is ignored may be anything that Python's `json` writes, `Infinity` and `NaN` included; a byte order mark is skipped. As in
+/// transformers, `rope_scaling` comes before `rope_parameters`, and a `rope_theta` in there before the one outside; parameters
+/// for each kind of layers must be the same for all. A `rope_type` of `"default"` in there leaves Hymba's own key as it is. In
+/// `kv_reuse_group`, a layer that uses the keys and values of another and begins a list of its own hands those on.
 ///
 /// Besides, `hidden_size` and the inner width ⌊mamba_expand · hidden_size⌋ must be multiples of `num_attention_heads`,
 /// and layers that share keys and values must be all global or all windowed. All sizes together may ask for at most
@@ -69,8 +87,8 @@ const MAX_CONFIG: u64 = 1 << 20;
 /// let error = config.validate().unwrap_err();
 /// assert!(error.to_string().contains("hidden_size = 1600"), "{error}");
 /// ```
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(try_from = "Raw", into = "Raw")]
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(try_from = "Raw")]
 #[non_exhaustive]
 pub struct HymbaLmConfig {
     /// Width of the residual stream.
@@ -107,9 +125,10 @@ pub struct HymbaLmConfig {
     pub num_memory_tokens: usize,
     /// How far back a token sees in a windowed layer, besides the meta tokens: it sees itself and so many before it.
     pub sliding_window: Option<usize>,
-    /// The layers that see everything; `None` only without a window, and then all do.
+    /// The layers that see everything; `None` only without a window, and then all do. Numbers that no layer has are ignored.
     pub global_attn_idx: Option<Vec<usize>>,
-    /// Layers that share keys and values: the first of a list makes them, the others use them.
+    /// Layers that share keys and values: the first of a list makes them, the others use them. No layer is in two lists; numbers
+    /// that no layer has are ignored.
     pub kv_reuse_group: Option<Vec<Vec<usize>>>,
     /// Without `kv_reuse_group`: each layer whose number is a multiple of it makes keys and values, the others use the last
     /// ones made. `None` where every layer makes its own.
@@ -122,14 +141,17 @@ pub struct HymbaLmConfig {
     pub rope_type: RopeType,
     /// Base of the rotation, before `rope_type`.
     pub rope_theta: f64,
-    /// Positions the model was trained for. It enters the base of the rotation with [`RopeType::Ntk`]; longer
-    /// sequences are not refused.
+    /// Positions the model was trained for, meta tokens included. It enters the base of the rotation with [`RopeType::Ntk`].
+    ///
+    /// Longer sequences are computed all the same, as in the published code: positions go on, windowed layers see what they
+    /// always see, and global layers keep the keys and values of all tokens. Answers usually get worse from there on.
     pub max_position_embeddings: usize,
     /// Positions of the training before it was extended, for [`RopeType::Ntk`].
     pub orig_max_position_embeddings: Option<usize>,
     /// ε of the norms.
     pub rms_norm_eps: f64,
-    /// Whether the embedding is also the matrix of the logits.
+    /// Whether the embedding is also the matrix of the logits. Of a checkpoint that says so and yet has an `lm_head.weight` of
+    /// its own, [`HymbaLm::config`](crate::HymbaLm::config) says false.
     pub tie_word_embeddings: bool,
     /// The token in front of a text.
     pub bos_token_id: Option<u32>,
@@ -220,6 +242,8 @@ impl HymbaLmConfig {
     pub const MAX_PARAMETERS: u64 = 1 << 36;
     /// The largest number of layers a model may have.
     pub const MAX_LAYERS: usize = 512;
+    /// The largest number of meta tokens: 2¹⁴. They see each other, so that what they cost grows with their square.
+    pub const MAX_META_TOKENS: usize = 1 << 14;
 
     /// Hymba-1.5B, as NVIDIA published it (base and instruct).
     pub fn hymba_1_5b() -> Self {
@@ -273,8 +297,17 @@ impl HymbaLmConfig {
     /// cannot be run here; the message says which key, what it holds and what is allowed.
     pub fn from_file(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
-        let text = Source::open(path)?.text(MAX_CONFIG)?;
-        let raw: Raw = serde_json::from_str(&text)
+        Self::from_text(path, &Self::text(path)?)
+    }
+
+    /// The text of a `config.json`.
+    pub(super) fn text(path: &Path) -> Result<String> {
+        Source::open(path)?.text(MAX_CONFIG)
+    }
+
+    /// Reads and checks the text of the file at `path`.
+    pub(super) fn from_text(path: &Path, text: &str) -> Result<Self> {
+        let raw: Raw = serde_json::from_slice(&python_json_of_strings(text.as_bytes()))
             .map_err(|error| Error::format(path, format!("not a usable config: {}", printable(&error.to_string()))))?;
         Self::try_from(raw).map_err(|error| Error::format(path, error.to_string()))
     }
@@ -324,6 +357,22 @@ impl HymbaLmConfig {
             (None, Some(every)) => layer - layer % every,
             (None, None) => layer,
         }
+    }
+
+    /// Whether the layers compute the same as those of `other` if they have the same weights: all that a state depends on. What
+    /// tokens mean and how weights are stored may differ.
+    pub(crate) fn has_layers_of(&self, other: &Self) -> bool {
+        let sizes = |config: &Self| {
+            let layers = 0..config.num_hidden_layers;
+            let attention: Vec<_> = layers.map(|layer| (config.kv_source(layer), config.window(layer))).collect();
+            let heads = (config.num_attention_heads, config.num_key_value_heads, config.kq_norm);
+            let mlp = (config.intermediate_size, config.mlp_hidden_act, config.hidden_act.clone());
+            let mamba = (config.inner_size(), config.mamba_d_state, config.mamba_d_conv, config.dt_rank());
+            let biases = (config.mamba_conv_bias, config.mamba_proj_bias, config.mamba_inner_layernorms);
+            let norms = (config.rms_norm_eps.to_bits(), config.rope_base().map(f64::to_bits));
+            (config.hidden_size, config.num_memory_tokens, attention, heads, mlp, mamba, biases, norms)
+        };
+        sizes(self) == sizes(other)
     }
 
     /// Whether the layer makes its own keys and values.

@@ -23,6 +23,14 @@ impl HymbaLm {
     /// Continues a text. `on_text` hears new text as soon as it is certain: never half a character, and nothing that may be the
     /// beginning of a stop string. It ends the generation with [`ControlFlow::Break`].
     ///
+    /// The new text belongs directly behind the prompt, its first space included: `prompt + text` is what
+    /// [`Tokenizer::decode`] makes of all tokens together, but for special tokens that the prompt spells out. An empty prompt
+    /// gives a text from its beginning.
+    ///
+    /// A stop string finds special tokens, too, which are no part of the text: `"</s>"` ends it where the model chooses that
+    /// token or spells it, and so does a longer one with `"</s>"` in it. Special tokens in the prompt are tokens, not text: see
+    /// [`Tokenizer::encode`].
+    ///
     /// # Errors
     ///
     /// Those of [`generate`](Self::generate) and [`Tokenizer::encode`].
@@ -54,7 +62,9 @@ impl HymbaLm {
         self.generate_text_with(&mut self.new_state(1), tokenizer, &tokenizer.encode(prompt)?, options, on_text)
     }
 
-    /// As [`generate_text`](Self::generate_text), from what a state of one row remembers, and with a prompt of tokens.
+    /// As [`generate_text`](Self::generate_text), from what a state of one row remembers, and with a prompt of tokens. The text is
+    /// what decoding makes of all tokens beyond what it makes of the prompt: where that ends within a character, the text begins
+    /// with the whole one. A state that has seen tokens counts as text in front.
     ///
     /// # Errors
     ///
@@ -67,11 +77,11 @@ impl HymbaLm {
         options: &GenerateOptions,
         on_text: impl FnMut(&str) -> ControlFlow<()>,
     ) -> Result<TextGeneration> {
-        self.write_on(state, tokenizer, prompt, &[], options, on_text)
+        self.generate_after(state, tokenizer, prompt, &[], options, on_text)
     }
 
     /// `before` is what the state has seen and the repetition penalty shall know of.
-    fn write_on(
+    fn generate_after(
         &self,
         state: &mut LmState,
         tokenizer: &Tokenizer,
@@ -81,15 +91,21 @@ impl HymbaLm {
         mut on_text: impl FnMut(&str) -> ControlFlow<()>,
     ) -> Result<TextGeneration> {
         options.validate()?;
-        let mut stream = tokenizer.stream();
+        let stream = tokenizer.stream();
+        let unknown = before.is_empty() && state.lengths().iter().any(|&length| length > 0);
+        let stream = if unknown { stream.within() } else { stream };
+        let mut stream = stream.after(before.iter().chain(prompt).copied());
         let mut stops = StopMatcher::new(options.stop_strings.iter().cloned())?;
         let mut text = String::new();
-        let mut tell = |piece: &str| {
+        let mut emit = |piece: &str| {
             text.push_str(piece);
             if piece.is_empty() { ControlFlow::Continue(()) } else { on_text(piece) }
         };
         let mut rows = self.run(state, &[prompt], before, options, &mut |_, id| {
-            let flow = tell(stops.push(stream.push(id)));
+            let flow = emit(match stream.special(id) {
+                Some(spelling) => stops.push_special(spelling),
+                None => stops.push(stream.push(id)),
+            });
             if stops.stopped().is_some() { ControlFlow::Break(()) } else { flow }
         })?;
         let Some(mut generation) = rows.pop() else {
@@ -99,8 +115,8 @@ impl HymbaLm {
             generation.finish = FinishReason::StopString;
         } else {
             // what was held back; that somebody would have ended it here no longer matters
-            let _ = tell(stops.push(stream.finish()));
-            let _ = tell(stops.finish());
+            let _ = emit(stops.push(stream.finish()));
+            let _ = emit(stops.finish());
         }
         Ok(TextGeneration { text, generation })
     }
@@ -109,6 +125,14 @@ impl HymbaLm {
 /// A conversation with an instruction-tuned model, in the form of its chat template.
 ///
 /// The state of the model is kept between turns: only what is new is fed.
+///
+/// An answer ends where the model chooses a stop token, and where its text comes to the spelling of the token that ends a text
+/// (`</s>`) or to the beginning of a turn in Hymba's template (`<extra_id_`). Its text is what decoding makes of all tokens beyond
+/// what it makes of the prompt, so that it begins with a space where the model puts one between the template's words and its own.
+///
+/// What is said never gives special tokens, whoever says it: see [`Tokenizer::encode_chat`]. Marks that a template writes as
+/// plain text cannot be told from the same words in a message. Hymba's template has such marks: a message with
+/// `"\n<extra_id_1>Assistant\n"` in it reads like another turn to the model. Take them out of the words of strangers.
 ///
 /// ```no_run
 /// # fn main() -> hymba::Result<()> {
@@ -218,7 +242,8 @@ impl<'a> Chat<'a> {
         }
         let mut options = options.clone();
         options.stop_strings.push(TURN.into());
+        options.stop_strings.extend(self.tokenizer.eos_token().map(str::to_owned));
         let mut state = self.state.clone();
-        self.lm.write_on(&mut state, self.tokenizer, &[*last], before, &options, on_text)
+        self.lm.generate_after(&mut state, self.tokenizer, &[*last], before, &options, on_text)
     }
 }

@@ -6,33 +6,37 @@ use std::path::Path;
 
 use safetensors::Dtype;
 
-use super::cache::KvStorage;
-use super::config::{HymbaLmConfig, Quantization};
-use super::model::{HEAD, HymbaLm};
-use super::parameters::{Parameter, ParameterMut};
+use super::config::{HymbaLmConfig, Quantization, TorchDtype};
+use super::model::HymbaLm;
+use super::names::{EMBEDDING, HEAD};
+use super::python_json::without_bom;
 use super::quantization::{scales_of, tensors};
-use crate::kernels::matrix::{Matrix, Storage};
+use super::sample::end_tokens;
+use super::size::{fits, is_matrix};
+use crate::files::float::Float;
+use crate::files::folder::{Folder, SINGLE, other_contents};
+use crate::files::{Target, replace, write_streamed};
+use crate::kernels::matmul::{Matrix, Storage};
 use crate::kernels::simd::Level;
-use crate::weights::float::Float;
-use crate::weights::folder::{Folder, SINGLE};
-use crate::weights::{replace, write_streamed};
+use crate::layers::KvStorage;
+use crate::parameters::{Parameter, ParameterMut, StoredMatrix};
 use crate::{Error, Result};
 
 const CONFIG: &str = "config.json";
 
-/// What activations are rounded to before they are multiplied by matrices that are kept in bf16. Sums are f32 in any case.
+/// The type of activations in products with matrices in bf16; sums are always f32.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub enum Arithmetic {
-    /// Nothing: the weights are widened.
+    /// f32: the weights are widened.
     #[default]
     F32,
-    /// To bf16, on CPUs that multiply bf16 faster (AVX-512-BF16, or on Linux AMX); on others this is `F32`. Published code
+    /// bf16, on CPUs that multiply bf16 faster (AVX-512-BF16, or on Linux AMX); on others this is `F32`. Published code
     /// computes so, too, and rounds the sums besides. Prompts gain most: decoding waits for memory. Subnormal numbers count as
     /// zero.
     ///
-    /// AMX is asked for when the first such model computes, for the whole process and for good: Linux then refuses signal stacks
-    /// that are too small for its registers. `HYMBA_SIMD=avx512` leaves it out.
+    /// AMX is asked for when the first such model computes, for the whole process and for good, also where `HYMBA_SIMD=avx512`
+    /// then leaves it unused: Linux from then on refuses signal stacks that are too small for its registers.
     Bf16,
 }
 
@@ -64,7 +68,8 @@ impl Arithmetic {
 /// |---|---|---|
 /// | `kv_storage` | [`KvStorage::F32`] | the type in which states keep keys and values |
 /// | `quantize` | [`Quantization::None`] | the bits of the big matrices in memory |
-/// | `arithmetic` | [`Arithmetic::F32`] | what activations are rounded to for matrices in bf16 |
+/// | `dtype` | as in the file | the type of the big matrices in memory, where they are not quantised |
+/// | `arithmetic` | [`Arithmetic::F32`] | the type of activations in products with matrices in bf16 |
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub struct LoadOptions {
@@ -72,7 +77,10 @@ pub struct LoadOptions {
     pub kv_storage: KvStorage,
     /// The bits of the big matrices in memory. What is quantised in the checkpoint stays so.
     pub quantize: Quantization,
-    /// What activations are rounded to for matrices in bf16. (For quantised ones they are rounded to 8 bits.)
+    /// The type of the big matrices in memory, where they are not quantised; `None` leaves each as it is in the file. Norms,
+    /// biases, convolutions, A, D and meta tokens are always f32.
+    pub dtype: Option<TorchDtype>,
+    /// The type of activations in products with matrices in bf16. (For quantised ones it is 8 bits.)
     pub arithmetic: Arithmetic,
 }
 
@@ -89,7 +97,29 @@ impl LoadOptions {
         self
     }
 
-    /// Sets what activations are rounded to for matrices in bf16.
+    /// Sets the type of the big matrices in memory: [`TorchDtype::BF16`] halves what a fine-tune saved in f32 takes. Numbers are
+    /// rounded to the nearest while they are read.
+    ///
+    /// ```
+    /// use hymba::HymbaLm;
+    /// use hymba::lm::{HymbaLmConfig, LoadOptions, TorchDtype};
+    ///
+    /// # let mut config = HymbaLmConfig::hymba_1_5b();
+    /// # (config.hidden_size, config.intermediate_size, config.vocab_size) = (100, 64, 50);
+    /// # config.torch_dtype = Some(TorchDtype::F32);
+    /// # let folder = tempfile::tempdir()?;
+    /// HymbaLm::random(config, 0, &LoadOptions::default())?.save_dir(folder.path())?;
+    /// let wide = HymbaLm::from_dir(folder.path())?;
+    /// let narrow = HymbaLm::from_dir_with(folder.path(), &LoadOptions::default().dtype(TorchDtype::BF16), |_| {})?;
+    /// assert!(narrow.num_bytes() < wide.num_bytes());
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    pub fn dtype(mut self, dtype: TorchDtype) -> Self {
+        self.dtype = Some(dtype);
+        self
+    }
+
+    /// Sets the type of activations in products with matrices in bf16.
     pub fn arithmetic(mut self, arithmetic: Arithmetic) -> Self {
         self.arithmetic = arithmetic;
         self
@@ -108,10 +138,19 @@ pub struct Loading {
 
 impl HymbaLm {
     /// Reads a model from a folder laid out like those of the Hugging Face Hub: `config.json`, and `model.safetensors` or
-    /// `model.safetensors.index.json` with the files it names. Weights may be bf16, f16 or f32, and big matrices stay what they
-    /// are; or they may be what [`save_dir`](Self::save_dir) writes of a quantised model.
+    /// `model.safetensors.index.json` with the files it names. Weights may be bf16, f16, f32 or f64, and big matrices stay what
+    /// they are (f64 becomes f32); or they may be what [`save_dir`](Self::save_dir) writes of a quantised model.
     ///
-    /// The folder need not be trusted. Memory never holds more than the model and one row of a tensor.
+    /// Of a tied checkpoint (`tie_word_embeddings`) the embedding may be there, or `lm_head.weight`, or both. If both are and
+    /// differ, the head is used, as newer versions of transformers do, and the configuration of the model says that it is not
+    /// tied. Tensors named `…rotary_emb.inv_freq` are ignored.
+    ///
+    /// The folder need not be trusted. Reading takes at most twice the memory that the files have bytes, and a few megabytes;
+    /// where matrices are so narrow that whole panels of them would take more, it is refused. Usually memory never holds more
+    /// than the model and a row of a tensor.
+    ///
+    /// Where there is a `generation_config.json` with an `eos_token_id`, that holds in place of the configuration's, and is in
+    /// [`config`](Self::config). What else it says is for [`GenerateOptions::from_dir`](super::GenerateOptions::from_dir).
     ///
     /// # Errors
     ///
@@ -141,47 +180,72 @@ impl HymbaLm {
     /// # Errors
     ///
     /// Those of [`from_dir`](Self::from_dir), and [`Error::Option`] if the checkpoint is quantised already and the options ask
-    /// for other bits.
+    /// for other bits. A wider `dtype` than that of the files comes on top of the memory that reading may take.
     pub fn from_dir_with(
         path: impl AsRef<Path>,
         options: &LoadOptions,
         mut on_progress: impl FnMut(Loading),
     ) -> Result<Self> {
-        let path = path.as_ref();
-        let mut config = HymbaLmConfig::from_file(path.join(CONFIG))?;
+        let folder = path.as_ref();
+        if folder.is_file() {
+            return Err(Error::format(folder, "not a folder: give the one that holds config.json and the weights"));
+        }
+        let path = folder.join(CONFIG);
+        // a folder of something else has no config.json, or none of a model
+        if let Some(hint) = other_contents(folder).filter(|_| !path.exists()) {
+            return Err(Error::format(folder, format!("it has no {CONFIG}; {hint}")));
+        }
+        let text = HymbaLmConfig::text(&path)?;
+        let mut config = HymbaLmConfig::from_text(&path, &text)?;
+        if let Some(ids) = end_tokens(folder, config.vocab_size)? {
+            config.eos_token_id = ids;
+        }
         let stored = config.quantization;
         config.quantization = stored.then(options.quantize)?;
-        let mut folder = Folder::open(path)?;
-        let expected: Vec<_> =
-            config.tensors().into_iter().flat_map(|(name, shape)| tensors(name, shape, stored)).collect();
-        let head_scales = scales_of(HEAD);
-        let optional: &[&str] = if config.tie_word_embeddings { &[HEAD, &head_scales] } else { &[] };
-        folder.check(expected.iter().map(|(name, shape, kind)| (&name[..], &shape[..], *kind)), optional)?;
+        if let (Quantization::None, Some(dtype)) = (config.quantization, options.dtype) {
+            config.torch_dtype = Some(dtype);
+        }
+        let mut folder = Folder::open(folder)?;
+        let embedding = check(&mut folder, &mut config, stored)?;
 
         let quantization = config.quantization;
-        let storage = |name: &str| match (quantization.storage(name), folder.dtype(name)) {
-            (Some(storage), _) => storage,
-            (None, Some(Dtype::BF16)) => Storage::Bf16,
-            (None, Some(Dtype::F16)) => Storage::F16,
-            _ => Storage::F32,
-        };
+        let storage =
+            |name: &str| match (quantization.storage(name), options.dtype, folder.dtype(in_file(name, embedding))) {
+                (Some(storage), ..) => storage,
+                (None, Some(dtype), _) => dtype.storage(),
+                (None, None, Some(Dtype::BF16)) => Storage::Bf16,
+                (None, None, Some(Dtype::F16)) => Storage::F16,
+                _ => Storage::F32,
+            };
+        check_memory(&folder, &config, &storage, &|name| {
+            let asked = options.dtype.filter(|_| quantization == Quantization::None && is_matrix(name))?;
+            Some(asked.size().saturating_sub(folder.dtype(in_file(name, embedding))?.bitsize() / 8))
+        })?;
         let mut lm = Self::zeros(config, options, &storage);
+        lm.source = Some(text);
         let mut progress = Loading { parameters: 0, of: lm.num_parameters() as u64 };
         let mut result = Ok(());
         lm.visit_mut(&mut |name, parameter| {
             if result.is_ok() {
                 progress.parameters += parameter.len() as u64;
-                result = read(&mut folder, name, parameter, stored);
+                result = read(&mut folder, in_file(name, embedding), parameter, stored);
                 on_progress(progress);
             }
         });
         result.map(|()| lm)
     }
 
-    /// Writes the model to a folder, which is made if there is none, in the form that [`from_dir`](Self::from_dir) reads, and
-    /// Hugging Face's code, too, unless the model is quantised: `config.json` and `model.safetensors`. Matrices are written in
-    /// the type they have in memory, everything else as f32. Each file is written under a temporary name and then renamed. A
-    /// tokenizer is not part of the model; copy its files.
+    /// Writes the model to a folder, which is made if there is none, in the form that [`from_dir`](Self::from_dir) reads:
+    /// `config.json` and `model.safetensors`. Matrices are written in the type they have in memory, everything else as f32. Each
+    /// file is written under a temporary name and then renamed.
+    ///
+    /// `config.json` is that of the folder the model was read from, to the letter but for `torch_dtype`, `tie_word_embeddings` and
+    /// `quantization_config` where reading changed them. Of a model that was not read it has all keys of [`HymbaLmConfig`] and those
+    /// that the published code needs besides, `auto_map` and `architectures` among them.
+    ///
+    /// Hugging Face's transformers read the folder with `trust_remote_code=True` if the model is not quantised and the published
+    /// `configuration_hymba.py` and `modeling_hymba.py` are copied into it. They are not written here, and neither are
+    /// `generation_config.json` and the files of a tokenizer: copy them from the original folder.
     ///
     /// Of a quantised matrix `NAME` `[n, k]`, with b = ⌈k / 32⌉ blocks of weights in a row, the files have
     ///
@@ -214,28 +278,98 @@ impl HymbaLm {
                 parts.push((parameter, scales));
             }
         }
-        write_streamed(&path.join(SINGLE), &contents, &[("format", "pt")], &mut |i, file| {
+        write_streamed(Target::File(&path.join(SINGLE)), &contents, &[("format", "pt")], &mut |i, file| {
             let (parameter, scales) = parts[i];
             write(parameter, scales, file)
         })?;
 
         let path = path.join(CONFIG);
-        let config =
-            serde_json::to_vec_pretty(self.config()).map_err(|error| Error::format(&path, error.to_string()))?;
-        replace(&path, |file| file.write_all(&config)).map_err(|source| Error::io(&path, source))
+        let text = match &self.source {
+            Some(text) => {
+                let text = String::from_utf8_lossy(without_bom(text.as_bytes()));
+                self.config().written_over(&text, &HymbaLmConfig::from_text(&path, &text)?)
+            }
+            None => {
+                serde_json::to_string_pretty(self.config()).map_err(|error| Error::format(&path, error.to_string()))?
+            }
+        };
+        replace(&path, |file| file.write_all(text.as_bytes())).map_err(|source| Error::io(&path, source))
+    }
+}
+
+/// Checks that the folder has the tensors of the model, settles whether it is tied, and returns the name of the embedding.
+fn check(folder: &mut Folder, config: &mut HymbaLmConfig, stored: Quantization) -> Result<&'static str> {
+    let tied = config.tie_word_embeddings;
+    let [has_embedding, has_head] = [EMBEDDING, HEAD].map(|name| folder.dtype(name).is_some());
+    let embedding = if tied && has_head && !has_embedding { HEAD } else { EMBEDDING };
+    let has_both = tied && has_head && has_embedding;
+    // where both are there, both must be right
+    config.tie_word_embeddings = tied && !has_both;
+    let all = config.tensors().into_iter();
+    let expected: Vec<_> =
+        all.flat_map(|(name, shape)| tensors(in_file(&name, embedding).to_string(), shape, stored)).collect();
+    let expected = expected.iter().map(|(name, shape, kind)| (&name[..], &shape[..], *kind));
+    // buffers that older versions of transformers saved; the model has angles of its own
+    folder.check(expected, |name| name.ends_with("rotary_emb.inv_freq"))?;
+    if has_both {
+        let scales = stored.storage(HEAD).map(|_| [EMBEDDING, HEAD].map(scales_of));
+        config.tie_word_embeddings = folder.are_same(EMBEDDING, HEAD)?
+            && scales.map_or(Ok(true), |[embedding, head]| folder.are_same(&embedding, &head))?;
+    }
+    Ok(embedding)
+}
+
+/// The name of a tensor in the file, where the embedding may have that of the head.
+fn in_file<'a>(name: &'a str, embedding: &'a str) -> &'a str {
+    if name == EMBEDDING { embedding } else { name }
+}
+
+/// Checks, before memory is taken, that reading takes no more than twice the files and a little, and that there is as much.
+/// `widened` has the bytes that each number of a tensor takes more than in the file, by the user's wish.
+fn check_memory(
+    folder: &Folder,
+    config: &HymbaLmConfig,
+    storage: &dyn Fn(&str) -> Storage,
+    widened: &dyn Fn(&str) -> Option<usize>,
+) -> Result<()> {
+    /// So much any folder may ask for: the matrices of small models are narrow.
+    const A_LITTLE: u64 = 3 << 20;
+    let (mut longest, mut wider) = (0, 0);
+    for (name, shape) in config.tensors() {
+        let count: u64 = shape.iter().map(|&axis| axis as u64).product();
+        // as it stands in the file, as it is decoded, and as it may be rounded
+        let rows = if shape.len() > 1 { shape[0] as u64 } else { 1 };
+        longest = (3 * size_of::<f32>() as u64 * count / rows.max(1)).max(longest);
+        wider += count * widened(&name).unwrap_or(0) as u64;
+    }
+    let memory = config.memory(storage).filter(|&memory| {
+        (memory as u64).saturating_add(longest)
+            <= folder.length().saturating_mul(2).saturating_add(wider).saturating_add(A_LITTLE)
+    });
+    let Some(memory) = memory else {
+        return Err(folder.error(format!(
+            "with matrices this narrow, which are filled up to whole panels, the model would take more memory than twice the {} \
+             bytes of its files",
+            folder.length()
+        )));
+    };
+    if fits(memory) {
+        Ok(())
+    } else {
+        Err(folder.error(format!("there is not enough memory: it takes {memory} bytes")))
     }
 }
 
 /// Reads a parameter, whose shape was checked.
 fn read(folder: &mut Folder, name: &str, parameter: ParameterMut, stored: Quantization) -> Result<()> {
     match parameter {
-        ParameterMut::Matrix(matrix) if stored.storage(name).is_some() => {
+        ParameterMut::Stored(matrix) if stored.storage(name).is_some() => {
             let Some(quantized) = matrix.quantized_mut() else { return Ok(()) };
             folder.read_rows(&scales_of(name), &mut |row, scales| quantized.set_scales(row, scales))?;
             folder.read_byte_rows(name, &mut |row, bytes| quantized.set_bytes(row, bytes))
         }
-        ParameterMut::Matrix(matrix) => folder.read_rows(name, &mut |row, numbers| matrix.set_row(row, numbers)),
-        ParameterMut::Numbers(mut array) => {
+        ParameterMut::Stored(matrix) => folder.read_rows(name, &mut |row, numbers| matrix.set_row(row, numbers)),
+        ParameterMut::Array(mut array) => {
             let mut places = array.iter_mut();
             folder.read_rows(name, &mut |_, numbers| {
                 // the numbers come first: places must not advance past the last of them
@@ -249,7 +383,7 @@ fn read(folder: &mut Folder, name: &str, parameter: ParameterMut, stored: Quanti
 fn write(parameter: &Parameter, scales: bool, file: &mut dyn Write) -> io::Result<()> {
     let mut bytes = Vec::new();
     match parameter {
-        Parameter::Matrix(matrix) => {
+        Parameter::Stored(StoredMatrix(matrix)) => {
             let (rows, columns) = matrix.dim();
             let mut numbers = vec![0.0; columns];
             for row in 0..rows {
@@ -269,7 +403,7 @@ fn write(parameter: &Parameter, scales: bool, file: &mut dyn Write) -> io::Resul
                 file.write_all(&bytes)?;
             }
         }
-        Parameter::Numbers(array) => {
+        Parameter::Array(array) => {
             array.iter().for_each(|number| bytes.extend(number.to_le_bytes()));
             file.write_all(&bytes)?;
         }
@@ -290,9 +424,9 @@ impl Parameter<'_> {
     /// Its type in files, or that of its scales.
     fn dtype(&self, scales: bool) -> Dtype {
         match self {
-            Parameter::Numbers(_) => Dtype::F32,
-            Parameter::Matrix(matrix) if matrix.quantized().is_some() && !scales => Dtype::U8,
-            Parameter::Matrix(matrix) => match float(matrix) {
+            Parameter::Array(_) => Dtype::F32,
+            Parameter::Stored(StoredMatrix(matrix)) if matrix.quantized().is_some() && !scales => Dtype::U8,
+            Parameter::Stored(StoredMatrix(matrix)) => match float(matrix) {
                 Float::F32 | Float::F64 => Dtype::F32,
                 Float::F16 => Dtype::F16,
                 Float::BF16 => Dtype::BF16,

@@ -17,6 +17,9 @@ pub enum FinishReason {
     StopString,
     /// `max_tokens` were generated.
     MaxTokens,
+    /// The row has come to the model's `max_position_embeddings`, and
+    /// [`stop_at_max_positions`](GenerateOptions::stop_at_max_positions) is set.
+    MaxPositions,
     /// The callback said so.
     Cancelled,
 }
@@ -31,6 +34,90 @@ pub struct Generation {
     pub log_probs: Vec<f32>,
     /// Why it ended.
     pub finish: FinishReason,
+}
+
+/// The options of a batch: the same for all rows, or one for each. `&options`, `&[options, …]` and `&vec` are taken where this is.
+///
+/// ```
+/// use std::ops::ControlFlow;
+/// use hymba::{GenerateOptions, HymbaLm};
+/// use hymba::lm::{HymbaLmConfig, LoadOptions};
+///
+/// # let mut config = HymbaLmConfig::hymba_1_5b();
+/// # (config.hidden_size, config.intermediate_size, config.vocab_size) = (100, 64, 50);
+/// # let lm = HymbaLm::random(config, 0, &LoadOptions::default())?;
+/// let go = |_, _| ControlFlow::Continue(());
+/// let options = GenerateOptions::default().max_tokens(5).temperature(1.0).seed(7);
+///
+/// // four samples of one prompt, and the third of them alone
+/// let samples = lm.generate_batch(&[[1, 2, 3]; 4], &options, go)?;
+/// let third = lm.generate(&[1, 2, 3], &options.clone().stream(2), |_| ControlFlow::Continue(()))?;
+/// assert_eq!(samples[2], third);
+///
+/// // one row greedy, the other drawn
+/// let each = [GenerateOptions::default().max_tokens(2), options];
+/// let rows = lm.generate_batch(&[[1, 2, 3], [4, 5, 6]], &each, go)?;
+/// assert_eq!(rows[0].ids.len(), 2);
+/// # Ok::<(), hymba::Error>(())
+/// ```
+#[derive(Debug, Clone, Copy)]
+#[non_exhaustive]
+pub enum RowOptions<'a> {
+    /// For all rows, but for this: row i draws from stream `stream + i` of the seed, so that equal prompts give different samples.
+    Shared(&'a GenerateOptions),
+    /// Those of each row, as they are.
+    Each(&'a [GenerateOptions]),
+}
+
+impl<'a> From<&'a GenerateOptions> for RowOptions<'a> {
+    fn from(options: &'a GenerateOptions) -> Self {
+        RowOptions::Shared(options)
+    }
+}
+
+impl<'a> From<&'a [GenerateOptions]> for RowOptions<'a> {
+    fn from(options: &'a [GenerateOptions]) -> Self {
+        RowOptions::Each(options)
+    }
+}
+
+impl<'a, const N: usize> From<&'a [GenerateOptions; N]> for RowOptions<'a> {
+    fn from(options: &'a [GenerateOptions; N]) -> Self {
+        RowOptions::Each(options)
+    }
+}
+
+impl<'a> From<&'a Vec<GenerateOptions>> for RowOptions<'a> {
+    fn from(options: &'a Vec<GenerateOptions>) -> Self {
+        RowOptions::Each(options)
+    }
+}
+
+impl RowOptions<'_> {
+    /// One for each row.
+    fn of(self, rows: usize) -> Result<Vec<GenerateOptions>> {
+        match self {
+            RowOptions::Shared(options) => {
+                let row = |row| options.clone().stream(options.stream.wrapping_add(row as u64));
+                Ok((0..rows).map(row).collect())
+            }
+            RowOptions::Each(options) if options.len() == rows => Ok(options.to_vec()),
+            RowOptions::Each(options) => Err(Error::Option {
+                option: "options",
+                given: format!("a list of {}", options.len()),
+                allowed: format!("there are {rows} prompts; give one for each, or a single one for all"),
+            }),
+        }
+    }
+}
+
+/// A row while it is generated.
+struct Row {
+    sampler: Sampler,
+    ids: Vec<u32>,
+    log_probs: Vec<f32>,
+    /// `None` as long as it goes on.
+    finish: Option<FinishReason>,
 }
 
 /// How likely a continuation is: see [`HymbaLm::log_likelihood`].
@@ -48,6 +135,9 @@ pub struct LogLikelihood {
 impl HymbaLm {
     /// Continues a prompt, token by token: `on_token` hears each id as soon as it is chosen, and ends the generation with
     /// [`ControlFlow::Break`].
+    ///
+    /// Texts longer than the model's `max_position_embeddings` are not refused: see
+    /// [`stop_at_max_positions`](GenerateOptions::stop_at_max_positions).
     ///
     /// # Errors
     ///
@@ -87,6 +177,9 @@ impl HymbaLm {
     /// # Errors
     ///
     /// Those of [`generate`](Self::generate), and [`Error::State`] if the state has not one row or is of another model.
+    ///
+    /// After [`Error::Logits`] the state has seen the prompt and exactly the ids that the callback heard: clone it before, if you
+    /// want to go back. After any other error it is untouched.
     pub fn generate_with(
         &self,
         state: &mut LmState,
@@ -98,16 +191,21 @@ impl HymbaLm {
         generated.pop().ok_or_else(|| Error::State("it has no rows".into()))
     }
 
-    /// Continues several prompts of any lengths together: each row is what it would be alone, with the same options and seed, and
-    /// ends on its own. The callback hears the row and the token.
+    /// Continues several prompts of any lengths together, each of which ends on its own. The callback hears the row and the token.
+    ///
+    /// The options are the same for all rows, or a list of one for each: see [`RowOptions`]. With those of a list each row is what
+    /// [`generate`](Self::generate) makes of its prompt and its options. With the same for all, row i draws from stream i of the
+    /// seed, so that equal prompts give different samples: it is what `generate` makes with
+    /// [`options.stream(i)`](GenerateOptions::stream). (Row 0, and every row at temperature 0, is what it makes with
+    /// `options` as they are.)
     ///
     /// # Errors
     ///
-    /// Those of [`generate`](Self::generate).
-    pub fn generate_batch<T: AsRef<[u32]>>(
+    /// Those of [`generate`](Self::generate), and [`Error::Option`] if a list of options is not as long as that of the prompts.
+    pub fn generate_batch<'a, T: AsRef<[u32]>>(
         &self,
         prompts: &[T],
-        options: &GenerateOptions,
+        options: impl Into<RowOptions<'a>>,
         on_token: impl FnMut(usize, u32) -> ControlFlow<()>,
     ) -> Result<Vec<Generation>> {
         self.generate_batch_with(&mut self.new_state(prompts.len()), prompts, options, on_token)
@@ -117,15 +215,21 @@ impl HymbaLm {
     ///
     /// # Errors
     ///
-    /// Those of [`generate_with`](Self::generate_with).
-    pub fn generate_batch_with<T: AsRef<[u32]>>(
+    /// Those of [`generate_batch`](Self::generate_batch) and, with what they leave of the state, of
+    /// [`generate_with`](Self::generate_with).
+    pub fn generate_batch_with<'a, T: AsRef<[u32]>>(
         &self,
         state: &mut LmState,
         prompts: &[T],
-        options: &GenerateOptions,
+        options: impl Into<RowOptions<'a>>,
         mut on_token: impl FnMut(usize, u32) -> ControlFlow<()>,
     ) -> Result<Vec<Generation>> {
-        if let Some(stop) = options.stop_strings.first() {
+        let options = options.into();
+        let all = match &options {
+            RowOptions::Shared(options) => std::slice::from_ref(*options),
+            RowOptions::Each(options) => options,
+        };
+        if let Some(stop) = all.iter().find_map(|options| options.stop_strings.first()) {
             return Err(Error::Option {
                 option: "stop_strings",
                 given: format!("{stop:?}"),
@@ -136,46 +240,47 @@ impl HymbaLm {
     }
 
     /// The loop behind all forms of generation. `before` is what the state has seen and the repetition penalty shall know of.
-    pub(super) fn run<T: AsRef<[u32]>>(
+    pub(super) fn run<'a, T: AsRef<[u32]>>(
         &self,
         state: &mut LmState,
         prompts: &[T],
         before: &[u32],
-        options: &GenerateOptions,
+        options: impl Into<RowOptions<'a>>,
         on_token: &mut dyn FnMut(usize, u32) -> ControlFlow<()>,
     ) -> Result<Vec<Generation>> {
-        let stop_tokens = options.stop_tokens.as_ref().unwrap_or(&self.config().eos_token_id);
-        let mut samplers = Vec::new();
-        for prompt in prompts {
+        let mut rows = Vec::new();
+        for (options, prompt) in options.into().of(prompts.len())?.iter().zip(prompts) {
             let mut sampler = Sampler::new(options)?;
             before.iter().chain(prompt.as_ref()).for_each(|&id| sampler.observe(id));
-            samplers.push(sampler);
+            rows.push(Row { sampler, ids: Vec::new(), log_probs: Vec::new(), finish: None });
         }
-        let mut rows: Vec<_> = prompts
-            .iter()
-            .map(|_| Generation { ids: Vec::new(), log_probs: Vec::new(), finish: FinishReason::MaxTokens })
-            .collect();
         let mut logits = self.prefill_ragged(prompts, state)?;
-        let mut going = vec![options.max_tokens > 0; rows.len()];
-        while going.contains(&true) {
+        loop {
+            for (row, state) in rows.iter_mut().zip(&state.rows) {
+                row.finish = row.finish.or_else(|| self.limit(row, state.position));
+            }
+            if rows.iter().all(|row| row.finish.is_some()) {
+                break;
+            }
+            // all choices before the first is told of: after an error the state has seen what the callback heard
+            let mut choices = vec![None; rows.len()];
+            for (i, row) in rows.iter_mut().enumerate().filter(|(_, row)| row.finish.is_none()) {
+                choices[i] = Some(row.sampler.pick(logits.row(i).as_slice().unwrap_or_default())?);
+            }
             let mut next: Vec<Vec<u32>> = vec![Vec::new(); rows.len()];
-            for (i, row) in rows.iter_mut().enumerate() {
-                if !going[i] {
-                    continue;
-                }
-                let choice = samplers[i].pick(logits.row(i).as_slice().unwrap_or_default())?;
+            for (i, (row, choice)) in rows.iter_mut().zip(choices).enumerate() {
+                let Some(choice) = choice else { continue };
+                let stop_tokens = row.sampler.options().stop_tokens.as_ref().unwrap_or(&self.config().eos_token_id);
                 if stop_tokens.contains(&choice.id) {
-                    (row.finish, going[i]) = (FinishReason::StopToken, false);
+                    row.finish = Some(FinishReason::StopToken);
                     continue;
                 }
-                samplers[i].observe(choice.id);
+                row.sampler.observe(choice.id);
                 row.ids.push(choice.id);
                 row.log_probs.extend(choice.log_prob);
                 next[i].push(choice.id);
                 if on_token(i, choice.id).is_break() {
-                    (row.finish, going[i]) = (FinishReason::Cancelled, false);
-                } else if row.ids.len() >= options.max_tokens {
-                    going[i] = false;
+                    row.finish = Some(FinishReason::Cancelled);
                 }
             }
             let first = vec![0; rows.len()];
@@ -184,7 +289,20 @@ impl HymbaLm {
                 Ok(())
             })?;
         }
-        Ok(rows)
+        let ended = |row: Row| row.finish.map(|finish| Generation { ids: row.ids, log_probs: row.log_probs, finish });
+        Ok(rows.into_iter().filter_map(ended).collect())
+    }
+
+    /// Why a row whose next token would stand at `position` cannot have it.
+    fn limit(&self, row: &Row, position: usize) -> Option<FinishReason> {
+        let options = row.sampler.options();
+        if row.ids.len() >= options.max_tokens {
+            Some(FinishReason::MaxTokens)
+        } else if options.stop_at_max_positions && position >= self.config().max_position_embeddings {
+            Some(FinishReason::MaxPositions)
+        } else {
+            None
+        }
     }
 
     /// How likely a continuation of a prompt is, as evaluation harnesses ask.

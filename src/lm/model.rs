@@ -4,19 +4,18 @@ use std::fmt;
 
 use ndarray::{Array2, Array3, ArrayRef, ArrayRef2, Dimension, s};
 
-use super::block::{Block, RmsNorm};
-use super::cache::KvStorage;
+use super::arrays::{dim_of, rows_of, zeros};
+use super::block::Block;
 use super::config::HymbaLmConfig;
 use super::files::{Arithmetic, LoadOptions};
-use super::parameters::{Parameter, ParameterMut, Visitor, VisitorMut};
-use super::pass::{Pass, row_blocks};
-use super::rope::Rotary;
-use super::state::{LmState, RowState};
-use crate::kernels::matmul::{Out, Rows};
-use crate::kernels::matrix::{Matrix, Storage};
+use super::names::{EMBEDDING, FINAL_NORM, HEAD, META_TOKENS};
+use super::size::fits;
+use super::state::LmState;
+use crate::kernels::matmul::Storage;
+use crate::kernels::rows::Out;
 use crate::kernels::team::{Team, with_team};
-use crate::layers::{Buffer, Derived, flat, flat_mut};
-use crate::model::next_id;
+use crate::layers::{Batch, Buffer, Embedding, KvStorage, Lazy, RmsNorm, Rotary, SequenceState, Weight};
+use crate::parameters::{Parameter, ParameterMut, Visitor, VisitorMut, next_id};
 use crate::{Error, Result};
 
 /// Tokens that pass through the layers together, at most. Their activations take about 60 MB in the 1.5B model.
@@ -53,18 +52,22 @@ const MOST_TOKENS: usize = 512;
 pub struct HymbaLm {
     config: HymbaLmConfig,
     /// `[V, H]`
-    embedding: Matrix,
+    embedding: Embedding,
     /// `[M, H]`
     meta_tokens: Array2<f32>,
     blocks: Vec<Block>,
     final_norm: RmsNorm,
     /// `[V, H]`; without it the embedding serves.
-    head: Option<Matrix>,
+    head: Option<Embedding>,
     rotary: Option<Rotary>,
     kv_storage: KvStorage,
+    /// The `config.json` it was read with.
+    pub(super) source: Option<String>,
+    /// Counted once: every step asks for it.
+    num_parameters: usize,
     /// A row that has seen the meta tokens.
-    prefix: Derived<RowState>,
-    /// Tells models with other weights apart.
+    prefix: Lazy<SequenceState>,
+    /// Identifies this set of weights.
     pub(super) id: u64,
 }
 
@@ -75,7 +78,17 @@ pub(super) type Sink<'a> = dyn FnMut(usize, usize, &mut [f32]) -> Result<()> + S
 #[derive(Clone, Copy)]
 enum Input<'a> {
     Ids(&'a [u32]),
-    MetaTokens,
+    /// The first one, and how many.
+    MetaTokens(usize, usize),
+}
+
+impl Input<'_> {
+    fn len(&self) -> usize {
+        match self {
+            Input::Ids(ids) => ids.len(),
+            Input::MetaTokens(_, count) => *count,
+        }
+    }
 }
 
 /// The residual stream of one row of tokens: see [`HymbaLm::inspect`].
@@ -91,45 +104,47 @@ impl HymbaLm {
     pub(super) fn zeros(config: HymbaLmConfig, options: &LoadOptions, storage: &dyn Fn(&str) -> Storage) -> Self {
         let (v, h) = (config.vocab_size, config.hidden_size);
         let mut lm = HymbaLm {
-            embedding: Matrix::zeros(v, h, storage(EMBEDDING)),
+            embedding: Embedding::new(Weight::stored(v, h, storage(EMBEDDING))),
             meta_tokens: Array2::zeros((config.num_memory_tokens, h)),
             blocks: (0..config.num_hidden_layers).map(|layer| Block::zeros(&config, layer, storage)).collect(),
-            final_norm: RmsNorm::zeros(h, &config),
-            head: (!config.tie_word_embeddings).then(|| Matrix::zeros(v, h, storage(HEAD))),
+            final_norm: RmsNorm::zeros(h, config.rms_norm_eps as f32),
+            head: (!config.tie_word_embeddings).then(|| Embedding::new(Weight::stored(v, h, storage(HEAD)))),
             rotary: config.rope_base().map(|base| Rotary::new(config.key_width(), base)),
             kv_storage: options.kv_storage,
-            prefix: Derived::new(),
+            source: None,
+            num_parameters: 0,
+            prefix: Lazy::new(),
             id: next_id(),
             config,
         };
+        let mut num_parameters = 0;
         lm.visit_mut(&mut |_, parameter| {
-            if let ParameterMut::Matrix(matrix) = parameter {
+            num_parameters += parameter.len();
+            if let ParameterMut::Stored(matrix) = parameter {
                 matrix.set_rounds_inputs(options.arithmetic == Arithmetic::Bf16);
             }
         });
+        lm.num_parameters = num_parameters;
         lm
     }
 
-    /// What the checkpoint says of itself.
+    /// What the checkpoint says of itself, and what the options and its tensors made of that: see
+    /// [`quantization`](HymbaLmConfig::quantization), [`torch_dtype`](HymbaLmConfig::torch_dtype) and
+    /// [`tie_word_embeddings`](HymbaLmConfig::tie_word_embeddings).
     pub fn config(&self) -> &HymbaLmConfig {
         &self.config
     }
 
     /// The number of parameters.
     pub fn num_parameters(&self) -> usize {
-        let mut count = 0;
-        self.visit(&mut |_, parameter| count += parameter.len());
-        count
+        self.num_parameters
     }
 
     /// Bytes of memory that the parameters take.
     pub fn num_bytes(&self) -> usize {
         let mut bytes = 0;
         self.visit(&mut |_, parameter| {
-            bytes += match parameter {
-                Parameter::Matrix(matrix) => matrix.num_bytes(),
-                Parameter::Numbers(numbers) => numbers.len() * size_of::<f32>(),
-            }
+            bytes += parameter.num_bytes();
         });
         bytes
     }
@@ -137,25 +152,46 @@ impl HymbaLm {
     /// A state for `batch` rows that have seen nothing but the meta tokens. What those leave behind is computed at the first
     /// call and kept.
     ///
-    /// So many rows that they do not fit into memory give a state without rows, which is refused wherever it is used.
+    /// A row takes, in each layer, 4·E·(N + 3) bytes for the Mamba branch and, in layers with keys and values of their own,
+    /// heads · (key + value width) · 4 bytes (2 with [`KvStorage::Bf16`]) per token: for the meta tokens from the start, for
+    /// others as they are fed, in windowed layers at most `sliding_window + 1` of them. In the 1.5B model that is 16 MB to begin
+    /// with, 65 kB per token up to the window, and 12 kB per token, those of the three global layers, from then on.
+    ///
+    /// If the rows do not fit into memory the state is empty, and every call that takes it returns an error.
     pub fn new_state(&self, batch: usize) -> LmState {
         let prefix = self.prefix();
-        let bytes = batch.checked_mul(prefix.num_bytes() + size_of_val(prefix));
-        let fits = bytes.is_some_and(|bytes| Vec::<u8>::new().try_reserve_exact(bytes).is_ok());
-        LmState { model: self.id, rows: vec![prefix.clone(); if fits { batch } else { 0 }] }
+        let fits = batch.checked_mul(prefix.footprint()).is_some_and(fits);
+        LmState {
+            model: self.id,
+            meta: self.meta_tokens.nrows(),
+            rows: vec![prefix.clone(); if fits { batch } else { 0 }],
+        }
     }
 
     /// The logits after every token: ids `[b, l]` → `[b, l, vocab_size]`.
     ///
+    /// Every id counts, padding included: rows of different lengths, on whichever side they were filled up, are for
+    /// [`prefill_ragged`](Self::prefill_ragged), or for a call each.
+    ///
+    /// It takes 4·`vocab_size` bytes per token for the logits, what [`new_state`](Self::new_state) says per row and token, and
+    /// besides that no more for long rows than for 512 tokens.
+    ///
     /// # Errors
     ///
-    /// [`Error::Tokens`] if b or l is 0, an id is not in the vocabulary, or the logits do not fit into memory
-    /// ([`prefill`](Self::prefill) returns only the last ones).
+    /// [`Error::Tokens`] if b or l is 0, an id is not in the vocabulary, or the logits or the state of so many rows do not fit
+    /// into memory ([`prefill`](Self::prefill) returns only the last logits).
     pub fn forward(&self, ids: &ArrayRef2<u32>) -> Result<Array3<f32>> {
-        let rows = self.rows_of(ids)?;
-        let (batch, l) = ids.dim();
-        let mut logits = array3((batch, l, self.config.vocab_size))?;
+        let (batch, l) = dim_of(ids)?;
+        let vocabulary = self.config.vocab_size;
+        let mut logits = zeros((batch, l, vocabulary), "logits")?;
         let mut state = self.new_state(batch);
+        if state.batch() < batch {
+            return Err(Error::Tokens(format!(
+                "the state of {batch} rows does not fit into memory; give fewer at a time"
+            )));
+        }
+        let mut copy = Vec::new();
+        let rows = rows_of(ids, &mut copy)?;
         self.advance(&rows, &mut state, &vec![0; batch], &mut |row, i, new| {
             logits.slice_mut(s![row, i, ..]).assign(&ndarray::ArrayView1::from(&*new));
             Ok(())
@@ -165,12 +201,15 @@ impl HymbaLm {
 
     /// Feeds tokens, the same number for each row of the state: ids `[b, l]` → the logits after the last `[b, vocab_size]`.
     ///
-    /// A prompt may be fed in one call or in several.
+    /// A prompt may be fed in one call or in several. Every id counts, padding included: it goes into the state like any
+    /// other. Rows of different lengths are for [`prefill_ragged`](Self::prefill_ragged).
+    ///
+    /// The state grows as [`new_state`](Self::new_state) says; the call itself takes no more for long prompts than for 512 tokens.
     ///
     /// # Errors
     ///
-    /// [`Error::Tokens`] if l is 0 or an id is not in the vocabulary, [`Error::State`] if the state is of another batch size or
-    /// of another model. The state is then untouched.
+    /// [`Error::Tokens`] if l is 0, an id is not in the vocabulary, or the logits do not fit into memory, [`Error::State`] if the
+    /// state is of another batch size or of another model. The state is then untouched.
     ///
     /// ```
     /// use hymba::HymbaLm;
@@ -188,23 +227,27 @@ impl HymbaLm {
     /// # Ok::<(), hymba::Error>(())
     /// ```
     pub fn prefill(&self, ids: &ArrayRef2<u32>, state: &mut LmState) -> Result<Array2<f32>> {
-        self.prefill_ragged(&self.rows_of(ids)?, state)
+        let (batch, _) = dim_of(ids)?;
+        self.check_state(batch, state)?;
+        let mut copy = Vec::new();
+        self.prefill_ragged(&rows_of(ids, &mut copy)?, state)
     }
 
-    /// Feeds rows of different lengths, each of at least one token → the logits after the last token of each
-    /// `[b, vocab_size]`. Each row gets what it would get alone.
+    /// Feeds rows of different lengths, each of at least one token and none of them padding → the logits after the last token of
+    /// each `[b, vocab_size]`. Each row gets what it would get alone.
     ///
     /// # Errors
     ///
     /// Those of [`prefill`](Self::prefill).
     pub fn prefill_ragged<T: AsRef<[u32]>>(&self, rows: &[T], state: &mut LmState) -> Result<Array2<f32>> {
+        self.check_state(rows.len(), state)?;
         let rows: Vec<&[u32]> = rows.iter().map(AsRef::as_ref).collect();
         if let Some(row) = rows.iter().position(|row| row.is_empty()) {
             return Err(Error::Tokens(format!(
                 "row {row} has none; give at least one, such as the beginning-of-text token"
             )));
         }
-        let mut logits = Array2::zeros((rows.len(), self.config.vocab_size));
+        let mut logits = zeros((rows.len(), self.config.vocab_size), "logits")?;
         let last: Vec<_> = rows.iter().map(|row| row.len() - 1).collect();
         self.advance(&rows, state, &last, &mut |row, _, new| {
             logits.row_mut(row).assign(&ndarray::ArrayView1::from(&*new));
@@ -219,6 +262,7 @@ impl HymbaLm {
     ///
     /// Those of [`prefill`](Self::prefill).
     pub fn step<D: Dimension>(&self, ids: &ArrayRef<u32, D>, state: &mut LmState) -> Result<Array2<f32>> {
+        self.check_state(ids.len(), state)?;
         let rows: Vec<[u32; 1]> = ids.iter().map(|&id| [id]).collect();
         self.prefill_ragged(&rows, state)
     }
@@ -227,36 +271,40 @@ impl HymbaLm {
     ///
     /// # Errors
     ///
-    /// [`Error::Tokens`] if there are none or an id is not in the vocabulary.
+    /// [`Error::Tokens`] if there are none, an id is not in the vocabulary, or the hidden states do not fit into memory: they are
+    /// 4·H bytes per token and layer.
     pub fn inspect(&self, ids: &[u32]) -> Result<LmInspection> {
-        self.check(&[ids], None)?;
-        let mut state = self.empty_row(self.kv_storage);
+        if ids.is_empty() {
+            return Err(Error::Tokens("there are none; give at least one, such as the beginning-of-text token".into()));
+        }
+        self.check_ids(&[ids])?;
+        let (total, h) = (self.meta_tokens.nrows() + ids.len(), self.config.hidden_size);
+        let states = (0..=self.blocks.len()).map(|_| zeros((total, h), "hidden states"));
+        let mut hidden_states: Vec<Array2<f32>> = states.collect::<Result<_>>()?;
+        let mut row = self.empty_row(self.kv_storage);
         let team = Team::alone();
-        let mut parts = Vec::new();
-        for input in [Input::MetaTokens, Input::Ids(ids)] {
+        let mut first = 0;
+        for input in self.meta_pieces().chain(ids.chunks(MOST_TOKENS).map(Input::Ids)) {
             let mut trace = Vec::new();
-            let x = self.pass(&team, vec![(&mut state, input)], Some(&mut trace));
+            let x = self.pass(&team, vec![(&mut row, input)], Some(&mut trace));
             let mut last = Array2::zeros(x.dim());
-            self.final_norm.rows(flat(&x), 1.0, flat_mut(&mut last), Out::Set);
+            self.final_norm.forward(&team, x.view(), 1.0, &mut last, Out::Set);
             trace.push(last);
-            parts.push(trace);
+            for (states, piece) in hidden_states.iter_mut().zip(&trace) {
+                states.slice_mut(s![first..first + input.len(), ..]).assign(piece);
+            }
+            first += input.len();
         }
-        let join = |(meta, ids): (&Array2<f32>, &Array2<f32>)| {
-            ndarray::concatenate(ndarray::Axis(0), &[meta.view(), ids.view()]).expect("rows of one width")
-        };
-        Ok(LmInspection { hidden_states: parts[0].iter().zip(&parts[1]).map(join).collect() })
-    }
-
-    fn rows_of(&self, ids: &ArrayRef2<u32>) -> Result<Vec<Vec<u32>>> {
-        let (batch, l) = ids.dim();
-        if batch == 0 || l == 0 {
-            return Err(Error::Tokens(format!("an array of shape [{batch}, {l}] has none; both must be at least 1")));
-        }
-        Ok(ids.rows().into_iter().map(|row| row.to_vec()).collect())
+        Ok(LmInspection { hidden_states })
     }
 
     /// All that users can get wrong.
     pub(super) fn check(&self, rows: &[impl AsRef<[u32]>], state: Option<&LmState>) -> Result<()> {
+        self.check_ids(rows)?;
+        state.map_or(Ok(()), |state| self.check_state(rows.len(), state))
+    }
+
+    fn check_ids(&self, rows: &[impl AsRef<[u32]>]) -> Result<()> {
         let vocabulary = self.config.vocab_size;
         for (i, row) in rows.iter().enumerate() {
             if let Some(id) = row.as_ref().iter().find(|id| **id as usize >= vocabulary) {
@@ -265,20 +313,20 @@ impl HymbaLm {
                 )));
             }
         }
-        let Some(state) = state else {
-            return Ok(());
-        };
+        Ok(())
+    }
+
+    /// Checks that a state of this model has so many rows.
+    fn check_state(&self, rows: usize, state: &LmState) -> Result<()> {
         if state.model != self.id {
             return Err(Error::State(
                 "another model made it; make one with new_state, or read one with load_state".into(),
             ));
         }
-        if state.rows.len() != rows.len() {
+        if state.rows.len() != rows {
             return Err(Error::State(format!(
-                "it holds {} rows, and there are tokens for {}; make one with new_state({})",
+                "it holds {} rows, and there are tokens for {rows}; make one with new_state({rows})",
                 state.rows.len(),
-                rows.len(),
-                rows.len()
             )));
         }
         Ok(())
@@ -295,92 +343,82 @@ impl HymbaLm {
     ) -> Result<()> {
         self.check(rows, Some(state))?;
         let rows: Vec<&[u32]> = rows.iter().map(AsRef::as_ref).collect();
-        let tokens: usize = rows.iter().map(|row| row.len()).sum();
-        with_team(tokens.saturating_mul(self.num_parameters()), |team| {
-            let mut done = vec![0; rows.len()];
-            loop {
-                // Pieces end at multiples of MOST_TOKENS of their own row, whatever the others do: so a row's numbers do not
-                // depend on its company.
-                let mut pieces = Vec::new();
-                let mut total = 0;
-                for (row, state) in state.rows.iter_mut().enumerate() {
-                    let left = &rows[row][done[row]..];
-                    let piece = &left[..left.len().min(MOST_TOKENS)];
-                    if !piece.is_empty() && (total == 0 || total + piece.len() <= MOST_TOKENS) {
-                        total += piece.len();
-                        pieces.push((row, state, piece));
-                    }
-                }
-                if pieces.is_empty() {
-                    return Ok(());
-                }
-                let wanted: Vec<_> = pieces
-                    .iter()
-                    .scan(0, |start, (row, _, piece)| {
-                        let offset = *start;
-                        *start += piece.len();
-                        let from = first[*row].saturating_sub(done[*row]).min(piece.len());
-                        Some((from..piece.len()).map(move |i| (*row, i, offset + i)))
-                    })
-                    .flatten()
-                    .map(|(row, i, at)| (row, done[row] + i, at))
-                    .collect();
-                pieces.iter().for_each(|(row, _, piece)| done[*row] += piece.len());
-                let inputs = pieces.into_iter().map(|(_, state, piece)| (state, Input::Ids(piece))).collect();
-                let x = self.pass(team, inputs, None);
-                let mut logits = self.logits(team, &x, &wanted);
-                for ((row, i, _), mut logits) in wanted.into_iter().zip(logits.rows_mut()) {
-                    sink(row, i, logits.as_slice_mut().expect("a row of an array in standard layout"))?;
+        let mut done = vec![0; rows.len()];
+        loop {
+            // Pieces end at multiples of MOST_TOKENS of their own row, whatever the others do: so a row's numbers do not
+            // depend on its company.
+            let mut pieces = Vec::new();
+            let mut total = 0;
+            for (row, state) in state.rows.iter_mut().enumerate() {
+                let left = &rows[row][done[row]..];
+                let piece = &left[..left.len().min(MOST_TOKENS)];
+                if !piece.is_empty() && (total == 0 || total + piece.len() <= MOST_TOKENS) {
+                    total += piece.len();
+                    pieces.push((row, state, piece));
                 }
             }
-        })
+            if pieces.is_empty() {
+                return Ok(());
+            }
+            let wanted: Vec<_> = pieces
+                .iter()
+                .scan(0, |start, (row, _, piece)| {
+                    let offset = *start;
+                    *start += piece.len();
+                    let from = first[*row].saturating_sub(done[*row]).min(piece.len());
+                    Some((from..piece.len()).map(move |i| (*row, i, offset + i)))
+                })
+                .flatten()
+                .map(|(row, i, at)| (row, done[row] + i, at))
+                .collect();
+            pieces.iter().for_each(|(row, _, piece)| done[*row] += piece.len());
+            let inputs = pieces.into_iter().map(|(_, state, piece)| (state, Input::Ids(piece))).collect();
+            // a team for each piece: between two of them, other calls and the program's own work get their turn
+            let mut logits = with_team(total.saturating_mul(self.num_parameters()), |team| {
+                let x = self.pass(team, inputs, None);
+                self.logits(team, &x, &wanted)
+            });
+            for ((row, i, _), mut logits) in wanted.into_iter().zip(logits.rows_mut()) {
+                sink(row, i, logits.as_slice_mut().expect("a row of an array in standard layout"))?;
+            }
+        }
     }
 
     /// The logits `[wanted, vocab_size]` after some rows of x.
     fn logits(&self, team: &Team, x: &Buffer, wanted: &[(usize, usize, usize)]) -> Buffer {
-        let (count, h) = (wanted.len(), self.config.hidden_size);
         let places: Vec<_> = wanted.iter().map(|(_, _, at)| *at).collect();
         let x = x.rows_at(&places);
-        let mut normal = Buffer::any((count, h));
-        self.final_norm.rows(flat(&x), 1.0, flat_mut(&mut normal), Out::Set);
-        let mut logits = Buffer::any((count, self.config.vocab_size));
-        let head = self.head.as_ref().unwrap_or(&self.embedding);
-        head.multiply(team, Rows { data: flat(&normal), stride: h }, count, flat_mut(&mut logits), Out::Set);
-        logits
+        let mut normal = Buffer::uninit(x.dim());
+        self.final_norm.forward(team, x.view(), 1.0, &mut normal, Out::Set);
+        self.head.as_ref().unwrap_or(&self.embedding).logits(team, normal.view())
     }
 
     /// Sends tokens through all layers → `[tokens, H]`, before the final norm. `trace` gets the input of each layer.
-    fn pass(&self, team: &Team, rows: Vec<(&mut RowState, Input)>, mut trace: Option<&mut Vec<Array2<f32>>>) -> Buffer {
-        let h = self.config.hidden_size;
-        let count = |input: &Input| match input {
-            Input::Ids(ids) => ids.len(),
-            Input::MetaTokens => self.meta_tokens.nrows(),
-        };
-        let mut x = Buffer::any((rows.iter().map(|(_, input)| count(input)).sum(), h));
-        let mut sources = Vec::new();
+    fn pass(
+        &self,
+        team: &Team,
+        rows: Vec<(&mut SequenceState, Input)>,
+        mut trace: Option<&mut Vec<Array2<f32>>>,
+    ) -> Buffer {
+        let mut x = Buffer::uninit((rows.iter().map(|(_, input)| input.len()).sum(), self.config.hidden_size));
+        let mut at = 0;
         for (_, input) in &rows {
-            match input {
-                Input::Ids(ids) => sources.extend(ids.iter().map(|id| Ok(*id as usize))),
-                Input::MetaTokens => sources.extend((0..self.meta_tokens.nrows()).map(Err)),
+            let mut here = x.slice_mut(s![at..at + input.len(), ..]);
+            match *input {
+                Input::Ids(ids) => here.assign(&*self.embedding.forward(team, ids)),
+                Input::MetaTokens(first, count) => here.assign(&self.meta_tokens.slice(s![first..first + count, ..])),
             }
+            at += input.len();
         }
-        team.for_each(row_blocks(flat_mut(&mut x), h), |(first, block)| {
-            for (source, row) in sources[first..].iter().zip(block.chunks_exact_mut(h)) {
-                match *source {
-                    Ok(id) => self.embedding.row(id, row),
-                    Err(meta) => row.copy_from_slice(flat(&self.meta_tokens.row(meta))),
-                }
-            }
-        });
-        let states = rows.into_iter().map(|(state, input)| (state, count(&input))).collect();
-        let mut pass = Pass::new(team, states, self.rotary.as_ref());
+        let sequences = rows.into_iter().map(|(state, input)| (state, input.len()));
+        let mut batch = Batch::new(team, sequences, true, self.rotary.as_ref());
         for block in &self.blocks {
             if let Some(trace) = &mut trace {
                 trace.push(x.to_owned());
             }
-            block.forward(&mut pass, flat_mut(&mut x));
+            block.forward(&mut batch, &mut x);
         }
-        pass.finish();
+        batch.finish();
         x
     }
 
@@ -389,62 +427,71 @@ impl HymbaLm {
     }
 
     /// A row that has seen nothing at all.
-    pub(super) fn empty_row(&self, storage: KvStorage) -> RowState {
+    pub(super) fn empty_row(&self, storage: KvStorage) -> SequenceState {
         let layers = self.blocks.iter().map(|block| block.new_state(storage)).collect();
-        RowState { position: 0, meta: self.meta_tokens.nrows(), layers }
+        SequenceState { position: 0, layers }
     }
 
     /// A row that has seen the meta tokens.
-    pub(super) fn prefix(&self) -> &RowState {
+    pub(super) fn prefix(&self) -> &SequenceState {
         self.prefix.get(|| {
             let mut row = self.empty_row(self.kv_storage);
-            let count = self.meta_tokens.nrows();
-            if count > 0 {
-                with_team(count.saturating_mul(self.num_parameters()), |team| {
-                    self.pass(team, vec![(&mut row, Input::MetaTokens)], None);
-                });
-            }
+            with_team(self.meta_tokens.nrows().saturating_mul(self.num_parameters()), |team| {
+                for piece in self.meta_pieces() {
+                    self.pass(team, vec![(&mut row, piece)], None);
+                }
+            });
             row
         })
     }
 
-    pub(super) fn visit<'a>(&'a self, f: &mut Visitor<'_, 'a>) {
-        f(EMBEDDING, Parameter::Matrix(&self.embedding));
-        f("model.memory_tokens", Parameter::Numbers(self.meta_tokens.view().into_dyn()));
+    /// The meta tokens, as many at a time as pass through the layers together.
+    fn meta_pieces<'a>(&self) -> impl Iterator<Item = Input<'a>> + use<'a> {
+        let count = self.meta_tokens.nrows();
+        (0..count).step_by(MOST_TOKENS).map(move |first| Input::MetaTokens(first, MOST_TOKENS.min(count - first)))
+    }
+
+    /// Calls `f` with the name and the values of every parameter, in a fixed order: matrices as what they are stored in. The names
+    /// are those in files.
+    ///
+    /// ```
+    /// use hymba::HymbaLm;
+    /// use hymba::lm::{HymbaLmConfig, LoadOptions};
+    ///
+    /// # let mut config = HymbaLmConfig::hymba_1_5b();
+    /// # (config.hidden_size, config.intermediate_size, config.vocab_size) = (100, 64, 50);
+    /// let lm = HymbaLm::random(config, 0, &LoadOptions::default())?;
+    /// let mut count = 0;
+    /// lm.visit(&mut |name, parameter| {
+    ///     println!("{name} {:?}, {} bytes", parameter.shape(), parameter.num_bytes());
+    ///     count += parameter.len();
+    /// });
+    /// assert_eq!(count, lm.num_parameters());
+    /// # Ok::<(), hymba::Error>(())
+    /// ```
+    pub fn visit<'a>(&'a self, f: &mut dyn FnMut(&str, Parameter<'a>)) {
+        let f: &mut Visitor<'_, 'a> = f;
+        self.embedding.visit(EMBEDDING, f);
+        if !self.meta_tokens.is_empty() {
+            f(META_TOKENS, Parameter::Array(self.meta_tokens.view().into_dyn()));
+        }
         self.blocks.iter().for_each(|block| block.visit(f));
-        f("model.final_layernorm.weight", Parameter::Numbers(self.final_norm.weight.view().into_dyn()));
+        self.final_norm.visit(FINAL_NORM, f);
         if let Some(head) = &self.head {
-            f(HEAD, Parameter::Matrix(head));
+            head.visit(HEAD, f);
         }
     }
 
     pub(super) fn visit_mut<'a>(&'a mut self, f: &mut VisitorMut<'_, 'a>) {
         self.prefix.forget();
-        f(EMBEDDING, ParameterMut::Matrix(&mut self.embedding));
-        f("model.memory_tokens", ParameterMut::Numbers(self.meta_tokens.view_mut().into_dyn()));
+        self.embedding.visit_mut(EMBEDDING, f);
+        if !self.meta_tokens.is_empty() {
+            f(META_TOKENS, ParameterMut::Array(self.meta_tokens.view_mut().into_dyn()));
+        }
         self.blocks.iter_mut().for_each(|block| block.visit_mut(f));
-        f("model.final_layernorm.weight", ParameterMut::Numbers(self.final_norm.weight.view_mut().into_dyn()));
+        self.final_norm.visit_mut(FINAL_NORM, f);
         if let Some(head) = &mut self.head {
-            f(HEAD, ParameterMut::Matrix(head));
-        }
-    }
-}
-
-const EMBEDDING: &str = "model.embed_tokens.weight";
-/// Of tied checkpoints only where somebody saved it all the same.
-pub(super) const HEAD: &str = "lm_head.weight";
-
-/// Zeros, if there is room for them.
-fn array3(dim: (usize, usize, usize)) -> Result<Array3<f32>> {
-    let count = dim.0.checked_mul(dim.1).and_then(|count| count.checked_mul(dim.2));
-    let mut numbers = Vec::new();
-    match count.filter(|&count| numbers.try_reserve_exact(count).is_ok()) {
-        Some(count) => {
-            numbers.resize(count, 0.0);
-            Ok(Array3::from_shape_vec(dim, numbers).expect("as many numbers as the shape has"))
-        }
-        None => {
-            Err(Error::Tokens(format!("logits of shape {dim:?} do not fit into memory; prefill returns the last ones")))
+            head.visit_mut(HEAD, f);
         }
     }
 }

@@ -1,9 +1,9 @@
 //! Which matrices are quantised, and how they stand in files.
 
 use super::config::Quantization;
-use crate::kernels::matrix::Storage;
-use crate::kernels::quantized::BLOCK;
-use crate::weights::tensors::Kind;
+use crate::files::tensors::Kind;
+use crate::kernels::matmul::BLOCK;
+use crate::kernels::matmul::Storage;
 use crate::{Error, Result};
 
 /// Matrices that get as few bits as were asked for. All others are small, or not matrices.
@@ -24,7 +24,7 @@ impl Quantization {
         }
     }
 
-    /// What a model has whose checkpoint has `self`.
+    /// The quantisation of a loaded model, given that of its checkpoint and the one requested.
     pub(super) fn then(self, asked: Quantization) -> Result<Quantization> {
         match (self, asked) {
             (Quantization::None, _) => Ok(asked),

@@ -5,14 +5,14 @@ use rand::{RngExt, SeedableRng};
 use super::config::{HymbaLmConfig, TorchDtype};
 use super::files::LoadOptions;
 use super::model::HymbaLm;
-use super::parameters::ParameterMut;
-use crate::kernels::matrix::Storage;
+use super::size::fits;
 use crate::layers::Rng;
+use crate::parameters::ParameterMut;
 use crate::{Error, Result};
 
 impl HymbaLm {
-    /// A model with random weights, quantised or in the type `torch_dtype` of the configuration: for measuring speed and memory
-    /// without the real weights. Its text is noise.
+    /// A model with random weights, quantised or in the type that the options say, or else `torch_dtype` of the configuration:
+    /// for measuring speed and memory without the real weights. Its text is noise.
     ///
     /// # Errors
     ///
@@ -32,26 +32,28 @@ impl HymbaLm {
     /// ```
     pub fn random(mut config: HymbaLmConfig, seed: u64, options: &LoadOptions) -> Result<Self> {
         config.validate()?;
-        let bytes = config.num_parameters().and_then(|count| count.checked_mul(2));
-        if bytes.is_none_or(|bytes| Vec::<u8>::new().try_reserve_exact(bytes).is_err()) {
+        config.quantization = config.quantization.then(options.quantize)?;
+        if let Some(dtype) = options.dtype {
+            config.torch_dtype = Some(dtype);
+        }
+        let quantization = config.quantization;
+        let storage = config.torch_dtype.unwrap_or(TorchDtype::BF16).storage();
+        let storage = |name: &str| quantization.storage(name).unwrap_or(storage);
+        /// For the threads that fill it.
+        const A_LITTLE: usize = 16 << 20;
+        let bytes = config.memory(&storage);
+        if bytes.and_then(|bytes| bytes.checked_add(A_LITTLE)).is_none_or(|bytes| !fits(bytes)) {
+            let bytes = bytes.map_or("more bytes than can be counted".into(), |bytes| format!("{bytes} bytes"));
             return Err(Error::Option {
                 option: "num_hidden_layers",
                 given: config.num_hidden_layers.to_string(),
-                allowed: "the model does not fit into memory; make it smaller".into(),
+                allowed: format!("the model takes {bytes}, which do not fit into memory; make it smaller"),
             });
         }
-        let storage = match config.torch_dtype {
-            Some(TorchDtype::F16) => Storage::F16,
-            Some(TorchDtype::F32) => Storage::F32,
-            _ => Storage::Bf16,
-        };
-        config.quantization = config.quantization.then(options.quantize)?;
-        let quantization = config.quantization;
-        let storage = |name: &str| quantization.storage(name).unwrap_or(storage);
         let mut lm = Self::zeros(config, options, &storage);
         let mut rng = Rng::seed_from_u64(seed);
         lm.visit_mut(&mut |name, parameter| match parameter {
-            ParameterMut::Matrix(matrix) => {
+            ParameterMut::Stored(matrix) => {
                 let (_, columns) = matrix.dim();
                 let bound = 1.0 / (columns as f32).sqrt();
                 let seed: u64 = rng.random();
@@ -61,7 +63,7 @@ impl HymbaLm {
                     numbers.iter_mut().for_each(|x| *x = rng.random_range(-bound..=bound));
                 });
             }
-            ParameterMut::Numbers(mut numbers) => {
+            ParameterMut::Array(mut numbers) => {
                 let states = numbers.shape().last().copied().unwrap_or(1).max(1);
                 for (i, x) in numbers.iter_mut().enumerate() {
                     *x = match name {

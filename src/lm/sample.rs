@@ -1,5 +1,6 @@
 //! From logits to the next token.
 
+mod file;
 mod options;
 
 use std::collections::HashSet;
@@ -7,6 +8,7 @@ use std::fmt;
 
 use rand::{RngExt, SeedableRng};
 
+pub(super) use file::end_tokens;
 pub use options::GenerateOptions;
 
 use crate::kernels::math::{self, Unary};
@@ -107,8 +109,10 @@ impl Sampler {
     /// Those of [`GenerateOptions::validate`].
     pub fn new(options: &GenerateOptions) -> Result<Self> {
         options.validate()?;
+        let mut rng = Rng::seed_from_u64(options.seed);
+        rng.set_stream(options.stream);
         Ok(Sampler {
-            rng: Rng::seed_from_u64(options.seed),
+            rng,
             options: options.clone(),
             observed: HashSet::new(),
             scores: Vec::new(),
@@ -117,6 +121,10 @@ impl Sampler {
             kept: Vec::new(),
             halves: Vec::new(),
         })
+    }
+
+    pub(super) fn options(&self) -> &GenerateOptions {
+        &self.options
     }
 
     /// Makes a token subject to `repetition_penalty`: for every token of the prompt, and for every choice that becomes part

@@ -4,8 +4,8 @@ use std::fmt;
 
 use ndarray::{Array2, Array3};
 
-use super::cache::KvCache;
-use super::mamba::MambaState;
+use crate::layers::{KvCache, SequenceState};
+use crate::{Error, Result};
 
 /// What a language model remembers of the tokens of a batch of rows, between calls.
 ///
@@ -30,31 +30,9 @@ use super::mamba::MambaState;
 #[derive(Clone)]
 pub struct LmState {
     pub(super) model: u64,
-    pub(super) rows: Vec<RowState>,
-}
-
-/// One row of a state.
-#[derive(Clone)]
-pub(super) struct RowState {
-    /// Tokens seen, meta tokens included: the position of the next.
-    pub position: usize,
-    /// Meta tokens among them.
-    pub meta: usize,
-    pub layers: Vec<LayerState>,
-}
-
-impl RowState {
-    pub(super) fn num_bytes(&self) -> usize {
-        let kv = self.layers.iter().filter_map(|layer| layer.kv.as_ref()).map(KvCache::num_bytes);
-        kv.sum::<usize>() + self.layers.iter().map(|layer| layer.mamba.num_bytes()).sum::<usize>()
-    }
-}
-
-#[derive(Clone)]
-pub(super) struct LayerState {
-    pub mamba: MambaState,
-    /// In layers that have their own.
-    pub kv: Option<KvCache>,
+    /// Meta tokens in front of each row.
+    pub(super) meta: usize,
+    pub(super) rows: Vec<SequenceState>,
 }
 
 /// What one layer remembers of one row: see [`LmState::layer`].
@@ -77,12 +55,12 @@ impl LmState {
 
     /// Tokens seen by each row, without the meta tokens.
     pub fn lengths(&self) -> Vec<usize> {
-        self.rows.iter().map(|row| row.position - row.meta).collect()
+        self.rows.iter().map(|row| row.position - self.meta).collect()
     }
 
     /// Bytes of everything that is remembered.
     pub fn num_bytes(&self) -> usize {
-        self.rows.iter().map(RowState::num_bytes).sum()
+        self.rows.iter().map(SequenceState::num_bytes).sum()
     }
 
     /// Bytes of the keys and values among them, the only part that grows.
@@ -104,7 +82,36 @@ impl LmState {
     /// A state of these rows of this one, in this order; a row may occur several times. `None` if there is no such row.
     pub fn select(&self, rows: &[usize]) -> Option<LmState> {
         let rows = rows.iter().map(|&row| self.rows.get(row).cloned()).collect::<Option<_>>()?;
-        Some(LmState { model: self.model, rows })
+        Some(LmState { rows, ..*self })
+    }
+}
+
+impl LmState {
+    /// Adds the rows of another state of the same model behind these: so conversations join a batch.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::State`] if another model made `other`. This state is then untouched.
+    ///
+    /// ```
+    /// # use hymba::HymbaLm;
+    /// # use hymba::lm::{HymbaLmConfig, LoadOptions};
+    /// # use hymba::ndarray::arr2;
+    /// # let mut config = HymbaLmConfig::hymba_1_5b();
+    /// # (config.hidden_size, config.intermediate_size, config.vocab_size) = (100, 64, 50);
+    /// # let lm = HymbaLm::random(config, 0, &LoadOptions::default())?;
+    /// let (mut state, mut other) = (lm.new_state(1), lm.new_state(1));
+    /// lm.prefill(&arr2(&[[1, 2, 3]]), &mut other)?;
+    /// state.append(other)?;
+    /// assert_eq!(state.lengths(), [0, 3]);
+    /// # Ok::<(), hymba::Error>(())
+    /// ```
+    pub fn append(&mut self, other: LmState) -> Result<()> {
+        if other.model != self.model {
+            return Err(Error::State("another model made the other state".into()));
+        }
+        self.rows.extend(other.rows);
+        Ok(())
     }
 }
 

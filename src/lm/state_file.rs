@@ -1,19 +1,17 @@
 //! States in files, to go on with a conversation later.
 
-use std::io::Write;
 use std::path::Path;
 
-use safetensors::Dtype;
 use serde::{Deserialize, Serialize};
 
-use super::cache::{KvCache, KvStorage};
 use super::config::HymbaLmConfig;
 use super::model::HymbaLm;
-use super::state::{LmState, RowState};
-use crate::weights::float::Float;
-use crate::weights::tensors::{MAX_TENSORS, Source};
-use crate::weights::{VERSION, entry, header, write_streamed};
-use crate::{Error, Result};
+use super::state::LmState;
+use crate::files::header;
+use crate::files::saved::{VERSION, entry};
+use crate::files::tensors::Source;
+use crate::layers::{KvCache, KvStorage, SequenceState};
+use crate::{Error, Result, states};
 
 /// The metadata entry of a saved state.
 #[derive(Serialize, Deserialize)]
@@ -25,16 +23,9 @@ struct Saved {
     positions: Vec<usize>,
 }
 
-/// More tokens than anybody feeds: positions in a file are not believed beyond it.
-const MOST_TOKENS: usize = 1 << 40;
-
-/// The name of a tensor.
-fn name(row: usize, layer: usize, what: &str) -> String {
-    format!("rows.{row}.layers.{layer}.{what}")
-}
-
 impl HymbaLm {
-    /// Writes a state to a safetensors file, from which [`load_state`](Self::load_state) of the same model takes it up again.
+    /// Writes a state to a safetensors file, from which [`load_state`](Self::load_state) of the same model takes it up again. It
+    /// takes little memory besides the state.
     ///
     /// # Errors
     ///
@@ -61,48 +52,22 @@ impl HymbaLm {
         if state.model != self.id {
             return Err(Error::State("another model made it, and only that one can save it".into()));
         }
-        let mut tensors = Vec::new();
-        let mut numbers: Vec<Vec<f32>> = Vec::new();
-        for (r, row) in state.rows.iter().enumerate() {
-            for (l, layer) in row.layers.iter().enumerate() {
-                let mamba = &layer.mamba;
-                for (what, array) in [("conv", &mamba.conv), ("scan", &mamba.scan)] {
-                    tensors.push((name(r, l, what), Dtype::F32, array.shape().to_vec()));
-                    numbers.push(array.iter().copied().collect());
-                }
-                if let Some(kv) = &layer.kv {
-                    for (what, kept) in ["keys", "values"].into_iter().zip(kv.kept()) {
-                        tensors.push((name(r, l, what), dtype(kv.storage()), kept.shape().to_vec()));
-                        numbers.push(kept.into_iter().collect());
-                    }
-                }
-            }
-        }
-        if tensors.len() > MAX_TENSORS {
-            return Err(Error::State(format!("it has {} rows, too many for one file; select some", state.rows.len())));
-        }
+        // a state keeps the type it was made with, whatever the model would keep now
+        let first = state.rows.first().and_then(|row| row.layers.iter().find_map(|layer| layer.kv.as_ref()));
         let saved = Saved {
             version: VERSION,
             config: self.config().clone(),
-            kv_storage: self.kv_storage(),
+            kv_storage: first.map_or(self.kv_storage(), KvCache::storage),
             positions: state.rows.iter().map(|row| row.position).collect(),
         };
-        let path = path.as_ref();
-        let saved = serde_json::to_string(&saved).map_err(|error| Error::format(path, error.to_string()))?;
-        let floats: Vec<_> = tensors.iter().map(|(_, dtype, _)| Float::of(*dtype)).collect();
-        write_streamed(path, &tensors, &[("hymba", &saved)], &mut |i, file: &mut dyn Write| {
-            let mut bytes = Vec::new();
-            if let Some(float) = floats[i] {
-                float.encode(&numbers[i], &mut bytes);
-            }
-            file.write_all(&bytes)
-        })
+        states::write(path.as_ref(), &saved, &state.rows)
     }
 
     /// Reads a state that [`save_state`](Self::save_state) wrote. The file need not be trusted.
     ///
-    /// The configuration must be the same, and the keys of the meta tokens about the same: so a state of another model of
-    /// the same sizes is noticed.
+    /// All of the configuration that the layers depend on must be the same, and the keys of the meta tokens about the same: so a
+    /// state of another model of the same sizes is noticed, if it has meta tokens. What tokens mean (`eos_token_id` and the like),
+    /// the vocabulary, and the types and bits in which weights are stored may differ.
     ///
     /// # Errors
     ///
@@ -111,53 +76,19 @@ impl HymbaLm {
     pub fn load_state(&self, path: impl AsRef<Path>) -> Result<LmState> {
         let (mut tensors, saved) = header::read(Source::open(path.as_ref())?)?;
         let Saved { config, kv_storage, positions, .. } = entry(saved, &tensors)?;
-        // the same weights in fewer bits are the same model, here and below
-        let config = HymbaLmConfig { quantization: self.config().quantization, ..config };
-        if config != *self.config() {
+        if !config.has_layers_of(self.config()) {
             return Err(Error::State("the file holds one of a model with another configuration".into()));
         }
         let meta = config.num_memory_tokens;
-        let layers = self.empty_row(kv_storage).layers;
-        let of_a_row: usize = layers.iter().map(|layer| if layer.kv.is_some() { 4 } else { 2 }).sum();
-        // one row may be lacking tensors, which are then listed; for a great many the list would fill the memory
-        if positions.len() > tensors.names().len().div_ceil(of_a_row)
-            || positions.iter().any(|position| !(meta..=MOST_TOKENS).contains(position))
-        {
-            return Err(tensors.error("its rows and their positions do not fit together"));
-        }
-        let mut places = Vec::new();
-        for (r, &position) in positions.iter().enumerate() {
-            for (l, layer) in layers.iter().enumerate() {
-                places.push((name(r, l, "conv"), layer.mamba.conv.shape().to_vec()));
-                places.push((name(r, l, "scan"), layer.mamba.scan.shape().to_vec()));
-                if let Some(kv) = &layer.kv {
-                    let (heads, rows, key, value) = kv.dim_at(position);
-                    places.push((name(r, l, "keys"), vec![heads, rows, key]));
-                    places.push((name(r, l, "values"), vec![heads, rows, value]));
-                }
-            }
-        }
-        tensors.check(&places.into_iter().collect(), Vec::new())?;
-
-        let mut rows = Vec::new();
-        for (r, &position) in positions.iter().enumerate() {
-            let mut row = RowState { position, ..self.empty_row(kv_storage) };
-            for (l, layer) in row.layers.iter_mut().enumerate() {
-                tensors.read_into(&name(r, l, "conv"), layer.mamba.conv.view_mut().into_dyn())?;
-                tensors.read_into(&name(r, l, "scan"), layer.mamba.scan.view_mut().into_dyn())?;
-                if let Some(kv) = &mut layer.kv {
-                    kv.restore(position, &mut |what, take| tensors.read_numbers(&name(r, l, what), take))?;
-                }
-            }
-            self.check_meta_keys(&row)?;
-            rows.push(row);
-        }
-        Ok(LmState { model: self.id, rows })
+        let rows = states::read(&mut tensors, &positions, meta, &|| self.empty_row(kv_storage).layers)?;
+        rows.iter().try_for_each(|row| self.check_meta_keys(row))?;
+        Ok(LmState { model: self.id, meta, rows })
     }
 
     /// Compares the keys of the meta tokens, which do not depend on what follows them, with this model's.
-    fn check_meta_keys(&self, row: &RowState) -> Result<()> {
-        let keys = |row: &RowState| row.layers.iter().rev().find_map(|layer| layer.kv.as_ref().map(KvCache::meta_keys));
+    fn check_meta_keys(&self, row: &SequenceState) -> Result<()> {
+        let keys =
+            |row: &SequenceState| row.layers.iter().rev().find_map(|layer| layer.kv.as_ref().map(KvCache::meta_keys));
         let (Some(given), Some(own)) = (keys(row), keys(self.prefix())) else {
             return Ok(());
         };
@@ -172,12 +103,5 @@ impl HymbaLm {
         } else {
             Err(Error::State("the file holds one of a model with other weights".into()))
         }
-    }
-}
-
-fn dtype(storage: KvStorage) -> Dtype {
-    match storage {
-        KvStorage::F32 => Dtype::F32,
-        KvStorage::Bf16 => Dtype::BF16,
     }
 }

@@ -1,15 +1,18 @@
 //! Predictors in files: [`Predictor::save`] and [`Predictor::load`].
 
+use std::io::Write;
 use std::path::Path;
 
 use ndarray::{ArrayViewD, ArrayViewMutD};
 use serde::{Deserialize, Serialize};
 
 use super::{Normalization, Predictor, Task, parameters};
-use crate::train::{views, views_mut};
-use crate::weights::header;
-use crate::weights::tensors::{Source, Tensors};
-use crate::{HymbaOptions, Result, weights};
+use crate::encoder::check_size;
+use crate::files::saved::{self, entry, fill};
+use crate::files::tensors::{Source, Tensors};
+use crate::files::{Target, header};
+use crate::train::views;
+use crate::{HymbaOptions, Result};
 
 /// In front of `_mean` and `_scale`, in files.
 const INPUT: &str = "input";
@@ -45,9 +48,33 @@ impl Predictor {
     ///
     /// As [`Hymba::save`](crate::Hymba::save).
     pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
+        self.write(Target::File(path.as_ref()))
+    }
+
+    fn write(&self, target: Target) -> Result<()> {
         let (options, task) = (self.options().clone(), Some(self.task.clone()));
-        let saved = Saved { version: weights::VERSION, options, task };
-        weights::write(path.as_ref(), &saved, &self.tensors())
+        let saved = Saved { version: saved::VERSION, options, task };
+        saved::write(target, &saved, &self.tensors())
+    }
+
+    /// What [`save`](Self::save) would write to a file.
+    ///
+    /// # Errors
+    ///
+    /// As [`Hymba::to_bytes`](crate::Hymba::to_bytes).
+    pub fn to_bytes(&self) -> Result<Vec<u8>> {
+        let mut bytes = Vec::new();
+        self.write(Target::Writer(&mut bytes))?;
+        Ok(bytes)
+    }
+
+    /// As [`save`](Self::save), to anything that can be written to.
+    ///
+    /// # Errors
+    ///
+    /// As [`save`](Self::save).
+    pub fn write_to(&self, mut writer: impl Write) -> Result<()> {
+        self.write(Target::Writer(&mut writer))
     }
 
     /// Reads a predictor that [`save`](Self::save) wrote. The file need not be trusted, as in
@@ -57,8 +84,31 @@ impl Predictor {
     ///
     /// As [`Hymba::load`](crate::Hymba::load).
     pub fn load(path: impl AsRef<Path>) -> Result<Predictor> {
-        let (mut tensors, saved) = header::read(Source::open(path.as_ref())?)?;
-        let Saved { options, task, .. } = weights::entry(saved, &tensors)?;
+        Self::read(Source::open(path.as_ref())?)
+    }
+
+    /// As [`load`](Self::load), from what [`save`](Self::save) or [`to_bytes`](Self::to_bytes) wrote. The bytes need not be trusted
+    /// either.
+    ///
+    /// ```
+    /// use hymba::{HymbaOptions, Predictor, Task};
+    ///
+    /// let options = HymbaOptions::new(3).hidden_size(8).num_layers(1);
+    /// let bytes = Predictor::build(options, Task::classify(["walking", "standing"]))?.to_bytes()?;
+    /// assert_eq!(Predictor::from_bytes(&bytes)?.task().labels(), ["walking", "standing"]);
+    /// # Ok::<(), hymba::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// As [`load`](Self::load).
+    pub fn from_bytes(bytes: &[u8]) -> Result<Predictor> {
+        Self::read(Source::memory(bytes))
+    }
+
+    fn read(source: Source) -> Result<Predictor> {
+        let (mut tensors, saved) = header::read(source)?;
+        let Saved { options, task, .. } = entry(saved, &tensors)?;
         let Some(task) = task else {
             return Err(tensors.error(
                 "it holds an encoder without a head: read it with Hymba::load, and put a head on it with \
@@ -66,8 +116,9 @@ impl Predictor {
             ));
         };
         let mut predictor = Predictor::with_room_for(&tensors, options, task)?;
-        weights::fill(&mut tensors, predictor.tensors_mut())?;
+        fill(&mut tensors, &mut |f| predictor.visit_tensors_mut(f))?;
         predictor.check_normalizations(&tensors)?;
+        predictor.salt_encoder();
         Ok(predictor)
     }
 
@@ -81,20 +132,18 @@ impl Predictor {
     }
 
     /// As [`tensors`](Self::tensors), for reading them.
-    fn tensors_mut(&mut self) -> Vec<(String, ArrayViewMutD<'_, f32>)> {
-        let Predictor { encoder, head, input, output, .. } = self;
-        let mut all = views_mut(encoder);
-        head.visit_mut("head", &mut |name, array| all.push((name.to_string(), array)));
-        for (name, normalization) in [(INPUT, input), (OUTPUT, output)] {
-            all.extend(normalization.iter_mut().flat_map(|normalization| normalization.tensors_mut(name)));
+    fn visit_tensors_mut(&mut self, f: &mut dyn FnMut(&str, ArrayViewMutD<'_, f32>)) {
+        self.visit_mut(f);
+        for (name, normalization) in [(INPUT, &mut self.input), (OUTPUT, &mut self.output)] {
+            let tensors = normalization.iter_mut().flat_map(|normalization| normalization.tensors_mut(name));
+            tensors.for_each(|(name, array)| f(&name, array));
         }
-        all
     }
 
     /// A predictor of zeros that has the normalizations of the file.
     fn with_room_for(tensors: &Tensors, options: HymbaOptions, task: Task) -> Result<Self> {
         task.validate().map_err(|error| tensors.error(error.to_string()))?;
-        weights::check_size(parameters(&options, &task), tensors)?;
+        check_size(&options, parameters(&options, &task), tensors)?;
         let has = |of: &str| ["mean", "scale"].iter().any(|part| tensors.shape(&format!("{of}_{part}")).is_some());
         let input = has(INPUT).then(|| Normalization::zeros(options.embed_dim));
         let output = (has(OUTPUT) && !task.is_classification()).then(|| Normalization::zeros(task.outputs()));

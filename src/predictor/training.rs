@@ -1,9 +1,10 @@
-//! The predictor in training: forward with a cache, and the way back.
+//! The predictor in training: forward and backward pass.
 
-use ndarray::{Array2, Array3, ArrayRef2, ArrayRef3, Axis, s};
+use ndarray::{Array2, Array3, ArrayRef2, ArrayRef3, ArrayView3, Axis, s};
 
 use super::{Predictor, rows};
-use crate::block::sequences;
+use crate::encoder::{Keeps, sequences};
+use crate::kernels::team::Team;
 use crate::{Error, Result, TrainCache};
 
 /// What [`Predictor::backward`] reads of a forward pass.
@@ -17,6 +18,20 @@ pub struct PredictorCache {
     /// The frames of each sequence that have an output, if not all have.
     lengths: Option<Vec<usize>>,
     frame_wise: bool,
+}
+
+impl PredictorCache {
+    /// Checks that dy has the shape of the outputs.
+    fn check(&self, dy: ArrayView3<f32>) -> Result<()> {
+        if dy.dim() == self.outputs {
+            return Ok(());
+        }
+        Err(Error::Shape {
+            argument: "dy",
+            expected: format!("{:?}, the shape of the outputs", self.outputs),
+            given: dy.shape().to_vec(),
+        })
+    }
 }
 
 impl Predictor {
@@ -62,11 +77,11 @@ impl Predictor {
     ///
     /// As [`Hymba::backward`](crate::Hymba::backward).
     pub fn backward(&self, cache: &PredictorCache, dy: &ArrayRef2<f32>, grads: &mut Predictor) -> Result<Array3<f32>> {
-        self.run_backward(cache, self.rescaled_backward(dy.view().insert_axis(Axis(1)).into_owned()), grads)
+        self.run_backward(cache, self.rescaled_backward(cache, dy.view().insert_axis(Axis(1)))?, grads)
     }
 
-    /// As [`predict_frames`](Self::predict_frames), for training. What stands in positions past a sequence's length means
-    /// nothing.
+    /// As [`predict_frames`](Self::predict_frames), for training. Positions past a sequence's length hold nothing of
+    /// meaning.
     ///
     /// # Errors
     ///
@@ -93,7 +108,7 @@ impl Predictor {
         dy: &ArrayRef3<f32>,
         grads: &mut Predictor,
     ) -> Result<Array3<f32>> {
-        self.run_backward(cache, self.rescaled_backward(dy.to_owned()), grads)
+        self.run_backward(cache, self.rescaled_backward(cache, dy.view())?, grads)
     }
 
     /// As [`run`](Self::run), for training.
@@ -104,6 +119,8 @@ impl Predictor {
         seed: u64,
         frame_wise: bool,
     ) -> Result<(Array3<f32>, PredictorCache)> {
+        let more = self.options().embed_dim + 2 * self.task.outputs();
+        self.encoder.check_batch(x, lengths, Keeps::Cache, more)?;
         let x = self.normalized(x);
         let (hidden, encoder) = if frame_wise {
             self.encoder.forward_sequence_train(&x, lengths, seed)?
@@ -117,20 +134,14 @@ impl Predictor {
         Ok((z, cache))
     }
 
-    /// The way back of [`run_train`](Self::run_train).
+    /// The backward pass of [`run_train`](Self::run_train).
     pub(crate) fn run_backward(
         &self,
         cache: &PredictorCache,
         mut dz: Array3<f32>,
         grads: &mut Predictor,
     ) -> Result<Array3<f32>> {
-        if dz.dim() != cache.outputs {
-            return Err(Error::Shape {
-                argument: "dy",
-                expected: format!("{:?}, the shape of the outputs", cache.outputs),
-                given: dz.shape().to_vec(),
-            });
-        }
+        cache.check(dz.view())?;
         let sizes = |of: &Predictor| (of.encoder.options().hidden_size, of.task.outputs());
         if sizes(grads) != sizes(self) || cache.outputs.2 != self.task.outputs() {
             let advice = "grads or the cache is of a predictor of another size; make grads with zeros_like";
@@ -142,7 +153,7 @@ impl Predictor {
         let dz = rows(dz);
         // kept only if the encoder takes its part, too
         let mut dhead = grads.head.clone();
-        let dhidden = self.head.backward(cache.hidden.view(), dz.view(), &mut dhead);
+        let dhidden = self.head.backward(&Team::alone(), cache.hidden.view(), dz.view(), &mut dhead);
         let mut dx = if cache.frame_wise {
             let batch = cache.outputs.0;
             self.encoder.backward_sequence(
@@ -160,10 +171,13 @@ impl Predictor {
         Ok(dx)
     }
 
-    fn rescaled_backward(&self, mut dy: Array3<f32>) -> Array3<f32> {
+    fn rescaled_backward(&self, cache: &PredictorCache, dy: ArrayView3<f32>) -> Result<Array3<f32>> {
+        // a view of any size is only copied if it has the size of the outputs
+        cache.check(dy)?;
+        let mut dy = dy.to_owned();
         if let Some(output) = &self.output {
             output.undo_backward(&mut dy);
         }
-        dy
+        Ok(dy)
     }
 }

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Display;
+use std::ops::Range;
 
 use ndarray::{Array2, Array3, Axis, s};
 use rand::SeedableRng;
@@ -260,15 +261,12 @@ impl Dataset {
         const POOL: usize = 8;
         let mut order = indices.to_vec();
         order.shuffle(rng);
-        let count = order.len().div_ceil(size);
-        let start = |batch: usize| batch * order.len() / count;
-        let starts: Vec<usize> = (0..=count).map(start).collect();
+        let ranges: Vec<_> = cut(order.len(), size).collect();
         // like lengths go together, so that little padding is computed
-        for pool in (0..count).step_by(POOL) {
-            let end = starts[(pool + POOL).min(count)];
-            order[starts[pool]..end].sort_by_key(|&i| self.series[i].nrows());
+        for pool in ranges.chunks(POOL) {
+            order[pool[0].start..pool[pool.len() - 1].end].sort_by_key(|&i| self.series[i].nrows());
         }
-        let mut batches: Vec<_> = starts.windows(2).map(|ends| order[ends[0]..ends[1]].to_vec()).collect();
+        let mut batches: Vec<_> = ranges.into_iter().map(|range| order[range].to_vec()).collect();
         batches.shuffle(rng);
         batches
     }
@@ -299,6 +297,23 @@ impl Dataset {
 
     fn lengths(&self, indices: &[usize]) -> Vec<usize> {
         indices.iter().map(|&i| self.series[i].nrows()).collect()
+    }
+
+    /// How many targets some series have: one each, or one a frame.
+    pub(super) fn num_targets(&self, indices: &[usize]) -> usize {
+        if self.task.is_frame_wise() { self.lengths(indices).into_iter().sum() } else { indices.len() }
+    }
+
+    /// The classes of some series or of their frames; none in a regression.
+    pub(super) fn classes<'a>(&'a self, indices: &'a [usize]) -> impl Iterator<Item = usize> + 'a {
+        indices
+            .iter()
+            .flat_map(|&i| match &self.targets {
+                Targets::Classes(all) => &all[i..=i],
+                Targets::FrameClasses(all) => &all[i],
+                Targets::Values(_) | Targets::FrameValues(_) => &[],
+            })
+            .copied()
     }
 
     pub(super) fn batch(&self, indices: &[usize]) -> Batch {
@@ -355,6 +370,14 @@ impl Dataset {
         }
         hash
     }
+}
+
+/// Cuts 0..`count` into ranges of like size, at most `most` each.
+pub(super) fn cut(count: usize, most: usize) -> impl Iterator<Item = Range<usize>> {
+    let pieces = count.div_ceil(most);
+    // in u64: the product may be past a usize of 32 bits
+    let start = move |piece: usize| (piece as u64 * count as u64 / pieces as u64) as usize;
+    (0..pieces).map(move |piece| start(piece)..start(piece + 1))
 }
 
 /// `[length, width]` each → `[b, longest, width]`

@@ -1,12 +1,13 @@
 //! Losses. Each gives its value and its gradient together, computed in f64: the arrays are small beside the model.
 //!
-//! All are means over the frames that count. Non-finite predictions are no error here: they give a non-finite loss, which
+//! All are means over the frames that count, and say how much counted: means over parts of a batch can be put together again
+//! only with their weights. Non-finite predictions are no error here: they give a non-finite loss, which
 //! whoever trains has to look at anyway.
 
 use ndarray::{Array, Array3, ArrayRef2, ArrayRef3, ArrayView1, ArrayView2, ArrayView3, Axis, Dimension, Ix2, Ix3, s};
 use serde::{Deserialize, Serialize};
 
-use crate::model::check_lengths;
+use crate::encoder::check_lengths;
 use crate::{Error, Result};
 
 /// The value of a loss, and what [`backward`](crate::Hymba::backward) starts from.
@@ -16,6 +17,40 @@ pub struct Loss<D: Dimension> {
     pub value: f32,
     /// The gradient of the value by the predictions, in their shape. Exactly zero for frames that do not count.
     pub gradient: Array<f32, D>,
+    /// What the sum over these frames was divided by: their number, or with class weights the sum of the weights of their
+    /// labels. The mean over several batches is Σ value·weight / Σ weight.
+    pub weight: f64,
+}
+
+impl<D: Dimension> Loss<D> {
+    /// The gradient of the sum in place of the mean, gradient·weight: what adds up over the batches of one step. See
+    /// [`AdamW::step_accumulated`](crate::train::AdamW::step_accumulated).
+    pub fn sum_gradient(&self) -> Array<f32, D> {
+        self.gradient.mapv(|gradient| (f64::from(gradient) * self.weight) as f32)
+    }
+}
+
+/// Sums over the frames that count, before they become a mean.
+pub(super) struct Sums {
+    pub loss: f64,
+    /// As [`Loss::weight`].
+    pub weight: f64,
+    /// Σ −ln p of the right classes, in a classification: without label smoothing and class weights.
+    pub plain: f64,
+    /// The gradient of `loss` / `divisor`.
+    pub gradient: Array3<f32>,
+}
+
+impl Sums {
+    fn mean(self) -> Loss<Ix3> {
+        let Sums { loss, weight, gradient, .. } = self;
+        Loss { value: (loss * reciprocal(weight)) as f32, gradient, weight }
+    }
+}
+
+/// 1/x; 0 where nothing has any weight, so that a loss is 0 then.
+fn reciprocal(x: f64) -> f64 {
+    if x > 0.0 { 1.0 / x } else { 0.0 }
 }
 
 /// How far predicted numbers are from the true ones: the mean of a function of the difference e = prediction − target over
@@ -27,7 +62,7 @@ pub struct Loss<D: Dimension> {
 ///
 /// let (predictions, targets) = (array![[1.0, 2.0]], array![[0.0, 2.0]]);
 /// let loss = RegressionLoss::MeanSquaredError.evaluate(&predictions, &targets)?;
-/// assert_eq!((loss.value, loss.gradient), (0.5, array![[1.0, 0.0]]));
+/// assert_eq!((loss.value, loss.weight, loss.gradient), (0.5, 1.0, array![[1.0, 0.0]]));
 /// # Ok::<(), hymba::Error>(())
 /// ```
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
@@ -60,12 +95,12 @@ impl RegressionLoss {
         }
         let lengths = vec![1; predictions.nrows()];
         let (predictions, targets) = (predictions.view().insert_axis(Axis(1)), targets.view().insert_axis(Axis(1)));
-        Ok(single_frames(self.mean(predictions, targets, &lengths)))
+        Ok(single_frames(self.sums(predictions, targets, &lengths, None).mean()))
     }
 
     /// Predictions and targets `[b, l, c]`, of which the first `lengths[i]` frames of row i count, or all without lengths →
-    /// the loss, with a gradient `[b, l, c]`. Every frame has the same weight, whatever the length of its sequence. What
-    /// stands in other frames is not looked at.
+    /// the loss, with a gradient `[b, l, c]`. Every frame has the same weight, whatever the length of its sequence. Other
+    /// frames are ignored.
     ///
     /// ```
     /// use hymba::ndarray::array;
@@ -89,6 +124,18 @@ impl RegressionLoss {
         targets: &ArrayRef3<f32>,
         lengths: Option<&[usize]>,
     ) -> Result<Loss<Ix3>> {
+        self.evaluate_sums(predictions, targets, lengths, None).map(Sums::mean)
+    }
+
+    /// As [`evaluate_sequences`](Self::evaluate_sequences), with a gradient of the sum divided by `divisor` in place of its own
+    /// weight.
+    pub(super) fn evaluate_sums(
+        &self,
+        predictions: &ArrayRef3<f32>,
+        targets: &ArrayRef3<f32>,
+        lengths: Option<&[usize]>,
+        divisor: Option<f64>,
+    ) -> Result<Sums> {
         self.validate()?;
         check_not_empty("predictions", predictions.shape())?;
         check_shape("targets", targets.shape(), predictions.shape())?;
@@ -97,7 +144,7 @@ impl RegressionLoss {
         if let Some(((row, frame, i), target)) = targets.indexed_iter().find(bad) {
             return Err(bad_target(&[row, frame, i], *target));
         }
-        Ok(self.mean(predictions.view(), targets.view(), &lengths))
+        Ok(self.sums(predictions.view(), targets.view(), &lengths, divisor))
     }
 
     fn validate(&self) -> Result<()> {
@@ -111,9 +158,16 @@ impl RegressionLoss {
         }
     }
 
-    fn mean(&self, predictions: ArrayView3<f32>, targets: ArrayView3<f32>, lengths: &[usize]) -> Loss<Ix3> {
+    fn sums(
+        &self,
+        predictions: ArrayView3<f32>,
+        targets: ArrayView3<f32>,
+        lengths: &[usize],
+        divisor: Option<f64>,
+    ) -> Sums {
         let mut gradient = Array3::zeros(predictions.dim());
-        let count = (lengths.iter().sum::<usize>() * predictions.dim().2) as f64;
+        let (weight, outputs) = (lengths.iter().sum::<usize>() as f64, predictions.dim().2 as f64);
+        let count = divisor.unwrap_or(weight) * outputs;
         let mut sum = 0.0;
         for (row, &length) in lengths.iter().enumerate() {
             let frames = s![row, ..length, ..];
@@ -125,7 +179,7 @@ impl RegressionLoss {
                 *gradient = (slope / count) as f32;
             }
         }
-        Loss { value: (sum / count) as f32, gradient }
+        Sums { loss: sum / outputs, weight, plain: 0.0, gradient }
     }
 
     fn value_and_slope(&self, e: f64) -> (f64, f64) {
@@ -140,8 +194,7 @@ impl RegressionLoss {
     }
 }
 
-/// How little probability the logits z give to the right classes: the mean of −ln softmax(z)\[label\] over all frames that
-/// count.
+/// Cross-entropy of the logits z: the mean of −ln softmax(z)\[label\] over all frames that count.
 ///
 /// With class weights w and label smoothing ε it is PyTorch's `CrossEntropyLoss` with the reduction "mean". For a frame of
 /// label y, of c classes,
@@ -181,6 +234,11 @@ impl CrossEntropy {
     /// Sets one weight for each class, 0 or more: rare classes are often given larger ones. A batch that has only labels of
     /// weight 0 has a loss of 0.
     ///
+    /// The mean is over the weights of this batch, as in PyTorch. So in a batch of one frame, or of frames of one class, weights
+    /// change nothing. For weights that matter whatever is in a batch, take [`Loss::sum_gradient`], and give
+    /// [`AdamW::step_accumulated`](crate::train::AdamW::step_accumulated) the weight that is expected of so many frames: this is
+    /// what [`Trainer`](crate::train::Trainer) does.
+    ///
     /// ```
     /// use hymba::ndarray::array;
     /// use hymba::train::CrossEntropy;
@@ -210,11 +268,11 @@ impl CrossEntropy {
             return Err(bad_label(&[row], labels[row], classes));
         }
         let (logits, labels) = (logits.view().insert_axis(Axis(1)), ArrayView1::from(labels).insert_axis(Axis(1)));
-        Ok(single_frames(self.mean(logits, labels, &vec![1; b])))
+        Ok(single_frames(self.sums(logits, labels, &vec![1; b], None).mean()))
     }
 
     /// Logits `[b, l, c]` and labels `[b, l]`, of which the first `lengths[i]` frames of row i count, or all without lengths →
-    /// the loss, with a gradient `[b, l, c]`. What stands in other frames is not looked at.
+    /// the loss, with a gradient `[b, l, c]`. Other frames are ignored.
     ///
     /// ```
     /// use hymba::ndarray::{Array3, array};
@@ -236,6 +294,17 @@ impl CrossEntropy {
         labels: &ArrayRef2<usize>,
         lengths: Option<&[usize]>,
     ) -> Result<Loss<Ix3>> {
+        self.evaluate_sums(logits, labels, lengths, None).map(Sums::mean)
+    }
+
+    /// As [`RegressionLoss::evaluate_sums`].
+    pub(super) fn evaluate_sums(
+        &self,
+        logits: &ArrayRef3<f32>,
+        labels: &ArrayRef2<usize>,
+        lengths: Option<&[usize]>,
+        divisor: Option<f64>,
+    ) -> Result<Sums> {
         let (b, l, classes) = logits.dim();
         check_not_empty("logits", logits.shape())?;
         self.validate(classes)?;
@@ -245,7 +314,7 @@ impl CrossEntropy {
         if let Some(((row, frame), label)) = labels.indexed_iter().find(bad) {
             return Err(bad_label(&[row, frame], *label, classes));
         }
-        Ok(self.mean(logits.view(), labels.view(), &lengths))
+        Ok(self.sums(logits.view(), labels.view(), &lengths, divisor))
     }
 
     fn validate(&self, classes: usize) -> Result<()> {
@@ -270,7 +339,13 @@ impl CrossEntropy {
         Ok(())
     }
 
-    fn mean(&self, logits: ArrayView3<f32>, labels: ArrayView2<usize>, lengths: &[usize]) -> Loss<Ix3> {
+    fn sums(
+        &self,
+        logits: ArrayView3<f32>,
+        labels: ArrayView2<usize>,
+        lengths: &[usize],
+        divisor: Option<f64>,
+    ) -> Sums {
         let classes = logits.dim().2;
         let smoothing = f64::from(self.label_smoothing);
         let weights: Vec<f64> = match &self.class_weights {
@@ -283,16 +358,17 @@ impl CrossEntropy {
 
         let frames =
             || lengths.iter().enumerate().flat_map(|(row, &length)| (0..length).map(move |frame| [row, frame]));
-        let total: f64 = frames().map(|frame| weights[labels[frame]]).sum();
-        let scale = if total > 0.0 { 1.0 / total } else { 0.0 };
+        let weight: f64 = frames().map(|frame| weights[labels[frame]]).sum();
+        let scale = reciprocal(divisor.unwrap_or(weight));
         let mut gradient = Array3::zeros(logits.dim());
-        let mut sum = 0.0;
+        let (mut sum, mut plain) = (0.0, 0.0);
         for [row, frame] in frames() {
             let label = labels[[row, frame]];
             let z: Vec<f64> = logits.slice(s![row, frame, ..]).iter().map(|&z| f64::from(z)).collect();
             let largest = z.iter().copied().fold(f64::NEG_INFINITY, f64::max);
             let log_sum = largest + z.iter().map(|z| (z - largest).exp()).sum::<f64>().ln();
             let wanted = |class| of_any[class] + if class == label { of_label[class] } else { 0.0 };
+            plain += log_sum - z[label];
             let wanted_of_all: f64 = (0..classes).map(wanted).sum();
             for (class, gradient) in gradient.slice_mut(s![row, frame, ..]).iter_mut().enumerate() {
                 let log_probability = z[class] - log_sum;
@@ -301,7 +377,7 @@ impl CrossEntropy {
                 *gradient = (scale * (wanted_of_all * log_probability.exp() - wanted(class))) as f32;
             }
         }
-        Loss { value: (scale * sum) as f32, gradient }
+        Sums { loss: sum, weight, plain, gradient }
     }
 }
 
@@ -315,7 +391,8 @@ fn counting(lengths: Option<&[usize]>, shape: &[usize]) -> Result<Vec<usize>> {
 
 /// `[b, 1, c]` → `[b, c]`
 fn single_frames(loss: Loss<Ix3>) -> Loss<Ix2> {
-    Loss { value: loss.value, gradient: loss.gradient.index_axis_move(Axis(1), 0) }
+    let Loss { value, gradient, weight } = loss;
+    Loss { value, gradient: gradient.index_axis_move(Axis(1), 0), weight }
 }
 
 fn check_not_empty(argument: &'static str, given: &[usize]) -> Result<()> {

@@ -8,10 +8,10 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 
 use super::{Parameters, views, views_mut};
+use crate::files::tensors::Source;
+use crate::files::{Target, header, saved as files};
 use crate::kernels::clock::{Part, Work, timed};
-use crate::kernels::parallel;
-use crate::weights::tensors::Source;
-use crate::weights::{self, header};
+use crate::kernels::team::with_team;
 use crate::{Error, Result};
 
 mod options;
@@ -36,8 +36,7 @@ const PREFIXES: [&str; 2] = ["first_moment.", "second_moment."];
 /// p = p·(1 − η·decay) − η · m/(1 − β₁ᵗ) / (√(v/(1 − β₂ᵗ)) + ε)
 /// ```
 ///
-/// What follows from the same numbers is the same, bit for bit, for any number of threads, and after
-/// [`save`](Self::save) and [`load`](Self::load).
+/// Updates are reproducible bit for bit, for any number of threads, and after [`save`](Self::save) and [`load`](Self::load).
 ///
 /// ```
 /// use hymba::train::{AdamW, AdamWOptions};
@@ -57,6 +56,8 @@ const PREFIXES: [&str; 2] = ["first_moment.", "second_moment."];
 pub struct AdamW<P> {
     options: AdamWOptions,
     steps: u64,
+    /// Steps that were taken before the schedule began.
+    before_schedule: u64,
     /// m and v.
     moments: [P; 2],
 }
@@ -78,6 +79,8 @@ pub struct StepInfo {
 struct Saved {
     version: u32,
     steps: u64,
+    #[serde(default)]
+    before_schedule: u64,
     adamw: AdamWOptions,
 }
 
@@ -101,7 +104,8 @@ impl<P: Parameters> AdamW<P> {
                 return Err(Error::Optimizer(format!("two parameters have the name {name:?}")));
             }
         }
-        let optimizer = AdamW { options, steps: 0, moments: [model.zeros_like(), model.zeros_like()] };
+        let optimizer =
+            AdamW { options, steps: 0, before_schedule: 0, moments: [model.zeros_like(), model.zeros_like()] };
         for moment in &optimizer.moments {
             check_same("what zeros_like makes", moment, model)?;
         }
@@ -112,56 +116,68 @@ impl<P: Parameters> AdamW<P> {
     ///
     /// # Errors
     ///
-    /// [`Error::NotFinite`] names the first parameter whose gradient is not finite, or so large that its square is not.
+    /// [`Error::NotFinite`] names the first parameter whose gradient is not finite, or so large that its square is not. To go on
+    /// without the batch at fault, clear the gradient by [`Parameters::fill_zero`]: what is added to NaN stays NaN.
     /// [`Error::Optimizer`] if the parameters of `model` or of `gradient` are not those of the model the optimiser was made
     /// for. Nothing is changed then.
     pub fn step(&mut self, model: &mut P, gradient: &mut P) -> Result<StepInfo> {
-        self.step_accumulated(model, gradient, 1)
+        self.step_accumulated(model, gradient, 1.0)
     }
 
-    /// As [`step`](Self::step), for a `gradient` into which the gradients of `batches` batches were added: their mean is what
-    /// counts, and what the norm is of.
+    /// As [`step`](Self::step), for a `gradient` into which the gradients of several sums were added: it is divided by `weight`, and
+    /// the norm is that of the result.
     ///
-    /// For a large batch that does not fit into memory. The batches should be of one size.
+    /// For a large batch that does not fit into memory, in pieces of any sizes. Each piece adds the gradient of its sum, and its
+    /// weight; a mean of the pieces' means would be another loss where they have different numbers of frames, or labels of
+    /// different class weights.
     ///
     /// ```
-    /// use hymba::train::{AdamW, AdamWOptions};
+    /// use hymba::ndarray::{Array2, Array3};
+    /// use hymba::train::{AdamW, AdamWOptions, CrossEntropy};
     /// use hymba::{Hymba, HymbaOptions};
     ///
     /// let mut model = Hymba::build(HymbaOptions::new(3).hidden_size(8).num_layers(1))?;
     /// let mut optimizer = AdamW::new(&model, AdamWOptions::default())?;
     /// let mut gradient = model.zeros_like();
-    /// for _ in 0..4 {
-    ///     gradient.visit_mut(&mut |_, mut array| array += 1.0); // as Hymba::backward does
+    ///
+    /// let mut weight = 0.0;
+    /// for length in [20, 3] {
+    ///     let (x, labels) = (Array3::ones((1, length, 3)), Array2::from_elem((1, length), 5));
+    ///     let (y, cache) = model.forward_sequence_train(&x, None, 0)?;
+    ///     let loss = CrossEntropy::new().evaluate_sequences(&y, &labels, None)?;
+    ///     model.backward_sequence(&cache, &loss.sum_gradient(), &mut gradient)?;
+    ///     weight += loss.weight;
     /// }
-    /// let info = optimizer.step_accumulated(&mut model, &mut gradient, 4)?;
-    /// assert!((info.gradient_norm - (model.num_parameters() as f64).sqrt()).abs() < 1e-6);
+    /// assert_eq!(weight, 23.0);
+    /// optimizer.step_accumulated(&mut model, &mut gradient, weight)?;
     /// # Ok::<(), hymba::Error>(())
     /// ```
     ///
     /// # Errors
     ///
-    /// Those of [`step`](Self::step), and [`Error::Optimizer`] if `batches` is 0.
-    pub fn step_accumulated(&mut self, model: &mut P, gradient: &mut P, batches: usize) -> Result<StepInfo> {
-        if batches == 0 {
-            return Err(Error::Optimizer("a step needs the gradient of 1 batch at least".into()));
+    /// Those of [`step`](Self::step), and [`Error::Optimizer`] unless `weight` is finite and above 0.
+    pub fn step_accumulated(&mut self, model: &mut P, gradient: &mut P, weight: f64) -> Result<StepInfo> {
+        if !(weight > 0.0 && weight.is_finite()) {
+            return Err(Error::Optimizer(format!(
+                "the gradient's weight is {weight}; it must be finite and above 0: the sum of the losses' weights"
+            )));
         }
         check_same("the model", model, &self.moments[0])?;
         check_same("the gradient", gradient, &self.moments[0])?;
 
         let step = self.steps.saturating_add(1);
-        let gradient_norm = norm(gradient) / batches as f64;
+        let gradient_norm = norm(gradient) / weight;
         let clip = match self.options.clip_norm.map(f64::from) {
             Some(most) if gradient_norm > most => most / gradient_norm,
             _ => 1.0,
         };
-        let scale = clip / batches as f64;
+        let scale = clip / weight;
         // no number is larger than the norm, and in f64 the norm of finite numbers is finite
         if !USABLE.contains(&(gradient_norm * clip)) {
             check_each(gradient, scale, step)?;
         }
 
-        let learning_rate = self.options.schedule.rate(self.steps);
+        let learning_rate = self.options.schedule.rate(self.steps - self.before_schedule);
         let update = Update::new(&self.options, learning_rate, scale as f32, step);
         let [first, second] = &mut self.moments;
         let tensors =
@@ -176,18 +192,46 @@ impl<P: Parameters> AdamW<P> {
                     Piece { keep, parameter, gradient, first, second }
                 })
             });
-        parallel::for_each(groups(pieces, |piece| piece.parameter.len()), |group| {
-            for piece in group {
-                // four numbers read and four written
-                let work = Work { memory_bytes: 32 * piece.parameter.len() as u64, ..Work::default() };
-                timed(Part::Optimizer, work, || update.apply(piece));
-            }
+        let groups = groups(pieces, |piece| piece.parameter.len());
+        with_team(usize::MAX, |team| {
+            team.for_each(groups, |group| {
+                for piece in group {
+                    // four numbers read and four written
+                    let work = Work { memory_bytes: 32 * piece.parameter.len() as u64, ..Work::default() };
+                    timed(Part::Optimizer, work, || update.apply(piece));
+                }
+            });
         });
         self.steps = step;
         Ok(StepInfo { step, learning_rate, gradient_norm })
     }
 
-    /// The options it was made with.
+    /// Goes on with other options: the schedule counts from the next step, and the moments and the number of steps stay.
+    ///
+    /// ```
+    /// use hymba::train::{AdamW, AdamWOptions, Schedule};
+    /// use hymba::{Hymba, HymbaOptions};
+    ///
+    /// let mut model = Hymba::build(HymbaOptions::new(3).hidden_size(8).num_layers(1))?;
+    /// let mut optimizer = AdamW::new(&model, AdamWOptions::default().schedule(Schedule::linear(1e-3, 1)))?;
+    /// let mut gradient = model.zeros_like();
+    /// let mut rate = |optimizer: &mut AdamW<Hymba>| optimizer.step(&mut model, &mut gradient).map(|info| info.learning_rate);
+    /// assert_eq!((rate(&mut optimizer)?, rate(&mut optimizer)?), (1e-3, 0.0)); // the schedule is at its end
+    /// optimizer.restart(AdamWOptions::default().schedule(Schedule::linear(1e-4, 10)))?;
+    /// assert_eq!((rate(&mut optimizer)?, optimizer.steps()), (1e-4, 3));
+    /// # Ok::<(), hymba::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Option`] if an option is outside its range; nothing is changed then.
+    pub fn restart(&mut self, options: AdamWOptions) -> Result<()> {
+        options.validate()?;
+        (self.options, self.before_schedule) = (options, self.steps);
+        Ok(())
+    }
+
+    /// The options it steps by.
     pub fn options(&self) -> &AdamWOptions {
         &self.options
     }
@@ -217,15 +261,16 @@ impl<P: Parameters> AdamW<P> {
     ///
     /// As [`Hymba::save`](crate::Hymba::save).
     pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
-        let saved = Saved { version: weights::VERSION, steps: self.steps, adamw: self.options.clone() };
+        let (steps, before_schedule) = (self.steps, self.before_schedule);
+        let saved = Saved { version: files::VERSION, steps, before_schedule, adamw: self.options.clone() };
         let mut tensors = Vec::new();
         for (prefix, moment) in PREFIXES.into_iter().zip(&self.moments) {
             tensors.extend(views(moment).into_iter().map(|(name, array)| (format!("{prefix}{name}"), array)));
         }
-        weights::write(path.as_ref(), &saved, &tensors)
+        files::write(Target::File(path.as_ref()), &saved, &tensors)
     }
 
-    /// Reads an optimiser of `model` that [`save`](Self::save) wrote. Of `model` only the names and shapes are looked at.
+    /// Reads an optimiser of `model` that [`save`](Self::save) wrote. Of `model` only the names and shapes matter.
     ///
     /// The file need not be trusted, as in [`Hymba::load`](crate::Hymba::load).
     ///
@@ -238,7 +283,10 @@ impl<P: Parameters> AdamW<P> {
         let Some(saved) = saved else {
             return Err(tensors.error("its metadata has no options: AdamW::save did not write it"));
         };
-        let Saved { steps, adamw: options, .. } = weights::parse(&saved, &tensors)?;
+        let Saved { steps, before_schedule, adamw: options, .. } = files::parse(&saved, &tensors)?;
+        if before_schedule > steps {
+            return Err(tensors.error(format!("its schedule began after {before_schedule} of {steps} steps")));
+        }
         options.validate().map_err(|error| tensors.error(error.to_string()))?;
         let mut expected = Vec::new();
         for prefix in PREFIXES {
@@ -247,7 +295,7 @@ impl<P: Parameters> AdamW<P> {
         // before memory is taken
         tensors.check(&expected.into_iter().collect(), Vec::new())?;
 
-        let mut optimizer = AdamW { steps, ..AdamW::new(model, options)? };
+        let mut optimizer = AdamW { steps, before_schedule, ..AdamW::new(model, options)? };
         let usable: [fn(f32) -> bool; 2] = [f32::is_finite, |v| v.is_finite() && v >= 0.0];
         for ((prefix, moment), usable) in PREFIXES.into_iter().zip(&mut optimizer.moments).zip(usable) {
             for (name, mut array) in views_mut(moment) {
@@ -293,8 +341,9 @@ fn check_same<P: Parameters>(what: &str, given: &P, expected: &P) -> Result<()> 
 fn norm(gradient: &impl Parameters) -> f64 {
     let tensors = views(gradient);
     let pieces = tensors.iter().flat_map(|(_, array)| array.as_slice().expect("checked before").chunks(GROUP));
+    let groups = groups(pieces, |piece| piece.len());
     let sums =
-        parallel::map(groups(pieces, |piece| piece.len()), |group| group.into_iter().map(sum_of_squares).sum::<f64>());
+        with_team(usize::MAX, |team| team.map(groups, |group| group.into_iter().map(sum_of_squares).sum::<f64>()));
     sums.iter().sum::<f64>().sqrt()
 }
 

@@ -2,11 +2,12 @@
 
 use std::ops::ControlFlow;
 use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use rand::{RngExt, SeedableRng};
 
-use super::{AdamW, Dataset, views};
+use super::data::Batch;
+use super::{AdamW, Dataset, Parameters, StepInfo, cut, views};
 use crate::layers::Rng;
 use crate::{Error, Predictor, Result};
 
@@ -17,7 +18,7 @@ mod report;
 
 use checkpoint::Checkpoint;
 pub use measure::evaluate;
-use measure::{Meter, Part};
+use measure::{Part, Totals, score};
 pub use options::{Decay, TrainerOptions};
 use report::{Clock, best_epoch};
 pub use report::{EpochMetrics, Metrics, Progress, Stopped, Trained};
@@ -30,7 +31,7 @@ pub use report::{EpochMetrics, Metrics, Progress, Stopped, Trained};
 ///
 /// With [`TrainerOptions::checkpoint`], everything is written to a folder after every epoch, so that a process that is killed
 /// loses the epoch it was in and no more. [`resume`](Self::resume) goes on as if nothing had happened: the end is the same,
-/// bit for bit.
+/// bit for bit. [`prolong`](Self::prolong) goes on with a training that has ended.
 ///
 /// ```
 /// use std::ops::ControlFlow;
@@ -65,8 +66,13 @@ pub struct Trainer {
 #[derive(Debug)]
 enum Start {
     New(Box<Predictor>),
-    /// With the fingerprint of the data.
-    Resumed(Box<State>, u64),
+    Resumed {
+        state: Box<State>,
+        /// Fingerprint of the data.
+        data: u64,
+        /// Whether the schedule begins anew.
+        prolonged: bool,
+    },
 }
 
 /// Everything that changes from epoch to epoch.
@@ -77,6 +83,8 @@ struct State {
     best: Predictor,
     optimizer: AdamW<Predictor>,
     history: Vec<EpochMetrics>,
+    /// Epochs that were done when the schedule began: 0 unless the training was prolonged.
+    before_schedule: usize,
 }
 
 impl Trainer {
@@ -92,6 +100,9 @@ impl Trainer {
 
     /// Goes on with a training that was killed or stopped, from the last epoch that its checkpoint folder holds. The data must
     /// be the same. Further checkpoints go into the same folder.
+    ///
+    /// A training that has ended has nothing left to do: [`fit`](Self::fit) returns its result at once. To train it further, see
+    /// [`prolong`](Self::prolong).
     ///
     /// The files need not be trusted, as in [`Hymba::load`](crate::Hymba::load).
     ///
@@ -116,7 +127,66 @@ impl Trainer {
     /// ```
     pub fn resume(checkpoint: impl AsRef<Path>) -> Result<Self> {
         let (options, state, data) = Checkpoint::new(checkpoint.as_ref()).read()?;
-        Ok(Trainer { options: options.checkpoint(checkpoint.as_ref()), start: Start::Resumed(Box::new(state), data) })
+        let start = Start::Resumed { state: Box::new(state), data, prolonged: false };
+        Ok(Trainer { options: options.checkpoint(checkpoint.as_ref()), start })
+    }
+
+    /// Goes on by other options: more epochs, another learning rate, another batch size. For a training that has ended, and was
+    /// [resumed](Self::resume); it need not have ended.
+    ///
+    /// Weights, the optimiser's moments, the history and the best epoch stay. The learning rate begins a schedule of its own over the
+    /// epochs that are left: it warms up and falls as the options say, and `patience` counts from here. Options equal to those the
+    /// training has change nothing, so a program that asks for so many epochs in all can be killed and run again. Checkpoints go
+    /// into the same folder. A training that has not begun takes the options as they are.
+    ///
+    /// ```
+    /// # use std::ops::ControlFlow;
+    /// # use hymba::ndarray::Array2;
+    /// # use hymba::train::{Dataset, Targets};
+    /// use hymba::train::{Trainer, TrainerOptions};
+    /// # use hymba::{HymbaOptions, Predictor, Task};
+    ///
+    /// # let folder = tempfile::tempdir()?;
+    /// # let folder = folder.path().join("run");
+    /// # let task = Task::classify(["a", "b"]);
+    /// # let data = Dataset::new(&task, vec![Array2::ones((9, 1)); 4], Targets::Classes(vec![0, 1, 0, 1]))?;
+    /// # let predictor = Predictor::build(HymbaOptions::new(1).hidden_size(8).num_layers(1), task)?;
+    /// # let go_on = |_: &_| ControlFlow::Continue(());
+    /// Trainer::new(predictor, TrainerOptions::default().epochs(2).checkpoint(&folder))?.fit(&data, go_on)?;
+    ///
+    /// let trainer = Trainer::resume(&folder)?;
+    /// let longer = trainer.options().clone().epochs(5).learning_rate(1e-4).warm_up(0.0);
+    /// let trained = trainer.prolong(longer)?.fit(&data, go_on)?;
+    /// assert_eq!(trained.history.len(), 5);
+    /// assert_eq!(trained.history[2].learning_rate, 1e-4);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Option`] if an option is outside its range; if there are no more `epochs` than are done; or if one of those differs
+    /// that decide which series are validated on and what is measured: `seed`, `validation_fraction`, `label_smoothing`,
+    /// `class_weights` and `regression_loss`. Epochs could not be compared then.
+    pub fn prolong(mut self, options: TrainerOptions) -> Result<Self> {
+        options.validate()?;
+        let Start::Resumed { state, prolonged, .. } = &mut self.start else {
+            return Ok(Trainer { options, ..self });
+        };
+        let options = TrainerOptions { checkpoint: self.options.checkpoint.clone(), ..options };
+        if options == self.options {
+            return Ok(self);
+        }
+        let refused = |option, given, allowed| Err(Error::Option { option, given, allowed });
+        if let Some((option, given)) = options.incomparable(&self.options) {
+            return refused(option, given, "it must stay as it was, or epochs could not be compared".into());
+        }
+        let done = state.history.len();
+        if options.epochs <= done {
+            let allowed = format!("{done} epochs are done, and it is the number of all: it must be more");
+            return refused("epochs", options.epochs.to_string(), allowed);
+        }
+        (state.before_schedule, *prolonged) = (done, true);
+        Ok(Trainer { options, ..self })
     }
 
     /// The options, those in the checkpoint of a resumed training.
@@ -130,7 +200,7 @@ impl Trainer {
     ///
     /// Before anything is trained: [`Error::Data`] if the data are for another task or width, or not those of the resumed
     /// training; [`Error::Option`] if an option does not fit them; [`Error::Checkpoint`] if the checkpoint folder has a training
-    /// in it already.
+    /// in it already, or if its options are not those its optimiser goes by.
     ///
     /// After that: [`Error::NotFinite`] names the step and the first parameter at fault when a loss or a gradient is not finite,
     /// and [`Error::Io`] says why a checkpoint could not be written. The last checkpoint is intact then.
@@ -143,7 +213,7 @@ impl Trainer {
         self.run(Part { data, indices: train }, Some(Part { data, indices: validation }), callback)
     }
 
-    /// As [`fit`](Self::fit), with a set of its own to validate on; `validation_fraction` is not looked at.
+    /// As [`fit`](Self::fit), with a set of its own to validate on; `validation_fraction` is ignored.
     ///
     /// # Errors
     ///
@@ -166,23 +236,38 @@ impl Trainer {
         let Trainer { options, start } = self;
         let predictor = match &start {
             Start::New(predictor) => predictor,
-            Start::Resumed(state, _) => &state.predictor,
+            Start::Resumed { state, .. } => &state.predictor,
         };
         let mut fingerprint = 0u64;
         for part in std::iter::once(&train).chain(&validation) {
             part.check(predictor, &options)?;
             fingerprint = fingerprint.rotate_left(1) ^ part.data.fingerprint();
         }
-        let batches = train.indices.len().div_ceil(options.batch_size);
-        let steps = (batches.div_ceil(options.accumulation) * options.epochs) as u64;
         let checkpoint = options.checkpoint.as_deref().map(Checkpoint::new);
+        let steps = cut(train.indices.len(), options.step_size());
+        let batches = steps.map(|step| step.len().div_ceil(options.batch_size)).sum::<usize>();
+        let steps_of = |epochs: usize| (train.indices.len().div_ceil(options.step_size()) as u64) * epochs as u64;
         let mut state = match start {
-            Start::Resumed(_, data) if data != fingerprint => {
+            Start::Resumed { data, .. } if data != fingerprint => {
                 return Err(Error::Data("they are not the data that the resumed training began with".into()));
             }
-            Start::Resumed(state, _) => *state,
+            Start::Resumed { mut state, prolonged, .. } => {
+                let optimizer = options.optimizer(steps_of(options.epochs - state.before_schedule));
+                if prolonged {
+                    state.optimizer.restart(optimizer)?;
+                } else if *state.optimizer.options() != optimizer {
+                    return Err(Error::Checkpoint {
+                        path: options.checkpoint.unwrap_or_default(),
+                        reason:
+                            "its options are not those that its optimiser goes by: were they edited? To train by other \
+                                 options, or longer, resume and call Trainer::prolong"
+                                .into(),
+                    });
+                }
+                *state
+            }
             Start::New(predictor) => {
-                let state = State::new(*predictor, &train, &options, steps)?;
+                let state = State::new(*predictor, &train, &options, steps_of(options.epochs))?;
                 if let Some(checkpoint) = &checkpoint {
                     checkpoint.create()?;
                     checkpoint.write(&options, &state, fingerprint)?;
@@ -191,15 +276,14 @@ impl Trainer {
             }
         };
 
-        let clock =
-            Clock { began: Instant::now(), before: state.history.len() * batches, all: options.epochs * batches };
+        let clock = Clock::start(batches, state.history.len(), options.epochs);
         let mut gradient = state.predictor.zeros_like();
         let stopped = loop {
             let epoch = state.history.len();
             let patience = options.patience.unwrap_or(usize::MAX);
             if epoch >= options.epochs {
                 break Stopped::Finished;
-            } else if epoch - best_epoch(&state.history) >= patience {
+            } else if epoch - best_epoch(&state.history).max(state.before_schedule) >= patience {
                 break Stopped::NoImprovement;
             }
             let Some(progress) = state.epoch(&train, &options, &clock, &mut gradient, &mut callback)? else {
@@ -229,7 +313,7 @@ impl State {
             predictor.set_output_normalization(train.data.output_normalization(&train.indices))?;
         }
         let optimizer = AdamW::new(&predictor, options.optimizer(steps))?;
-        Ok(State { best: predictor.clone(), predictor, optimizer, history: Vec::new() })
+        Ok(State { best: predictor.clone(), predictor, optimizer, history: Vec::new(), before_schedule: 0 })
     }
 
     /// Learns from every series once. Returns where it stands, or `None` if the callback said stop.
@@ -244,54 +328,91 @@ impl State {
         let epoch = self.history.len();
         let mut rng = Rng::seed_from_u64(options.seed);
         rng.set_stream(epoch as u64 + 1);
-        let batches = train.data.batches(&train.indices, options.batch_size, &mut rng);
-        let mut meter = Meter::new(train.data);
+        let steps = train.data.batches(&train.indices, options.step_size(), &mut rng);
+        let mean_weight = train.mean_weight(options);
+        let mut totals = Totals::default();
         let mut progress = Progress {
             epoch: epoch + 1,
             epochs: options.epochs,
             batch: 0,
-            batches: batches.len(),
-            train: meter.metrics(),
+            batches: steps.iter().map(|step| step.len().div_ceil(options.batch_size)).sum(),
+            train: totals.metrics(&self.predictor),
             learning_rate: 0.0,
             gradient_norm: 0.0,
+            skipped: 0,
             finished: None,
             elapsed: Duration::ZERO,
             remaining: Duration::ZERO,
         };
-        let (mut norms, mut steps) = (0.0, 0);
-        for batches in batches.chunks(options.accumulation) {
-            for (i, indices) in batches.iter().enumerate() {
-                let batch = train.data.batch(indices);
-                let frame_wise = train.data.task().is_frame_wise();
-                let (z, cache) = self.predictor.run_train(&batch.x, Some(&batch.lengths), rng.random(), frame_wise)?;
-                let loss = meter.add(&self.predictor, z, batch, options)?;
-                if !loss.value.is_finite() {
-                    return Err(self.not_finite(&format!("the loss is {}", loss.value)));
-                }
-                self.predictor.run_backward(&cache, loss.gradient, gradient)?;
-                if i + 1 == batches.len() {
-                    let info = self.optimizer.step_accumulated(&mut self.predictor, gradient, batches.len())?;
-                    norms += info.gradient_norm;
-                    steps += 1;
-                    progress.learning_rate = info.learning_rate;
-                    progress.gradient_norm = info.gradient_norm as f32;
+        let skipped_before = self.history.iter().map(|epoch| epoch.skipped).sum::<usize>();
+        let (mut norms, mut taken) = (0.0, 0);
+        for step in steps {
+            // of the whole step, so that a batch in pieces is the same as in one
+            let divisor = mean_weight * train.data.num_targets(&step) as f64;
+            let (before, mut left_out) = (totals, false);
+            for piece in cut(step.len(), options.batch_size) {
+                let (seed, last) = (rng.random(), piece.end == step.len());
+                let learned = match left_out {
+                    true => Ok(None),
+                    false => self
+                        .learn(train.data.batch(&step[piece]), divisor, seed, options, &mut totals, gradient)
+                        .and_then(|()| last.then(|| self.optimizer.step(&mut self.predictor, gradient)).transpose()),
+                };
+                match learned {
+                    Ok(None) => {}
+                    Ok(Some(StepInfo { learning_rate, gradient_norm, .. })) => {
+                        norms += gradient_norm;
+                        taken += 1;
+                        progress.learning_rate = learning_rate;
+                        progress.gradient_norm = gradient_norm as f32;
+                    }
+                    Err(Error::NotFinite { .. }) if skipped_before + progress.skipped < options.skip_not_finite => {
+                        gradient.fill_zero();
+                        progress.skipped += 1;
+                        (totals, left_out) = (before, true);
+                    }
+                    Err(error) => return Err(error),
                 }
                 progress.batch += 1;
-                progress.train = meter.metrics();
+                progress.train = totals.metrics(&self.predictor);
                 progress = clock.at(progress);
                 if callback(&progress).is_break() {
                     return Ok(None);
                 }
             }
         }
-        progress.gradient_norm = (norms / f64::from(steps)) as f32;
+        if taken == 0 {
+            return Err(self.not_finite("no step of an epoch could be taken"));
+        }
+        progress.gradient_norm = (norms / f64::from(taken)) as f32;
         Ok(Some(progress))
+    }
+
+    /// Adds the losses of a batch to `totals`, and the gradient of their sum divided by `divisor` to `gradient`.
+    fn learn(
+        &self,
+        batch: Batch,
+        divisor: f64,
+        seed: u64,
+        options: &TrainerOptions,
+        totals: &mut Totals,
+        gradient: &mut Predictor,
+    ) -> Result<()> {
+        let frame_wise = self.predictor.task().is_frame_wise();
+        let (z, cache) = self.predictor.run_train(&batch.x, Some(&batch.lengths), seed, frame_wise)?;
+        let (of_batch, dz) = score(&self.predictor, z, batch, options, Some(divisor))?;
+        let loss = of_batch.metrics(&self.predictor).loss;
+        if !loss.is_finite() {
+            return Err(self.not_finite(&format!("the loss is {loss}")));
+        }
+        totals.add(&of_batch);
+        self.predictor.run_backward(&cache, dz, gradient).map(drop)
     }
 
     /// Writes an epoch down, and keeps the predictor if it is the best so far.
     fn finish(&mut self, progress: Progress, validation: Option<Metrics>) -> Result<Progress> {
-        let Progress { train, learning_rate, gradient_norm, .. } = progress;
-        let epoch = EpochMetrics { train, validation, learning_rate, gradient_norm };
+        let Progress { train, learning_rate, gradient_norm, skipped, .. } = progress;
+        let epoch = EpochMetrics { train, validation, learning_rate, gradient_norm, skipped };
         // the last step of the epoch can have led out of the numbers, and nothing has looked at them since
         if views(&self.predictor).iter().any(|(_, array)| array.iter().any(|number| !number.is_finite())) {
             return Err(self.not_finite("the steps of an epoch are done"));

@@ -14,4 +14,6 @@ mod generation;
 mod series;
 #[cfg(feature = "tokenizer")]
 mod text;
+#[cfg(feature = "lm")]
+mod threads;
 mod training;

@@ -2,54 +2,39 @@
 
 use std::ops::Range;
 
-use ndarray::{ArrayView2, ArrayViewMut2, Axis};
+use ndarray::{ArrayView2, ArrayViewMut2};
 
-use super::{KEYS, QUERIES, Sequence, pieces};
+use super::{Head, KEYS, QUERIES, pieces};
 use crate::kernels::clock::{Part, timed};
 use crate::kernels::math;
-use crate::kernels::matmul::{Out, Packed, Rows, matmul_part};
-use crate::kernels::parallel;
+use crate::kernels::matmul::{Packed, matmul_part};
+use crate::kernels::rows::{Out, Rows};
 use crate::kernels::simd::{Kernel, LANES, Simd, dispatch};
 
-/// What [`attend_backward`] writes, for one sequence; all overwritten.
+/// What [`attend_backward`] writes, for one head of keys and its g heads of queries; all overwritten.
 pub(crate) struct AttentionGradient<'a> {
-    /// `[l, h]`
+    /// `[l, g·p]`
     pub queries: ArrayViewMut2<'a, f32>,
+    /// `[l, p]`
     pub keys: ArrayViewMut2<'a, f32>,
+    /// `[l, value_width]`
     pub values: ArrayViewMut2<'a, f32>,
-    /// `[k, h]`
-    pub meta_keys: ArrayViewMut2<'a, f32>,
-    pub meta_values: ArrayViewMut2<'a, f32>,
+    /// `[past, p]`
+    pub past_keys: ArrayViewMut2<'a, f32>,
+    /// `[past, value_width]`
+    pub past_values: ArrayViewMut2<'a, f32>,
 }
 
-impl<'a> AttentionGradient<'a> {
-    /// The columns before `column`, and the others.
-    fn split_at(self, column: usize) -> (Self, Self) {
-        let (queries, right_queries) = self.queries.split_at(Axis(1), column);
-        let (keys, right_keys) = self.keys.split_at(Axis(1), column);
-        let (values, right_values) = self.values.split_at(Axis(1), column);
-        let (meta_keys, right_meta_keys) = self.meta_keys.split_at(Axis(1), column);
-        let (meta_values, right_meta_values) = self.meta_values.split_at(Axis(1), column);
-        let right = AttentionGradient {
-            queries: right_queries,
-            keys: right_keys,
-            values: right_values,
-            meta_keys: right_meta_keys,
-            meta_values: right_meta_values,
-        };
-        (AttentionGradient { queries, keys, values, meta_keys, meta_values }, right)
-    }
-}
-
-/// What the forward pass left: its output and the gradient of that `[l, h]`, and the log-sums `[l, a]`.
+/// What the forward pass left: its output and the gradient of that `[l, g·value_width]`, and the log-sums `[l, g]`.
 #[derive(Clone, Copy)]
-pub(crate) struct Attended<'a> {
+pub(crate) struct AttentionOutput<'a> {
     pub out: Rows<'a>,
     pub dout: Rows<'a>,
     pub log_sums: ArrayView2<'a, f32>,
 }
 
-/// The gradient of [`attend`]. The weights P = exp(scores − log-sum) are computed again, piece by piece; with dout the
+/// The gradient of [`attend_tile`](super::attend_tile) over all tiles of the g heads of queries that share a head of keys;
+/// `head` has the queries of the first. The weights P = exp(scores − log-sum) are computed again, piece by piece; with dout the
 /// gradient of out = P·V,
 ///
 /// ```text
@@ -57,87 +42,75 @@ pub(crate) struct Attended<'a> {
 /// dS = P ⊙ (dout·Vᵀ − Σ dout ⊙ out)/√p          of the products of queries and keys
 /// dQ = dS·K,  dK = dSᵀ·Q
 /// ```
-pub(crate) fn attend_backward(sequence: Sequence, attended: Attended, gradient: AttentionGradient) {
-    let (l, h) = gradient.queries.dim();
-    if h == sequence.key_width {
-        let work = sequence.work(0, l, 5);
-        return timed(Part::Attention, work, || attend_head_backward(sequence, attended, gradient));
-    }
-    let half = h / sequence.key_width / 2;
-    let column = half * sequence.key_width;
-    let (left, right) = gradient.split_at(column);
-    let (left_sums, right_sums) = attended.log_sums.split_at(Axis(1), half);
-    let right_attended = Attended {
-        out: attended.out.skip_columns(column),
-        dout: attended.dout.skip_columns(column),
-        log_sums: right_sums,
-    };
-    parallel::join_if(
-        2 * l * sequence.most_seen() * h,
-        || attend_backward(sequence, Attended { log_sums: left_sums, ..attended }, left),
-        || attend_backward(sequence.head(half), right_attended, right),
-    );
+pub(crate) fn attend_backward(head: Head, output: AttentionOutput, gradient: AttentionGradient) {
+    let work = head.work(0, head.frames, 5 * output.log_sums.ncols());
+    timed(Part::Attention, work, || group_backward(head, output, gradient));
 }
 
-fn attend_head_backward(head: Sequence, attended: Attended, mut gradient: AttentionGradient) {
-    let (columns, p, k) = (head.meta + head.frames, head.key_width, head.meta);
+fn group_backward(head: Head, output: AttentionOutput, mut gradient: AttentionGradient) {
+    let (columns, p, v) = (head.columns(), head.key_width, head.value_width);
     let keys = Packed::from_rows(columns, p, |column| head.key(column), None);
-    let values = Packed::from_rows(columns, p, |column| head.value(column), None);
+    let values = Packed::from_rows(columns, v, |column| head.value(column), None);
     let keys_across = Packed::from_columns(p, columns, |column| head.key(column));
-    let (mut dkeys, mut dvalues) = (vec![0.0; columns * p], vec![0.0; columns * p]);
+    let (mut dkeys, mut dvalues) = (vec![0.0; columns * p], vec![0.0; columns * v]);
     let mut weights = vec![0.0; QUERIES * KEYS]; // P
     let mut dscores = vec![0.0; QUERIES * KEYS]; // dS
-    let mut turned = vec![0.0; QUERIES * KEYS];
-    for first in (0..head.frames).step_by(QUERIES) {
-        let m = QUERIES.min(head.frames - first);
-        let queries = Rows { data: &head.queries.data[first * head.queries.stride..], ..head.queries };
-        let dout = Rows { data: &attended.dout.data[first * attended.dout.stride..], ..attended.dout };
-        let queries_across = Packed::from_columns(p, m, |i| queries.row(i, p));
-        let dout_across = Packed::from_columns(p, m, |i| dout.row(i, p));
-        let mut dqueries = vec![0.0; m * p];
-        for columns in pieces(k, k + head.first_seen(first), k + first + m) {
-            let width = columns.len();
-            matmul_part(queries, m, &keys, columns.clone(), 0..p, &mut weights, width, Out::Set);
-            matmul_part(dout, m, &values, columns.clone(), 0..p, &mut dscores, width, Out::Set);
-            for i in 0..m {
-                let frame = first + i;
-                let here = |from: usize, to: usize| {
-                    let place = |column: usize| column.clamp(columns.start, columns.end) - columns.start;
-                    place(from)..place(to)
-                };
-                let dout = dout.row(i, p);
-                dispatch(SoftmaxBackward {
-                    scores: &mut weights[i * width..][..width],
-                    dscores: &mut dscores[i * width..][..width],
-                    meta: here(0, k),
-                    frames: here(k + head.first_seen(frame), k + frame + 1),
-                    scale: head.scale(),
-                    log_sum: attended.log_sums[[frame, 0]],
-                    projection: dout.iter().zip(attended.out.row(frame, p)).map(|(dout, out)| dout * out).sum(),
-                });
-            }
-            let scores = Rows { data: &dscores, stride: width };
-            matmul_part(scores, m, &keys_across, 0..p, columns.clone(), &mut dqueries, p, Out::Add);
-            let here = columns.start * p..columns.end * p;
-            for (across, from, to) in
-                [(&queries_across, &dscores, &mut dkeys[here.clone()]), (&dout_across, &weights, &mut dvalues[here])]
-            {
-                for (i, row) in from.chunks_exact(width).enumerate().take(m) {
-                    row.iter().enumerate().for_each(|(column, number)| turned[column * m + i] = *number);
+    let mut transposed = vec![0.0; QUERIES * KEYS];
+    for (g, log_sums) in output.log_sums.columns().into_iter().enumerate() {
+        let (out, dout) = (output.out.skip_columns(g * v), output.dout.skip_columns(g * v));
+        let queries = head.queries.skip_columns(g * p);
+        for first in (0..head.frames).step_by(QUERIES) {
+            let m = QUERIES.min(head.frames - first);
+            let (queries, out, dout) = (queries.skip_rows(first), out.skip_rows(first), dout.skip_rows(first));
+            let queries_across = Packed::from_columns(p, m, |i| queries.row(i, p));
+            let dout_across = Packed::from_columns(v, m, |i| dout.row(i, v));
+            let mut dqueries = vec![0.0; m * p];
+            // of the frames, counted from the first of the past
+            let asking = head.before() + first;
+            for columns in pieces(head.meta, head.meta + head.first_seen(asking), head.meta + asking + m) {
+                let width = columns.len();
+                matmul_part(queries, m, &keys, columns.clone(), 0..p, &mut weights, width, Out::Set);
+                matmul_part(dout, m, &values, columns.clone(), 0..v, &mut dscores, width, Out::Set);
+                for i in 0..m {
+                    let frame = asking + i;
+                    let here = |from: usize, to: usize| {
+                        let place = |column: usize| column.clamp(columns.start, columns.end) - columns.start;
+                        place(from)..place(to)
+                    };
+                    dispatch(SoftmaxBackward {
+                        scores: &mut weights[i * width..][..width],
+                        dscores: &mut dscores[i * width..][..width],
+                        meta: here(0, head.meta),
+                        frames: here(head.meta + head.first_seen(frame), head.meta + frame + 1),
+                        scale: head.scale(),
+                        log_sum: log_sums[first + i],
+                        projection: dout.row(i, v).iter().zip(out.row(i, v)).map(|(dout, out)| dout * out).sum(),
+                    });
                 }
-                let rows = Rows { data: &turned, stride: m };
-                matmul_part(rows, width, across, 0..p, 0..m, to, p, Out::Add);
+                let scores = Rows { data: &dscores, stride: width };
+                matmul_part(scores, m, &keys_across, 0..p, columns.clone(), &mut dqueries, p, Out::Add);
+                let products = [(&queries_across, &dscores, &mut dkeys, p), (&dout_across, &weights, &mut dvalues, v)];
+                for (across, from, to, size) in products {
+                    for (i, row) in from.chunks_exact(width).enumerate().take(m) {
+                        row.iter().enumerate().for_each(|(column, number)| transposed[column * m + i] = *number);
+                    }
+                    let rows = Rows { data: &transposed, stride: m };
+                    let to = &mut to[columns.start * size..columns.end * size];
+                    matmul_part(rows, width, across, 0..size, 0..m, to, size, Out::Add);
+                }
             }
-        }
-        for (i, dquery) in dqueries.chunks_exact(p).enumerate() {
-            gradient.queries.row_mut(first + i).iter_mut().zip(dquery).for_each(|(to, from)| *to = *from);
+            for (i, dquery) in dqueries.chunks_exact(p).enumerate() {
+                let mut to = gradient.queries.row_mut(first + i);
+                to.iter_mut().skip(g * p).zip(dquery).for_each(|(to, from)| *to = *from);
+            }
         }
     }
-    for (from, mut meta, mut frames) in
-        [(&dkeys, gradient.meta_keys, gradient.keys), (&dvalues, gradient.meta_values, gradient.values)]
+    for (from, mut past, mut frames) in
+        [(&dkeys, gradient.past_keys, gradient.keys), (&dvalues, gradient.past_values, gradient.values)]
     {
-        let rows = meta.rows_mut().into_iter().chain(frames.rows_mut());
-        for (mut to, from) in rows.zip(from.chunks_exact(p)) {
+        let width = frames.ncols();
+        let rows = past.rows_mut().into_iter().chain(frames.rows_mut());
+        for (mut to, from) in rows.zip(from.chunks_exact(width)) {
             to.iter_mut().zip(from).for_each(|(to, from)| *to = *from);
         }
     }

@@ -5,7 +5,7 @@ use crate::kernels::clock::{Part, Work, timed};
 use crate::kernels::simd::{Kernel, LANES, Simd, dispatch};
 
 /// A type in which keys and values are kept.
-pub(crate) trait Stored: Copy + Sync {
+pub(crate) trait KvElement: Copy + Sync {
     /// Sixteen numbers as f32.
     fn load<S: Simd>(s: S, x: &[Self; LANES]) -> S::V;
 
@@ -13,7 +13,7 @@ pub(crate) trait Stored: Copy + Sync {
     fn load_some<S: Simd>(s: S, x: &[Self]) -> S::V;
 }
 
-impl Stored for f32 {
+impl KvElement for f32 {
     #[inline(always)]
     fn load<S: Simd>(s: S, x: &[f32; LANES]) -> S::V {
         s.load(x)
@@ -25,8 +25,7 @@ impl Stored for f32 {
     }
 }
 
-#[cfg(feature = "lm")]
-impl Stored for half::bf16 {
+impl KvElement for half::bf16 {
     #[inline(always)]
     fn load<S: Simd>(s: S, x: &[half::bf16; LANES]) -> S::V {
         s.load_bf16(&x.map(half::bf16::to_bits))
@@ -40,9 +39,9 @@ impl Stored for half::bf16 {
     }
 }
 
-/// Keys and values in memory. A row of `keys` begins with those of the first head at hand; the other heads follow.
+/// Keys and values in memory. A row of `keys` begins with those of the first of the heads; the others follow.
 #[derive(Clone, Copy)]
-pub(crate) struct Run<'a, T> {
+pub(crate) struct KvRows<'a, T> {
     pub keys: &'a [T],
     pub values: &'a [T],
     /// From one row of keys to the next, and the same for values.
@@ -52,7 +51,13 @@ pub(crate) struct Run<'a, T> {
 
 /// What each of `key_heads` heads of keys answers to the `query [key_heads · g · p]` of its g heads of queries, over all rows
 /// of `runs` → `out [key_heads · g · value width]`.
-pub(crate) fn attend_step<T: Stored>(query: &[f32], runs: &[Run<T>], key_heads: usize, group: usize, out: &mut [f32]) {
+pub(crate) fn attend_step<T: KvElement>(
+    query: &[f32],
+    runs: &[KvRows<T>],
+    key_heads: usize,
+    group: usize,
+    out: &mut [f32],
+) {
     let rows = runs.iter().map(|run| run.rows).sum::<usize>() as u64;
     let multiply_adds = rows * (query.len() + out.len()) as u64;
     let work = Work { multiply_adds, exps: rows * (key_heads * group) as u64, ..Work::default() };
@@ -61,13 +66,13 @@ pub(crate) fn attend_step<T: Stored>(query: &[f32], runs: &[Run<T>], key_heads: 
 
 pub(super) struct Step<'a, T> {
     pub query: &'a [f32],
-    pub runs: &'a [Run<'a, T>],
+    pub runs: &'a [KvRows<'a, T>],
     pub key_heads: usize,
     pub group: usize,
     pub out: &'a mut [f32],
 }
 
-impl<T: Stored> Kernel for Step<'_, T> {
+impl<T: KvElement> Kernel for Step<'_, T> {
     type Output = ();
 
     #[inline(always)]
@@ -86,11 +91,11 @@ impl<T: Stored> Kernel for Step<'_, T> {
                 let out = &mut self.out[head * value_width..][..queries * value_width];
                 let scores = &mut scores[..queries * rows];
                 match queries {
-                    1 => together::<S, T, 1>(s, query, self.runs, key, value, scores, out),
-                    2 => together::<S, T, 2>(s, query, self.runs, key, value, scores, out),
-                    3 => together::<S, T, 3>(s, query, self.runs, key, value, scores, out),
-                    4 => together::<S, T, 4>(s, query, self.runs, key, value, scores, out),
-                    _ => together::<S, T, QUERIES>(s, query, self.runs, key, value, scores, out),
+                    1 => attend_group::<S, T, 1>(s, query, self.runs, key, value, scores, out),
+                    2 => attend_group::<S, T, 2>(s, query, self.runs, key, value, scores, out),
+                    3 => attend_group::<S, T, 3>(s, query, self.runs, key, value, scores, out),
+                    4 => attend_group::<S, T, 4>(s, query, self.runs, key, value, scores, out),
+                    _ => attend_group::<S, T, QUERIES>(s, query, self.runs, key, value, scores, out),
                 }
                 head += queries;
             }
@@ -105,11 +110,11 @@ const VECTORS: usize = 4;
 
 /// G queries over the keys and values from these columns on.
 #[inline(always)]
-#[allow(clippy::needless_range_loop)] // as in `weighted`
-fn together<S: Simd, T: Stored, const G: usize>(
+#[allow(clippy::needless_range_loop)] // as in `weighted_sum`
+fn attend_group<S: Simd, T: KvElement, const G: usize>(
     s: S,
     query: &[f32],
-    runs: &[Run<T>],
+    runs: &[KvRows<T>],
     key: usize,
     value: usize,
     scores: &mut [f32],
@@ -122,7 +127,7 @@ fn together<S: Simd, T: Stored, const G: usize>(
     for run in runs {
         for row in 0..run.rows {
             let keys = &run.keys[row * run.strides.0 + key..][..key_width];
-            fetch(s, keys, run.strides.0);
+            prefetch(s, keys, run.strides.0);
             let mut sums = [s.splat(0.0); G];
             let (whole, rest) = keys.as_chunks();
             for (chunk, keys) in whole.iter().enumerate() {
@@ -153,8 +158,8 @@ fn together<S: Simd, T: Stored, const G: usize>(
     for first in (0..value_width).step_by(VECTORS * LANES) {
         let columns = first..value_width.min(first + VECTORS * LANES);
         let sums = match columns.len() == VECTORS * LANES {
-            true => weighted::<S, T, G, true>(s, runs, value + first, columns.len(), scores),
-            false => weighted::<S, T, G, false>(s, runs, value + first, columns.len(), scores),
+            true => weighted_sum::<S, T, G, true>(s, runs, value + first, columns.len(), scores),
+            false => weighted_sum::<S, T, G, false>(s, runs, value + first, columns.len(), scores),
         };
         for (g, (sums, total)) in sums.into_iter().zip(totals).enumerate() {
             let out = &mut out[g * value_width..][columns.clone()];
@@ -167,7 +172,7 @@ fn together<S: Simd, T: Stored, const G: usize>(
 
 /// Has a row fetched that comes some rows later. Rows are short, and pages end where the CPU stops looking ahead.
 #[inline(always)]
-fn fetch<S: Simd, T>(s: S, row: &[T], stride: usize) {
+fn prefetch<S: Simd, T>(s: S, row: &[T], stride: usize) {
     const ROWS: usize = 8;
     for line in row.chunks(64 / size_of::<T>()) {
         s.prefetch(line.as_ptr().wrapping_add(ROWS * stride));
@@ -177,9 +182,9 @@ fn fetch<S: Simd, T>(s: S, row: &[T], stride: usize) {
 /// The sums of the values, each times its score, over all rows: `width` columns from `value` on, or [`VECTORS`] whole vectors.
 #[inline(always)]
 #[allow(clippy::needless_range_loop)] // with plain indices the compiler keeps all sums in registers
-fn weighted<S: Simd, T: Stored, const G: usize, const WHOLE: bool>(
+fn weighted_sum<S: Simd, T: KvElement, const G: usize, const WHOLE: bool>(
     s: S,
-    runs: &[Run<T>],
+    runs: &[KvRows<T>],
     value: usize,
     width: usize,
     scores: &[f32],
@@ -190,7 +195,7 @@ fn weighted<S: Simd, T: Stored, const G: usize, const WHOLE: bool>(
     for run in runs {
         for row in 0..run.rows {
             let values = &run.values[row * run.strides.1 + value..];
-            fetch(s, &values[..width], run.strides.1);
+            prefetch(s, &values[..width], run.strides.1);
             let mut lanes = [s.splat(0.0); VECTORS];
             if WHOLE {
                 let (values, _) = values[..VECTORS * LANES].as_chunks();

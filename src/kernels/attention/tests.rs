@@ -13,8 +13,126 @@ fn wave(rows: usize, h: usize, step: usize) -> Array2<f32> {
     Array2::from_shape_fn((rows, h), |(i, j)| ((i * 31 + j * step) % 41) as f32 / 10.0 - 2.0)
 }
 
+/// A sequence of `frames`, the last of which ask, with meta tokens in front of it.
+struct Case {
+    queries: Array2<f32>,
+    keys: Array2<f32>,
+    values: Array2<f32>,
+    meta_keys: Array2<f32>,
+    meta_values: Array2<f32>,
+    heads: usize,
+    group: usize,
+    window: Option<usize>,
+}
+
+impl Case {
+    /// `before` frames come before those that ask.
+    fn new(
+        (frames, before, k): (usize, usize, usize),
+        (heads, group): (usize, usize),
+        (p, v): (usize, usize),
+        window: Option<usize>,
+    ) -> Self {
+        let key_heads = heads / group;
+        Case {
+            queries: wave(frames - before, heads * p, 7),
+            keys: wave(frames, key_heads * p, 11),
+            values: wave(frames, key_heads * v, 13),
+            meta_keys: wave(k, key_heads * p, 17),
+            meta_values: wave(k, key_heads * v, 19),
+            heads,
+            group,
+            window,
+        }
+    }
+
+    /// Keys and values of meta tokens and of the frames before those that ask, one below the other.
+    fn past(&self) -> (Array2<f32>, Array2<f32>) {
+        let before = self.keys.nrows() - self.queries.nrows();
+        let stack = |meta: &Array2<f32>, frames: &Array2<f32>| {
+            ndarray::concatenate(Axis(0), &[meta.view(), frames.slice(s![..before, ..])]).unwrap()
+        };
+        (stack(&self.meta_keys, &self.keys), stack(&self.meta_values, &self.values))
+    }
+
+    fn head<'a>(&'a self, past: &'a (Array2<f32>, Array2<f32>), head: usize) -> Head<'a> {
+        let key_heads = self.heads / self.group;
+        let (p, v) = (self.keys.ncols() / key_heads, self.values.ncols() / key_heads);
+        let (key_head, before) = (head / self.group, self.keys.nrows() - self.queries.nrows());
+        Head {
+            queries: rows(&self.queries).skip_columns(head * p),
+            keys: rows(&self.keys).skip_rows(before).skip_columns(key_head * p),
+            values: rows(&self.values).skip_rows(before).skip_columns(key_head * v),
+            past_keys: rows(&past.0).skip_columns(key_head * p),
+            past_values: rows(&past.1).skip_columns(key_head * v),
+            past: past.0.nrows(),
+            meta: self.meta_keys.nrows(),
+            frames: self.queries.nrows(),
+            key_width: p,
+            value_width: v,
+            window: self.window,
+        }
+    }
+
+    /// Output `[l, heads · v]` and log-sums `[l, heads]`.
+    fn attend(&self) -> (Array2<f32>, Array2<f32>) {
+        let (past, l) = (self.past(), self.queries.nrows());
+        let v = self.head(&past, 0).value_width;
+        let (mut out, mut log_sums) = (Array2::zeros((l, self.heads * v)), Array2::zeros((l, self.heads)));
+        for head in 0..self.heads {
+            let one = self.head(&past, head);
+            let packed = PackedHead::new(&one);
+            let sums = log_sums.slice_mut(s![.., head..head + 1]);
+            for tile in tiles(out.slice_mut(s![.., head * v..(head + 1) * v]), Some(sums)) {
+                attend_tile(one, packed.as_ref(), tile);
+            }
+        }
+        (out, log_sums)
+    }
+
+    fn by_the_definition(&self) -> Array2<f32> {
+        let past = self.past();
+        let v = self.head(&past, 0).value_width;
+        let mut out = Array2::zeros((self.queries.nrows(), self.heads * v));
+        for head in 0..self.heads {
+            attend_plainly(self.head(&past, head), 0, out.slice_mut(s![.., head * v..(head + 1) * v]));
+        }
+        out
+    }
+
+    /// The last frame, as a step.
+    fn step(&self, level: Level) -> Vec<f32> {
+        let key_heads = self.heads / self.group;
+        let frames = self.keys.nrows();
+        let first = self.window.map_or(0, |window| frames.saturating_sub(window));
+        let strides = (self.keys.ncols(), self.values.ncols());
+        let kv = |keys, values, rows| KvRows { keys, values, strides, rows };
+        let (keys, values) = (self.keys.as_slice().unwrap(), self.values.as_slice().unwrap());
+        let runs = [
+            kv(self.meta_keys.as_slice().unwrap(), self.meta_values.as_slice().unwrap(), self.meta_keys.nrows()),
+            kv(&keys[first * strides.0..], &values[first * strides.1..], frames - first),
+        ];
+        let mut out = vec![0.0; self.group * strides.1];
+        let query = self.queries.row(self.queries.nrows() - 1).to_vec();
+        dispatch_at(level, Step { query: &query, runs: &runs, key_heads, group: self.group, out: &mut out });
+        out
+    }
+
+    fn check(&self, name: &str) {
+        let (fast, plain) = (self.attend().0, self.by_the_definition());
+        for (fast, plain) in fast.iter().zip(&plain) {
+            assert!((fast - plain).abs() < 1e-5, "{name}: {fast} {plain}");
+        }
+        for level in Level::ALL.into_iter().filter(|level| level.is_available()) {
+            for (out, plain) in self.step(level).iter().zip(plain.row(plain.nrows() - 1)) {
+                assert!((out - plain).abs() < 1e-5, "{level:?} {name}: {out} {plain}");
+            }
+        }
+    }
+}
+
 #[test]
-fn tiles_equal_the_definition() {
+fn tiles_and_steps_equal_the_definition() {
     for l in (1..130).step_by(3).chain([600]) {
         for (k, window, heads, p) in [
             (4, Some(60), 2, 8),
@@ -24,46 +142,7 @@ fn tiles_equal_the_definition() {
             (33, None, 1, 16),
             (300, Some(20), 1, 4),
         ] {
-            let h = heads * p;
-            let (q, keys, values) = (wave(l, h, 7), wave(l, h, 11), wave(l, h, 13));
-            let (meta_keys, meta_values) = (wave(k, h, 17), wave(k, h, 19));
-            let sequence = Sequence {
-                queries: rows(&q),
-                keys: rows(&keys),
-                values: rows(&values),
-                meta_keys: rows(&meta_keys),
-                meta_values: rows(&meta_values),
-                frames: l,
-                meta: k,
-                before: 0,
-                key_width: p,
-                value_width: p,
-                window,
-            };
-            let (mut fast, mut plain) = (Array2::zeros((l, h)), Array2::zeros((l, h)));
-            attend(sequence, fast.view_mut(), None);
-            for head in 0..heads {
-                attend_plainly(sequence.head(head), 0, plain.slice_mut(s![.., head * p..(head + 1) * p]));
-            }
-            for (fast, plain) in fast.iter().zip(&plain) {
-                assert!((fast - plain).abs() < 1e-5, "l {l} k {k} window {window:?}: {fast} {plain}");
-            }
-            // the last frame again, as a step
-            let first = sequence.first_seen(l - 1);
-            let (seen_keys, seen_values) = (keys.slice(s![first.., ..]), values.slice(s![first.., ..]));
-            let run = |keys, values, rows| Run { keys, values, strides: (h, h), rows };
-            let runs = [
-                run(meta_keys.as_slice().unwrap(), meta_values.as_slice().unwrap(), k),
-                run(seen_keys.as_slice().unwrap(), seen_values.as_slice().unwrap(), l - first),
-            ];
-            for level in Level::ALL.into_iter().filter(|level| level.is_available()) {
-                let mut out = vec![0.0; h];
-                let query = q.row(l - 1).to_vec();
-                dispatch_at(level, Step { query: &query, runs: &runs, key_heads: heads, group: 1, out: &mut out });
-                for (out, plain) in out.iter().zip(plain.row(l - 1)) {
-                    assert!((out - plain).abs() < 1e-5, "{level:?}");
-                }
-            }
+            Case::new((l, 0, k), (heads, 1), (p, p), window).check(&format!("l {l} k {k} window {window:?}"));
         }
     }
 }
@@ -71,57 +150,10 @@ fn tiles_equal_the_definition() {
 /// Several heads of queries to one of keys, values of another width, and queries that begin in the middle of the frames.
 #[test]
 fn groups_and_later_queries_equal_the_definition() {
-    let (frames, k, key_heads) = (75, 9, 2);
     for group in 1..8 {
-        for (before, window, p, value_width) in [(0, None, 8, 20), (50, Some(21), 10, 65), (74, Some(3), 4, 5)] {
-            let (l, heads) = (frames - before, key_heads * group);
-            let queries = wave(l, heads * p, 7);
-            let (keys, values) = (wave(frames, key_heads * p, 11), wave(frames, key_heads * value_width, 13));
-            let (meta_keys, meta_values) = (wave(k, key_heads * p, 17), wave(k, key_heads * value_width, 19));
-            let sequence = Sequence {
-                queries: rows(&queries),
-                keys: rows(&keys),
-                values: rows(&values),
-                meta_keys: rows(&meta_keys),
-                meta_values: rows(&meta_values),
-                frames,
-                before,
-                meta: k,
-                key_width: p,
-                value_width,
-                window,
-            };
-            let [mut fast, mut plain] = [(); 2].map(|()| Array2::zeros((l, heads * value_width)));
-            for head in 0..heads {
-                let one = sequence.grouped_head(head, head / group);
-                let columns = s![.., head * value_width..(head + 1) * value_width];
-                let packed = PackedHead::new(&one).unwrap();
-                for tile in tiles(fast.slice_mut(columns), None) {
-                    attend_tile(one, Some(&packed), tile);
-                }
-                attend_plainly(one, 0, plain.slice_mut(columns));
-            }
-            assert!(fast.iter().zip(&plain).all(|(fast, plain)| (fast - plain).abs() < 1e-5), "group {group}");
-
-            let first = sequence.first_seen(frames - 1);
-            let run =
-                |keys, values, rows| Run { keys, values, strides: (key_heads * p, key_heads * value_width), rows };
-            let runs = [
-                run(meta_keys.as_slice().unwrap(), meta_values.as_slice().unwrap(), k),
-                run(
-                    &keys.as_slice().unwrap()[first * key_heads * p..],
-                    &values.as_slice().unwrap()[first * key_heads * value_width..],
-                    frames - first,
-                ),
-            ];
-            for level in Level::ALL.into_iter().filter(|level| level.is_available()) {
-                let mut out = vec![0.0; heads * value_width];
-                let query = queries.row(l - 1).to_vec();
-                dispatch_at(level, Step { query: &query, runs: &runs, key_heads, group, out: &mut out });
-                for (out, plain) in out.iter().zip(plain.row(l - 1)) {
-                    assert!((out - plain).abs() < 1e-5, "{level:?} group {group}: {out} {plain}");
-                }
-            }
+        for (before, window, p, v) in [(0, None, 8, 20), (50, Some(21), 10, 65), (74, Some(3), 4, 5)] {
+            Case::new((75, before, 9), (2 * group, group), (p, v), window)
+                .check(&format!("group {group} before {before}"));
         }
     }
 }
@@ -193,76 +225,75 @@ fn softmax_rows_agree_on_every_level() {
 /// The gradients by the definition, in f64, one pair of query and key at a time: the oracle.
 #[test]
 fn gradients_equal_the_definition() {
-    for (l, k, window, heads, p) in [
-        (1, 0, Some(1), 1, 4),
-        (30, 4, Some(7), 2, 8),
-        (70, 40, Some(20), 3, 3),
-        (60, 4, Some(60), 1, 16),
-        (300, 2, Some(9), 1, 4),
-        (290, 33, None, 1, 5),
+    for (l, before, k, window, heads, group, p, v) in [
+        (1, 0, 0, Some(1), 1, 1, 4, 4),
+        (30, 0, 4, Some(7), 2, 1, 8, 8),
+        (70, 0, 40, Some(20), 3, 1, 3, 3),
+        (60, 0, 4, Some(60), 1, 1, 16, 16),
+        (300, 0, 2, Some(9), 1, 1, 4, 4),
+        (290, 0, 33, None, 1, 1, 5, 5),
+        (40, 0, 4, Some(9), 6, 3, 4, 7),
+        (50, 20, 3, Some(11), 4, 2, 4, 9),
     ] {
-        let h = heads * p;
-        let [q, keys, values, dout] = [7, 11, 13, 5].map(|step| wave(l, h, step) * 0.5);
-        let [meta_keys, meta_values] = [17, 19].map(|step| wave(k, h, step) * 0.5);
-        let sequence = Sequence {
-            queries: rows(&q),
-            keys: rows(&keys),
-            values: rows(&values),
-            meta_keys: rows(&meta_keys),
-            meta_values: rows(&meta_values),
-            frames: l,
-            meta: k,
-            before: 0,
-            key_width: p,
-            value_width: p,
-            window,
-        };
-        let (mut out, mut log_sums) = (Array2::zeros((l, h)), Array2::zeros((l, heads)));
-        attend(sequence, out.view_mut(), Some(log_sums.view_mut()));
-        let mut got = [l, l, l, k, k].map(|rows| Array2::from_elem((rows, h), 9.0));
-        let [dq, dk, dv, dmk, dmv] = &mut got;
-        attend_backward(
-            sequence,
-            Attended { out: rows(&out), dout: rows(&dout), log_sums: log_sums.view() },
-            AttentionGradient {
-                queries: dq.view_mut(),
-                keys: dk.view_mut(),
-                values: dv.view_mut(),
-                meta_keys: dmk.view_mut(),
-                meta_values: dmv.view_mut(),
-            },
-        );
+        let mut case = Case::new((l, before, k), (heads, group), (p, v), window);
+        for array in [&mut case.queries, &mut case.keys, &mut case.values, &mut case.meta_keys, &mut case.meta_values] {
+            *array *= 0.5;
+        }
+        let (out, log_sums) = case.attend();
+        let dout = wave(l - before, heads * v, 5) * 0.5;
+        let past = case.past();
+        for key_head in 0..heads / group {
+            let first = key_head * group;
+            let [mut dq, mut dk, mut dv, mut dpk, mut dpv] =
+                [(l - before, group * p), (l - before, p), (l - before, v), (k + before, p), (k + before, v)]
+                    .map(|dim| Array2::from_elem(dim, 9.0));
+            attend_backward(
+                case.head(&past, first),
+                AttentionOutput {
+                    out: rows(&out).skip_columns(first * v),
+                    dout: rows(&dout).skip_columns(first * v),
+                    log_sums: log_sums.slice(s![.., first..first + group]),
+                },
+                AttentionGradient {
+                    queries: dq.view_mut(),
+                    keys: dk.view_mut(),
+                    values: dv.view_mut(),
+                    past_keys: dpk.view_mut(),
+                    past_values: dpv.view_mut(),
+                },
+            );
 
-        let mut want = [l, k + l, k + l].map(|rows| Array2::<f64>::zeros((rows, h)));
-        for head in 0..heads {
-            let (one, at) = (sequence.head(head), head * p);
-            for i in 0..l {
-                let weights = weights(one, i);
-                let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| *a as f64 * *b as f64).sum::<f64>();
-                let (dout, query) = (&dout.row(i).to_vec()[at..at + p], one.queries.row(i, p));
-                let mean: f64 = one.seen(i).map(|j| weights[j] as f64 * dot(dout, one.value(j))).sum();
-                for j in one.seen(i) {
-                    let weight = weights[j] as f64;
-                    let ds = weight * (dot(dout, one.value(j)) - mean) * one.scale() as f64;
-                    for c in 0..p {
-                        want[0][[i, at + c]] += ds * one.key(j)[c] as f64;
-                        want[1][[j, at + c]] += ds * query[c] as f64;
-                        want[2][[j, at + c]] += weight * dout[c] as f64;
+            let mut want_q = Array2::<f64>::zeros(dq.dim());
+            let [mut want_k, mut want_v] = [p, v].map(|width| Array2::<f64>::zeros((k + l, width)));
+            for g in 0..group {
+                let (one, at) = (case.head(&past, first + g), (first + g) * v);
+                for i in 0..l - before {
+                    let (weights, seen) = (weights(one, i), one.seen(before + i));
+                    let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| *a as f64 * *b as f64).sum::<f64>();
+                    let (dout, query) = (&dout.row(i).to_vec()[at..at + v], one.queries.row(i, p));
+                    let mean: f64 = seen.clone().map(|j| weights[j] as f64 * dot(dout, one.value(j))).sum();
+                    for j in seen {
+                        let weight = weights[j] as f64;
+                        let ds = weight * (dot(dout, one.value(j)) - mean) * one.scale() as f64;
+                        for c in 0..p {
+                            want_q[[i, g * p + c]] += ds * one.key(j)[c] as f64;
+                            want_k[[j, c]] += ds * query[c] as f64;
+                        }
+                        (0..v).for_each(|c| want_v[[j, c]] += weight * dout[c] as f64);
                     }
                 }
             }
-        }
-        let [dq, dk, dv, dmk, dmv] = &got;
-        let pairs = [
-            (dq, want[0].slice(s![.., ..])),
-            (dmk, want[1].slice(s![..k, ..])),
-            (dk, want[1].slice(s![k.., ..])),
-            (dmv, want[2].slice(s![..k, ..])),
-            (dv, want[2].slice(s![k.., ..])),
-        ];
-        for (which, (got, want)) in pairs.iter().enumerate() {
-            for (got, want) in got.iter().zip(want) {
-                assert!((*got as f64 - want).abs() < 2e-5, "l {l} k {k} gradient {which}: {got} {want}");
+            let pairs = [
+                (&dq, want_q.view()),
+                (&dpk, want_k.slice(s![..k + before, ..])),
+                (&dk, want_k.slice(s![k + before.., ..])),
+                (&dpv, want_v.slice(s![..k + before, ..])),
+                (&dv, want_v.slice(s![k + before.., ..])),
+            ];
+            for (which, (got, want)) in pairs.iter().enumerate() {
+                for (got, want) in got.iter().zip(want) {
+                    assert!((*got as f64 - want).abs() < 3e-5, "l {l} k {k} gradient {which}: {got} {want}");
+                }
             }
         }
     }
@@ -270,24 +301,9 @@ fn gradients_equal_the_definition() {
 
 #[test]
 fn what_lies_ahead_touches_nothing() {
-    let mut values = wave(9, 4, 3);
-    values[[5, 2]] = f32::NAN;
-    let (q, meta) = (wave(9, 4, 7), wave(2, 4, 5));
-    let sequence = Sequence {
-        queries: rows(&q),
-        keys: rows(&q),
-        values: rows(&values),
-        meta_keys: rows(&meta),
-        meta_values: rows(&meta),
-        frames: 9,
-        meta: 2,
-        before: 0,
-        key_width: 2,
-        value_width: 2,
-        window: Some(3),
-    };
-    let mut out = Array2::zeros((9, 4));
-    attend(sequence, out.view_mut(), None);
+    let mut case = Case::new((9, 0, 2), (2, 1), (2, 2), Some(3));
+    case.values[[5, 2]] = f32::NAN;
+    let (out, _) = case.attend();
     for (i, row) in out.rows().into_iter().enumerate() {
         assert_eq!(row.iter().any(|x| x.is_nan()), (5..8).contains(&i), "frame {i}");
     }

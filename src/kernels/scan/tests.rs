@@ -17,7 +17,7 @@ fn reference(input: &ScanInput, state: &mut Array2<f32>, l: usize, d: usize) -> 
         let mut hidden: Vec<f64> = state.column(ch).iter().map(|s| *s as f64).collect();
         for t in 0..l {
             let (delta, v, z) = (at(input.delta, t, ch), at(input.v, t, ch), at(input.z, t, ch));
-            let step = input.input_step.map_or(delta, |step| step[t] as f64);
+            let step = input.mean_delta.map_or(delta, |step| step[t] as f64);
             let mut y = input.skip.map_or(0.0, |skip| skip[ch] as f64) * v;
             for (i, hidden) in hidden.iter_mut().enumerate() {
                 let decay = (delta * input.a[i * d + ch] as f64).exp();
@@ -51,7 +51,7 @@ fn every_level_equals_the_plain_recurrence() {
                     z: Rows { data: &z[d..], stride: 2 * d },
                     a: &a,
                     skip: (!edifice).then_some(&skip),
-                    input_step: edifice.then_some(&step),
+                    mean_delta: edifice.then_some(&step),
                 };
                 let mut want_state = Array2::from_elem((n, d), 0.5);
                 let mut state = want_state.clone();
@@ -84,13 +84,16 @@ fn channels_do_not_depend_on_how_they_are_shared_out() {
         z: Rows { data: &v, stride: d },
         a: &a,
         skip: None,
-        input_step: None,
+        mean_delta: None,
     };
     let (mut shared, mut alone) = (Array2::zeros((l, d)), Array2::zeros((l, d)));
     let (mut shared_state, mut state) = (Array2::zeros((n, d)), Array2::zeros((n, d)));
-    selective_scan(input, shared_state.view_mut(), shared.view_mut(), None);
-    let scan = Scan { input, first: 0, state: state.view_mut(), out: alone.view_mut(), checkpoints: None };
-    dispatch(scan);
+    selective_scan(input, 0, state.view_mut(), alone.view_mut(), None);
+    for (i, (mut state, mut out)) in
+        shared_state.axis_chunks_iter_mut(Axis(1), 128).zip(shared.axis_chunks_iter_mut(Axis(1), 128)).enumerate()
+    {
+        selective_scan(input, 128 * i, state.view_mut(), out.view_mut(), None);
+    }
     assert_eq!(shared, alone);
     assert_eq!(shared_state, state);
 }
@@ -112,7 +115,7 @@ fn gradients_equal_the_plain_reverse_recurrence_on_every_level() {
             z: Rows { data: &z[d..], stride: 2 * d },
             a: &a,
             skip: (!edifice).then_some(&skip),
-            input_step: edifice.then_some(&step),
+            mean_delta: edifice.then_some(&step),
         };
         let (start, dend) = (wave(n * d, 19, 0.5), wave(n * d, 23, 0.5));
 
@@ -177,7 +180,7 @@ fn gradients_equal_the_plain_reverse_recurrence_on_every_level() {
                 a: &mut got_a,
                 skip: (!edifice).then_some(&mut got_skip),
                 state: &mut got_state,
-                input_step: edifice.then_some(&mut got_step),
+                mean_delta: edifice.then_some(&mut got_step),
             };
             dispatch_at(level, ScanBackward { input, checkpoints: kept.view(), dout: &dout, gradient });
             let mut pairs = vec![

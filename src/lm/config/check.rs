@@ -54,7 +54,7 @@ impl HymbaLmConfig {
             ("mamba_d_state", self.mamba_d_state, 1, MAX_WIDTH),
             ("mamba_d_conv", self.mamba_d_conv, 1, 4),
             ("mamba_dt_rank", self.dt_rank(), 1, MAX_WIDTH),
-            ("num_memory_tokens", self.num_memory_tokens, 0, MAX_WIDTH),
+            ("num_memory_tokens", self.num_memory_tokens, 0, Self::MAX_META_TOKENS),
             ("sliding_window", self.sliding_window.unwrap_or(1), 1, MAX_COUNT),
             ("max_position_embeddings", self.max_position_embeddings, 1, MAX_COUNT),
             ("orig_max_position_embeddings", self.orig_max_position_embeddings.unwrap_or(1), 1, MAX_COUNT),
@@ -87,7 +87,7 @@ impl HymbaLmConfig {
             return refused("hidden_size", self.hidden_size, allowed);
         }
         if !heads.is_multiple_of(self.num_key_value_heads) {
-            let allowed = format!("it must divide num_attention_heads = {heads}; change either");
+            let allowed = format!("it must divide num_attention_heads = {heads}; change either (if absent it is 8)");
             return refused("num_key_value_heads", self.num_key_value_heads, allowed);
         }
         if !self.inner_size().is_multiple_of(heads) {
@@ -147,7 +147,7 @@ impl HymbaLmConfig {
     fn check_switches(&self) -> Result<()> {
         if self.hidden_act != "silu" {
             // it may come from a file
-            let given = crate::weights::tensors::quoted(&self.hidden_act);
+            let given = crate::files::tensors::quoted(&self.hidden_act);
             return refused("hidden_act", given, "the convolution is followed by \"silu\" only");
         }
         if self.memory_tokens_interspersed_every > 0 {
@@ -157,64 +157,39 @@ impl HymbaLmConfig {
                 "meta tokens stand in front of a sequence only: it must be 0",
             );
         }
-        let tokens = [("bos_token_id", self.bos_token_id), ("pad_token_id", self.pad_token_id)];
-        let ends = self.eos_token_id.iter().map(|&token| ("eos_token_id", Some(token)));
-        for (option, token) in tokens.into_iter().chain(ends) {
-            if let Some(token) = token.filter(|&token| token as usize >= self.vocab_size) {
-                return refused(option, token, format!("it must be below vocab_size = {}, or null", self.vocab_size));
-            }
-        }
         Ok(())
     }
 
     fn check_windows(&self) -> Result<()> {
-        const OPTION: &str = "global_attn_idx";
-        let layers = self.num_hidden_layers;
-        let Some(global) = &self.global_attn_idx else {
-            if self.sliding_window.is_none() {
-                return Ok(());
-            }
-            return refused(OPTION, "null", "with a sliding_window it must be a list of layers; it may be empty");
-        };
-        let mut seen = vec![false; layers];
-        for &layer in global {
-            match seen.get_mut(layer) {
-                None => return refused(OPTION, layer, format!("it may hold layers 0 to {}", layers - 1)),
-                Some(seen) if *seen => return refused(OPTION, layer, "a layer may be there once only"),
-                Some(seen) => *seen = true,
-            }
+        if self.sliding_window.is_some() && self.global_attn_idx.is_none() {
+            let allowed = "with a sliding_window it must be a list of layers; it may be empty";
+            return refused("global_attn_idx", "null", allowed);
         }
         Ok(())
     }
 
     fn check_sharing(&self) -> Result<()> {
         const OPTION: &str = "kv_reuse_group";
-        let layers = self.num_hidden_layers;
-        let mut seen = vec![false; layers];
+        // a valid group is short, another may be anything
+        let shown = |group: &[usize]| format!("{:?}", &group[..group.len().min(20)]);
+        let mut seen = vec![false; self.num_hidden_layers];
         for group in self.kv_reuse_group.iter().flatten() {
-            // a valid group is short, another may be anything
-            let shown = format!("{:?}", &group[..group.len().min(20)]);
-            if group.is_empty() {
-                return refused(OPTION, shown, "a group must have a layer");
-            }
-            if !group.is_sorted_by(|first, second| first < second) {
-                return refused(
-                    OPTION,
-                    shown,
-                    "the layers of a group must ascend: the first one makes keys and values",
-                );
+            let Some((&first, others)) = group.split_first() else {
+                return refused(OPTION, "[]", "a group must have a layer");
+            };
+            let exists = |layer: &&usize| **layer < self.num_hidden_layers;
+            if let Some(layer) = others.iter().filter(exists).find(|layer| **layer <= first) {
+                let allowed =
+                    format!("layer {layer} cannot use keys and values of layer {first}, which makes them no earlier");
+                return refused(OPTION, shown(group), allowed);
             }
             for &layer in group {
-                match seen.get_mut(layer) {
-                    None => return refused(OPTION, shown, format!("a group may hold layers 0 to {}", layers - 1)),
-                    Some(seen) if *seen => {
-                        return refused(OPTION, shown, format!("layer {layer} is in another group, too"));
-                    }
-                    Some(seen) => *seen = true,
+                if seen.get_mut(layer).is_some_and(|seen| std::mem::replace(seen, true)) {
+                    return refused(OPTION, shown(group), format!("layer {layer} is there twice"));
                 }
             }
         }
-        for layer in 0..layers {
+        for layer in 0..self.num_hidden_layers {
             let source = self.kv_source(layer);
             if self.is_global(layer) == self.is_global(source) {
                 continue;
@@ -229,7 +204,7 @@ impl HymbaLmConfig {
             return match &self.kv_reuse_group {
                 Some(groups) => {
                     let group = groups.iter().find(|group| group.contains(&layer));
-                    refused(OPTION, format!("{:?}", group.map_or(&[][..], |group| group)), allowed)
+                    refused(OPTION, group.map_or_else(String::new, |group| shown(group)), allowed)
                 }
                 None => refused("kv_reuse_every_i_layer", self.kv_reuse_every_i_layer.unwrap_or(0), allowed),
             };
@@ -242,7 +217,6 @@ impl HymbaLmConfig {
         let small = Self::hymba_1_5b();
         let sizes = [
             ("vocab_size", self.vocab_size, Self { vocab_size: small.vocab_size, ..self.clone() }),
-            ("num_memory_tokens", self.num_memory_tokens, Self { num_memory_tokens: 128, ..self.clone() }),
             ("intermediate_size", self.intermediate_size, Self { intermediate_size: 5504, ..self.clone() }),
             ("mamba_d_state", self.mamba_d_state, Self { mamba_d_state: 16, ..self.clone() }),
             ("mamba_dt_rank", self.dt_rank(), Self { mamba_dt_rank: Some(100), ..self.clone() }),

@@ -1,26 +1,27 @@
 //! A config as it stands in the file: any value at any key, until it is looked at.
 //!
 //! The parser's own errors say where in the file something is wrong, but not at which key; so values are taken as they
-//! are, and refused here, by name.
+//! are, and refused here, by name. What is read is what the published `configuration_hymba.py` and `modeling_hymba.py` read.
 
 use std::fmt;
 use std::marker::PhantomData;
 
+use serde::Deserialize;
 use serde::de::{Deserializer, Error as _, IgnoredAny, MapAccess, SeqAccess, Visitor};
-use serde::{Deserialize, Serialize, Serializer};
 
 use super::check::refused;
+use super::rope_parameters::{self, RopeParameters};
 use super::{HymbaLmConfig, KeyQueryNorm, MlpActivation, Quantization, RopeType, TorchDtype};
-use crate::kernels::quantized::BLOCK;
-use crate::weights::tensors::quoted;
+use crate::files::tensors::quoted;
+use crate::kernels::matmul::BLOCK;
 use crate::{Error, Result};
 
 const MAX_LAYERS: usize = HymbaLmConfig::MAX_LAYERS;
 /// Most tokens that end a text.
 const MAX_ENDS: usize = 64;
 
-/// The keys that are looked at; null is as good as absent, with three exceptions. What another key holds is skipped.
-#[derive(Serialize, Deserialize, Default)]
+/// The keys that are read; null is as good as absent, with four exceptions. What another key holds is skipped.
+#[derive(Deserialize, Default)]
 #[serde(rename = "HymbaLmConfig", expecting = "a config: an object of values by name", default)]
 pub(super) struct Raw {
     model_type: Given,
@@ -28,6 +29,8 @@ pub(super) struct Raw {
     num_hidden_layers: Given,
     vocab_size: Given,
     num_attention_heads: Given,
+    // of this one and the three tokens, and of no other key, null means something else than absence
+    #[serde(default = "int::<8>")]
     num_key_value_heads: Given,
     intermediate_size: Given,
     mlp_hidden_act: Given,
@@ -48,31 +51,31 @@ pub(super) struct Raw {
     rope: Given,
     rope_type: Given,
     rope_theta: Given,
+    /// What transformers 5 writes for `rope_theta` and `rope_scaling`.
+    rope_parameters: RopeParameters,
+    rope_scaling: RopeParameters,
+    partial_rotary_factor: Given,
     max_position_embeddings: Given,
     orig_max_position_embeddings: Given,
     rms_norm_eps: Given,
     tie_word_embeddings: Given,
-    // of these, and of no other key, null means something else than absence
-    #[serde(default = "token::<1>")]
+    #[serde(default = "int::<1>")]
     bos_token_id: Given,
-    #[serde(default = "token::<2>")]
+    #[serde(default = "int::<2>")]
     eos_token_id: Given,
-    #[serde(default = "token::<0>")]
+    #[serde(default = "int::<0>")]
     pad_token_id: Given,
     torch_dtype: Given,
     /// What newer versions of transformers write for `torch_dtype`.
-    #[serde(skip_serializing)]
     dtype: Given,
     memory_tokens_interspersed_every: Given,
-    num_experts: Given,
     attn_hidden_size: Given,
     kq_head_dim: Given,
-    #[serde(skip_serializing_if = "Option::is_none")]
     quantization_config: Option<RawQuantization>,
 }
 
 /// What every tool that quantises writes, in its own way.
-#[derive(Serialize, Deserialize, Default)]
+#[derive(Deserialize, Default)]
 #[serde(expecting = "a quantization_config: an object of values by name", default)]
 struct RawQuantization {
     quant_method: Given,
@@ -80,13 +83,13 @@ struct RawQuantization {
     group_size: Given,
 }
 
-fn token<const ID: i128>() -> Given {
-    Given::Int(ID)
+fn int<const VALUE: i128>() -> Given {
+    Given::Int(VALUE)
 }
 
 /// A single value.
 #[derive(Default)]
-enum Given {
+pub(super) enum Given {
     #[default]
     Null,
     Bool(bool),
@@ -147,19 +150,6 @@ impl<'de> Deserialize<'de> for Given {
     }
 }
 
-impl Serialize for Given {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        match self {
-            Given::Null | Given::Object => serializer.serialize_unit(),
-            Given::Bool(value) => serializer.serialize_bool(*value),
-            Given::Int(value) => serializer.serialize_i128(*value),
-            Given::Float(value) => serializer.serialize_f64(*value),
-            Given::Text(value) => serializer.serialize_str(value),
-            Given::Ints(values) => values.serialize(serializer),
-        }
-    }
-}
-
 /// As a message shows it.
 impl fmt::Display for Given {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -198,12 +188,6 @@ impl<'de, T: Deserialize<'de>, const N: usize> Deserialize<'de> for List<T, N> {
     }
 }
 
-impl<T: Serialize, const N: usize> Serialize for List<T, N> {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        self.0.serialize(serializer)
-    }
-}
-
 fn list<'de, T: Deserialize<'de>, A: SeqAccess<'de>>(
     mut values: A,
     most: usize,
@@ -221,7 +205,7 @@ fn list<'de, T: Deserialize<'de>, A: SeqAccess<'de>>(
 
 impl Given {
     /// The value as a `T`, or `default` where there is none.
-    fn read<T>(
+    pub(super) fn read<T>(
         self,
         key: &'static str,
         default: Option<T>,
@@ -262,7 +246,7 @@ impl Given {
         self.read(key, Some(None), "null or a whole number, 0 or more", |given| given.as_size().map(Some))
     }
 
-    fn number(self, key: &'static str, default: f64) -> Result<f64> {
+    pub(super) fn number(self, key: &'static str, default: f64) -> Result<f64> {
         self.read(key, Some(default), "a number", |given| match given {
             Given::Int(value) => Some(*value as f64),
             Given::Float(value) => Some(*value),
@@ -277,24 +261,29 @@ impl Given {
         })
     }
 
+    /// A token; a number below 0 stands for none.
     fn token(self, key: &'static str) -> Result<Option<u32>> {
-        self.read(key, Some(None), "a token's number, 0 or more, or null", |given| match given {
+        self.read(key, Some(None), "a token's number, or null", |given| match given {
+            Given::Int(value) if *value < 0 => Some(None),
             Given::Int(value) => u32::try_from(*value).ok().map(Some),
             _ => None,
         })
     }
 
     fn tokens(self, key: &'static str) -> Result<Vec<u32>> {
-        self.read(key, Some(Vec::new()), "a token's number, 0 or more, or a list of them, or null", |given| match given
-        {
-            Given::Int(value) => Some(vec![u32::try_from(*value).ok()?]),
-            Given::Ints(values) => values.iter().map(|&value| u32::try_from(value).ok()).collect(),
-            _ => None,
+        self.read(key, Some(Vec::new()), "a token's number, or a list of them, or null", |given| {
+            let values = match given {
+                Given::Int(value) => &[i64::try_from(*value).ok()?][..],
+                Given::Ints(values) => values,
+                _ => return None,
+            };
+            let tokens = values.iter().filter(|value| **value >= 0);
+            tokens.map(|&value| u32::try_from(value).ok()).collect()
         })
     }
 
     /// One of a few words.
-    fn word<T: Copy>(self, key: &'static str, default: Option<T>, words: &[(&str, T)]) -> Result<T> {
+    pub(super) fn word<T: Copy>(self, key: &'static str, default: Option<T>, words: &[(&str, T)]) -> Result<T> {
         let quoted: Vec<_> = words.iter().map(|(word, _)| format!("{word:?}")).collect();
         self.read(key, default, &quoted.join(" or "), |given| match given {
             Given::Text(text) => words.iter().find(|(word, _)| word == text).map(|&(_, value)| value),
@@ -302,24 +291,59 @@ impl Given {
         })
     }
 
-    /// Refuses a key that would say otherwise than what the model has anyway: −1, as published, or `usual`.
+    /// Refuses a key that would say otherwise than what the model has anyway: 0 or less, or `usual`.
     fn only(self, key: &'static str, usual: usize) -> Result<()> {
         self.read(key, Some(()), &format!("-1, or {usual}, which is what it would be"), |given| {
-            (matches!(given, Given::Int(-1)) || given.as_size() == Some(usual)).then_some(())
+            (matches!(given, Given::Int(..=0)) || given.as_size() == Some(usual)).then_some(())
         })
     }
 }
 
-fn layers(key: &'static str, list: List<i64, MAX_LAYERS>) -> Result<Vec<usize>> {
-    let layer = |layer: i64| usize::try_from(layer).or_else(|_| refused(key, layer, "layers are counted from 0"));
-    list.0.into_iter().map(layer).collect()
+/// The numbers of layers; no layer has one below 0.
+fn layers(list: &[i64]) -> Vec<usize> {
+    list.iter().filter_map(|&layer| usize::try_from(layer).ok()).collect()
 }
 
-const NORMS: [(&str, KeyQueryNorm); 3] =
+/// The layers that share keys and values, each in one list, made from lists in which the first user counts, whose first layers
+/// may use those of others, and which may name layers that are not there.
+fn groups(lists: List<List<i64, MAX_LAYERS>, MAX_LAYERS>, num_layers: usize) -> Result<Vec<Vec<usize>>> {
+    let mut makers = vec![None; num_layers];
+    for List(list) in &lists.0 {
+        let Some((&maker, users)) = list.split_first() else {
+            return refused("kv_reuse_group", "[]", "a group must have a layer");
+        };
+        for user in layers(users) {
+            if let Some(place) = makers.get_mut(user) {
+                place.get_or_insert((maker, list));
+            }
+        }
+    }
+    let mut groups: Vec<Vec<usize>> = (0..num_layers).map(|layer| vec![layer]).collect();
+    let mut sources: Vec<usize> = (0..num_layers).collect();
+    for (layer, maker) in makers.into_iter().enumerate() {
+        let Some((maker, list)) = maker else { continue };
+        match usize::try_from(maker).ok().filter(|&maker| maker < layer) {
+            Some(maker) => sources[layer] = sources[maker],
+            None => {
+                let shown = format!("{:?}", &list[..list.len().min(20)]);
+                let allowed = format!(
+                    "layer {layer} cannot use the keys and values of layer {maker}, which does not come before it"
+                );
+                return refused("kv_reuse_group", shown, allowed);
+            }
+        }
+        groups[sources[layer]].push(layer);
+    }
+    groups.retain(|group| group.len() > 1);
+    Ok(groups)
+}
+
+pub(super) const NORMS: [(&str, KeyQueryNorm); 3] =
     [("none", KeyQueryNorm::None), ("rms", KeyQueryNorm::Rms), ("perhead-rms", KeyQueryNorm::PerHeadRms)];
-const ACTIVATIONS: [(&str, MlpActivation); 2] = [("silu", MlpActivation::Silu), ("relu2", MlpActivation::Relu2)];
-const ROPES: [(&str, RopeType); 2] = [("default", RopeType::Default), ("ntk", RopeType::Ntk)];
-const DTYPES: [(&str, TorchDtype); 3] =
+pub(super) const ACTIVATIONS: [(&str, MlpActivation); 2] =
+    [("silu", MlpActivation::Silu), ("relu2", MlpActivation::Relu2)];
+pub(super) const ROPES: [(&str, RopeType); 2] = [("default", RopeType::Default), ("ntk", RopeType::Ntk)];
+pub(super) const DTYPES: [(&str, TorchDtype); 3] =
     [("float32", TorchDtype::F32), ("float16", TorchDtype::F16), ("bfloat16", TorchDtype::BF16)];
 
 impl RawQuantization {
@@ -337,19 +361,6 @@ impl RawQuantization {
             _ => None,
         })
     }
-
-    fn of(quantization: Quantization) -> Option<Self> {
-        let bits = match quantization {
-            Quantization::None => return None,
-            Quantization::Bits8 => 8,
-            Quantization::Bits4 => 4,
-        };
-        Some(RawQuantization {
-            quant_method: Given::Text("hymba".into()),
-            bits: Given::Int(bits),
-            group_size: Given::Int(BLOCK as i128),
-        })
-    }
 }
 
 impl TryFrom<Raw> for HymbaLmConfig {
@@ -357,14 +368,15 @@ impl TryFrom<Raw> for HymbaLmConfig {
 
     fn try_from(raw: Raw) -> Result<Self> {
         raw.model_type.word("model_type", Some(()), &[("hymba", ())])?;
-        if let Some(experts) = raw.num_experts.optional_size("num_experts")?.filter(|&experts| experts > 1) {
-            return refused("num_experts", experts, "mixtures of experts are not supported: it must be 1");
-        }
+        let num_hidden_layers = raw.num_hidden_layers.size("num_hidden_layers", None)?;
         let num_attention_heads = raw.num_attention_heads.size("num_attention_heads", None)?;
+        let rope = raw.rope.switch("rope", false)?;
+        let parameters = rope_parameters::read(raw.rope_scaling, raw.rope_parameters, raw.partial_rotary_factor, rope)?;
+        let rope_type = raw.rope_type.word("rope_type", Some(RopeType::Default), &ROPES)?;
         let dtype = if matches!(raw.torch_dtype, Given::Null) { raw.dtype } else { raw.torch_dtype };
         let config = HymbaLmConfig {
             hidden_size: raw.hidden_size.size("hidden_size", None)?,
-            num_hidden_layers: raw.num_hidden_layers.size("num_hidden_layers", None)?,
+            num_hidden_layers,
             vocab_size: raw.vocab_size.size("vocab_size", None)?,
             num_attention_heads,
             num_key_value_heads: raw.num_key_value_heads.size("num_key_value_heads", Some(num_attention_heads))?,
@@ -387,16 +399,19 @@ impl TryFrom<Raw> for HymbaLmConfig {
             mamba_inner_layernorms: raw.mamba_inner_layernorms.switch("mamba_inner_layernorms", true)?,
             num_memory_tokens: raw.num_memory_tokens.size("num_memory_tokens", Some(0))?,
             sliding_window: raw.sliding_window.optional_size("sliding_window")?,
-            global_attn_idx: raw.global_attn_idx.map(|list| layers("global_attn_idx", list)).transpose()?,
+            global_attn_idx: raw.global_attn_idx.map(|list| layers(&list.0)),
             kv_reuse_group: raw
                 .kv_reuse_group
-                .map(|groups| groups.0.into_iter().map(|group| layers("kv_reuse_group", group)).collect())
+                .map(|lists| groups(lists, num_hidden_layers.min(MAX_LAYERS)))
                 .transpose()?,
             kv_reuse_every_i_layer: raw.kv_reuse_every_i_layer.size_or_off("kv_reuse_every_i_layer")?,
             kq_norm: raw.kq_norm.word("kq_norm", None, &NORMS)?,
-            rope: raw.rope.switch("rope", false)?,
-            rope_type: raw.rope_type.word("rope_type", Some(RopeType::Default), &ROPES)?,
-            rope_theta: raw.rope_theta.number("rope_theta", 10000.0)?,
+            rope,
+            rope_type: parameters.rope_type.unwrap_or(rope_type),
+            rope_theta: match (raw.rope_theta.number("rope_theta", 10000.0)?, parameters.rope_theta) {
+                (outside, None) => outside,
+                (_, Some(inside)) => inside,
+            },
             max_position_embeddings: raw.max_position_embeddings.size("max_position_embeddings", Some(262_144))?,
             orig_max_position_embeddings: raw
                 .orig_max_position_embeddings
@@ -421,67 +436,4 @@ impl TryFrom<Raw> for HymbaLmConfig {
         raw.kq_head_dim.only("kq_head_dim", config.key_width())?;
         Ok(config)
     }
-}
-
-impl From<HymbaLmConfig> for Raw {
-    /// The config as a file has it, with the keys that the published code needs besides.
-    fn from(config: HymbaLmConfig) -> Self {
-        let size = |size: usize| Given::Int(size as i128);
-        let optional = |given: Option<usize>| given.map_or(Given::Null, size);
-        let token = |token: Option<u32>| token.map_or(Given::Null, |token| Given::Int(token.into()));
-        let list = |layers: Vec<usize>| List(layers.into_iter().map(|layer| layer as i64).collect());
-        Raw {
-            model_type: Given::Text("hymba".into()),
-            hidden_size: size(config.hidden_size),
-            num_hidden_layers: size(config.num_hidden_layers),
-            vocab_size: size(config.vocab_size),
-            num_attention_heads: size(config.num_attention_heads),
-            num_key_value_heads: size(config.num_key_value_heads),
-            intermediate_size: size(config.intermediate_size),
-            mlp_hidden_act: word(config.mlp_hidden_act, &ACTIVATIONS),
-            hidden_act: Given::Text(config.hidden_act),
-            mamba_expand: match config.mamba_expand {
-                // as the published file has it
-                expand if expand.fract() == 0.0 && expand.abs() < 1e15 => Given::Int(expand as i128),
-                expand => Given::Float(expand),
-            },
-            mamba_d_state: size(config.mamba_d_state),
-            mamba_d_conv: size(config.mamba_d_conv),
-            mamba_dt_rank: config.mamba_dt_rank.map_or(Given::Text("auto".into()), size),
-            mamba_conv_bias: Given::Bool(config.mamba_conv_bias),
-            mamba_proj_bias: Given::Bool(config.mamba_proj_bias),
-            mamba_inner_layernorms: Given::Bool(config.mamba_inner_layernorms),
-            num_memory_tokens: size(config.num_memory_tokens),
-            sliding_window: optional(config.sliding_window),
-            global_attn_idx: config.global_attn_idx.map(list),
-            kv_reuse_group: config.kv_reuse_group.map(|groups| List(groups.into_iter().map(list).collect())),
-            kv_reuse_every_i_layer: config.kv_reuse_every_i_layer.map_or(Given::Int(-1), size),
-            kq_norm: word(config.kq_norm, &NORMS),
-            rope: Given::Bool(config.rope),
-            rope_type: word(config.rope_type, &ROPES),
-            rope_theta: Given::Float(config.rope_theta),
-            max_position_embeddings: size(config.max_position_embeddings),
-            orig_max_position_embeddings: optional(config.orig_max_position_embeddings),
-            rms_norm_eps: Given::Float(config.rms_norm_eps),
-            tie_word_embeddings: Given::Bool(config.tie_word_embeddings),
-            bos_token_id: token(config.bos_token_id),
-            eos_token_id: match config.eos_token_id[..] {
-                [] => Given::Null,
-                [end] => Given::Int(end.into()),
-                ref ends => Given::Ints(ends.iter().map(|&end| end.into()).collect()),
-            },
-            pad_token_id: token(config.pad_token_id),
-            torch_dtype: config.torch_dtype.map_or(Given::Null, |dtype| word(dtype, &DTYPES)),
-            dtype: Given::Null,
-            memory_tokens_interspersed_every: size(config.memory_tokens_interspersed_every),
-            num_experts: Given::Int(1),
-            attn_hidden_size: Given::Int(-1),
-            kq_head_dim: Given::Int(-1),
-            quantization_config: RawQuantization::of(config.quantization),
-        }
-    }
-}
-
-fn word<T: PartialEq>(value: T, words: &[(&str, T)]) -> Given {
-    words.iter().find(|(_, meaning)| *meaning == value).map_or(Given::Null, |(word, _)| Given::Text(word.to_string()))
 }

@@ -13,8 +13,10 @@ use crate::{Error, Result};
 /// | `min_p` | 0.0 | 0 to 1 | draw from the tokens with this share of the largest probability; 0 turns it off |
 /// | `repetition_penalty` | 1.0 | finite, > 0 | above 1, tokens of the prompt and of the text so far become less probable; 1 turns it off |
 /// | `seed` | 0 | any | of the draws |
+/// | `stream` | 0 | any | which of the seed's sequences of random numbers the draws take |
 /// | `stop_tokens` | none given | any ids | tokens that end the text; where none are given, those of the model's configuration |
 /// | `stop_strings` | none | not empty | texts that end the text |
+/// | `stop_at_max_positions` | no | | end at the model's `max_position_embeddings` |
 /// | `log_probs` | no | | report the log-probability of every chosen token |
 ///
 /// The names and the arithmetic are those of Hugging Face's `generate`, with two differences: the default is the most
@@ -23,6 +25,8 @@ use crate::{Error, Result};
 ///
 /// Log-probabilities are the model's own: the log-softmax of its logits before penalty, temperature and filters. So
 /// they do not depend on how a token was chosen.
+///
+/// [`from_dir`](Self::from_dir) reads what a model's folder recommends.
 ///
 /// The fields can be read and written; nothing is checked until [`validate`](Self::validate), which
 /// [`Sampler::new`](super::Sampler::new) calls.
@@ -51,10 +55,14 @@ pub struct GenerateOptions {
     pub repetition_penalty: f32,
     /// Seed of the draws.
     pub seed: u64,
+    /// Which of the seed's sequences of random numbers the draws take. They are independent of each other.
+    pub stream: u64,
     /// Tokens that end the text. `None` is those of the model's configuration; an empty list is no token.
     pub stop_tokens: Option<Vec<u32>>,
     /// Texts that end the text. They are looked for where tokens become text, which takes a tokenizer.
     pub stop_strings: Vec<String>,
+    /// Whether a row ends where the model's `max_position_embeddings` do.
+    pub stop_at_max_positions: bool,
     /// Whether the log-probabilities of the chosen tokens are reported.
     pub log_probs: bool,
 }
@@ -69,8 +77,10 @@ impl Default for GenerateOptions {
             min_p: Self::DEFAULT_MIN_P,
             repetition_penalty: Self::DEFAULT_REPETITION_PENALTY,
             seed: Self::DEFAULT_SEED,
+            stream: 0,
             stop_tokens: None,
             stop_strings: Vec::new(),
+            stop_at_max_positions: false,
             log_probs: false,
         }
     }
@@ -134,6 +144,15 @@ impl GenerateOptions {
         self
     }
 
+    /// Sets which of the seed's sequences of random numbers the draws take.
+    ///
+    /// Row i of a batch takes i streams further on than its options say, so this is how to have row i again alone: see
+    /// [`HymbaLm::generate_batch`](crate::HymbaLm::generate_batch).
+    pub fn stream(mut self, stream: u64) -> Self {
+        self.stream = stream;
+        self
+    }
+
     /// Sets the tokens that end the text; `None` is those of the model's configuration, an empty list is no token.
     pub fn stop_tokens(mut self, stop_tokens: impl Into<Option<Vec<u32>>>) -> Self {
         self.stop_tokens = stop_tokens.into();
@@ -150,6 +169,33 @@ impl GenerateOptions {
     /// ```
     pub fn stop_strings(mut self, stop_strings: impl IntoIterator<Item = impl Into<String>>) -> Self {
         self.stop_strings = stop_strings.into_iter().map(Into::into).collect();
+        self
+    }
+
+    /// Sets whether a row ends, with [`FinishReason::MaxPositions`](crate::lm::FinishReason::MaxPositions), where the model's
+    /// `max_position_embeddings` do: no token is generated that would stand at that position or a later one. The meta tokens
+    /// and all that the state has seen take positions, too: a row of a state has used up
+    /// `config.num_memory_tokens + state.lengths()[row]` of them. A prompt that is longer is fed all the same, and not continued.
+    ///
+    /// It is off, as in Hugging Face's `generate`: positions only rotate queries and keys, so nothing breaks beyond those of the
+    /// training. The text may get worse there, and the keys and values of global layers go on growing.
+    ///
+    /// ```
+    /// use std::ops::ControlFlow;
+    /// use hymba::lm::{FinishReason, GenerateOptions, HymbaLm, HymbaLmConfig, LoadOptions};
+    ///
+    /// # let mut config = HymbaLmConfig::hymba_1_5b();
+    /// # (config.hidden_size, config.intermediate_size, config.vocab_size) = (100, 64, 50);
+    /// # config.orig_max_position_embeddings = Some(10);
+    /// (config.num_memory_tokens, config.max_position_embeddings) = (4, 10);
+    /// let lm = HymbaLm::random(config, 0, &LoadOptions::default())?;
+    /// let options = GenerateOptions::default().stop_tokens(vec![]).stop_at_max_positions(true);
+    /// let generated = lm.generate(&[1, 2, 3], &options, |_| ControlFlow::Continue(()))?;
+    /// assert_eq!((generated.ids.len(), generated.finish), (10 - 4 - 3, FinishReason::MaxPositions));
+    /// # Ok::<(), hymba::Error>(())
+    /// ```
+    pub fn stop_at_max_positions(mut self, stop_at_max_positions: bool) -> Self {
+        self.stop_at_max_positions = stop_at_max_positions;
         self
     }
 

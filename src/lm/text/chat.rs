@@ -2,28 +2,30 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::io::{self, Write};
 use std::sync::Arc;
+use std::time::SystemTime;
 
+use minijinja::machinery::{CodeGenerator, eval, make_string_output};
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{Kwargs, Serde};
-use minijinja::{Environment, State, Value};
+use minijinja::{AutoEscape, Environment, State, Value};
 use serde::{Deserialize, Serialize};
 
-use super::{python, sandbox};
-use crate::weights::tensors::quoted;
+use super::values::{self, Budget};
+use super::{date, python, sandbox};
+use crate::files::tensors::quoted;
 use crate::{Error, Result};
 
 /// That of the published Hymba models.
 const HYMBA: &str = include_str!("hymba.jinja");
 const NAME: &str = "chat template";
-/// About a million instructions, or 64 MB of text: a chat of 10 MB, and less than a second.
-const FUEL: u64 = 1_000_000;
+/// About so many instructions, or 96 MB of text that is made: a chat of 10 MB, and about a second.
+const FUEL: u64 = 1_500_000;
 /// Longest prompt in bytes.
-const MAX_PROMPT: usize = 16 << 20;
-/// Of minijinja's own, those that put lists together or take no fuel for what they make.
+pub(super) const MAX_PROMPT: usize = 16 << 20;
+/// Of minijinja's own, those that take no fuel for what they make.
 const NO_FILTERS: [&str; 8] = ["batch", "chain", "format", "groupby", "pprint", "slice", "sum", "zip"];
-const NO_FUNCTIONS: [&str; 2] = ["debug", "dict"];
+const NO_FUNCTIONS: [&str; 1] = ["debug"];
 
 /// Who says a [`Message`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -40,6 +42,9 @@ pub enum Role {
 }
 
 /// One message of a chat. As JSON: `{"role": "user", "content": "Hello"}`.
+///
+/// A special token that the content spells out stays text: see [`Tokenizer::encode_chat`](super::Tokenizer::encode_chat), which
+/// also says what no content is safe from.
 ///
 /// ```
 /// use hymba::lm::{Message, Role};
@@ -100,6 +105,9 @@ pub struct ChatOptions {
     pub contexts: Vec<String>,
     /// Ends the prompt with the beginning of the model's answer. On by default; off to train on a whole chat.
     pub add_generation_prompt: bool,
+    /// The time that templates write into the prompt with `strftime_now`, in UTC. `None`, the default, is the time of rendering;
+    /// a set one makes prompts reproducible.
+    pub now: Option<SystemTime>,
 }
 
 impl Default for ChatOptions {
@@ -111,7 +119,7 @@ impl Default for ChatOptions {
 impl ChatOptions {
     /// No tools, no contexts, and the beginning of the model's answer.
     pub fn new() -> Self {
-        ChatOptions { tools: Vec::new(), contexts: Vec::new(), add_generation_prompt: true }
+        ChatOptions { tools: Vec::new(), contexts: Vec::new(), add_generation_prompt: true, now: None }
     }
 
     /// Sets the descriptions of the tools that the model may call.
@@ -131,17 +139,36 @@ impl ChatOptions {
         self.add_generation_prompt = add;
         self
     }
+
+    /// Sets the time that templates write into the prompt, in place of the time of rendering. Templates write it in UTC: add the
+    /// offset of another time zone.
+    ///
+    /// ```
+    /// use std::time::{Duration, SystemTime};
+    /// use hymba::lm::{ChatOptions, ChatTemplate};
+    ///
+    /// let options = ChatOptions::new().now(SystemTime::UNIX_EPOCH + Duration::from_secs(1_722_297_600));
+    /// let template = ChatTemplate::new("Today is {{ strftime_now('%d %b %Y') }}.")?;
+    /// assert_eq!(template.render(&[], &options)?, "Today is 30 Jul 2024.");
+    /// # Ok::<(), hymba::Error>(())
+    /// ```
+    pub fn now(mut self, now: SystemTime) -> Self {
+        self.now = Some(now);
+        self
+    }
 }
 
 /// A Jinja template that makes a prompt of a chat. The default is that of the published Hymba models.
 ///
 /// Templates see `messages`, `tools` (none without any), `contexts` (undefined without any), `add_generation_prompt` and the
 /// special tokens `bos_token`, `eos_token`, `unk_token` and `pad_token` as texts. As with Hugging Face's transformers,
-/// methods are Python's, `tojson` is `json.dumps`, there is `raise_exception`, and a line break after a tag is left out.
+/// methods are Python's, `tojson` is `json.dumps`, there are `raise_exception` and `strftime_now` (in UTC, unless
+/// [`ChatOptions::now`] says otherwise), `{% generation %}` adds nothing, and a line break after a tag is left out. Line ends of
+/// the template become `\n`, those of messages stay.
 ///
-/// Templates come with models, from strangers. One cannot run without end, fill the memory or overflow the stack. For this,
-/// some of Jinja is missing: lists and dicts can be written out but not put together from others (`[a, b]`, `a + b`,
-/// `dict(…)`, `batch`, `groupby`, `zip`), and a `namespace` holds texts, numbers and parts of the messages.
+/// Templates come with models, from strangers. One cannot run without end, fill the memory or overflow the stack: it ends with an
+/// error after about 1.5 million instructions, and a little of Jinja is missing (the filters `batch`, `chain`, `format`, `groupby`,
+/// `pprint`, `slice`, `sum` and `zip`; other templates; namespaces in lists).
 ///
 /// ```
 /// use hymba::lm::{ChatOptions, ChatTemplate, Message};
@@ -158,6 +185,7 @@ impl ChatOptions {
 /// ```
 #[derive(Clone)]
 pub struct ChatTemplate {
+    source: Arc<str>,
     environment: Arc<Environment<'static>>,
     special_tokens: BTreeMap<&'static str, String>,
 }
@@ -173,12 +201,12 @@ impl ChatTemplate {
     ///
     /// # Errors
     ///
-    /// [`Error::Text`] where it is longer than 64 KiB, not Jinja, or builds lists or expressions that have no end to their
-    /// size; the line is named. Filters that do not exist are found by [`render`](Self::render).
+    /// [`Error::Text`] where it is longer than 64 KiB, has a tag of more than 512 words, or is not Jinja; the line is named.
+    /// Filters that do not exist are found by [`render`](Self::render).
     pub fn new(source: &str) -> Result<Self> {
         let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
         let syntax = syntax.map_err(|error| failed(&error))?;
-        sandbox::check(source, &syntax).map_err(|reason| Error::text(NAME, shown(reason)))?;
+        let source = sandbox::prepare(source, &syntax).map_err(|reason| Error::text(NAME, shown(reason)))?;
 
         let mut environment = Environment::new();
         environment.set_syntax(syntax);
@@ -186,17 +214,20 @@ impl ChatTemplate {
         environment.set_unknown_method_callback(python::method);
         NO_FILTERS.iter().for_each(|name| environment.remove_filter(name));
         NO_FUNCTIONS.iter().for_each(|name| environment.remove_global(name));
+        environment.add_function(sandbox::BOUNDED, |state: &State, value| values::bounded(state, value));
+        environment.add_function(sandbox::KEPT, |state: &State, value| values::kept(state, value));
+        environment.add_filter("join", python::join);
         environment.add_filter("tojson", python::tojson);
         environment.add_filter("trim", python::trim);
         environment.add_function("raise_exception", python::raise_exception);
+        environment.add_function("strftime_now", date::strftime_now);
         let build = environment.globals().find(|(name, _)| *name == "namespace").map(|(_, build)| build);
         if let Some(build) = build {
             environment.add_function("namespace", move |state: &mut State, given: Kwargs| {
                 python::namespace(state, &build, given)
             });
         }
-        environment.add_template_owned(NAME, source.to_owned()).map_err(|error| failed(&error))?;
-        Ok(ChatTemplate { environment: Arc::new(environment), special_tokens: BTreeMap::new() })
+        Ok(ChatTemplate { source: source.into(), environment: Arc::new(environment), special_tokens: BTreeMap::new() })
     }
 
     /// The text of a special token, for templates that write it.
@@ -205,29 +236,60 @@ impl ChatTemplate {
         self
     }
 
-    /// The prompt for these messages.
+    /// The prompt for these messages. What the messages say and what the template writes is one text: special tokens that are
+    /// spelled out in a message cannot be told from the template's own. [`Tokenizer::encode_chat`](super::Tokenizer::encode_chat)
+    /// tells them apart.
     ///
     /// # Errors
     ///
-    /// [`Error::Text`] where the template fails (it may refuse the messages), where it does not come to an end within a
+    /// [`Error::Text`] where the template fails (it may refuse the messages), where it does not come to an end within 1.5
     /// million instructions, and where the prompt is longer than 16 MiB.
     pub fn render(&self, messages: &[Message], options: &ChatOptions) -> Result<String> {
-        let some = |empty: bool, value: Value| if empty { Value::from(()) } else { value };
+        // each time: what is compiled borrows from the source, and takes less than rendering
+        let template = sandbox::template(&self.source, self.environment.syntax());
+        let template = template.map_err(|reason| Error::text(NAME, shown(reason)))?;
+        let mut generator = CodeGenerator::new(NAME, &self.source);
+        generator.compile_stmt(&template);
+        let (instructions, blocks) = generator.finish();
+
+        let budget = Arc::new(Budget::new());
+        let root = self.context(messages, options, &budget).map_err(|error| failed(&error))?;
+        let mut prompt = String::new();
+        let mut output = make_string_output(&mut prompt);
+        let done = eval(&self.environment, &instructions, root, &blocks, &mut output, AutoEscape::None).map(|_| ());
+        if budget.is_empty() {
+            return Err(Error::text(NAME, "it goes too often through too long lists"));
+        }
+        done.map_err(|error| failed(&error))?;
+        if prompt.len() > MAX_PROMPT {
+            return Err(Error::text(NAME, format!("the prompt is longer than {MAX_PROMPT} bytes")));
+        }
+        Ok(prompt)
+    }
+
+    /// The variables of the template.
+    fn context(
+        &self,
+        messages: &[Message],
+        options: &ChatOptions,
+        budget: &Arc<Budget>,
+    ) -> Result<Value, minijinja::Error> {
         let mut context = BTreeMap::from([
-            ("messages", Value::from(Serde(messages))),
-            ("tools", some(options.tools.is_empty(), Value::from(Serde(&options.tools)))),
+            ("messages", values::given(Value::from(Serde(messages)), budget)?),
+            ("tools", Value::from(())),
             ("documents", Value::from(())),
             ("add_generation_prompt", Value::from(options.add_generation_prompt)),
+            (Budget::NAME, Value::from_dyn_object(Arc::clone(budget))),
+            (date::NOW, date::seconds(options.now)),
         ]);
+        if !options.tools.is_empty() {
+            context.insert("tools", values::given(Value::from(Serde(&options.tools)), budget)?);
+        }
         if !options.contexts.is_empty() {
-            context.insert("contexts", Value::from(Serde(&options.contexts)));
+            context.insert("contexts", values::given(Value::from(Serde(&options.contexts)), budget)?);
         }
         context.extend(self.special_tokens.iter().map(|(&name, text)| (name, Value::from(text.as_str()))));
-
-        let template = self.environment.get_template(NAME).map_err(|error| failed(&error))?;
-        let mut prompt = Bounded(Vec::new());
-        template.render_captured_to(Value::from_pairs(context), &mut prompt).map_err(|error| failed(&error))?;
-        String::from_utf8(prompt.0).map_err(|error| Error::text("the prompt", error.to_string()))
+        Ok(Value::from_pairs(context))
     }
 }
 
@@ -245,21 +307,4 @@ fn failed(error: &minijinja::Error) -> Error {
 pub(super) fn shown(text: String) -> String {
     const LONGEST: usize = 400;
     if text.len() <= LONGEST && !text.contains(char::is_control) { text } else { quoted(&text) }
-}
-
-/// A prompt that ends with an error where it grows too long.
-struct Bounded(Vec<u8>);
-
-impl Write for Bounded {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        if self.0.len() + bytes.len() > MAX_PROMPT {
-            return Err(io::Error::other(format!("the prompt is longer than {MAX_PROMPT} bytes")));
-        }
-        self.0.extend_from_slice(bytes);
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
 }

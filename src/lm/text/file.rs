@@ -14,7 +14,7 @@ use tokenizers::normalizers::{NormalizerWrapper, Prepend, Replace, Sequence};
 use tokenizers::pre_tokenizers::metaspace::{Metaspace, PrependScheme};
 
 use super::stream::{Spelling, Spellings};
-use crate::weights::tensors::quoted;
+use crate::files::tensors::quoted;
 
 /// Most pieces, merges and added tokens; the largest published vocabularies have a quarter of this.
 const MAX_PIECES: usize = 1 << 20;

@@ -1,11 +1,14 @@
 //! What chat templates use of Python: methods of texts, and JSON as `json.dumps` writes it.
 
-use std::io;
+use std::io::{self, Write};
 
-use minijinja::value::{Kwargs, ValueKind};
+use minijinja::value::Kwargs;
 use minijinja::{Error, ErrorKind, State, Value};
 use serde::Serialize;
 use serde_json::ser::{CharEscape, Formatter, PrettyFormatter, Serializer};
+
+use super::chat::MAX_PROMPT;
+use super::values;
 
 /// Methods of texts, lists and dicts.
 pub(super) fn method(state: &mut State, value: &Value, name: &str, args: &[Value]) -> Result<Value, Error> {
@@ -14,7 +17,7 @@ pub(super) fn method(state: &mut State, value: &Value, name: &str, args: &[Value
         (Some(text), "strip") if plain(args) => Ok(Value::from(text.trim_matches(is_space))),
         (Some(text), "lstrip") if plain(args) => Ok(Value::from(text.trim_start_matches(is_space))),
         (Some(text), "rstrip") if plain(args) => Ok(Value::from(text.trim_end_matches(is_space))),
-        (Some(separator), "join") if args.len() == 1 => join(state, separator, &args[0]),
+        (Some(separator), "join") if args.len() == 1 => join_texts(state, separator, &args[0]),
         // it takes a width from the text and pads to it before the fuel is asked
         (Some(_), "format") => Err(Error::from(ErrorKind::UnknownMethod)),
         _ => minijinja_contrib::pycompat::unknown_method_callback(state, value, name, args),
@@ -34,11 +37,46 @@ pub(super) fn trim(text: &str, characters: Option<&str>) -> String {
     }
 }
 
-fn join(state: &State, separator: &str, items: &Value) -> Result<Value, Error> {
+fn join_texts(state: &State, separator: &str, items: &Value) -> Result<Value, Error> {
+    join_items(state, separator, items, |item| match item.as_str() {
+        Some(_) => Ok(item),
+        None => Err(Error::new(ErrorKind::InvalidOperation, format!("join takes texts, not {}", item.kind()))),
+    })
+}
+
+/// The filter of the same name.
+pub(super) fn join(
+    state: &State,
+    items: &Value,
+    separator: Option<&str>,
+    attribute: Option<&str>,
+    options: Kwargs,
+) -> Result<Value, Error> {
+    let separator = separator.or(options.get("d")?).unwrap_or("");
+    let attribute = attribute.or(options.get("attribute")?);
+    options.assert_all_used()?;
+    join_items(state, separator, items, |item| match attribute {
+        Some(path) => path.split('.').try_fold(item, |item, name| item.get_attr(name)),
+        None => Ok(item),
+    })
+}
+
+fn join_items(
+    state: &State,
+    separator: &str,
+    items: &Value,
+    item_of: impl Fn(Value) -> Result<Value, Error>,
+) -> Result<Value, Error> {
     let mut joined = String::new();
     for (index, item) in items.try_iter()?.enumerate() {
-        let Some(text) = item.as_str() else {
-            return Err(Error::new(ErrorKind::InvalidOperation, format!("join takes texts, not {}", item.kind())));
+        let item = item_of(item)?;
+        let written;
+        let text = match item.as_str() {
+            Some(text) => text,
+            None => {
+                written = item.to_string();
+                &written
+            }
         };
         // before the text grows
         state.consume_fuel(1 + (separator.len() + text.len()) as u64 / 64)?;
@@ -54,17 +92,11 @@ pub(super) fn raise_exception(message: &str) -> Result<Value, Error> {
     Err(Error::new(ErrorKind::InvalidOperation, format!("the template says: {message}")))
 }
 
-/// minijinja's own, for values that hold nothing else.
+/// minijinja's own, for values that cannot hold the namespace itself.
 pub(super) fn namespace(state: &mut State, build: &Value, given: Kwargs) -> Result<Value, Error> {
-    for name in given.args() {
-        let kind = given.peek::<Value>(name)?.kind();
-        let scalar = [ValueKind::Undefined, ValueKind::None, ValueKind::Bool, ValueKind::Number, ValueKind::String];
-        if !scalar.contains(&kind) {
-            let message = format!("a namespace can hold texts and numbers, and {name} is a {kind}");
-            return Err(Error::new(ErrorKind::InvalidOperation, message));
-        }
-    }
-    build.call(state, &[Value::from(given)])
+    let values = given.args().map(|name| Ok((name, values::kept(state, given.peek(name)?)?)));
+    let values = values.collect::<Result<Kwargs, Error>>()?;
+    build.call(state, &[Value::from(values)])
 }
 
 /// The filter `tojson` as transformers has it: `json.dumps` without escapes for HTML.
@@ -85,9 +117,11 @@ pub(super) fn tojson(state: &State, value: Value, options: Kwargs) -> Result<Val
     };
     let spaces = " ".repeat(indent.unwrap_or(0));
     let pretty = indent.map(|_| PrettyFormatter::with_indent(spaces.as_bytes()));
-    let mut json = Vec::new();
+    let mut json = Bounded(Vec::new());
     let mut serializer = Serializer::with_formatter(&mut json, Dumps { ascii, item, key, pretty });
     let written = if sort_keys {
+        // first as it is, for its length
+        serde_json::to_writer(Bounded(Vec::new()), &value).map_err(bad_json)?;
         let mut value = serde_json::to_value(&value).map_err(bad_json)?;
         value.sort_all_objects();
         value.serialize(&mut serializer)
@@ -95,12 +129,29 @@ pub(super) fn tojson(state: &State, value: Value, options: Kwargs) -> Result<Val
         value.serialize(&mut serializer)
     };
     written.map_err(bad_json)?;
-    state.consume_fuel(json.len() as u64 / 4)?;
-    Ok(Value::from_safe_string(String::from_utf8(json).map_err(bad_json)?))
+    state.consume_fuel(json.0.len() as u64 / 4)?;
+    Ok(Value::from_safe_string(String::from_utf8(json.0).map_err(bad_json)?))
 }
 
 fn bad_json(error: impl std::error::Error) -> Error {
     Error::new(ErrorKind::BadSerialization, error.to_string())
+}
+
+/// JSON that ends with an error where it grows longer than a prompt.
+struct Bounded(Vec<u8>);
+
+impl Write for Bounded {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if self.0.len() + bytes.len() > MAX_PROMPT {
+            return Err(io::Error::other(format!("the JSON is longer than {MAX_PROMPT} bytes")));
+        }
+        self.0.extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
 }
 
 /// Writes as Python's `json.dumps` does.
@@ -157,7 +208,8 @@ impl Formatter for Dumps<'_> {
             return writer.write_all(text.as_bytes());
         }
         for character in text.chars() {
-            if character.is_ascii() {
+            // noncharacters are marks that are taken out later
+            if character.is_ascii() || ('\u{fdd0}'..='\u{fdef}').contains(&character) {
                 write!(writer, "{character}")?;
             } else {
                 for unit in character.encode_utf16(&mut [0; 2]) {

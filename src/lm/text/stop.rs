@@ -1,5 +1,7 @@
 //! Where generated text is to end.
 
+use std::ops::Range;
+
 use crate::{Error, Result};
 
 /// Ends a text at the first of several stop strings, while it comes in pieces.
@@ -24,6 +26,8 @@ pub struct StopMatcher {
     stops: Vec<String>,
     /// Text that may be the beginning of a stop string.
     held: String,
+    /// Where in it are special tokens, which a stop string can name and nobody is to read.
+    hidden: Vec<Range<usize>>,
     /// The text that the last call gave out.
     out: String,
     stopped: Option<usize>,
@@ -40,7 +44,7 @@ impl StopMatcher {
         if stops.iter().any(String::is_empty) {
             return Err(Error::text("an empty stop string", "it would end every text before it begins; leave it out"));
         }
-        Ok(StopMatcher { stops, held: String::new(), out: String::new(), stopped: None })
+        Ok(StopMatcher { stops, held: String::new(), hidden: Vec::new(), out: String::new(), stopped: None })
     }
 
     /// Takes the next piece and gives the text that is now certain not to belong to a stop string. After a match it is
@@ -57,9 +61,10 @@ impl StopMatcher {
             let text = &self.held[..known + start + character.len_utf8()];
             let complete = self.stops.iter().enumerate().filter(|(_, stop)| text.ends_with(stop.as_str()));
             if let Some((index, stop)) = complete.max_by_key(|(_, stop)| stop.len()) {
-                self.out.push_str(&text[..text.len() - stop.len()]);
+                self.release(text.len() - stop.len());
                 self.stopped = Some(index);
                 self.held.clear();
+                self.hidden.clear();
                 return &self.out;
             }
         }
@@ -68,19 +73,45 @@ impl StopMatcher {
         let earliest = self.held.len().saturating_sub(longest);
         let boundaries = (earliest..self.held.len()).filter(|&at| self.held.is_char_boundary(at));
         let certain = boundaries.into_iter().find(beginning).unwrap_or(self.held.len());
-        self.out.extend(self.held.drain(..certain));
+        self.release(certain);
         &self.out
+    }
+
+    /// As [`push`](Self::push), for a special token: stop strings that name it find it, and it is never given out. Where none
+    /// does, it is as if it were not there.
+    pub(crate) fn push_special(&mut self, spelling: &str) -> &str {
+        if self.stopped.is_some() || !self.stops.iter().any(|stop| stop.contains(spelling)) {
+            return self.push("");
+        }
+        self.hidden.push(self.held.len()..self.held.len() + spelling.len());
+        self.push(spelling)
     }
 
     /// The end of the text without a match: gives what was held back.
     pub fn finish(&mut self) -> &str {
-        self.out = std::mem::take(&mut self.held);
+        self.out.clear();
+        self.release(self.held.len());
         &self.out
     }
 
     /// The stop string that ended the text, or `None` while there was none.
     pub fn stopped(&self) -> Option<&str> {
         Some(&self.stops[self.stopped?])
+    }
+
+    /// Gives out the first `end` bytes of what is held, but for special tokens.
+    fn release(&mut self, end: usize) {
+        let mut at = 0;
+        for hidden in &self.hidden {
+            self.out.push_str(&self.held[at..hidden.start.min(end)]);
+            at = hidden.end.min(end);
+        }
+        self.out.push_str(&self.held[at..end]);
+        self.held.drain(..end);
+        self.hidden.retain_mut(|hidden| {
+            *hidden = hidden.start.saturating_sub(end)..hidden.end.saturating_sub(end);
+            hidden.start < hidden.end
+        });
     }
 }
 
@@ -138,6 +169,32 @@ mod tests {
             matches += usize::from(stop.is_some());
         }
         assert!((5_000..18_000).contains(&matches), "{matches} texts have a stop string");
+    }
+
+    #[test]
+    fn special_tokens_are_found_and_not_given_out() {
+        // pieces, of which those with a bar are special tokens; what is given out, and the stop string
+        for (stops, pieces, given, stopped) in [
+            (vec!["</s>"], vec!["a", "|</s>", "b"], "a", Some("</s>")),
+            (vec!["b</s>\n"], vec!["ab", "|</s>", "\nc"], "a", Some("b</s>\n")),
+            (vec!["b</s>\n"], vec!["ab", "|</s>", "c", "|</s>"], "abc", None),
+            (vec!["</s></s>"], vec!["|</s>", "a", "|</s>", "|</s>"], "a", Some("</s></s>")),
+            (vec!["ab"], vec!["a", "|<unk>", "b"], "", Some("ab")),
+            (vec!["<", "/"], vec!["a", "|</s>", "b"], "ab", None),
+            (vec!["</s>"], vec!["a</", "s>b"], "a", Some("</s>")),
+            (vec!["</s>", "s>x"], vec!["|<s>", "s>", "y"], "s>y", None),
+        ] {
+            let mut matcher = StopMatcher::new(stops).unwrap();
+            let mut text = String::new();
+            for piece in &pieces {
+                text.push_str(match piece.strip_prefix('|') {
+                    Some(special) => matcher.push_special(special),
+                    None => matcher.push(piece),
+                });
+            }
+            text.push_str(matcher.finish());
+            assert_eq!((text.as_str(), matcher.stopped()), (given, stopped), "{pieces:?}");
+        }
     }
 
     #[test]

@@ -21,10 +21,11 @@ pub(super) struct Spellings {
     pub(super) strip: Option<(char, usize)>,
 }
 
-/// Text from token ids that come one by one; made by [`Tokenizer::stream`](super::Tokenizer::stream).
+/// Text from token ids that come one by one; made by [`Tokenizer::stream`](super::Tokenizer::stream) and
+/// [`Tokenizer::stream_after`](super::Tokenizer::stream_after).
 ///
 /// Its pieces are whole characters, and together they are what [`Tokenizer::decode`](super::Tokenizer::decode) makes of all
-/// the ids. A token costs the same however long the text is.
+/// the ids, or what it adds for them to the text of the ids before. A token costs the same however long the text is.
 ///
 /// ```
 /// # use hymba::lm::Tokenizer;
@@ -58,6 +59,29 @@ impl TextStream {
             pending: Vec::with_capacity(4),
             strip: spellings.strip.map_or(0, |(_, count)| count),
             out: String::new(),
+        }
+    }
+
+    /// The stream of a text that goes on: what `ids` are is not given out, but a text that they begin has begun.
+    pub(crate) fn after(mut self, ids: impl IntoIterator<Item = u32>) -> Self {
+        for id in ids {
+            self.push(id);
+        }
+        self.out = String::new();
+        self
+    }
+
+    /// The stream of a text that goes on after something unknown.
+    pub(crate) fn within(mut self) -> Self {
+        self.strip = 0;
+        self
+    }
+
+    /// The text that `id` adds where special tokens are spelled out, or `None` where it is not a special token.
+    pub(crate) fn special(&self, id: u32) -> Option<&str> {
+        match self.spellings.spellings.get(id as usize)? {
+            Spelling::Text(text) if self.spellings.special[id as usize] => Some(text),
+            _ => None,
         }
     }
 

@@ -1,7 +1,8 @@
 //! The tokenizer of a checkpoint.
 
 use std::fmt;
-use std::path::Path;
+use std::io;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use serde::Deserialize;
@@ -9,8 +10,10 @@ use serde::de::IgnoredAny;
 
 use super::chat::{ChatOptions, ChatTemplate, Message, shown};
 use super::file;
+use super::guard::{self, Guard};
 use super::stream::{Spelling, Spellings, TextStream};
-use crate::weights::tensors::Source;
+use crate::files::tensors::Source;
+use crate::lm::python_json::{python_json, without_bom};
 use crate::{Error, Result};
 
 /// Longest `tokenizer.json` and `tokenizer_config.json` that are read.
@@ -38,10 +41,19 @@ const MAX_CONFIG: u64 = 4 << 20;
 pub struct Tokenizer {
     tokenizer: Arc<tokenizers::Tokenizer>,
     spellings: Arc<Spellings>,
-    chat: ChatTemplate,
+    chat: Chat,
     bos: Option<u32>,
     add_bos: bool,
     eos: Option<u32>,
+    eos_token: String,
+    guard: Guard,
+}
+
+/// The chat template of a folder, or why there is none.
+#[derive(Clone)]
+enum Chat {
+    Template(ChatTemplate),
+    Refused { path: PathBuf, reason: String },
 }
 
 /// What is read of `tokenizer_config.json`.
@@ -96,18 +108,20 @@ impl Templates {
 impl Tokenizer {
     /// Reads `tokenizer.json` of the folder and, where they are there, `tokenizer_config.json` (special tokens, chat
     /// template) and `chat_template.jinja`, which goes before it. Without a template, that of the published Hymba models
-    /// is used.
+    /// is used. A template that cannot be used is no error here: texts can be encoded all the same, and
+    /// [`render_chat`](Self::render_chat) says what is wrong with it.
     ///
     /// # Errors
     ///
     /// [`Error::Io`] where a file cannot be read; [`Error::Format`] where it is too long (64 MiB, the others 4 MiB),
-    /// damaged, or not of a Llama tokenizer, and where the chat template is not one that
-    /// [`ChatTemplate::new`](ChatTemplate::new) takes.
+    /// damaged, or not of a Llama tokenizer, and where the folder has a tokenizer in another form, such as
+    /// SentencePiece's `tokenizer.model`: how to convert it is said.
     pub fn from_dir(folder: impl AsRef<Path>) -> Result<Self> {
         let folder = folder.as_ref();
         let path = folder.join("tokenizer.json");
-        let bytes = read(&path, MAX_TOKENIZER)?;
-        let file = serde_json::from_slice(&bytes).map_err(|error| Error::format(&path, shown(error.to_string())))?;
+        let bytes = read(&path, MAX_TOKENIZER).map_err(|error| missing(folder, error))?;
+        let file = serde_json::from_slice(without_bom(&bytes))
+            .map_err(|error| Error::format(&path, shown(error.to_string())))?;
         drop(bytes);
         let (tokenizer, spellings) = file::build(file).map_err(|reason| Error::format(&path, reason))?;
 
@@ -115,10 +129,11 @@ impl Tokenizer {
         let mut config = Config::default();
         if path.exists() {
             let bytes = read(&path, MAX_CONFIG)?;
+            let json = python_json(&bytes);
             // first as anything: an untagged enum says only that nothing fits
-            serde_json::from_slice::<IgnoredAny>(&bytes)
+            serde_json::from_slice::<IgnoredAny>(&json)
                 .map_err(|error| Error::format(&path, shown(error.to_string())))?;
-            config = serde_json::from_slice(&bytes).map_err(|error| Error::format(&path, shown(error.to_string())))?;
+            config = serde_json::from_slice(&json).map_err(|error| Error::format(&path, shown(error.to_string())))?;
         }
         let named = |token: Option<SpecialToken>, usual: &str| token.map_or(usual.to_owned(), SpecialToken::into_text);
         let bos = named(config.bos_token, "<s>");
@@ -126,23 +141,34 @@ impl Tokenizer {
         let unk = named(config.unk_token, "<unk>");
         let pad = named(config.pad_token, "[PAD]");
 
-        let (mut source, mut path) = (config.chat_template.and_then(Templates::into_chat), path);
         let own = folder.join("chat_template.jinja");
-        if own.exists() {
-            let text = String::from_utf8(read(&own, MAX_CONFIG)?);
-            source = Some(text.map_err(|error| Error::format(&own, error.to_string()))?);
-            path = own;
-        }
-        let chat = match source {
-            Some(source) => ChatTemplate::new(&source).map_err(|error| Error::format(&path, error.to_string()))?,
-            None => ChatTemplate::default(),
+        let (path, source) = if own.exists() {
+            let source = read(&own, MAX_CONFIG).and_then(|bytes| {
+                let text =
+                    str::from_utf8(without_bom(&bytes)).map_err(|error| Error::format(&own, error.to_string()))?;
+                Ok(Some(text.to_owned()))
+            });
+            (own, source)
+        } else {
+            (path, Ok(config.chat_template.and_then(Templates::into_chat)))
         };
+        let template =
+            source.and_then(|source| source.map_or(Ok(ChatTemplate::default()), |source| ChatTemplate::new(&source)));
         let special = [("bos_token", &bos), ("eos_token", &eos), ("unk_token", &unk), ("pad_token", &pad)];
+        let chat = match template {
+            Ok(chat) => {
+                Chat::Template(special.into_iter().fold(chat, |chat, (name, text)| chat.with_special_token(name, text)))
+            }
+            Err(Error::Text { reason, .. } | Error::Format { reason, .. }) => Chat::Refused { path, reason },
+            Err(error) => Chat::Refused { path, reason: error.to_string() },
+        };
         Ok(Tokenizer {
-            chat: special.into_iter().fold(chat, |chat, (name, text)| chat.with_special_token(name, text)),
+            guard: Guard::new(&spellings, &tokenizer, special.map(|(_, text)| text)),
+            chat,
             bos: tokenizer.token_to_id(&bos),
             add_bos: config.add_bos_token.unwrap_or(true),
             eos: tokenizer.token_to_id(&eos),
+            eos_token: eos,
             tokenizer: Arc::new(tokenizer),
             spellings: Arc::new(spellings),
         })
@@ -152,7 +178,7 @@ impl Tokenizer {
     /// ends a text is not added.
     ///
     /// A special token that is spelled out in the text becomes that token, as it does with Hugging Face: `"</s>"` in a
-    /// text of strangers ends it for the model.
+    /// text of strangers ends it for the model. In a chat it does not: see [`encode_chat`](Self::encode_chat).
     ///
     /// # Errors
     ///
@@ -196,9 +222,26 @@ impl Tokenizer {
         Ok(stream.into_text())
     }
 
-    /// Text from ids that come one by one, without special tokens.
+    /// Text from ids that come one by one, without special tokens. It is the beginning of a text: the space that
+    /// [`encode`](Self::encode) puts in front is left out.
     pub fn stream(&self) -> TextStream {
         TextStream::new(&self.spellings, false)
+    }
+
+    /// As [`stream`](Self::stream), for a text that continues the ids of a prompt: the pieces are what
+    /// [`decode`](Self::decode) makes of all ids beyond what it makes of these. So the space in front of the first word is
+    /// kept, and a character whose first bytes end the prompt comes whole.
+    ///
+    /// ```
+    /// # use hymba::lm::Tokenizer;
+    /// let tokenizer = Tokenizer::from_dir("tests/data/hymba-1.5b-base")?;
+    /// let prompt = tokenizer.encode("Hello")?;
+    /// assert_eq!(tokenizer.stream_after(&prompt).push(3186), " world");
+    /// assert_eq!(tokenizer.stream().push(3186), "world");
+    /// # Ok::<(), hymba::Error>(())
+    /// ```
+    pub fn stream_after(&self, ids: &[u32]) -> TextStream {
+        self.stream().after(ids.iter().copied())
     }
 
     /// The token as the vocabulary spells it, for example `"▁Hello"` or `"<0x0A>"`; `None` where no token has this id.
@@ -206,28 +249,57 @@ impl Tokenizer {
         self.tokenizer.id_to_token(id)
     }
 
-    /// The prompt that the chat template makes of the messages.
+    /// The prompt that the chat template makes of the messages, as one text: see [`ChatTemplate::render`].
     ///
     /// # Errors
     ///
-    /// Those of [`ChatTemplate::render`].
+    /// Those of [`ChatTemplate::render`]; [`Error::Format`] where the folder's template is not one that [`ChatTemplate::new`]
+    /// takes.
     pub fn render_chat(&self, messages: &[Message], options: &ChatOptions) -> Result<String> {
-        self.chat.render(messages, options)
+        self.chat_template()?.render(messages, options)
     }
 
     /// The ids of [`render_chat`](Self::render_chat): nothing is put in front, since a template writes all that is to be
     /// there. That of Hymba writes no token that begins a text.
     ///
+    /// Special tokens come from the template alone. What spells one out in a message, a context or a tool is text, whoever
+    /// says it: `"</s>"` there is four characters. Marks of a template that are plain text for the tokenizer, such as the
+    /// `<extra_id_1>` of Hymba's, are the same ids wherever they stand: a message can forge a turn with them.
+    ///
+    /// ```
+    /// use hymba::lm::{ChatOptions, Message, Tokenizer};
+    ///
+    /// let tokenizer = Tokenizer::from_dir("tests/data/hymba-1.5b-base")?;
+    /// let ids = tokenizer.encode_chat(&[Message::user("What is </s>?")], &ChatOptions::new())?;
+    /// assert!(!ids.contains(&2));
+    /// assert!(tokenizer.decode(&ids)?.contains("What is </s>?"));
+    /// # Ok::<(), hymba::Error>(())
+    /// ```
+    ///
     /// # Errors
     ///
-    /// Those of [`ChatTemplate::render`] and [`encode`](Self::encode).
+    /// Those of [`render_chat`](Self::render_chat) and [`encode`](Self::encode).
     pub fn encode_chat(&self, messages: &[Message], options: &ChatOptions) -> Result<Vec<u32>> {
-        self.encode_without_special(&self.render_chat(messages, options)?)
+        let Some(guarded) = self.guard.guarded(messages, options) else {
+            return self.encode_without_special(&self.render_chat(messages, options)?);
+        };
+        let prompt = self.render_chat(&guarded.messages, &guarded.options)?;
+        guard::encode(&self.tokenizer, &prompt, guarded.mark)
+            .map_err(|error| Error::text("the chat", error.to_string()))
     }
 
     /// The chat template.
-    pub fn chat_template(&self) -> &ChatTemplate {
-        &self.chat
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Format`] where the folder's template is not one that [`ChatTemplate::new`] takes.
+    pub fn chat_template(&self) -> Result<&ChatTemplate> {
+        match &self.chat {
+            Chat::Template(template) => Ok(template),
+            Chat::Refused { path, reason } => {
+                Err(Error::format(path, format!("the chat template cannot be used: {reason}")))
+            }
+        }
     }
 
     /// All ids are below this. A model may have room for more.
@@ -238,6 +310,11 @@ impl Tokenizer {
     /// The token that begins a text.
     pub fn bos_id(&self) -> Option<u32> {
         self.bos
+    }
+
+    /// The spelling of the token that ends a text.
+    pub(crate) fn eos_token(&self) -> Option<&str> {
+        self.eos.map(|_| self.eos_token.as_str())
     }
 
     /// The token that ends a text.
@@ -254,6 +331,36 @@ impl fmt::Debug for Tokenizer {
             .field("bos", &self.bos)
             .field("eos", &self.eos)
             .finish_non_exhaustive()
+    }
+}
+
+/// What to do about a folder without `tokenizer.json`.
+fn missing(folder: &Path, error: Error) -> Error {
+    const CONVERT: &str = "convert it in Python, with transformers: AutoTokenizer.from_pretrained(folder, \
+                           use_fast=True).save_pretrained(folder) writes tokenizer.json";
+    match error {
+        Error::Io { source, path } if source.kind() == io::ErrorKind::NotFound => {
+            for (name, what) in [
+                ("tokenizer.model", "a SentencePiece model"),
+                ("spiece.model", "a SentencePiece model"),
+                ("sentencepiece.bpe.model", "a SentencePiece model"),
+                ("vocab.json", "the vocabulary of a tokenizer in Python's form"),
+                ("vocab.txt", "the vocabulary of a tokenizer in Python's form"),
+            ] {
+                let other = folder.join(name);
+                if other.exists() {
+                    return Error::format(&other, format!("{what}, which is not read: {CONVERT}"));
+                }
+            }
+            let hint = if folder.join("adapter_config.json").exists() {
+                "this is the folder of an adapter: take the tokenizer of its base model"
+            } else {
+                "a tokenizer is read from tokenizer.json: copy it from the model's page, or write it in Python, with \
+                 transformers: AutoTokenizer.from_pretrained(model, use_fast=True).save_pretrained(folder)"
+            };
+            Error::io(&path, io::Error::new(source.kind(), format!("{source}; {hint}")))
+        }
+        error => error,
     }
 }
 

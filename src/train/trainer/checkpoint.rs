@@ -11,9 +11,12 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::{EpochMetrics, State, TrainerOptions, best_epoch};
+use crate::files::header::printable;
+use crate::files::replace;
+use crate::files::saved::VERSION;
+use crate::files::tensors::Source;
 use crate::train::AdamW;
-use crate::weights::tensors::Source;
-use crate::{Error, Predictor, Result, weights};
+use crate::{Error, Predictor, Result};
 
 const FILE: &str = "training.json";
 /// Longest `training.json` that is read, several times what the most epochs need.
@@ -32,6 +35,9 @@ struct Saved<H = Vec<EpochMetrics>, O = TrainerOptions> {
     /// Fingerprint of the data.
     data: u64,
     history: H,
+    /// As in [`State`].
+    #[serde(default)]
+    before_schedule: usize,
 }
 
 impl<'a> Checkpoint<'a> {
@@ -57,9 +63,10 @@ impl<'a> Checkpoint<'a> {
         let (epoch, best) = (state.history.len(), best_epoch(&state.history));
         state.predictor.save(self.model(epoch))?;
         state.optimizer.save(self.optimizer(epoch))?;
-        let saved = Saved { version: weights::VERSION, options, data, history: &state.history };
+        let State { history, before_schedule, .. } = state;
+        let saved = Saved { version: VERSION, options, data, history, before_schedule: *before_schedule };
         let path = self.folder.join(FILE);
-        weights::replace(&path, |file| {
+        replace(&path, |file| {
             serde_json::to_writer(&mut *file, &saved)?;
             file.write_all(b"\n")
         })
@@ -99,17 +106,19 @@ impl<'a> Checkpoint<'a> {
         }
         let mut text = vec![0; source.length() as usize];
         source.fill(&mut text)?;
-        let unusable = |reason: &str| {
-            source.error(format!("it is no checkpoint of a training: {}", weights::header::printable(reason)))
-        };
-        let Saved { version, options, data, history }: Saved =
+        let unusable = |reason: &str| source.error(format!("it is no checkpoint of a training: {}", printable(reason)));
+        let Saved { version, options, data, history, before_schedule }: Saved =
             serde_json::from_slice(&text).map_err(|error| unusable(&error.to_string()))?;
-        if version != weights::VERSION {
-            return Err(unusable(&format!("it is of version {version}, and {} is read", weights::VERSION)));
+        if version != VERSION {
+            return Err(unusable(&format!("it is of version {version}, and {} is read", VERSION)));
         }
         options.validate().map_err(|error| unusable(&error.to_string()))?;
         if history.len() > options.epochs {
             return Err(unusable(&format!("{} of {} epochs are done", history.len(), options.epochs)));
+        }
+
+        if before_schedule > history.len() {
+            return Err(unusable(&format!("its schedule begins after {before_schedule} of {} epochs", history.len())));
         }
 
         let (epoch, best) = (history.len(), best_epoch(&history));
@@ -119,7 +128,7 @@ impl<'a> Checkpoint<'a> {
         if (best.task(), best.options()) != (predictor.task(), predictor.options()) {
             return Err(unusable("its models have different tasks or options"));
         }
-        Ok((options, State { predictor, best, optimizer, history }, data))
+        Ok((options, State { predictor, best, optimizer, history, before_schedule }, data))
     }
 
     fn model(&self, epoch: usize) -> PathBuf {

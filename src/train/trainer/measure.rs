@@ -1,17 +1,18 @@
 //! How well a predictor does on data.
 
-use ndarray::{Array3, Ix3, s};
+use ndarray::{Array3, s};
 
 use super::{Metrics, TrainerOptions};
 use crate::train::data::{Batch, BatchTargets};
-use crate::train::{Dataset, Loss};
+use crate::train::{Dataset, cut};
 use crate::{Error, Predictor, Result, argmax};
 
-/// How well `predictor` does on `data`, by the losses of `options`.
+/// How well `predictor` does on `data`, by the losses of `options`. The batch size has no influence but on memory and time.
 ///
 /// # Errors
 ///
-/// [`Error::Data`] if the data are for another task or width; [`Error::Option`] if the loss is not usable.
+/// [`Error::Data`] if the data are for another task or width; [`Error::Option`] if the loss is not usable, or if the class weights
+/// leave no target any weight.
 ///
 /// ```
 /// use hymba::ndarray::{Array2, array};
@@ -56,69 +57,97 @@ impl<'a> Part<'a> {
         }
         let batch = self.data.batch(&self.indices[..1]);
         let z = Array3::zeros((1, batch.counts[0], predictor.task().outputs()));
-        Meter::new(self.data).add(predictor, z, batch, options).map(drop)
+        score(predictor, z, batch, options, None)?;
+        if self.mean_weight(options) == 0.0 {
+            return Err(Error::Option {
+                option: "class_weights",
+                given: format!("{:?}", options.class_weights.as_deref().unwrap_or_default()),
+                allowed: "one class of the data at least must have a weight above 0".into(),
+            });
+        }
+        Ok(())
+    }
+
+    /// The mean class weight of the targets; 1 without class weights.
+    pub fn mean_weight(&self, options: &TrainerOptions) -> f64 {
+        let Some(weights) = &options.class_weights else { return 1.0 };
+        let of_all = self.data.classes(&self.indices).map(|class| f64::from(weights[class]));
+        let (sum, count) = of_all.fold((0.0, 0u64), |(sum, count), weight| (sum + weight, count + 1));
+        if count == 0 { 1.0 } else { sum / count as f64 }
     }
 
     pub fn measure(&self, predictor: &Predictor, options: &TrainerOptions) -> Result<Metrics> {
         let mut indices = self.indices.clone();
         indices.sort_by_key(|&i| self.data.series()[i].nrows());
-        let mut meter = Meter::new(self.data);
-        for indices in indices.chunks(options.batch_size) {
-            let batch = self.data.batch(indices);
+        let mut totals = Totals::default();
+        for batch in cut(indices.len(), options.batch_size) {
+            let batch = self.data.batch(&indices[batch]);
             let z = predictor.run(&batch.x, Some(&batch.lengths), self.data.task().is_frame_wise())?;
-            meter.add(predictor, z, batch, options)?;
+            totals.add(&score(predictor, z, batch, options, None)?.0);
         }
-        Ok(meter.metrics())
+        Ok(totals.metrics(predictor))
     }
 }
 
-/// Adds up losses and right answers.
-pub(super) struct Meter {
+/// Sums over series, or frames, from which the metrics of all of them follow.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Totals {
     loss: f64,
-    count: usize,
+    /// What the mean loss is `loss` divided by.
+    weight: f64,
+    plain_loss: f64,
     right: usize,
-    classes: bool,
+    count: usize,
 }
 
-impl Meter {
-    pub fn new(data: &Dataset) -> Self {
-        Meter { loss: 0.0, count: 0, right: 0, classes: data.task().is_classification() }
+impl Totals {
+    pub fn add(&mut self, other: &Totals) {
+        self.loss += other.loss;
+        self.weight += other.weight;
+        self.plain_loss += other.plain_loss;
+        self.right += other.right;
+        self.count += other.count;
     }
 
-    /// z `[b, l, outputs]` before the output normalization → its loss.
-    pub fn add(
-        &mut self,
-        predictor: &Predictor,
-        z: Array3<f32>,
-        batch: Batch,
-        options: &TrainerOptions,
-    ) -> Result<Loss<Ix3>> {
-        let counts = &batch.counts;
-        let loss = match batch.targets {
-            BatchTargets::Classes(classes) => {
-                let predicted = argmax(&z);
-                for (row, &count) in counts.iter().enumerate() {
-                    let [given, wanted] = [&predicted, &classes].map(|of| of.slice(s![row, ..count]));
-                    self.right += given.iter().zip(wanted).filter(|(given, wanted)| given == wanted).count();
-                }
-                options.cross_entropy().evaluate_sequences(&z, &classes, Some(counts))?
-            }
-            BatchTargets::Values(mut values) => {
-                if let Some(normalization) = predictor.output_normalization() {
-                    normalization.apply(&mut values);
-                }
-                options.regression_loss.evaluate_sequences(&z, &values, Some(counts))?
-            }
-        };
-        let count: usize = counts.iter().sum();
-        self.loss += f64::from(loss.value) * count as f64;
-        self.count += count;
-        Ok(loss)
+    pub fn metrics(&self, predictor: &Predictor) -> Metrics {
+        // of nothing 0, but not where NaN was seen
+        let mean = |sum: f64, of: f64| (if of > 0.0 { sum / of } else { 0.0 * sum }) as f32;
+        let of_all = |sum| predictor.task().is_classification().then(|| mean(sum, self.count as f64));
+        Metrics {
+            loss: mean(self.loss, self.weight),
+            plain_loss: of_all(self.plain_loss),
+            accuracy: of_all(self.right as f64),
+        }
     }
+}
 
-    pub fn metrics(&self) -> Metrics {
-        let count = self.count.max(1) as f64;
-        let accuracy = self.classes.then_some((self.right as f64 / count) as f32);
-        Metrics { loss: (self.loss / count) as f32, accuracy }
-    }
+/// z `[b, l, outputs]` before the output normalization → what it adds to the totals, and the gradient of the sum of its losses
+/// divided by `divisor`, or of their mean.
+pub(super) fn score(
+    predictor: &Predictor,
+    z: Array3<f32>,
+    batch: Batch,
+    options: &TrainerOptions,
+    divisor: Option<f64>,
+) -> Result<(Totals, Array3<f32>)> {
+    let counts = &batch.counts;
+    let mut right = 0;
+    let sums = match batch.targets {
+        BatchTargets::Classes(classes) => {
+            let predicted = argmax(&z);
+            for (row, &count) in counts.iter().enumerate() {
+                let [given, wanted] = [&predicted, &classes].map(|of| of.slice(s![row, ..count]));
+                right += given.iter().zip(wanted).filter(|(given, wanted)| given == wanted).count();
+            }
+            options.cross_entropy().evaluate_sums(&z, &classes, Some(counts), divisor)?
+        }
+        BatchTargets::Values(mut values) => {
+            if let Some(normalization) = predictor.output_normalization() {
+                normalization.apply(&mut values);
+            }
+            options.regression_loss.evaluate_sums(&z, &values, Some(counts), divisor)?
+        }
+    };
+    let count = counts.iter().sum();
+    Ok((Totals { loss: sums.loss, weight: sums.weight, plain_loss: sums.plain, right, count }, sums.gradient))
 }

@@ -28,7 +28,7 @@ pub enum Decay {
 /// |---|---|---|---|
 /// | `epochs` | 60 | ≥ 1 | how often every series is seen |
 /// | `batch_size` | 16 | ≥ 1 | series in a batch |
-/// | `accumulation` | 1 | ≥ 1 | batches in a step of the optimiser |
+/// | `accumulation` | 1 | ≥ 1 | batches in a step of the optimiser, at most |
 /// | `learning_rate` | 0.001 | > 0 | the highest one |
 /// | `warm_up` | 0.1 | 0 ≤ share < 1 | share of all steps in which the rate climbs to it |
 /// | `decay` | cosine | | how it falls after that |
@@ -37,7 +37,8 @@ pub enum Decay {
 /// | `label_smoothing` | 0.1 | 0 to 1 | of the cross-entropy, in a classification |
 /// | `class_weights` | none | ≥ 0, one a class | of the cross-entropy |
 /// | `regression_loss` | mean squared error | | the loss of a regression |
-/// | `normalize` | yes | | fit the normalizations that the predictor has not yet to the training part |
+/// | `normalize` | yes | | fit input and output normalization to the training part where the predictor has none |
+/// | `skip_not_finite` | 0 | any | steps with a loss or gradient that is not finite to leave out before it is an error |
 /// | `validation_fraction` | 0 | 0 ≤ fraction < 1 | share of the series that is only measured on |
 /// | `patience` | none | ≥ 1, or none | stop after so many epochs without a better loss |
 /// | `seed` | 0 | any | of the validation part, the order of the series and dropout |
@@ -63,7 +64,7 @@ pub struct TrainerOptions {
     pub epochs: usize,
     /// Series in a batch.
     pub batch_size: usize,
-    /// Batches in a step of the optimiser.
+    /// Batches in a step of the optimiser, at most.
     pub accumulation: usize,
     /// The highest learning rate.
     pub learning_rate: f32,
@@ -81,8 +82,10 @@ pub struct TrainerOptions {
     pub class_weights: Option<Vec<f32>>,
     /// The loss of a regression.
     pub regression_loss: RegressionLoss,
-    /// Whether to fit the normalizations that the predictor has not yet.
+    /// Whether to fit input and output normalization on the training part where the predictor has none.
     pub normalize: bool,
+    /// How many steps with a loss or gradient that is not finite to leave out before it is an error.
+    pub skip_not_finite: usize,
     /// Share of the series that is only measured on.
     pub validation_fraction: f32,
     /// Stop after so many epochs without a better loss.
@@ -109,6 +112,7 @@ impl Default for TrainerOptions {
             class_weights: None,
             regression_loss: RegressionLoss::MeanSquaredError,
             normalize: true,
+            skip_not_finite: 0,
             validation_fraction: 0.0,
             patience: None,
             seed: 0,
@@ -133,7 +137,9 @@ impl TrainerOptions {
         self
     }
 
-    /// Sets how many batches are in a step of the optimiser: a large batch in pieces that fit into memory.
+    /// Sets how many batches are in a step of the optimiser, at most: a large batch in pieces that fit into memory. Steps are the same
+    /// as with one batch of `batch_size`·`accumulation` series, up to rounding and to which numbers dropout hits, whatever the
+    /// lengths of the series and the class weights.
     pub fn accumulation(mut self, accumulation: usize) -> Self {
         self.accumulation = accumulation;
         self
@@ -175,7 +181,16 @@ impl TrainerOptions {
         self
     }
 
-    /// Sets the class weights of the cross-entropy.
+    /// Sets the class weights of the cross-entropy, one for each class: larger ones for classes that are rare or matter more. With
+    /// the weight w of each target's class,
+    ///
+    /// ```text
+    /// loss that is measured      Σ w·loss / Σ w           over the whole training or validation part
+    /// loss that a step follows   Σ w·loss / (n·mean w)    over the n targets of its batches, the mean over the training part
+    /// ```
+    ///
+    /// So every target pulls by its own weight, whatever else is in its batch, and the learning rate means the same as without
+    /// class weights. Targets are series, or frames where each has a class.
     pub fn class_weights(mut self, class_weights: impl Into<Vec<f32>>) -> Self {
         self.class_weights = Some(class_weights.into());
         self
@@ -187,9 +202,17 @@ impl TrainerOptions {
         self
     }
 
-    /// Sets whether to fit the normalizations that the predictor has not yet.
+    /// Sets whether to fit input and output normalization on the training part where the predictor has none.
     pub fn normalize(mut self, normalize: bool) -> Self {
         self.normalize = normalize;
+        self
+    }
+
+    /// Sets how many steps, in all epochs together, are left out because their loss or their gradient is not finite. One more is
+    /// [`Error::NotFinite`]; with 0, the default, the first is. A step that is left out changes nothing, and
+    /// [`EpochMetrics::skipped`](super::EpochMetrics::skipped) counts it.
+    pub fn skip_not_finite(mut self, steps: usize) -> Self {
+        self.skip_not_finite = steps;
         self
     }
 
@@ -252,6 +275,25 @@ impl TrainerOptions {
         self.cross_entropy().evaluate(&Array2::zeros((1, classes)), &[0])?;
         self.regression_loss.evaluate(&Array2::zeros((1, 1)), &Array2::zeros((1, 1)))?;
         self.optimizer(2).validate()
+    }
+
+    /// Series in a step of the optimiser, at most.
+    pub(super) fn step_size(&self) -> usize {
+        self.batch_size.saturating_mul(self.accumulation)
+    }
+
+    /// The first option, with its value, because of which losses are not those of a training by `other` options.
+    pub(super) fn incomparable(&self, other: &Self) -> Option<(&'static str, String)> {
+        let all = |options: &Self| {
+            [
+                ("seed", format!("{:?}", options.seed)),
+                ("validation_fraction", format!("{:?}", options.validation_fraction)),
+                ("label_smoothing", format!("{:?}", options.label_smoothing)),
+                ("class_weights", format!("{:?}", options.class_weights)),
+                ("regression_loss", format!("{:?}", options.regression_loss)),
+            ]
+        };
+        all(self).into_iter().zip(all(other)).find(|(own, other)| own != other).map(|(own, _)| own)
     }
 
     /// The options of the optimiser for so many `steps` in all.

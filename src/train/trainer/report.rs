@@ -10,9 +10,13 @@ use crate::Predictor;
 /// How well a predictor does.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Metrics {
-    /// Mean loss of the series, or of the frames if each has a target. In a regression with an output normalization its unit is
-    /// that of the normalized targets.
+    /// Mean loss of the series, or of the frames if each has a target, by the options of the training: with label smoothing, and
+    /// with class weights as Σ weight·loss / Σ weight, over all of them together. In a regression with an output normalization
+    /// its unit is that of the normalized targets.
     pub loss: f32,
+    /// Mean of −ln p of the right class, in a classification: the cross-entropy without label smoothing and class weights.
+    #[serde(default)]
+    pub plain_loss: Option<f32>,
     /// Share of the series or frames whose class is right, in a classification.
     pub accuracy: Option<f32>,
 }
@@ -29,6 +33,10 @@ pub struct EpochMetrics {
     pub learning_rate: f32,
     /// The mean norm of the gradients, before clipping.
     pub gradient_norm: f32,
+    /// Steps that were left out, see [`TrainerOptions::skip_not_finite`](super::TrainerOptions::skip_not_finite). Their batches are not
+    /// in `train`.
+    #[serde(default)]
+    pub skipped: usize,
 }
 
 impl EpochMetrics {
@@ -56,11 +64,13 @@ pub struct Progress {
     pub learning_rate: f32,
     /// The norm of the last step's gradient, before clipping.
     pub gradient_norm: f32,
+    /// Steps of the epoch that were left out so far.
+    pub skipped: usize,
     /// At the end of an epoch, after validation and checkpoint: what came of it.
     pub finished: Option<EpochMetrics>,
-    /// Time since [`Trainer::fit`](super::Trainer::fit) was called.
+    /// Time since [`Trainer::fit`](super::Trainer::fit) was called; zero where there is no clock, on `wasm32-unknown-unknown`.
     pub elapsed: Duration,
-    /// Time until all epochs are done, at the pace so far.
+    /// Time until all epochs are done, at the pace so far; zero where there is no clock.
     pub remaining: Duration,
 }
 
@@ -80,7 +90,7 @@ pub enum Stopped {
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct Trained {
-    /// The predictor after the best epoch; before the end of the first one, as it was when the callback stopped it.
+    /// The predictor of the best epoch, or its current state if training stopped within the first.
     pub predictor: Predictor,
     /// The best epoch, from 1; 0 before the end of the first one.
     pub best_epoch: usize,
@@ -98,17 +108,26 @@ pub(super) fn best_epoch(history: &[EpochMetrics]) -> usize {
 
 /// Tells the time that is left.
 pub(super) struct Clock {
-    pub began: Instant,
+    /// `None` where there is no clock.
+    began: Option<Instant>,
     /// Batches that an earlier process has done.
-    pub before: usize,
+    before: u64,
     /// Batches of all epochs.
-    pub all: usize,
+    all: u64,
 }
 
 impl Clock {
+    /// For `epochs` epochs of so many batches, `done` of which are behind.
+    pub fn start(batches: usize, done: usize, epochs: usize) -> Self {
+        // there, asking for the time is a panic
+        let absent = cfg!(all(target_family = "wasm", target_os = "unknown"));
+        let count = |epochs: usize| epochs as u64 * batches as u64;
+        Clock { began: (!absent).then(Instant::now), before: count(done), all: count(epochs) }
+    }
+
     pub fn at(&self, progress: Progress) -> Progress {
-        let elapsed = self.began.elapsed();
-        let done = (progress.epoch - 1) * progress.batches + progress.batch;
+        let elapsed = self.began.map_or(Duration::ZERO, |began| began.elapsed());
+        let done = (progress.epoch as u64 - 1) * progress.batches as u64 + progress.batch as u64;
         let pace = elapsed.as_secs_f64() / (done - self.before).max(1) as f64;
         let remaining = Duration::try_from_secs_f64(pace * (self.all - done) as f64).unwrap_or(Duration::MAX);
         Progress { elapsed, remaining, ..progress }

@@ -1,0 +1,120 @@
+//! Values with timestamps, `(time,value)`: read where the times are evenly spaced, and then left out.
+
+use super::{short, value};
+
+/// How far a time may lie from where even spacing would have it, as a share of the spacing: times are often rounded.
+const ROUNDED: f64 = 0.01;
+
+/// The times of a series.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Times {
+    /// As numbers; dates in seconds.
+    times: Vec<f64>,
+    are_dates: bool,
+}
+
+impl Times {
+    /// The time from one value to the next, `None` for a single one.
+    pub fn spacing(&self) -> Result<Option<Spacing>, String> {
+        let [first, .., last] = self.times[..] else { return Ok(None) };
+        let spacing = |each: f64| Spacing { each, are_dates: self.are_dates };
+        let each = (last - first) / (self.times.len() - 1) as f64;
+        let steps = || self.times.windows(2).map(|pair| pair[1] - pair[0]);
+        let (least, most) = (steps().fold(f64::INFINITY, f64::min), steps().fold(f64::NEG_INFINITY, f64::max));
+        // false for a number that is none, too
+        if !(least > 0.0 && each.is_finite()) {
+            return Err("the timestamps do not ascend: put the values in the order of time, each time once".into());
+        }
+        let due = |i: usize| first + i as f64 * each;
+        if self.times.iter().enumerate().any(|(i, time)| (time - due(i)).abs() > ROUNDED * each) {
+            return Err(format!(
+                "the timestamps are uneven, {} to {} apart: a frame has no time of its own, so only evenly spaced \
+                 values are read; resample them, or put `?` where values are missing",
+                spacing(least).amount(),
+                spacing(most).amount()
+            ));
+        }
+        Ok(Some(spacing(each)))
+    }
+}
+
+/// The time from one value to the next.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Spacing {
+    each: f64,
+    are_dates: bool,
+}
+
+impl Spacing {
+    /// Whether they are equal but for rounding.
+    pub fn is_like(self, other: Spacing) -> bool {
+        self.are_dates == other.are_dates && (self.each - other.each).abs() <= ROUNDED * self.each.max(other.each)
+    }
+
+    pub fn amount(self) -> String {
+        // what is left over is the rounding of f64
+        let each = (self.each * 1e6).round() / 1e6;
+        let each = if each == 0.0 { self.each } else { each };
+        if self.are_dates { format!("{each} s") } else { each.to_string() }
+    }
+}
+
+/// Reads `(time,value),(time,value)`.
+pub fn read(field: &str) -> Result<(Vec<f32>, Times), String> {
+    let mut values = Vec::new();
+    let mut times = Times { times: Vec::new(), are_dates: false };
+    let mut rest = field;
+    loop {
+        let place = values.len() + 1;
+        let fault = |reason: String| format!("value {place}: {reason}");
+        let pair = rest.trim_ascii_start().strip_prefix('(').and_then(|rest| rest.split_once(')'));
+        let Some((pair, after)) = pair else {
+            return Err(fault(format!("`{}` is not a `(time,value)`, as `@timestamps true` announces", short(rest))));
+        };
+        let (time, text) = pair.rsplit_once(',').ok_or_else(|| fault(format!("`({})` has no `,`", short(pair))))?;
+        let (time, is_date) = read_time(time.trim_ascii()).map_err(fault)?;
+        if place > 1 && is_date != times.are_dates {
+            return Err(fault("of the timestamps some are dates and some are numbers".into()));
+        }
+        times.are_dates = is_date;
+        times.times.push(time);
+        values.push(value(text.trim_ascii()).map_err(fault)?);
+        match after.trim_ascii_start().strip_prefix(',') {
+            Some(next) => rest = next,
+            None if after.trim_ascii().is_empty() => return Ok((values, times)),
+            None => return Err(fault(format!("expected `,` after it, found `{}`", short(after)))),
+        }
+    }
+}
+
+/// A time, and whether it is a date.
+fn read_time(text: &str) -> Result<(f64, bool), String> {
+    let number = text.parse().ok().filter(|number: &f64| number.is_finite()).map(|number| (number, false));
+    number.or_else(|| date(text).map(|seconds| (seconds, true))).ok_or_else(|| {
+        format!("`{}` is not a timestamp: a number, or a date such as 2004-08-10 or 2004-08-10 14:30:00", short(text))
+    })
+}
+
+/// Seconds since 1970-01-01 00:00:00.
+fn date(text: &str) -> Option<f64> {
+    let (day, time) = text.split_once([' ', 'T']).unwrap_or((text, "0:0"));
+    let mut parts = day.split(['-', '/']).map(|part| part.parse::<i32>().ok());
+    let [year, month, day] = [parts.next()??, parts.next()??, parts.next()??];
+    let mut clock = time.trim_ascii().trim_end_matches('Z').split(':').map(|part| part.parse::<f64>().ok());
+    let [hours, minutes] = [clock.next()??, clock.next()??];
+    let seconds = clock.next().unwrap_or(Some(0.0))?;
+    let is_date = (0..=9999).contains(&year) && (1..=12).contains(&month) && (1..=31).contains(&day);
+    let is_time = (0.0..=24.0).contains(&hours) && (0.0..60.0).contains(&minutes) && (0.0..=60.0).contains(&seconds);
+    if !is_date || !is_time || parts.next().is_some() || clock.next().is_some() {
+        return None;
+    }
+    Some(f64::from(days(year, month, day)) * 86400.0 + hours * 3600.0 + minutes * 60.0 + seconds)
+}
+
+/// Days since 1970-01-01. Years are counted from March, so that a leap day is the last of its year.
+fn days(year: i32, month: i32, day: i32) -> i32 {
+    let (year, month) = if month > 2 { (year, month - 3) } else { (year - 1, month + 9) };
+    let leap_days = year.div_euclid(4) - year.div_euclid(100) + year.div_euclid(400);
+    // the months from March on have 31, 30, 31, 30, 31 days, again and again
+    year * 365 + leap_days + (153 * month + 2) / 5 + day - 1 - 719_468
+}

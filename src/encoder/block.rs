@@ -1,0 +1,283 @@
+//! One block: Mamba and attention side by side, mixed by a gate, then a feed-forward network.
+
+use ndarray::{Array2, Array3, Array4};
+
+use super::options::HymbaOptions;
+use super::variant::Differences;
+use crate::kernels::team::Team;
+use crate::layers::{
+    Activation, AttentionCache, Batch, Buffer, Depth, Dropout, Gate, KvStorage, LayerNorm, LayerState, Linear,
+    MambaBranch, MambaCache, MetaTokenAttention, Mlp, MlpCache, Rng, Spans, StateGradient,
+};
+use crate::parameters::{Visitor, VisitorMut, debug_shapes, join};
+
+/// A block of the model (Hymba, arXiv 2411.13676, figure 2, with the learned gate of `Edifice.SSM.Hymba` in place of the
+/// mean of two norms):
+///
+/// ```text
+/// u = LayerNorm(x)                                    [l, h]
+/// g = sigmoid(u·W_gᵀ + b_g)                           [l, h]
+/// x = x + g ⊙ Mamba(u) + (1 − g) ⊙ Attention(u)       [l, h]
+/// x = x + FFN(LayerNorm(x))                           [l, h]
+/// ```
+///
+/// with `FFN(x) = W_down · gelu(W_up · x + b_up) + b_down`, 4h wide inside, gelu in its exact form `x/2·(1 + erf(x/√2))`, and
+/// norms with ε = 1e-5. In training, dropout acts on Mamba(u), on Attention(u) and on FFN's result, each with a mask of its own; in
+/// the Edifice variant it acts between blocks instead.
+#[derive(Clone)]
+pub struct HymbaBlock {
+    norm: LayerNorm,
+    mamba: MambaBranch,
+    attention: MetaTokenAttention,
+    gate: Gate,
+    ffn_norm: LayerNorm,
+    ffn: Mlp,
+}
+
+/// Places of dropout in a block: each has a mask of its own.
+const MAMBA: u64 = 0;
+const ATTENTION: u64 = 1;
+const FFN: u64 = 2;
+
+/// What [`HymbaBlock::backward`] reads.
+pub(crate) struct BlockCache {
+    dropout: Dropout,
+    /// Input of the first norm, and its output, `[rows, h]`.
+    x: Buffer,
+    u: Buffer,
+    mamba_cache: MambaCache,
+    attention_cache: AttentionCache,
+    /// The branches after dropout, and the gate, `[rows, h]`.
+    mamba: Buffer,
+    attention: Buffer,
+    gate: Buffer,
+    /// Input of the second norm, and its output, `[rows, h]`.
+    mixed: Buffer,
+    ffn_u: Buffer,
+    ffn_cache: MlpCache,
+}
+
+/// What a block did to an input: see [`Hymba::inspect`](crate::Hymba::inspect).
+#[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
+pub struct BlockInspection {
+    /// Output of the Mamba branch `[b, l, h]`, before the gate.
+    pub mamba: Array3<f32>,
+    /// Output of the attention branch `[b, l, h]`, before the gate.
+    pub attention: Array3<f32>,
+    /// The gate `[b, l, h]`, between 0 (only attention) and 1 (only Mamba).
+    pub gate: Array3<f32>,
+    /// Output of the block `[b, l, h]`.
+    pub output: Array3<f32>,
+    /// What each frame takes from each meta token, then from each frame: `[b, a, l, k + l]`, rows sum to 1.
+    pub attention_weights: Array4<f32>,
+}
+
+debug_shapes!(HymbaBlock);
+
+impl HymbaBlock {
+    /// The branch of order and the far past.
+    pub fn mamba(&self) -> &MambaBranch {
+        &self.mamba
+    }
+
+    /// The branch of recall.
+    pub fn attention(&self) -> &MetaTokenAttention {
+        &self.attention
+    }
+
+    pub(crate) fn zeros(options: &HymbaOptions) -> Self {
+        let (h, d, n, r) = (options.hidden_size, options.inner_size(), options.state_size, options.dt_rank());
+        let Differences { projection_bias: bias, own_meta, small_variance, .. } = options.variant.differences();
+        let (x_proj, dt_proj) = (Linear::zeros(d, r + 2 * n, bias), Linear::zeros(r, d, true));
+        let outer = [Linear::zeros(h, 2 * d, bias), Linear::zeros(d, h, bias)];
+        HymbaBlock {
+            norm: LayerNorm::zeros(h, small_variance),
+            mamba: MambaBranch::new(&options.mamba(), Some(outer), x_proj, dt_proj),
+            attention: MetaTokenAttention::zeros(options.attention(), h, own_meta),
+            gate: Gate::zeros(h),
+            ffn_norm: LayerNorm::zeros(h, small_variance),
+            ffn: Mlp::new(Activation::Gelu, None, Linear::zeros(h, 4 * h, true), Linear::zeros(4 * h, h, true)),
+        }
+    }
+
+    /// A gradient of this block, zero.
+    pub(crate) fn zeros_like(&self) -> Self {
+        HymbaBlock {
+            norm: self.norm.zeros_like(),
+            mamba: self.mamba.zeros_like(),
+            attention: self.attention.zeros_like(),
+            gate: self.gate.zeros_like(),
+            ffn_norm: self.ffn_norm.zeros_like(),
+            ffn: self.ffn.zeros_like(),
+        }
+    }
+
+    pub(crate) fn init(&mut self, rng: &mut Rng) {
+        self.norm.init();
+        self.mamba.init(rng);
+        self.attention.init(rng);
+        self.gate.init(rng);
+        self.ffn_norm.init();
+        self.ffn.init(rng);
+    }
+
+    /// A state of a sequence in front of which stands nothing but what the block has itself.
+    pub(crate) fn new_state(&self) -> LayerState {
+        let mut kv = self.attention.new_cache(KvStorage::F32);
+        self.attention.push_own_meta(&mut kv);
+        LayerState { mamba: self.mamba.new_state(), kv: Some(kv) }
+    }
+
+    /// x `[rows, h]` → `[rows, h]`, or `only` some rows of it. Frames meet only in the scan and in attention: what comes after is
+    /// computed for these rows alone. The states of `layer` move on.
+    pub(crate) fn forward(&self, batch: &mut Batch, layer: usize, mut x: Buffer, only: Option<&[usize]>) -> Buffer {
+        let mut u = self.norm.forward(batch.team, x.view());
+        let mamba = self.mamba.forward(batch, layer, u.view(), only);
+        let attention = self.attention.forward(batch, Depth::of(layer), u.view(), only);
+        if let Some(rows) = only {
+            (x, u) = (x.rows_at(rows), u.rows_at(rows));
+        }
+        let gate = self.gate.forward(batch.team, u.view());
+        self.finish(batch.team, &mamba, &attention, &gate, &mut x);
+        x
+    }
+
+    /// Mixes the branches into the residual stream x and adds the feed-forward network.
+    fn finish(
+        &self,
+        team: &Team,
+        mamba: &Array2<f32>,
+        attention: &Array2<f32>,
+        gate: &Array2<f32>,
+        x: &mut Array2<f32>,
+    ) {
+        Gate::mix(team, gate, mamba, attention, x);
+        let u = self.ffn_norm.forward(team, x.view());
+        self.ffn.add_to(team, u.view(), x);
+    }
+
+    /// As [`forward`](Self::forward), with dropout of what the branches and the feed-forward network add to the residual stream.
+    /// Returns also what [`backward`](Self::backward) reads.
+    pub(crate) fn forward_train(
+        &self,
+        batch: &mut Batch,
+        layer: usize,
+        x: Buffer,
+        dropout: Dropout,
+    ) -> (Buffer, BlockCache) {
+        let team = batch.team;
+        let u = self.norm.forward(team, x.view());
+        let (mut mamba, mamba_cache) = self.mamba.forward_train(batch, layer, u.view());
+        dropout.at(MAMBA).apply(team, &batch.spans, &mut mamba);
+        let (mut attention, attention_cache) = self.attention.forward_train(batch, Depth::of(layer), u.view());
+        dropout.at(ATTENTION).apply(team, &batch.spans, &mut attention);
+        let gate = self.gate.forward(team, u.view());
+        let mut mixed = Buffer::copy_of(&x);
+        Gate::mix(team, &gate, &mamba, &attention, &mut mixed);
+        let ffn_u = self.ffn_norm.forward(team, mixed.view());
+        let (mut y, ffn_cache) = self.ffn.forward_train(team, ffn_u.view());
+        dropout.at(FFN).apply(team, &batch.spans, &mut y);
+        *y += &*mixed;
+        let cache =
+            BlockCache { dropout, x, u, mamba_cache, attention_cache, mamba, attention, gate, mixed, ffn_u, ffn_cache };
+        (y, cache)
+    }
+
+    /// The gradient of [`forward_train`](Self::forward_train) for sequences that all began with the state `initial`: dy
+    /// `[rows, h]` → dx `[rows, h]`. `dfinal` is the gradient of what a single sequence left behind, where it is that of the meta
+    /// tokens. Adds that of what was in front to `dinitial`.
+    #[allow(clippy::too_many_arguments)]
+    pub(crate) fn backward(
+        &self,
+        team: &Team,
+        spans: &Spans,
+        cache: &BlockCache,
+        initial: &LayerState,
+        mut dy: Buffer,
+        dfinal: Option<&StateGradient>,
+        grad: &mut HymbaBlock,
+        dinitial: &mut StateGradient,
+    ) -> Buffer {
+        let dropout = cache.dropout;
+        // y = mixed + FFN(LayerNorm(mixed))
+        let mut dffn = Buffer::copy_of(&dy);
+        dropout.at(FFN).apply(team, spans, &mut dffn);
+        let dffn_u = self.ffn.backward(team, cache.ffn_u.view(), &cache.ffn_cache, dffn.view(), &mut grad.ffn);
+        *dy += &*self.ffn_norm.backward(team, cache.mixed.view(), dffn_u.view(), &mut grad.ffn_norm);
+        // mixed = x + g ⊙ Mamba(u) + (1 − g) ⊙ Attention(u)
+        let (dgate, mut dmamba, mut dattention) =
+            Gate::mix_backward(team, &cache.gate, &cache.mamba, &cache.attention, &dy);
+        dropout.at(MAMBA).apply(team, spans, &mut dmamba);
+        dropout.at(ATTENTION).apply(team, spans, &mut dattention);
+        let u = cache.u.view();
+        let (dfinal_mamba, mamba) = (dfinal.map(|dfinal| &dfinal.mamba), &cache.mamba_cache);
+        let (dmamba, dstate) = (dmamba.view(), &mut dinitial.mamba);
+        let mut du =
+            self.mamba.backward(team, spans, u, mamba, &initial.mamba, dmamba, dfinal_mamba, &mut grad.mamba, dstate);
+        let (attention, dattention) = (&cache.attention_cache, dattention.view());
+        *du += &*self.attention.backward(
+            team,
+            spans,
+            u,
+            attention,
+            initial,
+            dattention,
+            dfinal,
+            &mut grad.attention,
+            dinitial,
+        );
+        *du += &*self.gate.backward(team, u, &cache.gate, dgate, &mut grad.gate);
+        // u = LayerNorm(x)
+        *dy += &*self.norm.backward(team, cache.x.view(), du.view(), &mut grad.norm);
+        dy
+    }
+
+    /// Adds the gradient of a state in front that consists of this block's own parameters.
+    pub(crate) fn add_own_meta(&mut self, dinitial: &StateGradient) {
+        self.attention.add_own_meta(dinitial);
+    }
+
+    /// As [`forward`](Self::forward) of sequences of one length, keeping what is worth looking at.
+    pub(crate) fn inspect(&self, batch: &mut Batch, layer: usize, mut x: Buffer) -> BlockInspection {
+        let (team, count) = (batch.team, batch.spans.len());
+        let sequences = |x: Buffer| sequences(x.into_array(), count);
+        let u = self.norm.forward(team, x.view());
+        let attention_weights = self.attention.weights(batch, Depth::of(layer), u.view());
+        let mamba = self.mamba.forward(batch, layer, u.view(), None);
+        let attention = self.attention.forward(batch, Depth::of(layer), u.view(), None);
+        let gate = self.gate.forward(team, u.view());
+        self.finish(team, &mamba, &attention, &gate, &mut x);
+        BlockInspection {
+            mamba: sequences(mamba),
+            attention: sequences(attention),
+            gate: sequences(gate),
+            output: sequences(x),
+            attention_weights,
+        }
+    }
+
+    pub(crate) fn visit<'a>(&'a self, name: &str, f: &mut Visitor<'_, 'a>) {
+        self.norm.visit(&join(name, "norm"), f);
+        self.mamba.visit(&join(name, "mamba"), f);
+        self.attention.visit(&join(name, "attention"), f);
+        self.gate.visit(&join(name, "gate"), f);
+        self.ffn_norm.visit(&join(name, "ffn_norm"), f);
+        self.ffn.visit(&join(name, "ffn"), f);
+    }
+
+    pub(crate) fn visit_mut<'a>(&'a mut self, name: &str, f: &mut VisitorMut<'_, 'a>) {
+        self.norm.visit_mut(&join(name, "norm"), f);
+        self.mamba.visit_mut(&join(name, "mamba"), f);
+        self.attention.visit_mut(&join(name, "attention"), f);
+        self.gate.visit_mut(&join(name, "gate"), f);
+        self.ffn_norm.visit_mut(&join(name, "ffn_norm"), f);
+        self.ffn.visit_mut(&join(name, "ffn"), f);
+    }
+}
+
+/// `[b·l, h]` → `[b, l, h]`
+pub(crate) fn sequences(x: Array2<f32>, batch: usize) -> Array3<f32> {
+    let (rows, h) = x.dim();
+    x.into_shape_with_order((batch, rows / batch, h)).expect("the rows of whole sequences")
+}

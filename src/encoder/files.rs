@@ -1,0 +1,349 @@
+//! Encoders in files: [`Hymba::save`] and [`Hymba::load`].
+//!
+//! The format is safetensors. Files are written through a temporary one, and read as a stranger's: see
+//! [`tensors`](crate::files::tensors) for the checks.
+
+use std::io::Write;
+use std::path::Path;
+
+use ndarray::ArrayViewD;
+use serde::de::IgnoredAny;
+use serde::{Deserialize, Serialize};
+
+use super::memory::check_size;
+use super::model::Hymba;
+use super::options::HymbaOptions;
+use super::streaming::HymbaState;
+use crate::files::saved::{VERSION, entry, fill, origin, write};
+use crate::files::tensors::{Source, Tensors};
+use crate::files::{Target, header};
+use crate::{Error, Result, states};
+
+/// The metadata entry of a saved model.
+#[derive(Serialize, Deserialize)]
+struct Saved {
+    version: u32,
+    options: HymbaOptions,
+    /// There in the file of a predictor.
+    #[serde(default, skip_serializing)]
+    task: Option<IgnoredAny>,
+}
+
+impl Hymba {
+    /// Writes the model to a safetensors file: every parameter as f32 under its own name, the options in the metadata.
+    ///
+    /// The file is written under a temporary name in the same folder and then renamed, so that `path` is at all times
+    /// the old file, if there was one, or the complete new one. A symbolic link stays, and what it leads to is replaced; on
+    /// Unix so does the mode of an old file.
+    ///
+    /// ```
+    /// use hymba::{Hymba, HymbaOptions};
+    ///
+    /// let folder = tempfile::tempdir()?;
+    /// let path = folder.path().join("model.safetensors");
+    /// let model = Hymba::build(HymbaOptions::new(3).hidden_size(8).num_layers(1))?;
+    /// model.save(&path)?;
+    /// assert_eq!(Hymba::load(&path)?.options(), model.options());
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Io`] when the file cannot be written; an old file is then untouched. [`Error::Format`] when the model
+    /// has so many blocks that [`load`](Self::load) would refuse the file.
+    pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
+        self.write(Target::File(path.as_ref()))
+    }
+
+    fn write(&self, target: Target) -> Result<()> {
+        let saved = Saved { version: VERSION, options: self.options().clone(), task: None };
+        write(target, &saved, &views(self))
+    }
+
+    /// What [`save`](Self::save) would write to a file: for a database, a network, a browser.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Format`] as [`save`](Self::save).
+    pub fn to_bytes(&self) -> Result<Vec<u8>> {
+        let mut bytes = Vec::new();
+        self.write(Target::Writer(&mut bytes))?;
+        Ok(bytes)
+    }
+
+    /// As [`save`](Self::save), to anything that can be written to.
+    ///
+    /// # Errors
+    ///
+    /// As [`save`](Self::save).
+    pub fn write_to(&self, mut writer: impl Write) -> Result<()> {
+        self.write(Target::Writer(&mut writer))
+    }
+
+    /// Reads a model that [`save`](Self::save) wrote. Nothing but `path` is needed: the options are in the file.
+    ///
+    /// A file made elsewhere, without the options, is read by [`load_with`](Self::load_with).
+    ///
+    /// The file need not be trusted. Reading takes no more memory than twice its length and a few megabytes.
+    ///
+    /// ```
+    /// use hymba::{Hymba, HymbaOptions};
+    ///
+    /// let folder = tempfile::tempdir()?;
+    /// let path = folder.path().join("model.safetensors");
+    /// Hymba::build(HymbaOptions::new(3).hidden_size(8).num_layers(1))?.save(&path)?;
+    /// let model = Hymba::load(&path)?;
+    /// assert_eq!(model.options().hidden_size, 8);
+    ///
+    /// std::fs::write(&path, "not a model")?;
+    /// assert!(Hymba::load(&path).is_err());
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Io`] when the file cannot be read, [`Error::Format`] when it is damaged, hostile, or of another format,
+    /// and [`Error::Tensors`], with the whole list, when tensors are missing, unexpected or of the wrong shape or type.
+    pub fn load(path: impl AsRef<Path>) -> Result<Hymba> {
+        Self::read(Source::open(path.as_ref())?)
+    }
+
+    /// As [`load`](Self::load), from what [`save`](Self::save) or [`to_bytes`](Self::to_bytes) wrote: a model inside the program, by
+    /// `include_bytes!`, in a database, in a browser. The bytes need not be trusted either.
+    ///
+    /// ```
+    /// use hymba::{Hymba, HymbaOptions};
+    ///
+    /// let model = Hymba::build(HymbaOptions::new(3).hidden_size(8).num_layers(1))?;
+    /// let bytes = model.to_bytes()?;
+    /// assert_eq!(Hymba::from_bytes(&bytes)?.options(), model.options());
+    /// assert!(Hymba::from_bytes(&bytes[..100]).is_err());
+    /// # Ok::<(), hymba::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// As [`load`](Self::load).
+    pub fn from_bytes(bytes: &[u8]) -> Result<Hymba> {
+        Self::read(Source::memory(bytes))
+    }
+
+    fn read(source: Source) -> Result<Hymba> {
+        let (tensors, saved) = header::read(source)?;
+        let Saved { options, task, .. } = entry(saved, &tensors)?;
+        if task.is_some() {
+            return Err(tensors.error("it holds an encoder with a head: read it with Predictor::load"));
+        }
+        model(options, tensors)
+    }
+
+    /// Reads the parameters of a model with these options from a safetensors file made elsewhere, in Python for
+    /// instance. The tensors have the names that [`visit`](Self::visit) gives, matrices are `[out, in]`, and f32, f64,
+    /// f16 and bf16 all become f32. Options in the file are ignored. The [crate's front page](crate#files) has a table of
+    /// names and shapes.
+    ///
+    /// `num_heads` and `window_size` leave no trace in a file: wrong ones make another model, and nothing can notice.
+    ///
+    /// The file need not be trusted, as in [`load`](Self::load).
+    ///
+    /// ```
+    /// use hymba::{Hymba, HymbaOptions};
+    ///
+    /// let folder = tempfile::tempdir()?;
+    /// let path = folder.path().join("model.safetensors");
+    /// let options = HymbaOptions::new(3).hidden_size(8).num_layers(1);
+    /// Hymba::build(options.clone())?.save(&path)?;
+    /// Hymba::load_with(&path, options.clone())?;
+    ///
+    /// let error = Hymba::load_with(&path, options.num_layers(2)).unwrap_err();
+    /// assert!(error.to_string().contains("\"blocks.1.norm.weight\": missing, expected shape [8]"));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// Those of [`load`](Self::load), and [`Error::Option`] when the options are not usable.
+    pub fn load_with(path: impl AsRef<Path>, options: HymbaOptions) -> Result<Hymba> {
+        options.validate()?;
+        let (tensors, _) = header::read(Source::open(path.as_ref())?)?;
+        if !tensors.names().any(|name| name.starts_with("blocks.")) {
+            return Err(tensors.error(format!("its tensors have other names than a model's: {}", origin(&tensors))));
+        }
+        model(options, tensors)
+    }
+}
+
+/// The metadata entry of saved streams.
+#[derive(Serialize, Deserialize)]
+struct SavedState {
+    version: u32,
+    /// Of the weights, in hexadecimal.
+    fingerprint: String,
+    /// Frames seen by each stream, and the meta tokens in front of them.
+    positions: Vec<usize>,
+}
+
+impl Hymba {
+    /// Writes a state to a safetensors file, from which [`load_state`](Self::load_state) takes it up again: in another process, too,
+    /// by any model that has the same weights.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::State`] if a model with other weights made the state or it has too many streams for a file;
+    /// [`Error::Io`] when the file cannot be written; an old file is then untouched.
+    ///
+    /// ```
+    /// use hymba::{Hymba, HymbaOptions};
+    /// use hymba::ndarray::Array2;
+    ///
+    /// # let folder = tempfile::tempdir()?;
+    /// # let path = folder.path().join("streams");
+    /// let model = Hymba::build(HymbaOptions::new(3).hidden_size(8).num_layers(1))?;
+    /// let (mut state, frame) = (model.new_state(2), Array2::ones((2, 3)));
+    /// model.step(&frame, &mut state)?;
+    /// model.save_state(&state, &path)?;
+    /// let mut later = model.load_state(&path)?;
+    /// assert_eq!(model.step(&frame, &mut later)?, model.step(&frame, &mut state)?);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    pub fn save_state(&self, state: &HymbaState, path: impl AsRef<Path>) -> Result<()> {
+        self.check_state(state, state.batch(), "it has")?;
+        let saved = SavedState {
+            version: VERSION,
+            fingerprint: format!("{:016x}", self.fingerprint()),
+            positions: state.rows.iter().map(|row| row.position).collect(),
+        };
+        states::write(path.as_ref(), &saved, &state.rows)
+    }
+
+    /// Reads a state that [`save_state`](Self::save_state) wrote. The file need not be trusted.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Io`] when the file cannot be read, [`Error::Format`] when it is damaged or
+    /// hostile, [`Error::Tensors`] when it has other tensors than a state,
+    /// [`Error::State`] when it belongs to a model with other weights.
+    pub fn load_state(&self, path: impl AsRef<Path>) -> Result<HymbaState> {
+        let (mut tensors, saved) = header::read(Source::open(path.as_ref())?)?;
+        let SavedState { fingerprint, positions, .. } = entry(saved, &tensors)?;
+        if fingerprint != format!("{:016x}", self.fingerprint()) {
+            return Err(Error::State("the file holds one of a model with other weights".into()));
+        }
+        let least = self.initial().position;
+        let rows = states::read(&mut tensors, &positions, least, &|| self.initial().layers.clone())?;
+        Ok(HymbaState { rows, ..self.new_state(0) })
+    }
+}
+
+/// A model with these options and the `tensors` as its parameters.
+fn model(options: HymbaOptions, mut tensors: Tensors) -> Result<Hymba> {
+    check_size(&options, options.parameters(), &tensors)?;
+    let mut model = Hymba::zeros(options);
+    fill(&mut tensors, &mut |f| model.visit_mut(f))?;
+    Ok(model)
+}
+
+/// All parameters with their names, in the order of the walk.
+fn views(model: &Hymba) -> Vec<(String, ArrayViewD<'_, f32>)> {
+    let mut views = Vec::new();
+    model.visit(&mut |name, array| views.push((name.to_string(), array)));
+    views
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashMap;
+    use std::fs;
+
+    use safetensors::Dtype;
+
+    use super::*;
+    use crate::Error;
+    use crate::files::header::OPTIONS_KEY;
+    use crate::files::tensors::MAX_TENSORS;
+
+    fn model() -> Hymba {
+        let options = HymbaOptions::new(3).hidden_size(4).num_layers(2).num_heads(2).dropout(0.3).seed(u64::MAX);
+        Hymba::build(options).unwrap()
+    }
+
+    fn parameters(model: &Hymba) -> Vec<(String, Vec<usize>, Vec<u32>)> {
+        let mut all = Vec::new();
+        model.visit(&mut |name, array| {
+            all.push((name.to_string(), array.shape().to_vec(), array.iter().map(|number| number.to_bits()).collect()));
+        });
+        all
+    }
+
+    #[test]
+    fn a_saved_model_comes_back_to_the_bit() {
+        let folder = tempfile::tempdir().unwrap();
+        let (first, second) = (folder.path().join("first"), folder.path().join("second"));
+        let mut model = model();
+        let unusual = [f32::from_bits(0x7fc0_1234), f32::NEG_INFINITY, -0.0, f32::from_bits(1)];
+        model.visit_mut(&mut |_, mut array| array.iter_mut().zip(unusual).for_each(|(place, number)| *place = number));
+        model.save(&first).unwrap();
+        let loaded = Hymba::load(&first).unwrap();
+        assert_eq!(loaded.options(), model.options());
+        assert_eq!(parameters(&loaded), parameters(&model));
+        loaded.save(&second).unwrap();
+        assert!(fs::read(first).unwrap() == fs::read(second).unwrap());
+    }
+
+    #[test]
+    fn saving_replaces_the_old_file_and_leaves_nothing_else() {
+        let folder = tempfile::tempdir().unwrap();
+        let files = || fs::read_dir(folder.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect::<Vec<_>>();
+        let path = folder.path().join("model");
+        fs::write(&path, "old").unwrap();
+        model().save(&path).unwrap();
+        assert!(Hymba::load(&path).is_ok());
+        assert_eq!(files(), ["model"]);
+
+        fs::remove_file(&path).unwrap();
+        fs::create_dir(&path).unwrap();
+        assert!(matches!(model().save(&path), Err(Error::Io { .. })));
+        assert_eq!(files(), ["model"]);
+        assert!(matches!(model().save(path.join("absent/model")), Err(Error::Io { .. })));
+        assert_eq!(fs::read_dir(&path).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn what_could_not_be_loaded_is_not_saved() {
+        let folder = tempfile::tempdir().unwrap();
+        let options = HymbaOptions::new(1).hidden_size(1).num_heads(1).state_size(1).num_layers(MAX_TENSORS / 20);
+        let error = Hymba::build(options).unwrap().save(folder.path().join("model")).unwrap_err();
+        assert!(error.to_string().contains("num_layers"), "{error}");
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn files_of_other_writers_and_types_are_read() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("model");
+        let mut model = model();
+        // numbers that bf16 can hold
+        model
+            .visit_mut(&mut |_, mut array| array.mapv_inplace(|number| f32::from_bits(number.to_bits() & 0xffff_0000)));
+        let options =
+            r#"{"version": 1, "options": {"embed_dim": 3, "hidden_size": 4, "num_layers": 2, "num_heads": 2}}"#;
+        type Bytes = fn(f32) -> Vec<u8>;
+        let types: [(Dtype, Bytes); 2] = [
+            (Dtype::F64, |number| f64::from(number).to_le_bytes().to_vec()),
+            (Dtype::BF16, |number| number.to_le_bytes()[2..].to_vec()),
+        ];
+        for (dtype, bytes) in types {
+            let mut tensors = Vec::new();
+            model.visit(&mut |name, array| {
+                let data: Vec<u8> = array.iter().flat_map(|&number| bytes(number)).collect();
+                tensors.push((name.to_string(), array.shape().to_vec(), data));
+            });
+            let views = tensors.iter().map(|(name, shape, data)| {
+                (name, safetensors::tensor::TensorView::new(dtype, shape.clone(), data).unwrap())
+            });
+            let metadata = HashMap::from([("format", "pt"), (OPTIONS_KEY, options)].map(|(k, v)| (k.into(), v.into())));
+            fs::write(&path, safetensors::serialize(views, Some(metadata)).unwrap()).unwrap();
+            assert_eq!(parameters(&Hymba::load(&path).unwrap()), parameters(&model), "{dtype}");
+        }
+    }
+}

@@ -1,0 +1,171 @@
+//! What calls take of memory, asked for before they begin: an allocation that fails later would end the process.
+
+use ndarray::ArrayRef3;
+
+use super::block::HymbaBlock;
+use super::model::{GROUP, Hymba, PIECE, check_lengths};
+use super::options::HymbaOptions;
+use crate::files::tensors::Tensors;
+use crate::kernels::team::{threads, work};
+use crate::{Error, Result};
+
+/// What a call keeps of its frames until it returns.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Keeps {
+    /// The last output of each sequence.
+    Last,
+    /// The output at every frame.
+    Outputs,
+    /// What [`Hymba::backward`] reads.
+    Cache,
+    /// What [`Hymba::inspect`] returns.
+    Inspection,
+}
+
+/// Whether so many bytes are to be had at once. Few are taken for granted: to ask for them costs some microseconds.
+pub(crate) fn fits(bytes: usize) -> bool {
+    const FEW: usize = 16 << 20;
+    bytes <= FEW || Vec::<u8>::new().try_reserve_exact(bytes).is_ok()
+}
+
+/// Bytes of a model with these options, before its first call.
+pub(crate) fn model_bytes(options: &HymbaOptions) -> usize {
+    /// What the allocator adds to the arrays of a block.
+    const BLOCK_ARRAYS: usize = 1 << 10;
+    let numbers = options.parameters().unwrap_or(usize::MAX);
+    let blocks = work([options.num_layers, size_of::<HymbaBlock>() + BLOCK_ARRAYS]);
+    work([numbers, size_of::<f32>()]).saturating_add(blocks)
+}
+
+impl Hymba {
+    /// Checks x `[b, l, embed_dim]` and the lengths of its rows, and that the call fits into memory together with
+    /// `more` numbers a row or, where every output is kept, a frame. Returns b and l.
+    pub(crate) fn check_batch(
+        &self,
+        x: &ArrayRef3<f32>,
+        lengths: Option<&[usize]>,
+        keeps: Keeps,
+        more: usize,
+    ) -> Result<(usize, usize)> {
+        let (batch, l, width) = x.dim();
+        if batch == 0 || l == 0 || width != self.options.embed_dim {
+            return Err(Error::Shape {
+                argument: "x",
+                expected: format!("[b, l, embed_dim] with b ≥ 1, l ≥ 1 and embed_dim = {}", self.options.embed_dim),
+                given: x.shape().to_vec(),
+            });
+        }
+        if let Some(lengths) = lengths {
+            check_lengths(lengths, batch, l)?;
+        }
+        let mut numbers = self.batch_numbers((batch, l), lengths, keeps, more);
+        // a view that repeats itself takes no memory, and can be longer than anybody would wait for
+        if x.shape().iter().zip(x.strides()).any(|(length, stride)| *length > 1 && *stride == 0) {
+            let frames = lengths
+                .map_or(work([batch, l]), |lengths| lengths.iter().fold(0, |sum: usize, l| sum.saturating_add(*l)));
+            numbers = numbers.saturating_add(work([frames, width]));
+        }
+        let bytes = work([numbers, size_of::<f32>()]);
+        if !fits(bytes) {
+            return Err(Error::Shape {
+                argument: "x",
+                expected: format!(
+                    "a smaller batch or shorter sequences: this takes about {} MB of memory, more than there is",
+                    bytes >> 20
+                ),
+                given: x.shape().to_vec(),
+            });
+        }
+        Ok((batch, l))
+    }
+
+    /// Numbers that a call takes, at most.
+    fn batch_numbers(&self, (batch, l): (usize, usize), lengths: Option<&[usize]>, keeps: Keeps, more: usize) -> usize {
+        /// Of the lists of sequences and groups, in numbers.
+        const LISTS: usize = 64;
+        let HymbaOptions { hidden_size: h, num_layers, num_heads, num_meta_tokens: k, .. } = self.options;
+        let padded = work([batch, l]);
+        let frames = match lengths {
+            Some(lengths) if keeps == Keeps::Last => lengths.iter().fold(0, |sum: usize, l| sum.saturating_add(*l)),
+            _ => padded,
+        };
+        // a group for each thread, or a piece of a long sequence
+        let at_work = match keeps {
+            Keeps::Last | Keeps::Outputs => frames.min(PIECE.max(work([threads(), 2 * GROUP]))),
+            Keeps::Cache | Keeps::Inspection => frames,
+        };
+        let lists = work([batch, LISTS]);
+        let passing = work([at_work, self.frame_numbers()]);
+        let kept = match keeps {
+            Keeps::Last => work([batch, (2 * h).saturating_add(more)]),
+            Keeps::Outputs => work([padded, (2 * h).saturating_add(more)]),
+            Keeps::Cache => {
+                let per_frame = work([num_layers, self.cache_numbers()]).saturating_add(2 * self.frame_numbers());
+                work([padded, per_frame.saturating_add(more)])
+            }
+            Keeps::Inspection => {
+                let per_block = work([num_heads, k.saturating_add(l)]).saturating_add(4 * h);
+                work([padded, work([num_layers, per_block]).saturating_add(self.frame_numbers())])
+            }
+        };
+        // training has a state for each sequence
+        let states = if keeps == Keeps::Cache { work([batch, self.state_numbers(0)]) } else { 0 };
+        [lists, passing, kept, states].into_iter().fold(0, usize::saturating_add)
+    }
+
+    /// Numbers that a frame takes on its way through a block: the residual stream and its norm, four projections in
+    /// attention and what they become, six widths in the Mamba branch and what comes of it, and the gate.
+    pub(crate) fn frame_numbers(&self) -> usize {
+        /// Values are packed for products in whole panels of each head.
+        const PANEL: usize = crate::kernels::matmul::PANEL;
+        let HymbaOptions { embed_dim, hidden_size: h, state_size: n, num_heads, .. } = self.options;
+        let values = num_heads * (h / num_heads).next_multiple_of(PANEL);
+        embed_dim + 20 * h + values + 2 * n + self.options.dt_rank()
+    }
+
+    /// Numbers that a state of one sequence takes when so many frames are in its window.
+    pub(super) fn state_numbers(&self, frames: usize) -> usize {
+        let HymbaOptions { hidden_size: h, state_size: n, num_layers, num_heads, num_meta_tokens: k, .. } =
+            self.options;
+        /// Of a list of keys or values, and its place: in numbers.
+        const LIST: usize = 16;
+        let mamba = work([2 * h, n.saturating_add(3)]);
+        let rows = k.saturating_add(self.options.window().map_or(frames, |window| window.min(frames)));
+        let kv = work([2 * h, rows]);
+        work([num_layers, mamba.saturating_add(kv).saturating_add(work([LIST, 2 * num_heads + 4]))])
+    }
+
+    /// Numbers that a block keeps of a frame for the backward pass.
+    fn cache_numbers(&self) -> usize {
+        let HymbaOptions { hidden_size: h, state_size: n, num_heads, .. } = self.options;
+        25 * h + 2 * n + self.options.dt_rank() + num_heads + work([n, h]).div_ceil(8)
+    }
+}
+
+/// Checks, before memory is taken, that the file holds enough for a model of these options with so many `parameters`, of
+/// which there may be too many to count.
+pub(crate) fn check_size(options: &HymbaOptions, parameters: Option<usize>, tensors: &Tensors) -> Result<()> {
+    /// So much any file may ask for: a small model is built although tensors are missing, and then all are listed.
+    const SMALL: usize = 1 << 20;
+    const FEW_BLOCKS: usize = 16;
+    let (blocks, held) = (options.num_layers, tensors.names().len());
+    let per_block = options.tensors_per_block();
+    if blocks > (held / per_block).max(FEW_BLOCKS) {
+        return Err(tensors.error(format!(
+            "the options ask for {blocks} blocks of {per_block} tensors, and it has {held} tensors: a file cannot hold \
+             more blocks than tensors"
+        )));
+    }
+    let twice_the_file = usize::try_from(tensors.file_length()).unwrap_or(usize::MAX).saturating_mul(2);
+    let parameters = parameters.unwrap_or(usize::MAX);
+    if parameters.saturating_mul(size_of::<f32>()) <= twice_the_file.max(SMALL) {
+        return match fits(model_bytes(options)) {
+            true => Ok(()),
+            false => Err(tensors.error("its model does not fit into memory")),
+        };
+    }
+    Err(tensors.error(format!(
+        "the options ask for {parameters} parameters, which do not fit in a file of {} bytes",
+        tensors.file_length()
+    )))
+}

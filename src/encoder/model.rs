@@ -1,0 +1,506 @@
+//! The model: what users build and run. Everything a user hands over is checked here and nowhere below.
+
+use std::fmt;
+use std::sync::Arc;
+
+use ndarray::{Array2, Array3, ArrayRef3, ArrayView2, ArrayViewD, ArrayViewMut, ArrayViewMutD, Axis, Dimension, s};
+use rand::SeedableRng;
+
+use super::block::{BlockInspection, HymbaBlock};
+use super::memory::{Keeps, fits, model_bytes};
+use super::options::HymbaOptions;
+use super::variant::Differences;
+use crate::kernels::team::{Team, with_team, work};
+use crate::layers::{Batch, Buffer, LayerNorm, Lazy, Linear, Rng, SequenceState, flat, init_meta_tokens};
+use crate::parameters::{Parameter, ParameterMut, Visitor, VisitorMut, next_id};
+use crate::{Error, Result};
+
+/// A Hymba encoder: sequences of frames in, one vector (or one a frame) out.
+///
+/// The meta tokens `m [k, h]` stand in front of every sequence and travel through the blocks like frames do:
+///
+/// ```text
+/// s = [m ; input·Wᵀ + bias]      [k + l, h]     the input itself where embed_dim = hidden_size
+/// s = block(s)                   [k + l, h]     for every block
+/// y = LayerNorm(frames of s)     [l, h]         forward returns the last row
+/// ```
+///
+/// Everything is causal, so what the meta tokens become does not depend on the input. It is computed once, at the first
+/// call, and kept until the parameters change.
+///
+/// A model is `Send` and `Sync`: one model serves any number of threads and streams. Results are the same, bit for bit,
+/// for any number of threads, and a sequence's result does not depend on the batch it is in.
+///
+/// ```
+/// use hymba::{Hymba, HymbaOptions};
+/// use hymba::ndarray::Array3;
+///
+/// let model = Hymba::build(HymbaOptions::new(12).hidden_size(64).num_layers(2))?;
+/// let x = Array3::<f32>::ones((3, 20, 12)); // batch 3, 20 frames of width 12
+/// let y = model.forward(&x)?;
+/// assert_eq!(y.dim(), (3, 64));
+/// # Ok::<(), hymba::Error>(())
+/// ```
+#[derive(Clone)]
+pub struct Hymba {
+    pub(super) options: HymbaOptions,
+    /// Only where `embed_dim` and `hidden_size` differ.
+    pub(super) input_proj: Option<Linear>,
+    /// The travelling meta tokens `[k, h]`, if there are any.
+    pub(super) meta_tokens: Option<Array2<f32>>,
+    pub(super) blocks: Vec<HymbaBlock>,
+    pub(super) final_norm: LayerNorm,
+    /// What a sequence remembers before its first frame: what the meta tokens left behind.
+    pub(super) initial: Lazy<Arc<SequenceState>>,
+    /// Identifies this set of weights within the process; clones share it.
+    pub(super) id: u64,
+    /// Identifies this set of weights anywhere.
+    pub(super) fingerprint: Lazy<u64>,
+    /// Of what happens to frames before they come here: states are of no use where that is otherwise.
+    pub(super) salt: u64,
+}
+
+/// What every block did to an input: see [`Hymba::inspect`].
+#[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
+pub struct Inspection {
+    /// The meta tokens' pass through the blocks, as a batch of one sequence of length k; one entry per block. Empty without
+    /// meta tokens and in the Edifice variant.
+    pub meta: Vec<BlockInspection>,
+    /// The frames' pass through the blocks, one entry per block.
+    pub blocks: Vec<BlockInspection>,
+}
+
+impl Hymba {
+    /// Builds a model with new random weights, drawn from the seed in the options by a generator that gives the same numbers on
+    /// every machine.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Option`] if an option is outside its range, see [`HymbaOptions`], or if the model does not fit into memory.
+    pub fn build(options: HymbaOptions) -> Result<Self> {
+        options.validate()?;
+        let fit = |options: &HymbaOptions| fits(model_bytes(options));
+        if !fit(&options) {
+            return Err(options.too_large("so many do not fit into memory", fit));
+        }
+        let mut rng = Rng::seed_from_u64(options.seed);
+        let mut model = Self::zeros(options);
+        if let Some(input_proj) = &mut model.input_proj {
+            input_proj.init(&mut rng);
+        }
+        if let Some(tokens) = &mut model.meta_tokens {
+            init_meta_tokens(tokens, &mut rng);
+        }
+        for block in &mut model.blocks {
+            block.init(&mut rng);
+        }
+        model.final_norm.init();
+        Ok(model)
+    }
+
+    /// A model of validated options whose parameters are all zero.
+    pub(crate) fn zeros(options: HymbaOptions) -> Self {
+        let (e, h, k) = (options.embed_dim, options.hidden_size, options.num_meta_tokens);
+        let Differences { own_meta, small_variance, .. } = options.variant.differences();
+        Hymba {
+            input_proj: (e != h).then(|| Linear::zeros(e, h, true)),
+            meta_tokens: (k > 0 && !own_meta).then(|| Array2::zeros((k, h))),
+            blocks: (0..options.num_layers).map(|_| HymbaBlock::zeros(&options)).collect(),
+            final_norm: LayerNorm::zeros(h, small_variance),
+            options,
+            initial: Lazy::new(),
+            id: next_id(),
+            fingerprint: Lazy::new(),
+            salt: 0,
+        }
+    }
+
+    /// Encodes sequences of equal length: x `[b, l, embed_dim]` → the last frame of each after the final norm,
+    /// `[b, hidden_size]`.
+    ///
+    /// x may be an array, a view or a slice of one, in any memory order. A sequence may be longer than `window_size`; the
+    /// cost then grows linearly. Rows that hold NaN give NaN and touch no other row.
+    ///
+    /// # Memory
+    ///
+    /// About `4·(20h + a·⌈p/32⌉·32 + 2n + r + embed_dim)` bytes per frame (5 kB at h = 64, 24 kB at the default h = 256), of the
+    /// frames that are at work: each thread has about 128 frames of short sequences, or all together 8,192 frames of a long one,
+    /// which is read in pieces; so memory does not grow with l beyond that. [`forward_sequence`](Self::forward_sequence) keeps `8h`
+    /// bytes of every frame besides, and training, all in all, `4·(25h + n·h/8)` bytes per frame and block.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Shape`] if b or l is 0, the width is not `embed_dim`, or the call does not fit into memory.
+    ///
+    /// ```
+    /// use hymba::{Hymba, HymbaOptions};
+    /// use hymba::ndarray::{Array3, s};
+    ///
+    /// let model = Hymba::build(HymbaOptions::new(5).hidden_size(16).num_heads(2).num_layers(1))?;
+    /// let x = Array3::<f32>::zeros((2, 30, 8));
+    /// assert_eq!(model.forward(&x.slice(s![.., ..;-1, 1..6]))?.dim(), (2, 16));
+    /// assert!(model.forward(&x).is_err()); // frames of width 8, not 5
+    /// # Ok::<(), hymba::Error>(())
+    /// ```
+    pub fn forward(&self, x: &ArrayRef3<f32>) -> Result<Array2<f32>> {
+        let (batch, l) = self.check_batch(x, None, Keeps::Last, 0)?;
+        Ok(self.encode_last(x, &vec![l; batch]))
+    }
+
+    /// Encodes right-padded sequences: row i of x `[b, l, embed_dim]` holds `lengths[i]` valid frames; padding is ignored.
+    /// Returns the last valid frame of each after the final norm, `[b, hidden_size]`.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Shape`] as [`forward`](Self::forward); [`Error::Lengths`] unless there are b lengths, each from 1 to l.
+    ///
+    /// ```
+    /// use hymba::{Hymba, HymbaOptions};
+    /// use hymba::ndarray::{Array3, s};
+    ///
+    /// let model = Hymba::build(HymbaOptions::new(5).hidden_size(16).num_heads(2).num_layers(1))?;
+    /// let x = Array3::<f32>::ones((2, 30, 5));
+    /// let y = model.forward_ragged(&x, &[30, 7])?;
+    /// assert_eq!(y.row(1), model.forward(&x.slice(s![1.., ..7, ..]))?.row(0));
+    /// # Ok::<(), hymba::Error>(())
+    /// ```
+    pub fn forward_ragged(&self, x: &ArrayRef3<f32>, lengths: &[usize]) -> Result<Array2<f32>> {
+        self.check_batch(x, Some(lengths), Keeps::Last, 0)?;
+        Ok(self.encode_last(x, lengths))
+    }
+
+    /// Encodes every position: x `[b, l, embed_dim]` → `[b, l, hidden_size]` after the final norm. Position t depends on
+    /// the frames up to t only; the last position is what [`forward`](Self::forward) returns.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Shape`] as [`forward`](Self::forward).
+    ///
+    /// ```
+    /// use hymba::{Hymba, HymbaOptions};
+    /// use hymba::ndarray::{Array3, s};
+    ///
+    /// let model = Hymba::build(HymbaOptions::new(5).hidden_size(16).num_heads(2).num_layers(1))?;
+    /// let x = Array3::<f32>::ones((2, 30, 5));
+    /// let y = model.forward_sequence(&x)?;
+    /// assert_eq!(y.dim(), (2, 30, 16));
+    /// assert_eq!(y.slice(s![.., 29, ..]), model.forward(&x)?);
+    /// # Ok::<(), hymba::Error>(())
+    /// ```
+    pub fn forward_sequence(&self, x: &ArrayRef3<f32>) -> Result<Array3<f32>> {
+        let (batch, l) = self.check_batch(x, None, Keeps::Outputs, 0)?;
+        let mut y = Array3::zeros((batch, l, self.options.hidden_size));
+        let sequences = x.outer_iter().zip(y.outer_iter_mut());
+        self.encode(sequences.map(|(frames, out)| Sequence { frames, out: whole(out) }).collect(), true);
+        Ok(y)
+    }
+
+    /// What every block does to x `[b, l, embed_dim]`: the two branches, the gate that mixes them, and the attention
+    /// weights. For looking at, not for speed: it holds l·(k + l) weights for each head, block and row.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Shape`] as [`forward`](Self::forward), and where so many weights do not fit into memory.
+    ///
+    /// ```
+    /// use hymba::{Hymba, HymbaOptions};
+    /// use hymba::ndarray::Array3;
+    ///
+    /// let model = Hymba::build(HymbaOptions::new(5).hidden_size(16).num_heads(2).num_layers(3))?;
+    /// let seen = model.inspect(&Array3::<f32>::ones((1, 30, 5)))?;
+    /// for block in &seen.blocks {
+    ///     let mamba_share = block.gate.mean().unwrap();
+    ///     assert!((0.0..=1.0).contains(&mamba_share));
+    ///     assert_eq!(block.attention_weights.dim(), (1, 2, 30, 4 + 30));
+    /// }
+    /// # Ok::<(), hymba::Error>(())
+    /// ```
+    pub fn inspect(&self, x: &ArrayRef3<f32>) -> Result<Inspection> {
+        let (batch, l) = self.check_batch(x, None, Keeps::Inspection, 0)?;
+        with_team(self.work(batch * l), |team| {
+            let mut meta = Vec::new();
+            if let Some(tokens) = &self.meta_tokens {
+                let mut state = self.empty_state();
+                let mut batch = Batch::new(team, [(&mut state, tokens.nrows())], true, None);
+                let mut x = Buffer::copy_of(tokens);
+                for (layer, block) in self.blocks.iter().enumerate() {
+                    let seen = block.inspect(&mut batch, layer, x);
+                    x = rows(&seen.output);
+                    meta.push(seen);
+                }
+            }
+            let mut states = vec![SequenceState::clone(self.initial()); batch];
+            let mut batch = Batch::new(team, states.iter_mut().map(|state| (state, l)), false, None);
+            let mut x = self.project(team, rows(x));
+            let mut blocks = Vec::with_capacity(self.blocks.len());
+            for (layer, block) in self.blocks.iter().enumerate() {
+                let seen = block.inspect(&mut batch, layer, x);
+                x = rows(&seen.output);
+                blocks.push(seen);
+            }
+            Ok(Inspection { meta, blocks })
+        })
+    }
+
+    /// The options the model was built with.
+    pub fn options(&self) -> &HymbaOptions {
+        &self.options
+    }
+
+    /// The blocks, first to last.
+    pub fn blocks(&self) -> &[HymbaBlock] {
+        &self.blocks
+    }
+
+    /// A gradient of this model, zero.
+    pub(super) fn zero_gradient(&self) -> Hymba {
+        Hymba {
+            input_proj: self.input_proj.as_ref().map(Linear::zeros_like),
+            meta_tokens: self.meta_tokens.as_ref().map(|tokens| Array2::zeros(tokens.dim())),
+            blocks: self.blocks.iter().map(HymbaBlock::zeros_like).collect(),
+            final_norm: self.final_norm.zeros_like(),
+            options: self.options.clone(),
+            initial: Lazy::new(),
+            id: next_id(),
+            fingerprint: Lazy::new(),
+            salt: 0,
+        }
+    }
+
+    /// The number of parameters.
+    pub fn num_parameters(&self) -> usize {
+        self.options.parameters().expect("the options of a model are valid")
+    }
+
+    /// Calls `f` with the name and the values of every parameter, in a fixed order. The names are those in files.
+    ///
+    /// ```
+    /// use hymba::{Hymba, HymbaOptions};
+    ///
+    /// let model = Hymba::build(HymbaOptions::new(5).hidden_size(16).num_heads(2).num_layers(1))?;
+    /// let mut shapes = Vec::new();
+    /// model.visit(&mut |name, array| shapes.push((name.to_string(), array.shape().to_vec())));
+    /// assert_eq!(shapes[0], ("input_proj.weight".to_string(), vec![16, 5]));
+    /// # Ok::<(), hymba::Error>(())
+    /// ```
+    pub fn visit<'a>(&'a self, f: &mut dyn FnMut(&str, ArrayViewD<'a, f32>)) {
+        self.visit_parameters(&mut |name, parameter| {
+            if let Parameter::Array(array) = parameter {
+                f(name, array);
+            }
+        });
+    }
+
+    /// The walk behind [`visit`](Self::visit).
+    pub(crate) fn visit_parameters<'a>(&'a self, f: &mut Visitor<'_, 'a>) {
+        if let Some(input_proj) = &self.input_proj {
+            input_proj.visit("input_proj", f);
+        }
+        if let Some(tokens) = &self.meta_tokens {
+            f("meta_tokens", Parameter::Array(tokens.view().into_dyn()));
+        }
+        for (i, block) in self.blocks.iter().enumerate() {
+            block.visit(&format!("blocks.{i}"), f);
+        }
+        self.final_norm.visit("final_norm", f);
+    }
+
+    /// As [`visit`](Self::visit), for changing the parameters. States made before can no longer be used.
+    pub fn visit_mut<'a>(&'a mut self, f: &mut dyn FnMut(&str, ArrayViewMutD<'a, f32>)) {
+        self.visit_parameters_mut(&mut |name, parameter| {
+            if let ParameterMut::Array(array) = parameter {
+                f(name, array);
+            }
+        });
+    }
+
+    pub(crate) fn visit_parameters_mut<'a>(&'a mut self, f: &mut VisitorMut<'_, 'a>) {
+        self.changed();
+        if let Some(input_proj) = &mut self.input_proj {
+            input_proj.visit_mut("input_proj", f);
+        }
+        if let Some(tokens) = &mut self.meta_tokens {
+            f("meta_tokens", ParameterMut::Array(tokens.view_mut().into_dyn()));
+        }
+        for (i, block) in self.blocks.iter_mut().enumerate() {
+            block.visit_mut(&format!("blocks.{i}"), f);
+        }
+        self.final_norm.visit_mut("final_norm", f);
+    }
+
+    /// Makes states of those who do something else to frames first unusable here.
+    pub(crate) fn set_salt(&mut self, salt: u64) {
+        self.salt = salt;
+        self.changed();
+    }
+
+    /// To be called wherever parameters change.
+    pub(super) fn changed(&mut self) {
+        self.initial.forget();
+        self.fingerprint.forget();
+        self.id = next_id();
+    }
+
+    /// The last of so many frames of each row of x → `[b, h]`
+    fn encode_last(&self, x: &ArrayRef3<f32>, lengths: &[usize]) -> Array2<f32> {
+        let mut y = Array2::zeros((lengths.len(), self.options.hidden_size));
+        let sequences = x.outer_iter().zip(lengths).zip(y.outer_iter_mut());
+        let sequences = sequences
+            .map(|((frames, &length), out)| Sequence { frames: frames.slice_move(s![..length, ..]), out: whole(out) });
+        self.encode(sequences.collect(), false);
+        y
+    }
+
+    /// Sequences through all blocks and the final norm. Which thread does what depends on sizes only, and no number on either.
+    fn encode(&self, sequences: Vec<Sequence>, every_frame: bool) {
+        let total = sequences.iter().map(|sequence| sequence.frames.nrows()).sum();
+        with_team(self.work(total), |team| {
+            // a long sequence is everybody's; groups of others are each one thread's
+            let (long, short): (Vec<_>, Vec<_>) =
+                sequences.into_iter().partition(|sequence| sequence.frames.nrows() > 2 * GROUP);
+            let mut groups: Vec<Vec<Sequence>> = Vec::new();
+            let mut free = 0;
+            for sequence in short {
+                let frames = sequence.frames.nrows();
+                match groups.last_mut() {
+                    Some(group) if frames <= free => group.push(sequence),
+                    _ => {
+                        groups.push(vec![sequence]);
+                        free = GROUP.max(frames);
+                    }
+                }
+                free -= frames;
+            }
+            match groups.len() {
+                1 => groups.into_iter().for_each(|group| self.encode_together(team, group, every_frame)),
+                _ => team.for_each(groups, |group| self.encode_together(&Team::alone(), group, every_frame)),
+            }
+            long.into_iter().for_each(|sequence| self.encode_together(team, vec![sequence], every_frame));
+        });
+    }
+
+    /// Some sequences at the same time, in pieces if they are very long.
+    fn encode_together(&self, team: &Team, mut sequences: Vec<Sequence>, every_frame: bool) {
+        let h = self.options.hidden_size;
+        let mut states = vec![SequenceState::clone(self.initial()); sequences.len()];
+        let longest = sequences.iter().map(|sequence| sequence.frames.nrows()).max().unwrap_or(0);
+        for first in (0..longest).step_by(PIECE) {
+            let mut pieces: Vec<_> = sequences
+                .iter_mut()
+                .zip(&mut states)
+                .map(|(sequence, state)| (first..sequence.frames.nrows().min(first + PIECE), sequence, state))
+                .filter(|(range, ..)| !range.is_empty())
+                .collect();
+            let frames: Vec<_> =
+                pieces.iter().map(|(range, sequence, _)| sequence.frames.slice(s![range.clone(), ..])).collect();
+            let frames = ndarray::concatenate(Axis(0), &frames).expect("frames of one width");
+            let states = pieces.iter_mut().map(|(range, _, state)| (&mut **state, range.len()));
+            let mut batch = Batch::new(team, states, longest > PIECE, None);
+            let last = batch.spans.last_rows();
+            let y = self.run(&mut batch, frames.into(), if every_frame { None } else { Some(&last) });
+            batch.finish();
+            let mut y = flat(&y);
+            for (range, sequence, _) in pieces {
+                let out =
+                    if every_frame { &mut sequence.out[range.start * h..range.end * h] } else { &mut *sequence.out };
+                let (here, rest) = y.split_at(out.len());
+                out.copy_from_slice(here);
+                y = rest;
+            }
+        }
+    }
+
+    /// Multiplications that `frames` frames take, about.
+    pub(super) fn work(&self, frames: usize) -> usize {
+        let h = self.options.hidden_size;
+        work([frames, 24, h, h, self.blocks.len()])
+    }
+
+    /// Frames `[rows, embed_dim]` through all blocks and the final norm: `[rows, h]`, or `only` some rows of that.
+    pub(super) fn run(&self, batch: &mut Batch, frames: Buffer, only: Option<&[usize]>) -> Buffer {
+        let mut x = self.project(batch.team, frames);
+        let last = self.blocks.len() - 1;
+        for (layer, block) in self.blocks.iter().enumerate() {
+            x = block.forward(batch, layer, x, if layer == last { only } else { None });
+        }
+        self.final_norm.forward(batch.team, x.view())
+    }
+
+    /// `[rows, embed_dim]` → `[rows, h]`
+    pub(super) fn project(&self, team: &Team, frames: Buffer) -> Buffer {
+        match &self.input_proj {
+            Some(input_proj) => input_proj.forward(team, frames.view()),
+            None => frames,
+        }
+    }
+
+    /// What a sequence remembers before its first frame.
+    pub(super) fn initial(&self) -> &Arc<SequenceState> {
+        self.initial.get(|| {
+            let mut state = self.empty_state();
+            if let Some(tokens) = &self.meta_tokens {
+                with_team(self.work(tokens.nrows()), |team| {
+                    let mut batch = Batch::new(team, [(&mut state, tokens.nrows())], true, None);
+                    let mut x = Buffer::copy_of(tokens);
+                    for (layer, block) in self.blocks.iter().enumerate() {
+                        x = block.forward(&mut batch, layer, x, None);
+                    }
+                    batch.finish();
+                });
+            }
+            Arc::new(state)
+        })
+    }
+
+    /// A state that has seen no meta tokens but those that blocks have themselves.
+    pub(super) fn empty_state(&self) -> SequenceState {
+        SequenceState { position: 0, layers: self.blocks.iter().map(HymbaBlock::new_state).collect() }
+    }
+}
+
+/// A sequence to be encoded.
+struct Sequence<'a> {
+    /// `[l, embed_dim]`
+    frames: ArrayView2<'a, f32>,
+    /// `[l, h]`, or `[h]` for the last frame.
+    out: &'a mut [f32],
+}
+
+/// A row or rows of a new array.
+fn whole<D: Dimension>(rows: ArrayViewMut<'_, f32, D>) -> &mut [f32] {
+    rows.into_slice().expect("the numbers of a new array lie side by side")
+}
+
+/// Frames that go through the blocks together on one thread: 128 rows of width 4h are half a megabyte at h = 256.
+pub(super) const GROUP: usize = 128;
+/// Frames of a sequence that go through the blocks together: more come in pieces, so that memory does not grow with them.
+pub(super) const PIECE: usize = 8192;
+
+impl fmt::Debug for Hymba {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut f = f.debug_struct("Hymba");
+        f.field("options", &self.options).field("parameters", &self.num_parameters()).finish()
+    }
+}
+
+/// `[b, l, width]` → `[b·l, width]`
+pub(super) fn rows(x: &ArrayRef3<f32>) -> Buffer {
+    let (batch, l, width) = x.dim();
+    x.to_shape((batch * l, width)).expect("the same numbers").into_owned().into()
+}
+
+/// One length for each row, from 1 to l.
+pub(crate) fn check_lengths(lengths: &[usize], batch: usize, l: usize) -> Result<()> {
+    if lengths.len() != batch {
+        let advice = format!("{} lengths for a batch of {batch}; give one for each row", lengths.len());
+        return Err(Error::Lengths(advice));
+    }
+    if let Some(row) = lengths.iter().position(|length| !(1..=l).contains(length)) {
+        let length = lengths[row];
+        return Err(Error::Lengths(format!(
+            "lengths[{row}] = {length}, but it must be from 1 to {l}, the padded length"
+        )));
+    }
+    Ok(())
+}

@@ -1,0 +1,275 @@
+//! The forward and the backward pass of a training step.
+
+use std::fmt;
+
+use ndarray::{Array2, Array3, ArrayRef2, ArrayRef3, s};
+
+use super::block::BlockCache;
+use super::memory::Keeps;
+use super::model::Hymba;
+use super::options::{HymbaOptions, Variant};
+use crate::kernels::team::{Team, with_team};
+use crate::layers::{Batch, Buffer, Dropout, SequenceState, Spans, StateGradient};
+use crate::{Error, Result};
+
+/// What [`Hymba::backward`] reads of a forward pass: about 25·h numbers for each block and frame.
+pub struct TrainCache {
+    model: u64,
+    seed: u64,
+    /// Frames of a row, padding included.
+    l: usize,
+    lengths: Vec<usize>,
+    /// `[rows, embed_dim]`, without padding.
+    input: Buffer,
+    /// What the meta tokens left in front of the frames.
+    initial: SequenceState,
+    /// The meta tokens' pass through the blocks, if there are any.
+    meta: Vec<BlockCache>,
+    blocks: Vec<BlockCache>,
+    /// Input of the final norm, `[b, h]` or `[rows, h]`.
+    last: Buffer,
+}
+
+/// Where numbers are dropped around a block.
+struct BlockDropout {
+    /// Of the block's input.
+    before: Dropout,
+    /// Of what the block adds to the residual stream.
+    inside: Dropout,
+}
+
+impl TrainCache {
+    fn spans(&self) -> Spans {
+        Spans::new(self.lengths.iter().copied())
+    }
+}
+
+impl fmt::Debug for TrainCache {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("TrainCache").field("lengths", &self.lengths).field("blocks", &self.blocks.len()).finish()
+    }
+}
+
+impl Hymba {
+    /// As [`forward_ragged`](Self::forward_ragged), for training: with dropout at the rate of the option `dropout`, and with what
+    /// [`backward`](Self::backward) reads. `lengths` of `None` are full ones.
+    ///
+    /// Which numbers are dropped follows from `seed`, the row of the batch and the frame; give every batch another seed. Meta tokens
+    /// lose nothing: they are shared by the batch, and what they leave behind is what inference uses. Without dropout the outputs
+    /// are those of [`forward`](Self::forward), to the bit.
+    ///
+    /// # Errors
+    ///
+    /// As [`forward_ragged`](Self::forward_ragged).
+    ///
+    /// ```
+    /// use hymba::{Hymba, HymbaOptions};
+    /// use hymba::ndarray::Array3;
+    ///
+    /// let model = Hymba::build(HymbaOptions::recommended(5).hidden_size(16).num_heads(2).num_layers(2))?;
+    /// let x = Array3::<f32>::ones((2, 30, 5));
+    /// let (y, cache) = model.forward_train(&x, Some(&[30, 7]), 1)?;
+    /// let mut grads = model.zeros_like();
+    /// let dx = model.backward(&cache, &y, &mut grads)?; // of Σ y²/2
+    /// assert_eq!(dx.dim(), x.dim());
+    /// # Ok::<(), hymba::Error>(())
+    /// ```
+    pub fn forward_train(
+        &self,
+        x: &ArrayRef3<f32>,
+        lengths: Option<&[usize]>,
+        seed: u64,
+    ) -> Result<(Array2<f32>, TrainCache)> {
+        let (frames, mut cache) = self.run_train(x, lengths, seed)?;
+        cache.last = frames.rows_at(&cache.spans().last_rows());
+        Ok((self.final_norm.forward(&Team::alone(), cache.last.view()).into_array(), cache))
+    }
+
+    /// As [`forward_sequence`](Self::forward_sequence), for training: the counterpart of
+    /// [`forward_train`](Self::forward_train) that returns every position, `[b, l, hidden_size]`, zero past a sequence's
+    /// length.
+    ///
+    /// # Errors
+    ///
+    /// As [`forward_ragged`](Self::forward_ragged).
+    pub fn forward_sequence_train(
+        &self,
+        x: &ArrayRef3<f32>,
+        lengths: Option<&[usize]>,
+        seed: u64,
+    ) -> Result<(Array3<f32>, TrainCache)> {
+        let (frames, mut cache) = self.run_train(x, lengths, seed)?;
+        let y = self.final_norm.forward(&Team::alone(), frames.view());
+        cache.last = frames;
+        Ok((padded(&y, &cache), cache))
+    }
+
+    /// The gradient of [`forward_train`](Self::forward_train): dy `[b, hidden_size]`, the gradient of a loss by the outputs →
+    /// that by the inputs, `[b, l, embed_dim]`. **Adds** the gradients by the parameters to `grads`, which
+    /// [`zeros_like`](Self::zeros_like) makes. Frames past a sequence's length get gradients of exactly zero.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Shape`] if dy has not the shape of the outputs; [`Error::State`] if `cache` is of another model, or of this one
+    /// before its parameters changed, or of [`forward_sequence_train`](Self::forward_sequence_train), or if `grads` is of a
+    /// model with other options. Nothing is added then.
+    pub fn backward(&self, cache: &TrainCache, dy: &ArrayRef2<f32>, grads: &mut Hymba) -> Result<Array3<f32>> {
+        self.check_backward(cache, &[cache.lengths.len()], dy.shape(), grads)?;
+        let dy = dy.as_standard_layout();
+        let dlast = self.final_norm.backward(&Team::alone(), cache.last.view(), dy.view(), &mut grads.final_norm);
+        let spans = cache.spans();
+        let mut dframes = Buffer::zeros((spans.rows(), self.options.hidden_size));
+        for (row, dlast) in spans.last_rows().into_iter().zip(dlast.rows()) {
+            dframes.row_mut(row).assign(&dlast);
+        }
+        Ok(self.run_backward(cache, dframes, grads))
+    }
+
+    /// The gradient of [`forward_sequence_train`](Self::forward_sequence_train): dy `[b, l, hidden_size]` → `[b, l, embed_dim]`;
+    /// otherwise as [`backward`](Self::backward). Positions past a sequence's length are taken for zero.
+    ///
+    /// # Errors
+    ///
+    /// As [`backward`](Self::backward).
+    pub fn backward_sequence(&self, cache: &TrainCache, dy: &ArrayRef3<f32>, grads: &mut Hymba) -> Result<Array3<f32>> {
+        let batch = cache.lengths.len();
+        self.check_backward(cache, &[batch, cache.l], dy.shape(), grads)?;
+        let dy = frames(dy, &cache.lengths);
+        let dframes = self.final_norm.backward(&Team::alone(), cache.last.view(), dy.view(), &mut grads.final_norm);
+        Ok(self.run_backward(cache, dframes, grads))
+    }
+
+    /// A model with the same options whose parameters are all zero: where gradients are gathered.
+    pub fn zeros_like(&self) -> Hymba {
+        self.zero_gradient()
+    }
+
+    /// All blocks of a training step, up to the final norm. The whole batch goes through a layer together, so that the
+    /// gradient of a matrix is one product and one sum over all frames.
+    fn run_train(&self, x: &ArrayRef3<f32>, lengths: Option<&[usize]>, seed: u64) -> Result<(Buffer, TrainCache)> {
+        let (batch, l) = self.check_batch(x, lengths, Keeps::Cache, 0)?;
+        let lengths = lengths.map_or_else(|| vec![l; batch], <[usize]>::to_vec);
+        Ok(with_team(self.work(lengths.iter().sum()), |team| {
+            let input = frames(x, &lengths);
+            let mut x = self.project(team, Buffer::copy_of(&input));
+            let (initial, meta) = self.run_meta_tokens(team);
+            let mut states = vec![initial.clone(); lengths.len()];
+            let sequences = states.iter_mut().zip(lengths.iter().copied());
+            let mut batch = Batch::new(team, sequences, false, None);
+            let mut blocks = Vec::with_capacity(self.blocks.len());
+            for (i, block) in self.blocks.iter().enumerate() {
+                let dropout = self.dropout(seed, i);
+                dropout.before.apply(team, &batch.spans, &mut x);
+                let (y, cache) = block.forward_train(&mut batch, i, x, dropout.inside);
+                blocks.push(cache);
+                x = y;
+            }
+            let last = Buffer::empty();
+            let cache = TrainCache { model: self.id, seed, l, lengths, input, initial, meta, blocks, last };
+            (x, cache)
+        }))
+    }
+
+    /// Takes the meta tokens through the blocks. Returns what they leave in front of the frames, and what the backward pass
+    /// reads; of the latter nothing where there are no tokens.
+    fn run_meta_tokens(&self, team: &Team) -> (SequenceState, Vec<BlockCache>) {
+        let (mut state, mut caches) = (self.empty_state(), Vec::new());
+        if let Some(tokens) = &self.meta_tokens {
+            let mut batch = Batch::new(team, [(&mut state, tokens.nrows())], true, None);
+            let mut x = Buffer::copy_of(tokens);
+            for (layer, block) in self.blocks.iter().enumerate() {
+                let (y, cache) = block.forward_train(&mut batch, layer, x, Dropout::NONE);
+                caches.push(cache);
+                x = y;
+            }
+            batch.finish();
+        }
+        (state, caches)
+    }
+
+    /// The backward pass of [`run_train`](Self::run_train).
+    fn run_backward(&self, cache: &TrainCache, mut dx: Buffer, grads: &mut Hymba) -> Array3<f32> {
+        grads.changed();
+        with_team(self.work(2 * dx.nrows()), |team| {
+            let spans = cache.spans();
+            let empty = self.empty_state();
+            // of the meta tokens, behind the current block
+            let mut dtokens = self.meta_tokens.as_ref().map(|tokens| Buffer::zeros(tokens.dim()));
+            for (i, block) in self.blocks.iter().enumerate().rev() {
+                let (initial, grad) = (&cache.initial.layers[i], &mut grads.blocks[i]);
+                let mut dinitial = StateGradient::zeros(initial);
+                dx = block.backward(team, &spans, &cache.blocks[i], initial, dx, None, grad, &mut dinitial);
+                self.dropout(cache.seed, i).before.apply(team, &spans, &mut dx);
+                dtokens = dtokens.map(|dy| {
+                    let (meta, start) = (Spans::new([dy.nrows()]), &empty.layers[i]);
+                    let mut dnothing = StateGradient::zeros(start);
+                    block.backward(team, &meta, &cache.meta[i], start, dy, Some(&dinitial), grad, &mut dnothing)
+                });
+                grad.add_own_meta(&dinitial);
+            }
+            if let (Some(grad), Some(dtokens)) = (&mut grads.meta_tokens, dtokens) {
+                *grad += &*dtokens;
+            }
+            let dinput = match (&self.input_proj, &mut grads.input_proj) {
+                (Some(input_proj), Some(grad)) => input_proj.backward(team, cache.input.view(), dx.view(), grad),
+                _ => dx,
+            };
+            padded(&dinput, cache)
+        })
+    }
+
+    /// Where numbers are dropped around block i: the Edifice variant does so between blocks only.
+    fn dropout(&self, seed: u64, i: usize) -> BlockDropout {
+        let dropout = Dropout::new(self.options.dropout, seed).at(i as u64);
+        match self.options.variant {
+            Variant::Hymba => BlockDropout { before: Dropout::NONE, inside: dropout },
+            Variant::Edifice if i == 0 => BlockDropout { before: Dropout::NONE, inside: Dropout::NONE },
+            Variant::Edifice => BlockDropout { before: dropout, inside: Dropout::NONE },
+        }
+    }
+
+    fn check_backward(&self, cache: &TrainCache, outer: &[usize], given: &[usize], grads: &Hymba) -> Result<()> {
+        let expected = [outer, &[self.options.hidden_size]].concat();
+        if given != expected {
+            return Err(Error::Shape {
+                argument: "dy",
+                expected: format!("{expected:?}, the shape of the outputs"),
+                given: given.to_vec(),
+            });
+        }
+        if cache.model != self.id {
+            let advice = "another model made it, or the parameters have changed since; run the forward pass again";
+            return Err(Error::State(advice.into()));
+        }
+        let outputs = if outer.len() == 1 { cache.lengths.len() } else { cache.spans().rows() };
+        if cache.last.nrows() != outputs {
+            let advice = "backward goes with forward_train, backward_sequence with forward_sequence_train";
+            return Err(Error::State(advice.into()));
+        }
+        let same = |options: &HymbaOptions| HymbaOptions { dropout: 0.0, seed: 0, ..options.clone() };
+        if same(&grads.options) != same(&self.options) {
+            return Err(Error::State("grads is of a model with other options; make it with zeros_like".into()));
+        }
+        Ok(())
+    }
+}
+
+/// The sequences of a padded batch, one after the other: `[b, l, width]` → `[rows, width]`
+fn frames(x: &ArrayRef3<f32>, lengths: &[usize]) -> Buffer {
+    let mut frames = Buffer::uninit((lengths.iter().sum(), x.dim().2));
+    let mut first = 0;
+    for (x, &length) in x.outer_iter().zip(lengths) {
+        frames.slice_mut(s![first..first + length, ..]).assign(&x.slice(s![..length, ..]));
+        first += length;
+    }
+    frames
+}
+
+/// The other way round: zero past the end of each sequence.
+fn padded(frames: &Array2<f32>, cache: &TrainCache) -> Array3<f32> {
+    let mut x = Array3::zeros((cache.lengths.len(), cache.l, frames.ncols()));
+    for (mut x, span) in x.outer_iter_mut().zip(cache.spans().iter()) {
+        x.slice_mut(s![..span.len(), ..]).assign(&frames.slice(s![span.clone(), ..]));
+    }
+    x
+}

@@ -1,0 +1,39 @@
+//! What the variants of the model do differently.
+
+use super::options::Variant;
+use crate::kernels::norm::SmallVariance;
+use crate::layers::TimeStep;
+
+/// Everything that differs between the two variants.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Differences {
+    /// The projections into and out of the Mamba branch have a bias.
+    pub projection_bias: bool,
+    /// A and the skip D are learned; otherwise A is −1 … −n and there is no skip.
+    pub learned_decay: bool,
+    pub time_step: TimeStep,
+    /// Every block has its own meta keys and values; otherwise meta tokens travel through the blocks.
+    pub own_meta: bool,
+    pub small_variance: SmallVariance,
+}
+
+impl Variant {
+    pub(crate) fn differences(self) -> Differences {
+        match self {
+            Variant::Hymba => Differences {
+                projection_bias: false,
+                learned_decay: true,
+                time_step: TimeStep::Softplus,
+                own_meta: false,
+                small_variance: SmallVariance::AddEpsilon,
+            },
+            Variant::Edifice => Differences {
+                projection_bias: true,
+                learned_decay: false,
+                time_step: TimeStep::Clipped,
+                own_meta: true,
+                small_variance: SmallVariance::ClipBelowEpsilon,
+            },
+        }
+    }
+}

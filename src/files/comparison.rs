@@ -1,0 +1,67 @@
+//! Names and shapes of a file against those of a model.
+
+use super::tensors::{Kind, Tensors, quoted};
+use crate::{Error, Result};
+
+/// Compares them one by one: a list of all of them would take more memory than a small file.
+pub(crate) struct Comparison<'a> {
+    tensors: &'a Tensors,
+    found: Vec<&'a str>,
+    remarks: Vec<String>,
+    problems: Vec<String>,
+    /// Problems that are not listed.
+    more: usize,
+}
+
+impl<'a> Comparison<'a> {
+    /// Problems that are listed, at most: thousands take memory, and nobody reads them.
+    const LISTED: usize = 1000;
+
+    /// With differences that have been found already.
+    pub(crate) fn new(tensors: &'a Tensors, remarks: Vec<String>) -> Self {
+        Comparison { tensors, found: Vec::new(), remarks, problems: Vec::new(), more: 0 }
+    }
+
+    /// There is to be a tensor of floats with this name and shape.
+    pub(crate) fn expect(&mut self, name: &str, shape: &[usize]) {
+        let Some((name, found)) = self.tensors.entry(name) else {
+            return self.problem(|| format!("{}: missing, expected shape {shape:?}", quoted(name)));
+        };
+        self.found.push(name);
+        if found.shape != shape {
+            self.problem(|| format!("{}: has shape {:?}, expected {shape:?}", quoted(name), found.shape));
+        } else if !Kind::Float.has(found.dtype) {
+            let expected = Kind::Float.names();
+            self.problem(|| format!("{}: has type {}, expected {expected}", quoted(name), found.dtype));
+        }
+    }
+
+    /// There is to be nothing else.
+    pub(crate) fn finish(mut self) -> Result<()> {
+        let tensors = self.tensors;
+        if self.found.len() < tensors.names().len() {
+            self.found.sort_unstable();
+            for name in tensors.names() {
+                if self.found.binary_search(&name).is_err() {
+                    let shape = tensors.shape(name).unwrap_or_default();
+                    self.problem(|| format!("{}: unexpected, has shape {shape:?}", quoted(name)));
+                }
+            }
+        }
+        let Comparison { mut problems, remarks, more, .. } = self;
+        problems.sort();
+        problems.splice(0..0, remarks);
+        if more > 0 {
+            problems.push(format!("and {more} more"));
+        }
+        if problems.is_empty() { Ok(()) } else { Err(Error::Tensors { path: tensors.path().to_path_buf(), problems }) }
+    }
+
+    fn problem(&mut self, problem: impl FnOnce() -> String) {
+        if self.problems.len() < Self::LISTED {
+            self.problems.push(problem());
+        } else {
+            self.more += 1;
+        }
+    }
+}

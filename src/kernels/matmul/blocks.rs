@@ -1,0 +1,94 @@
+//! How a product is shared among threads: in blocks of rows and columns, which depend on its size only.
+
+use ndarray::{ArrayViewMut2, Axis};
+
+use super::packed::{PANEL, Packed};
+use super::product::{LeftRows, Product, Weights};
+use crate::kernels::clock::timed_product;
+use crate::kernels::rows::Out;
+use crate::kernels::simd::{Level, dispatch_bf16_at};
+use crate::kernels::team::Team;
+
+/// Rows that pass over the panels together where all panels stay in a near cache: with 256 inputs the rows stay in the nearest. A
+/// multiple of the rows of every tile.
+const FEW_ROWS: usize = 24;
+/// And where they do not, so that the weights are read from far away a few times only.
+const MANY_ROWS: usize = 480;
+/// Bytes of weights that stay in a near cache.
+const NEAR: usize = 2 << 20;
+
+/// out `[m, n]` = x `[m, k]` · Wᵀ + bias, or added to it, block by block among the team.
+pub(crate) fn multiply<X, W, const N: usize>(
+    level: Level,
+    team: &Team,
+    x: X,
+    w: &Packed<W, N>,
+    out: ArrayViewMut2<f32>,
+    mode: Out,
+) where
+    X: LeftRows + Sync,
+    W: Weights<X::Inputs> + Sync,
+{
+    let rows = if size_of_val(&*w.panels) <= NEAR { FEW_ROWS } else { MANY_ROWS };
+    team.for_each(blocks(team, out, rows), |Block { row, column, out }| {
+        let outputs = column..column + out.ncols();
+        timed_product(out.nrows(), outputs.len(), w.k, || {
+            let x = x.skip_rows(row);
+            dispatch_bf16_at(level, Product { x, w, outputs, inputs: 0..w.k, out, mode });
+        });
+    });
+}
+
+/// A part of a product, and where it begins.
+pub(super) struct Block<'a> {
+    pub row: usize,
+    pub column: usize,
+    pub out: ArrayViewMut2<'a, f32>,
+}
+
+/// The blocks of a product, of about `rows` rows each, those of the same rows one after the other. There are several per thread, so
+/// that none waits long for the others; a thread alone takes all columns at once.
+pub(super) fn blocks<'a>(team: &Team, mut out: ArrayViewMut2<'a, f32>, rows: usize) -> Vec<Block<'a>> {
+    /// Blocks per thread.
+    const EACH: usize = 8;
+    let ((m, n), mut row, mut all) = (out.dim(), 0, Vec::new());
+    let threads = team.threads();
+    // as even as can be
+    let groups = (m / rows).max(1);
+    let rows = m.div_ceil(groups).next_multiple_of(FEW_ROWS);
+    let panels = n.div_ceil(PANEL);
+    let width = match threads {
+        1 => panels,
+        // few rows: several panels side by side, which do not wait for each other's sums
+        _ if m <= 6 => 4,
+        _ => (panels * groups / (EACH * threads)).clamp(1, 8),
+    };
+    while out.nrows() > 0 {
+        let height = rows.min(out.nrows());
+        let (mut here, below) = out.split_at(Axis(0), height);
+        let mut column = 0;
+        while here.ncols() > 0 {
+            let size = (width * PANEL).min(here.ncols());
+            let (out, right) = here.split_at(Axis(1), size);
+            all.push(Block { row, column, out });
+            (here, column) = (right, column + size);
+        }
+        (out, row) = (below, row + height);
+    }
+    all
+}
+
+/// The columns of a product as they are handed out where a strip takes all rows, each with its first column. For few rows a strip is of several panels;
+/// the last ones are of one panel each, so that no thread waits long for the others.
+pub(super) fn strips(mut out: ArrayViewMut2<f32>) -> Vec<(usize, ArrayViewMut2<f32>)> {
+    let wide = if out.nrows() <= 6 { 4 * PANEL } else { PANEL };
+    let (mut strips, mut first) = (Vec::new(), 0);
+    while out.ncols() > 0 {
+        let left = out.ncols();
+        let width = if left > 2 * wide { wide } else { PANEL.min(left) };
+        let (here, rest) = out.split_at(Axis(1), width);
+        strips.push((first, here));
+        (out, first) = (rest, first + width);
+    }
+    strips
+}

@@ -1,0 +1,163 @@
+//! Matrices in the order in which products read them.
+
+use crate::kernels::clock::{Part, Work, timed};
+use crate::kernels::memory::filled;
+use crate::kernels::simd::LANES;
+use crate::kernels::team::Team;
+
+/// Outputs of a panel.
+pub(crate) const PANEL: usize = 2 * LANES;
+
+/// Half a panel's weights for one input: a cache line.
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+pub(crate) struct Line(pub [f32; LANES]);
+
+/// A panel's weights for one input.
+pub(crate) type PanelRow = [Line; 2];
+
+pub(crate) const ZERO_ROW: PanelRow = [Line([0.0; LANES]); 2];
+
+/// A matrix `[n, k]` in panels, with a bias `[n]`; a `W` holds the weights for N inputs.
+#[derive(Clone)]
+pub(crate) struct Packed<W = PanelRow, const N: usize = 1> {
+    /// n, the outputs.
+    pub(crate) n: usize,
+    /// k, the inputs: a multiple of N.
+    pub(crate) k: usize,
+    /// `[n / PANEL, k / N]`, the last panel filled up with zeros.
+    pub(crate) panels: Vec<W>,
+    /// `[n / PANEL]`; empty without a bias.
+    pub(crate) bias: Vec<PanelRow>,
+}
+
+impl Packed {
+    /// Packs the matrix with these n rows of k numbers, and the bias `[n]`, if any.
+    pub(crate) fn from_rows<'a>(n: usize, k: usize, row: impl Fn(usize) -> &'a [f32], bias: Option<&[f32]>) -> Self {
+        let mut panels = vec![ZERO_ROW; n.div_ceil(PANEL) * k];
+        for output in 0..n {
+            let panel = &mut panels[output / PANEL * k..][..k];
+            let (line, lane) = (output % PANEL / LANES, output % LANES);
+            for (to, &weight) in panel.iter_mut().zip(row(output)) {
+                to[line].0[lane] = weight;
+            }
+        }
+        let bias = bias.map_or(Vec::new(), |bias| bias.chunks(PANEL).map(panel_row).collect());
+        Packed { n, k, panels, bias }
+    }
+
+    /// Packs the matrix with these k columns of n numbers.
+    pub(crate) fn from_columns<'a>(n: usize, k: usize, column: impl Fn(usize) -> &'a [f32]) -> Self {
+        let mut panels = Vec::with_capacity(n.div_ceil(PANEL) * k);
+        for first in (0..n).step_by(PANEL) {
+            let outputs = first..n.min(first + PANEL);
+            panels.extend((0..k).map(|input| panel_row(&column(input)[outputs.clone()])));
+        }
+        Packed { n, k, panels, bias: Vec::new() }
+    }
+
+    /// As [`from_columns`](Self::from_columns), on several threads and in memory that was used before.
+    pub(crate) fn refill_from_columns<'a>(
+        team: &Team,
+        n: usize,
+        k: usize,
+        column: impl Fn(usize) -> &'a [f32] + Sync,
+        mut panels: Vec<PanelRow>,
+    ) -> Self {
+        panels.resize(n.div_ceil(PANEL) * k, ZERO_ROW);
+        let work = Work::numbers(2 * k * PANEL);
+        team.for_each(panels.chunks_mut(k.max(1)).enumerate(), |(panel, to)| {
+            let outputs = panel * PANEL..n.min((panel + 1) * PANEL);
+            timed(Part::Packing, work, || {
+                for (input, to) in to.iter_mut().enumerate() {
+                    *to = panel_row(&column(input)[outputs.clone()]);
+                }
+            });
+        });
+        Packed { n, k, panels, bias: Vec::new() }
+    }
+}
+
+/// At most [`PANEL`] numbers, filled up with zeros.
+fn panel_row(numbers: &[f32]) -> PanelRow {
+    // copies of a length known beforehand are a few instructions
+    if let Some((low, high)) = numbers.split_first_chunk()
+        && let Ok(high) = high.try_into()
+    {
+        return [Line(*low), Line(high)];
+    }
+    let mut row = ZERO_ROW;
+    for (line, numbers) in row.iter_mut().zip(numbers.chunks(LANES)) {
+        line.0[..numbers.len()].copy_from_slice(numbers);
+    }
+    row
+}
+
+/// A type the numbers of a panel are stored in.
+pub(crate) trait Store<const N: usize>: Copy {
+    const ZERO: Self;
+    /// The numbers of one output, narrowed: rounded to the nearest, to even in the middle.
+    fn set(&mut self, output: usize, numbers: [f32; N]);
+    fn get(&self, output: usize) -> [f32; N];
+}
+
+impl Store<1> for PanelRow {
+    const ZERO: Self = ZERO_ROW;
+
+    fn set(&mut self, output: usize, [number]: [f32; 1]) {
+        self[output / LANES].0[output % LANES] = number;
+    }
+
+    fn get(&self, output: usize) -> [f32; 1] {
+        [self[output / LANES].0[output % LANES]]
+    }
+}
+
+impl<W: Store<N>, const N: usize> Packed<W, N> {
+    /// All zero; k is filled up to a multiple of N.
+    pub(super) fn zeros(n: usize, k: usize) -> Self {
+        let k = k.next_multiple_of(N);
+        Packed { n, k, panels: filled(n.div_ceil(PANEL) * k / N, W::ZERO), bias: Vec::new() }
+    }
+
+    pub(super) fn num_bytes(&self) -> usize {
+        size_of_val(self.panels.as_slice())
+    }
+
+    pub(super) fn set_row(&mut self, row: usize, numbers: &[f32]) {
+        let rows = self.k / N;
+        set_row(&mut self.panels[row / PANEL * rows..][..rows], row % PANEL, numbers);
+    }
+
+    /// Sets every row: `fill` writes the numbers of the row it is told.
+    pub(super) fn set_rows(&mut self, team: &Team, k: usize, fill: impl Fn(usize, &mut [f32]) + Sync)
+    where
+        W: Send,
+    {
+        let n = self.n;
+        team.for_each(self.panels.chunks_mut((self.k / N).max(1)).enumerate(), |(panel, to)| {
+            let mut numbers = vec![0.0; k];
+            for row in panel * PANEL..n.min((panel + 1) * PANEL) {
+                fill(row, &mut numbers);
+                set_row(to, row % PANEL, &numbers);
+            }
+        });
+    }
+
+    pub(super) fn row(&self, row: usize, numbers: &mut [f32]) {
+        let rows = self.k / N;
+        let panel = &self.panels[row / PANEL * rows..][..rows];
+        for (from, numbers) in panel.iter().zip(numbers.chunks_mut(N)) {
+            let count = numbers.len();
+            numbers.copy_from_slice(&from.get(row % PANEL)[..count]);
+        }
+    }
+}
+
+fn set_row<W: Store<N>, const N: usize>(panel: &mut [W], output: usize, numbers: &[f32]) {
+    for (to, numbers) in panel.iter_mut().zip(numbers.chunks(N)) {
+        let mut all = [0.0; N];
+        all[..numbers.len()].copy_from_slice(numbers);
+        to.set(output, all);
+    }
+}

@@ -1,0 +1,71 @@
+//! The layers of both models: one file each, read top to bottom: struct, `zeros` and `init`, `forward`, `forward_train`,
+//! `backward`, `visit`, tests.
+//!
+//! The contract. Activations are `[rows, width]`, the sequences of a [`Batch`] one after the other; what a sequence remembers
+//! stands beside them in its state, so that the same `forward` reads a whole sequence, a piece of one, or the next frame.
+//! `forward` keeps nothing else and equals what `forward_train` returns beside a cache, which holds what `backward` reads and
+//! nothing else. `backward` turns the gradient of the output into that of the input and *adds* those of the parameters to `grad`, a
+//! further value of the layer's own type, in which a weight that cannot be trained is empty. `visit` and `visit_mut` walk the
+//! parameters. Layers trust their shapes: what the user gives is checked once, at the model's door.
+
+mod attention;
+mod batch;
+mod buffer;
+mod conv;
+mod dropout;
+#[cfg(feature = "lm")]
+mod embedding;
+mod gate;
+mod kv_cache;
+mod layer_norm;
+mod lazy;
+mod linear;
+mod mamba;
+mod mlp;
+mod rms_norm;
+mod rope;
+mod scan;
+mod state;
+mod weight;
+
+use ndarray::{ArrayBase, Data, Dimension};
+
+#[cfg(feature = "lm")]
+pub(crate) use attention::HeadNorms;
+pub use attention::MetaTokenAttention;
+pub(crate) use attention::{AttentionCache, AttentionConfig, Depth, init_meta_tokens};
+pub(crate) use batch::{Batch, Spans};
+pub(crate) use buffer::Buffer;
+pub(crate) use dropout::Dropout;
+#[cfg(feature = "lm")]
+pub(crate) use embedding::Embedding;
+pub(crate) use gate::Gate;
+pub use kv_cache::KvStorage;
+pub(crate) use kv_cache::{KvCache, KvShape};
+pub(crate) use layer_norm::LayerNorm;
+pub(crate) use lazy::Lazy;
+pub(crate) use linear::Linear;
+pub use mamba::MambaBranch;
+pub(crate) use mamba::{MambaCache, MambaConfig};
+pub(crate) use mlp::{Activation, Mlp, MlpCache};
+#[cfg(feature = "lm")]
+pub(crate) use rms_norm::RmsNorm;
+#[cfg(feature = "lm")]
+pub(crate) use rope::Rotary;
+pub(crate) use scan::TimeStep;
+pub(crate) use state::{LayerState, SequenceState, StateGradient};
+pub(crate) use weight::Weight;
+
+/// The generator behind every `seed` of this crate: ChaCha with 8 rounds, the same numbers on every platform.
+pub(crate) type Rng = rand::rngs::ChaCha8Rng;
+
+/// The numbers of an array in row-major order. The arrays that layers pass to each other and keep all lie in memory that
+/// way.
+pub(crate) fn flat<S: Data<Elem = f32>, D: Dimension>(array: &ArrayBase<S, D>) -> &[f32] {
+    array.as_slice().expect("arrays inside the model are in standard layout")
+}
+
+/// As [`flat`], for writing.
+pub(crate) fn flat_mut<D: Dimension>(array: &mut ndarray::Array<f32, D>) -> &mut [f32] {
+    array.as_slice_mut().expect("arrays inside the model are in standard layout")
+}

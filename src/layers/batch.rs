@@ -1,0 +1,114 @@
+//! Rows of several sequences, of any lengths, that pass through the layers together: one product serves them all, and no padding
+//! is computed.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+
+use super::attention::SharedKv;
+use super::rope::{Angles, Rotary};
+use super::state::SequenceState;
+use crate::kernels::team::Team;
+
+/// Which rows of activations `[rows, ·]` belong to which sequence: they lie one after the other.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Spans(Vec<Range<usize>>);
+
+impl Spans {
+    /// Sequences of these lengths.
+    pub(crate) fn new(lengths: impl IntoIterator<Item = usize>) -> Self {
+        let mut end = 0;
+        let spans = lengths.into_iter().map(|length| {
+            end += length;
+            end - length..end
+        });
+        Spans(spans.collect())
+    }
+
+    /// Sequences.
+    pub(crate) fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    /// Rows of all sequences together.
+    pub(crate) fn rows(&self) -> usize {
+        self.0.last().map_or(0, |span| span.end)
+    }
+
+    pub(crate) fn iter(&self) -> impl ExactSizeIterator<Item = &Range<usize>> + Clone {
+        self.0.iter()
+    }
+
+    /// The last row of each sequence.
+    pub(crate) fn last_rows(&self) -> Vec<usize> {
+        self.0.iter().map(|span| span.end - 1).collect()
+    }
+
+    /// Activations `[rows, width]`, sequence by sequence.
+    pub(crate) fn split<'a>(&self, mut activations: &'a mut [f32], width: usize) -> std::vec::IntoIter<&'a mut [f32]> {
+        let mut parts = Vec::with_capacity(self.len());
+        for span in &self.0 {
+            let (here, rest) = activations.split_at_mut(span.len() * width);
+            parts.push(here);
+            activations = rest;
+        }
+        parts.into_iter()
+    }
+}
+
+/// The rows of a sequence in activations `[rows, width]`.
+pub(crate) fn rows_of<'a>(span: &Range<usize>, activations: &'a [f32], width: usize) -> &'a [f32] {
+    &activations[span.start * width..span.end * width]
+}
+
+/// A pass of some rows of each sequence through the layers.
+pub(crate) struct Batch<'a> {
+    pub team: &'a Team,
+    pub spans: Spans,
+    /// What each sequence remembers; brought up to date.
+    pub states: Vec<&'a mut SequenceState>,
+    /// Whether the states will be used again. Otherwise keys and values need not be kept.
+    pub keeps_kv: bool,
+    /// The angles of each row, if there is a rotary embedding.
+    pub angles: Vec<Angles>,
+    /// Keys and values of this pass that later layers use, by the layer they come from.
+    pub shared: BTreeMap<usize, SharedKv>,
+}
+
+impl<'a> Batch<'a> {
+    /// The next `count` rows of each of the sequences with these states.
+    pub(crate) fn new(
+        team: &'a Team,
+        sequences: impl IntoIterator<Item = (&'a mut SequenceState, usize)>,
+        keeps_kv: bool,
+        rotary: Option<&Rotary>,
+    ) -> Self {
+        let (mut states, mut lengths, mut angles) = (Vec::new(), Vec::new(), Vec::new());
+        for (state, count) in sequences {
+            if let Some(rotary) = rotary {
+                angles.extend((state.position..state.position + count).map(|position| rotary.angles(position)));
+            }
+            states.push(state);
+            lengths.push(count);
+        }
+        Batch { team, spans: Spans::new(lengths), states, keeps_kv, angles, shared: BTreeMap::new() }
+    }
+
+    /// To be called when all layers are through.
+    pub(crate) fn finish(self) {
+        for (state, span) in self.states.into_iter().zip(self.spans.iter()) {
+            state.position += span.len();
+        }
+    }
+}
+
+/// Calls `f` with the rows of activations `[rows, width]` in blocks, and the first row of each.
+pub(crate) fn for_rows(team: &Team, activations: &mut [f32], width: usize, f: impl Fn(usize, &mut [f32]) + Sync) {
+    /// Numbers that one thread takes at a time at least: some microseconds.
+    const LEAST: usize = 8 << 10;
+    /// And at most, so that what several operations do to them happens in a near cache.
+    const MOST: usize = 64 << 10;
+    let numbers = (activations.len() / (4 * team.threads())).clamp(LEAST, MOST);
+    let rows = (numbers / width.max(1)).max(1);
+    let blocks = activations.chunks_mut((rows * width).max(1)).enumerate();
+    team.for_each(blocks, |(i, block)| f(i * rows, block));
+}

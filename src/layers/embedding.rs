@@ -1,0 +1,49 @@
+//! The vectors of token ids, which may serve as the output map as well.
+
+use ndarray::ArrayView2;
+
+use super::batch::for_rows;
+use super::{Buffer, Weight, flat, flat_mut};
+use crate::kernels::rows::{Out, Rows};
+use crate::kernels::team::Team;
+use crate::parameters::{Visitor, VisitorMut};
+
+/// A vector for each token, `[v, h]`.
+pub(crate) struct Embedding {
+    weight: Weight,
+}
+
+impl Embedding {
+    pub(crate) fn new(weight: Weight) -> Self {
+        Embedding { weight }
+    }
+
+    /// The vectors of some tokens → `[ids, h]`
+    pub(crate) fn forward(&self, team: &Team, ids: &[u32]) -> Buffer {
+        let (_, h) = self.weight.dim();
+        let mut x = Buffer::uninit((ids.len(), h));
+        for_rows(team, flat_mut(&mut x), h, |first, x| {
+            for (id, row) in ids[first..].iter().zip(x.chunks_exact_mut(h)) {
+                self.weight.row(*id as usize, row);
+            }
+        });
+        x
+    }
+
+    /// The products of x `[rows, h]` with the vector of each token → `[rows, v]`
+    pub(crate) fn logits(&self, team: &Team, x: ArrayView2<f32>) -> Buffer {
+        let (v, h) = self.weight.dim();
+        let mut logits = Buffer::uninit((x.nrows(), v));
+        let rows = Rows { data: flat(&x), stride: h };
+        self.weight.multiply(team, rows, x.nrows(), None, flat_mut(&mut logits), Out::Set);
+        logits
+    }
+
+    pub(crate) fn visit<'a>(&'a self, name: &str, f: &mut Visitor<'_, 'a>) {
+        self.weight.visit(name, f);
+    }
+
+    pub(crate) fn visit_mut<'a>(&'a mut self, name: &str, f: &mut VisitorMut<'_, 'a>) {
+        self.weight.visit_mut(name, f);
+    }
+}

@@ -1,0 +1,88 @@
+//! What models remember of a sequence between calls.
+
+use ndarray::Array2;
+
+use super::kv_cache::KvCache;
+use crate::kernels::conv::TAPS;
+
+/// What a model remembers of one sequence.
+#[derive(Clone)]
+pub(crate) struct SequenceState {
+    /// Rows seen so far, meta tokens included.
+    pub position: usize,
+    pub layers: Vec<LayerState>,
+}
+
+/// What one layer remembers of one sequence.
+#[derive(Clone)]
+pub(crate) struct LayerState {
+    pub mamba: MambaState,
+    /// Absent where the layer uses another's keys and values.
+    pub kv: Option<KvCache>,
+}
+
+/// What the Mamba branch remembers of one sequence.
+#[derive(Clone)]
+pub(crate) struct MambaState {
+    /// The last inputs of the convolution `[3, d]`, oldest first.
+    pub conv: Array2<f32>,
+    /// Sᵀ `[n, d]`
+    pub scan: Array2<f32>,
+}
+
+impl SequenceState {
+    /// Bytes of what is remembered.
+    pub(crate) fn num_bytes(&self) -> usize {
+        self.layers.iter().map(LayerState::num_bytes).sum::<usize>()
+    }
+
+    /// As [`num_bytes`](Self::num_bytes), without room that is not used yet.
+    pub(crate) fn num_used_bytes(&self) -> usize {
+        self.layers.iter().map(|layer| layer.mamba_bytes() + layer.kv.as_ref().map_or(0, KvCache::num_used_bytes)).sum()
+    }
+
+    /// Bytes that a clone takes from the system, more than [`num_bytes`](Self::num_bytes) where the numbers are few: the places
+    /// of the vectors, and what the allocator adds to each.
+    pub(crate) fn footprint(&self) -> usize {
+        const ADDED: usize = 32;
+        let vectors = |layer: &LayerState| 4 + layer.kv.as_ref().map_or(0, KvCache::num_vectors);
+        let vectors: usize = self.layers.iter().map(vectors).sum();
+        let places = size_of::<SequenceState>() + self.layers.len() * size_of::<LayerState>();
+        self.num_bytes() + places + vectors * (size_of::<Vec<f32>>() + ADDED) + ADDED
+    }
+}
+
+impl LayerState {
+    fn num_bytes(&self) -> usize {
+        self.mamba_bytes() + self.kv.as_ref().map_or(0, KvCache::num_bytes)
+    }
+
+    fn mamba_bytes(&self) -> usize {
+        (self.mamba.conv.len() + self.mamba.scan.len()) * size_of::<f32>()
+    }
+}
+
+impl MambaState {
+    /// Nothing seen yet, for d channels with n states each.
+    pub(crate) fn zeros(d: usize, n: usize) -> Self {
+        MambaState { conv: Array2::zeros((TAPS - 1, d)), scan: Array2::zeros((n, d)) }
+    }
+}
+
+/// The gradient of the state of one layer in front of the rows of a batch, which all sequences start from.
+#[derive(Clone)]
+pub(crate) struct StateGradient {
+    pub mamba: MambaState,
+    /// Of the meta tokens' keys and values `[k, heads · width]`.
+    pub keys: Array2<f32>,
+    pub values: Array2<f32>,
+}
+
+impl StateGradient {
+    pub(crate) fn zeros(state: &LayerState) -> Self {
+        let (n, d) = state.mamba.scan.dim();
+        let rows = |width| Array2::zeros((state.kv.as_ref().map_or(0, KvCache::rows), width));
+        let (key, value) = state.kv.as_ref().map_or((0, 0), KvCache::row_widths);
+        StateGradient { mamba: MambaState::zeros(d, n), keys: rows(key), values: rows(value) }
+    }
+}

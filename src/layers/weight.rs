@@ -1,0 +1,173 @@
+//! The matrix of a linear map or an embedding: one that can be trained, or one that is stored as narrow as can be.
+
+use ndarray::{Array2, ArrayView2, ArrayViewMut2};
+use rand::RngExt;
+
+use super::{Buffer, Lazy, Rng, flat, flat_mut};
+use crate::kernels::clock::{Part, Work, timed};
+use crate::kernels::matmul::{Matrix, Packed, Storage, matmul, matmul_gradient};
+use crate::kernels::rows::{Out, Rows};
+use crate::kernels::team::Team;
+use crate::parameters::{Parameter, ParameterMut, StoredMatrix, Visitor, VisitorMut};
+
+/// W `[out, in]`
+pub(crate) enum Weight {
+    /// In rows, as it is trained, and a copy in the order in which products read it, made when first needed, with the bias of
+    /// the map in it.
+    Trainable { rows: Array2<f32>, packed: Lazy<Packed> },
+    /// In the order in which products read it only, and maybe narrower than f32.
+    Stored(Matrix),
+    /// The gradient of a weight that cannot be trained.
+    Absent { outputs: usize, inputs: usize },
+}
+
+impl Weight {
+    /// All zero; to be trained.
+    pub(crate) fn zeros(outputs: usize, inputs: usize) -> Self {
+        Weight::Trainable { rows: Array2::zeros((outputs, inputs)), packed: Lazy::new() }
+    }
+
+    /// All zero; to be read from a file.
+    pub(crate) fn stored(outputs: usize, inputs: usize, storage: Storage) -> Self {
+        Weight::Stored(Matrix::zeros(outputs, inputs, storage))
+    }
+
+    /// A gradient of this weight, zero.
+    pub(crate) fn zeros_like(&self) -> Self {
+        let (outputs, inputs) = self.dim();
+        match self {
+            Weight::Trainable { .. } => Weight::zeros(outputs, inputs),
+            _ => Weight::Absent { outputs, inputs },
+        }
+    }
+
+    /// Uniform in ±1/√in.
+    pub(crate) fn init(&mut self, rng: &mut Rng) {
+        self.forget();
+        if let Weight::Trainable { rows, .. } = self {
+            let bound = 1.0 / (rows.ncols() as f32).sqrt();
+            rows.mapv_inplace(|_| rng.random_range(-bound..=bound));
+        }
+    }
+
+    /// out and in.
+    pub(crate) fn dim(&self) -> (usize, usize) {
+        match self {
+            Weight::Trainable { rows, .. } => rows.dim(),
+            Weight::Stored(matrix) => matrix.dim(),
+            Weight::Absent { outputs, inputs } => (*outputs, *inputs),
+        }
+    }
+
+    /// Row `output`, as f32.
+    pub(crate) fn row(&self, output: usize, numbers: &mut [f32]) {
+        match self {
+            Weight::Trainable { rows, .. } => numbers.copy_from_slice(flat(&rows.row(output))),
+            Weight::Stored(matrix) => matrix.row(output, numbers),
+            Weight::Absent { .. } => numbers.fill(0.0),
+        }
+    }
+
+    /// y `[m, out]` = x `[m, in]` · Wᵀ + bias, or added to it.
+    pub(crate) fn multiply(&self, team: &Team, x: Rows, m: usize, bias: Option<&[f32]>, y: &mut [f32], mode: Out) {
+        match self {
+            Weight::Trainable { rows, packed } => {
+                let packed = packed.get(|| {
+                    let (outputs, inputs) = rows.dim();
+                    let weight = flat(rows);
+                    timed(Part::Packing, Work::numbers(2 * weight.len()), || {
+                        Packed::from_rows(outputs, inputs, |output| &weight[output * inputs..][..inputs], bias)
+                    })
+                });
+                matmul(team, x, m, packed, y, mode);
+            }
+            Weight::Stored(matrix) => {
+                let mode = match bias {
+                    Some(bias) => {
+                        start_with(bias, y, mode);
+                        Out::Add
+                    }
+                    None => mode,
+                };
+                matrix.multiply(team, x, m, y, mode);
+            }
+            Weight::Absent { .. } => unreachable!("gradients are not multiplied by anything"),
+        }
+    }
+
+    /// The gradient of [`multiply`](Self::multiply) at x `[m, in]`: dy `[m, out]` → dx `[m, in]`.
+    ///
+    /// dx = dy·W, dW += dyᵀ·x
+    pub(crate) fn backward(&self, team: &Team, x: Rows, dy: ArrayView2<f32>, grad: &mut Weight) -> Buffer {
+        let ((outputs, inputs), m) = (self.dim(), dy.nrows());
+        let dy = Rows { data: flat(&dy), stride: outputs };
+        let mut dx = Buffer::uninit((m, inputs));
+        let across = match self {
+            Weight::Trainable { rows, .. } => transposed(team, rows.view()),
+            _ => {
+                let mut rows = Buffer::uninit((outputs, inputs));
+                rows.rows_mut().into_iter().enumerate().for_each(|(output, mut row)| {
+                    self.row(output, row.as_slice_mut().expect("a row of an array in standard layout"));
+                });
+                transposed(team, rows.view())
+            }
+        };
+        matmul(team, dy, m, &across, flat_mut(&mut dx), Out::Set);
+        grad.forget();
+        if let Weight::Trainable { rows, .. } = grad {
+            matmul_gradient(team, dy, outputs, x, inputs, m, flat_mut(rows));
+        }
+        dx
+    }
+
+    /// To be called wherever the numbers, or the bias, are lent out for changing.
+    pub(crate) fn forget(&mut self) {
+        if let Weight::Trainable { packed, .. } = self {
+            packed.forget();
+        }
+    }
+
+    pub(crate) fn visit<'a>(&'a self, name: &str, f: &mut Visitor<'_, 'a>) {
+        match self {
+            Weight::Trainable { rows, .. } => f(name, Parameter::Array(rows.view().into_dyn())),
+            Weight::Stored(matrix) => f(name, Parameter::Stored(StoredMatrix(matrix))),
+            Weight::Absent { .. } => {}
+        }
+    }
+
+    pub(crate) fn visit_mut<'a>(&'a mut self, name: &str, f: &mut VisitorMut<'_, 'a>) {
+        self.forget();
+        match self {
+            Weight::Trainable { rows, .. } => f(name, ParameterMut::Array(rows.view_mut().into_dyn())),
+            Weight::Stored(matrix) => f(name, ParameterMut::Stored(matrix)),
+            Weight::Absent { .. } => {}
+        }
+    }
+}
+
+/// A clone packs its own copy.
+impl Clone for Weight {
+    fn clone(&self) -> Self {
+        match self {
+            Weight::Trainable { rows, packed } => Weight::Trainable { rows: rows.clone(), packed: packed.clone() },
+            Weight::Stored(matrix) => Weight::Stored(matrix.clone()),
+            Weight::Absent { outputs, inputs } => Weight::Absent { outputs: *outputs, inputs: *inputs },
+        }
+    }
+}
+
+/// W `[out, in]` for products with Wᵀ's transpose: dy·W.
+fn transposed(team: &Team, rows: ArrayView2<f32>) -> Packed {
+    let ((outputs, inputs), weight) = (rows.dim(), flat(&rows));
+    Packed::refill_from_columns(team, inputs, outputs, |output| &weight[output * inputs..][..inputs], Vec::new())
+}
+
+/// Puts the bias where a product will be added.
+fn start_with(bias: &[f32], y: &mut [f32], mode: Out) {
+    let mut y = ArrayViewMut2::from_shape((y.len() / bias.len().max(1), bias.len()), y).expect("whole rows");
+    let bias = ndarray::ArrayView1::from(bias);
+    match mode {
+        Out::Set => y.assign(&bias),
+        Out::Add => y += &bias,
+    }
+}
