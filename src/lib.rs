@@ -15,7 +15,7 @@
 //! // frames of 12 numbers in, vectors of 64 out
 //! let model = Hymba::build(HymbaOptions::new(12).hidden_size(64).num_layers(2))?;
 //!
-//! // a batch of 3 sequences of 20 frames → one vector a sequence
+//! // a batch of 3 sequences of 20 frames → one vector per sequence
 //! let x = Array3::<f32>::ones((3, 20, 12));
 //! assert_eq!(model.forward(&x)?.dim(), (3, 64));
 //!

@@ -332,7 +332,7 @@ impl HymbaLm {
         Ok(())
     }
 
-    /// Feeds tokens to each row, perhaps none, and hands out the logits after the tokens from `first` on (one entry a row), those of
+    /// Feeds tokens to each row, perhaps none, and hands out the logits after the tokens from `first` on (one entry per row), those of
     /// a row in order.
     pub(super) fn advance(
         &self,
