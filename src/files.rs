@@ -8,10 +8,11 @@ pub(crate) mod header;
 pub(crate) mod nx;
 mod replace;
 pub(crate) mod saved;
+pub(crate) mod stored;
 pub(crate) mod tensors;
 mod write;
 
 pub(crate) use replace::replace;
 pub(crate) use write::Target;
-#[cfg(feature = "lm")]
+#[cfg(all(test, feature = "lm"))]
 pub(crate) use write::write_streamed;

@@ -143,6 +143,7 @@ pub mod train;
 
 pub use encoder::{BlockInspection, Hymba, HymbaBlock, HymbaOptions, HymbaState, Inspection, TrainCache, Variant};
 pub use error::{Error, Result};
+pub use kernels::matmul::Storage;
 pub use layers::{MambaBranch, MetaTokenAttention};
 #[cfg(feature = "lm")]
 pub use lm::{GenerateOptions, Generation, HymbaLm, LmState};

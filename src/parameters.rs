@@ -23,7 +23,7 @@ pub enum Parameter<'a> {
 /// As [`Parameter`], to be changed.
 pub(crate) enum ParameterMut<'a> {
     Array(ArrayViewMutD<'a, f32>),
-    Stored(#[cfg_attr(not(feature = "lm"), allow(dead_code))] &'a mut Matrix),
+    Stored(&'a mut Matrix),
 }
 
 /// A matrix `[out, in]` that is stored for products only.
@@ -54,7 +54,15 @@ impl Parameter<'_> {
         self.len() == 0
     }
 
-    /// Bytes of memory it takes.
+    /// The type it is stored in, if it is stored for products only.
+    pub fn storage(&self) -> Option<Storage> {
+        match self {
+            Parameter::Array(_) => None,
+            Parameter::Stored(matrix) => Some(matrix.storage()),
+        }
+    }
+
+    /// Bytes of memory it takes. (Where it is an array, products make a packed copy of it besides.)
     pub fn num_bytes(&self) -> usize {
         match self {
             Parameter::Array(array) => array.len() * size_of::<f32>(),
@@ -68,6 +76,11 @@ impl StoredMatrix<'_> {
     pub fn shape(&self) -> [usize; 2] {
         let (outputs, inputs) = self.0.dim();
         [outputs, inputs]
+    }
+
+    /// The type its weights are stored in.
+    pub fn storage(&self) -> Storage {
+        self.0.storage()
     }
 
     /// Bits a weight is stored in: 32, 16, 8 or 4. (In 8 and 4 bits, 32 weights share another 16 for their scale.)
@@ -100,8 +113,8 @@ impl fmt::Debug for StoredMatrix<'_> {
     }
 }
 
-#[cfg(feature = "lm")]
 impl ParameterMut<'_> {
+    #[cfg(feature = "lm")]
     pub(crate) fn len(&self) -> usize {
         match self {
             ParameterMut::Array(array) => array.len(),

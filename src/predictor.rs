@@ -9,6 +9,7 @@ use rand::SeedableRng;
 
 use crate::encoder::sequences;
 use crate::encoder::{Keeps, of_numbers};
+use crate::kernels::matmul::Storage;
 use crate::kernels::team::Team;
 use crate::layers::{Linear, Rng};
 use crate::parameters::{Parameter, ParameterMut};
@@ -96,9 +97,9 @@ impl Predictor {
     }
 
     /// A predictor of validated options and task whose parameters are all zero.
-    fn zeros(options: HymbaOptions, task: Task) -> Self {
+    fn zeros(options: HymbaOptions, storage: Option<Storage>, task: Task) -> Self {
         let head = Linear::zeros(options.hidden_size, task.outputs(), true);
-        Predictor { task, encoder: Hymba::zeros(options), head, input: None, output: None }
+        Predictor { task, encoder: Hymba::zeros(options, storage), head, input: None, output: None }
     }
 
     /// Predicts from the last frame of each sequence: x `[b, l, embed_dim]` → `[b, outputs]`; logits in a classification.
@@ -270,9 +271,42 @@ impl Predictor {
 
     /// The number of parameters.
     pub fn num_parameters(&self) -> usize {
-        let mut count = 0;
-        self.visit(&mut |_, parameter| count += parameter.len());
-        count
+        parameters(self.options(), &self.task).expect("options and task of a predictor are valid")
+    }
+
+    /// Bytes of memory that the parameters take: see [`Hymba::num_bytes`].
+    pub fn num_bytes(&self) -> usize {
+        let mut bytes = 0;
+        self.visit_parameters(&mut |_, parameter| bytes += parameter.num_bytes());
+        bytes
+    }
+
+    /// Stores the large matrices of the encoder in this type, for inference: see [`Hymba::store_as`]. The head stays f32.
+    ///
+    /// # Errors
+    ///
+    /// As [`Hymba::store_as`].
+    ///
+    /// ```
+    /// use hymba::{HymbaOptions, Predictor, Storage, Task};
+    ///
+    /// let options = HymbaOptions::new(6).hidden_size(64).num_layers(1);
+    /// let mut predictor = Predictor::build(options, Task::classify(["walking", "standing"]))?;
+    /// predictor.store_as(Storage::Q8)?;
+    /// assert_eq!(Predictor::from_bytes(&predictor.to_bytes()?)?.encoder().storage(), Some(Storage::Q8));
+    /// # Ok::<(), hymba::Error>(())
+    /// ```
+    pub fn store_as(&mut self, storage: Storage) -> Result<()> {
+        self.encoder.store_as(storage)
+    }
+
+    /// Makes it a predictor that can be trained: see [`Hymba::make_trainable`].
+    ///
+    /// # Errors
+    ///
+    /// As [`Hymba::make_trainable`].
+    pub fn make_trainable(&mut self) -> Result<()> {
+        self.encoder.make_trainable()
     }
 
     /// The encoder's table, and what the head adds to it.
@@ -297,6 +331,12 @@ impl Predictor {
         });
     }
 
+    /// As [`visit`](Self::visit), with every parameter as what it is stored in: see [`Hymba::visit_parameters`].
+    pub fn visit_parameters<'a>(&'a self, f: &mut dyn FnMut(&str, Parameter<'a>)) {
+        self.encoder.visit_parameters(f);
+        self.head.visit("head", f);
+    }
+
     /// As [`visit`](Self::visit), for changing the parameters. States made before can no longer be used.
     pub fn visit_mut<'a>(&'a mut self, f: &mut dyn FnMut(&str, ArrayViewMutD<'a, f32>)) {
         self.encoder.visit_mut(f);
@@ -309,7 +349,8 @@ impl Predictor {
 
     /// A predictor of the same task and options whose parameters are all zero: where gradients are gathered.
     pub fn zeros_like(&self) -> Predictor {
-        Predictor::zeros(self.options().clone(), self.task.clone())
+        let (encoder, head) = (self.encoder.zeros_like(), self.head.zeros_like());
+        Predictor { task: self.task.clone(), encoder, head, input: None, output: None }
     }
 }
 
@@ -324,6 +365,10 @@ impl Parameters for Predictor {
 
     fn zeros_like(&self) -> Self {
         self.zeros_like()
+    }
+
+    fn check_trainable(&self) -> Result<()> {
+        self.encoder.check_trainable()
     }
 }
 

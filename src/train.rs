@@ -83,6 +83,16 @@ pub trait Parameters: Sized {
     /// The same parameters, all zero.
     fn zeros_like(&self) -> Self;
 
+    /// Refuses what cannot be trained, such as a model whose matrices are stored for inference only
+    /// ([`Hymba::store_as`](crate::Hymba::store_as)): its walk does not have them. Optimisers ask before they begin.
+    ///
+    /// # Errors
+    ///
+    /// An error that says what to do.
+    fn check_trainable(&self) -> crate::Result<()> {
+        Ok(())
+    }
+
     /// Sets every parameter to zero. Clears a gradient that is not to be used: after [`AdamW::step`] has refused one that is not
     /// finite, it would spoil all later steps.
     ///
@@ -116,6 +126,10 @@ impl Parameters for Hymba {
 
     fn zeros_like(&self) -> Self {
         self.zeros_like()
+    }
+
+    fn check_trainable(&self) -> crate::Result<()> {
+        self.check_trainable()
     }
 }
 

@@ -4,6 +4,7 @@ use ndarray::{Array2, Array3, Array4};
 
 use super::options::HymbaOptions;
 use super::variant::Differences;
+use crate::kernels::matmul::Storage;
 use crate::kernels::team::Team;
 use crate::layers::{
     Activation, AttentionCache, Batch, Buffer, Depth, Dropout, Gate, KvStorage, LayerNorm, LayerState, Linear,
@@ -86,19 +87,27 @@ impl HymbaBlock {
         &self.attention
     }
 
-    pub(crate) fn zeros(options: &HymbaOptions) -> Self {
+    /// All zero, with the [large maps](Self::large_maps_mut) in this type of storage.
+    pub(crate) fn zeros(options: &HymbaOptions, storage: Option<Storage>) -> Self {
         let (h, d, n, r) = (options.hidden_size, options.inner_size(), options.state_size, options.dt_rank());
         let Differences { projection_bias: bias, own_meta, small_variance, .. } = options.variant.differences();
         let (x_proj, dt_proj) = (Linear::zeros(d, r + 2 * n, bias), Linear::zeros(r, d, true));
-        let outer = [Linear::zeros(h, 2 * d, bias), Linear::zeros(d, h, bias)];
+        let large = |inputs, outputs, bias| Linear::zeros_as(inputs, outputs, bias, storage);
+        let outer = [large(h, 2 * d, bias), large(d, h, bias)];
         HymbaBlock {
             norm: LayerNorm::zeros(h, small_variance),
             mamba: MambaBranch::new(&options.mamba(), Some(outer), x_proj, dt_proj),
-            attention: MetaTokenAttention::zeros(options.attention(), h, own_meta),
-            gate: Gate::zeros(h),
+            attention: MetaTokenAttention::zeros(options.attention(), h, own_meta, storage),
+            gate: Gate::zeros(h, storage),
             ffn_norm: LayerNorm::zeros(h, small_variance),
-            ffn: Mlp::new(Activation::Gelu, None, Linear::zeros(h, 4 * h, true), Linear::zeros(4 * h, h, true)),
+            ffn: Mlp::new(Activation::Gelu, None, large(h, 4 * h, true), large(4 * h, h, true)),
         }
+    }
+
+    /// The maps that may be stored narrow: all but W_x and W_dt, which make the time step, B and C of the scan.
+    pub(crate) fn large_maps_mut(&mut self) -> impl Iterator<Item = &mut Linear> {
+        let (branches, gate) = (self.mamba.linears_mut().chain(self.attention.linears_mut()), self.gate.linear_mut());
+        branches.chain([gate]).chain(self.ffn.linears_mut())
     }
 
     /// A gradient of this block, zero.

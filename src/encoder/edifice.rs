@@ -57,11 +57,11 @@ impl Hymba {
             (0..names).for_each(|block| comparison.expect(&piece.name(block), &piece.shape));
         }
         comparison.finish()?;
-        if !fits(model_bytes(&options)) {
+        if !fits(model_bytes(&options, None)) {
             return Err(tensors.error("its model does not fit into memory"));
         }
 
-        let mut model = Hymba::zeros(options);
+        let mut model = Hymba::zeros(options, None);
         let mut filled = Ok(());
         model.visit_mut(&mut |ours, mut array| {
             let (block, ours) = without_block(ours);
@@ -77,7 +77,7 @@ impl Hymba {
     }
 }
 
-fn read(path: &Path) -> Result<Tensors> {
+fn read(path: &Path) -> Result<Tensors<'_>> {
     let mut source = Source::open(path)?;
     if nx::starts(&source.first_bytes()?) {
         return nx::read(source);
@@ -288,7 +288,7 @@ mod tests {
                 }
             }
             let mut expected = BTreeMap::new();
-            Hymba::zeros(options).visit(&mut |name, array| {
+            Hymba::zeros(options, None).visit(&mut |name, array| {
                 if !array.is_empty() {
                     expected.insert(name.to_string(), array.len());
                 }

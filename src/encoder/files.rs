@@ -3,20 +3,22 @@
 //! The format is safetensors. Files are written through a temporary one, and read as a stranger's: see
 //! [`tensors`](crate::files::tensors) for the checks.
 
-use std::io::Write;
+use std::io::{Read, Seek, Write};
 use std::path::Path;
 
-use ndarray::ArrayViewD;
 use serde::de::IgnoredAny;
 use serde::{Deserialize, Serialize};
 
 use super::memory::check_size;
 use super::model::Hymba;
 use super::options::HymbaOptions;
+use super::storage::first_storage;
 use super::streaming::HymbaState;
 use crate::files::saved::{VERSION, entry, fill, origin, write};
 use crate::files::tensors::{Source, Tensors};
 use crate::files::{Target, header};
+use crate::kernels::matmul::Storage;
+use crate::parameters::Parameter;
 use crate::{Error, Result, states};
 
 /// The metadata entry of a saved model.
@@ -24,13 +26,23 @@ use crate::{Error, Result, states};
 struct Saved {
     version: u32,
     options: HymbaOptions,
+    /// How the large matrices are stored; not there where they can be trained.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    storage: Option<Storage>,
     /// There in the file of a predictor.
     #[serde(default, skip_serializing)]
     task: Option<IgnoredAny>,
 }
 
 impl Hymba {
-    /// Writes the model to a safetensors file: every parameter as f32 under its own name, the options in the metadata.
+    /// Writes the model to a safetensors file: every parameter as f32 under its own name, the options in the metadata. Matrices
+    /// that are [stored](Self::store_as) for inference are written as they are stored; in 8 or 4 bits as two tensors:
+    ///
+    /// | of `NAME` `[n, k]`, with b = ⌈k / 32⌉ | type and shape | |
+    /// |---|---|---|
+    /// | `NAME` in 8 bits | U8 `[n, 32·b]` | 128 more than the whole numbers |
+    /// | `NAME` in 4 bits | U8 `[n, 16·b]` | 8 more than they are, two in a byte, the first in the low bits |
+    /// | `NAME_scale` | BF16 `[n, b]` | what the whole numbers of 32 columns are multiplied by |
     ///
     /// The file is written under a temporary name in the same folder and then renamed, so that `path` is at all times
     /// the old file, if there was one, or the complete new one. A symbolic link stays, and what it leads to is replaced; on
@@ -56,8 +68,8 @@ impl Hymba {
     }
 
     fn write(&self, target: Target) -> Result<()> {
-        let saved = Saved { version: VERSION, options: self.options().clone(), task: None };
-        write(target, &saved, &views(self))
+        let (options, storage) = (self.options().clone(), self.storage());
+        write(target, &Saved { version: VERSION, options, storage, task: None }, self.parameters())
     }
 
     /// What [`save`](Self::save) would write to a file: for a database, a network, a browser.
@@ -105,7 +117,51 @@ impl Hymba {
     /// [`Error::Io`] when the file cannot be read, [`Error::Format`] when it is damaged, hostile, or of another format,
     /// and [`Error::Tensors`], with the whole list, when tensors are missing, unexpected or of the wrong shape or type.
     pub fn load(path: impl AsRef<Path>) -> Result<Hymba> {
-        Self::read(Source::open(path.as_ref())?)
+        Self::read(Source::open(path.as_ref())?, None)
+    }
+
+    /// As [`load`](Self::load), with the large matrices stored in another type than in the file: see
+    /// [`store_as`](Self::store_as). They are rounded while they are read, so that the wide ones are never in memory together.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`load`](Self::load) and of [`store_as`](Self::store_as). A type wider than that of the file comes on top of the
+    /// memory that reading may take.
+    ///
+    /// ```
+    /// use hymba::{Hymba, HymbaOptions, Storage};
+    ///
+    /// let folder = tempfile::tempdir()?;
+    /// let path = folder.path().join("model.safetensors");
+    /// Hymba::build(HymbaOptions::new(3).hidden_size(64).num_layers(1))?.save(&path)?;
+    ///
+    /// let narrow = Hymba::load_as(&path, Storage::Q8)?;
+    /// narrow.save(&path)?;
+    /// assert_eq!(Hymba::load(&path)?.storage(), Some(Storage::Q8));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    pub fn load_as(path: impl AsRef<Path>, storage: Storage) -> Result<Hymba> {
+        Self::read(Source::open(path.as_ref())?, Some(storage))
+    }
+
+    /// As [`load`](Self::load), from anything that can be read: from its beginning to its end, wherever it stands.
+    ///
+    /// # Errors
+    ///
+    /// As [`load`](Self::load).
+    ///
+    /// ```
+    /// use std::io::Cursor;
+    /// use hymba::{Hymba, HymbaOptions};
+    ///
+    /// let model = Hymba::build(HymbaOptions::new(3).hidden_size(8).num_layers(1))?;
+    /// let mut file = Cursor::new(Vec::new());
+    /// model.write_to(&mut file)?;
+    /// assert_eq!(Hymba::read_from(&mut file)?.options(), model.options());
+    /// # Ok::<(), hymba::Error>(())
+    /// ```
+    pub fn read_from(reader: impl Read + Seek) -> Result<Hymba> {
+        Self::read(Source::reader(reader)?, None)
     }
 
     /// As [`load`](Self::load), from what [`save`](Self::save) or [`to_bytes`](Self::to_bytes) wrote: a model inside the program, by
@@ -125,16 +181,16 @@ impl Hymba {
     ///
     /// As [`load`](Self::load).
     pub fn from_bytes(bytes: &[u8]) -> Result<Hymba> {
-        Self::read(Source::memory(bytes))
+        Self::read(Source::memory(bytes), None)
     }
 
-    fn read(source: Source) -> Result<Hymba> {
+    fn read(source: Source, asked: Option<Storage>) -> Result<Hymba> {
         let (tensors, saved) = header::read(source)?;
-        let Saved { options, task, .. } = entry(saved, &tensors)?;
+        let Saved { options, storage: in_file, task, .. } = entry(saved, &tensors)?;
         if task.is_some() {
             return Err(tensors.error("it holds an encoder with a head: read it with Predictor::load"));
         }
-        model(options, tensors)
+        model(options, tensors, in_file, asked)
     }
 
     /// Reads the parameters of a model with these options from a safetensors file made elsewhere, in Python for
@@ -169,7 +225,14 @@ impl Hymba {
         if !tensors.names().any(|name| name.starts_with("blocks.")) {
             return Err(tensors.error(format!("its tensors have other names than a model's: {}", origin(&tensors))));
         }
-        model(options, tensors)
+        model(options, tensors, None, None)
+    }
+
+    /// All parameters with their names, in the order of the walk.
+    pub(crate) fn parameters(&self) -> Vec<(String, Parameter<'_>)> {
+        let mut parameters = Vec::new();
+        self.visit_parameters(&mut |name, parameter| parameters.push((name.to_string(), parameter)));
+        parameters
     }
 }
 
@@ -235,19 +298,21 @@ impl Hymba {
     }
 }
 
-/// A model with these options and the `tensors` as its parameters.
-fn model(options: HymbaOptions, mut tensors: Tensors) -> Result<Hymba> {
-    check_size(&options, options.parameters(), &tensors)?;
-    let mut model = Hymba::zeros(options);
-    fill(&mut tensors, &mut |f| model.visit_mut(f))?;
+/// A model with these options and the `tensors` as its parameters, of which the large matrices are in the file as `in_file`
+/// says and are to be stored as `asked`, if they are to be otherwise.
+fn model(
+    options: HymbaOptions,
+    mut tensors: Tensors,
+    in_file: Option<Storage>,
+    asked: Option<Storage>,
+) -> Result<Hymba> {
+    check_size(&options, options.parameters(), in_file, &tensors)?;
+    let mut model = Hymba::zeros(options, first_storage(in_file, asked));
+    fill(&mut tensors, in_file, &mut |f| model.visit_parameters_mut(f))?;
+    if let Some(asked) = asked {
+        model.store_as(asked)?;
+    }
     Ok(model)
-}
-
-/// All parameters with their names, in the order of the walk.
-fn views(model: &Hymba) -> Vec<(String, ArrayViewD<'_, f32>)> {
-    let mut views = Vec::new();
-    model.visit(&mut |name, array| views.push((name.to_string(), array)));
-    views
 }
 
 #[cfg(test)]

@@ -5,7 +5,9 @@ use ndarray::ArrayRef3;
 use super::block::HymbaBlock;
 use super::model::{GROUP, Hymba, PIECE, check_lengths};
 use super::options::HymbaOptions;
+use super::storage::{self, parameter_bytes};
 use crate::files::tensors::Tensors;
+use crate::kernels::matmul::Storage;
 use crate::kernels::team::{threads, work};
 use crate::{Error, Result};
 
@@ -28,13 +30,12 @@ pub(crate) fn fits(bytes: usize) -> bool {
     bytes <= FEW || Vec::<u8>::new().try_reserve_exact(bytes).is_ok()
 }
 
-/// Bytes of a model with these options, before its first call.
-pub(crate) fn model_bytes(options: &HymbaOptions) -> usize {
+/// Bytes of a model with these options and this storage of its large matrices, before its first call.
+pub(crate) fn model_bytes(options: &HymbaOptions, storage: Option<Storage>) -> usize {
     /// What the allocator adds to the arrays of a block.
     const BLOCK_ARRAYS: usize = 1 << 10;
-    let numbers = options.parameters().unwrap_or(usize::MAX);
     let blocks = work([options.num_layers, size_of::<HymbaBlock>() + BLOCK_ARRAYS]);
-    work([numbers, size_of::<f32>()]).saturating_add(blocks)
+    parameter_bytes(options, storage).saturating_add(blocks)
 }
 
 impl Hymba {
@@ -143,8 +144,13 @@ impl Hymba {
 }
 
 /// Checks, before memory is taken, that the file holds enough for a model of these options with so many `parameters`, of
-/// which there may be too many to count.
-pub(crate) fn check_size(options: &HymbaOptions, parameters: Option<usize>, tensors: &Tensors) -> Result<()> {
+/// which there may be too many to count, and with its large matrices stored as in the file.
+pub(crate) fn check_size(
+    options: &HymbaOptions,
+    parameters: Option<usize>,
+    in_file: Option<Storage>,
+    tensors: &Tensors,
+) -> Result<()> {
     /// So much any file may ask for: a small model is built although tensors are missing, and then all are listed.
     const SMALL: usize = 1 << 20;
     const FEW_BLOCKS: usize = 16;
@@ -157,9 +163,11 @@ pub(crate) fn check_size(options: &HymbaOptions, parameters: Option<usize>, tens
         )));
     }
     let twice_the_file = usize::try_from(tensors.file_length()).unwrap_or(usize::MAX).saturating_mul(2);
+    storage::check(options, in_file).map_err(|error| tensors.error(error.to_string()))?;
     let parameters = parameters.unwrap_or(usize::MAX);
-    if parameters.saturating_mul(size_of::<f32>()) <= twice_the_file.max(SMALL) {
-        return match fits(model_bytes(options)) {
+    let saved = parameter_bytes(options, None).saturating_sub(parameter_bytes(options, in_file));
+    if work([parameters, size_of::<f32>()]).saturating_sub(saved) <= twice_the_file.max(SMALL) {
+        return match fits(model_bytes(options, in_file)) {
             true => Ok(()),
             false => Err(tensors.error("its model does not fit into memory")),
         };

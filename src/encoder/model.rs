@@ -10,6 +10,7 @@ use super::block::{BlockInspection, HymbaBlock};
 use super::memory::{Keeps, fits, model_bytes};
 use super::options::HymbaOptions;
 use super::variant::Differences;
+use crate::kernels::matmul::Storage;
 use crate::kernels::team::{Team, with_team, work};
 use crate::layers::{Batch, Buffer, LayerNorm, Lazy, Linear, Rng, SequenceState, flat, init_meta_tokens};
 use crate::parameters::{Parameter, ParameterMut, Visitor, VisitorMut, next_id};
@@ -50,6 +51,8 @@ pub struct Hymba {
     pub(super) meta_tokens: Option<Array2<f32>>,
     pub(super) blocks: Vec<HymbaBlock>,
     pub(super) final_norm: LayerNorm,
+    /// Of the large matrices, if they are not to be trained.
+    pub(super) storage: Option<Storage>,
     /// What a sequence remembers before its first frame: what the meta tokens left behind.
     pub(super) initial: Lazy<Arc<SequenceState>>,
     /// Identifies this set of weights within the process; clones share it.
@@ -80,12 +83,12 @@ impl Hymba {
     /// [`Error::Option`] if an option is outside its range, see [`HymbaOptions`], or if the model does not fit into memory.
     pub fn build(options: HymbaOptions) -> Result<Self> {
         options.validate()?;
-        let fit = |options: &HymbaOptions| fits(model_bytes(options));
+        let fit = |options: &HymbaOptions| fits(model_bytes(options, None));
         if !fit(&options) {
             return Err(options.too_large("so many do not fit into memory", fit));
         }
         let mut rng = Rng::seed_from_u64(options.seed);
-        let mut model = Self::zeros(options);
+        let mut model = Self::zeros(options, None);
         if let Some(input_proj) = &mut model.input_proj {
             input_proj.init(&mut rng);
         }
@@ -99,16 +102,17 @@ impl Hymba {
         Ok(model)
     }
 
-    /// A model of validated options whose parameters are all zero.
-    pub(crate) fn zeros(options: HymbaOptions) -> Self {
+    /// A model of validated options whose parameters are all zero, with the large matrices in this type of storage.
+    pub(crate) fn zeros(options: HymbaOptions, storage: Option<Storage>) -> Self {
         let (e, h, k) = (options.embed_dim, options.hidden_size, options.num_meta_tokens);
         let Differences { own_meta, small_variance, .. } = options.variant.differences();
         Hymba {
             input_proj: (e != h).then(|| Linear::zeros(e, h, true)),
             meta_tokens: (k > 0 && !own_meta).then(|| Array2::zeros((k, h))),
-            blocks: (0..options.num_layers).map(|_| HymbaBlock::zeros(&options)).collect(),
+            blocks: (0..options.num_layers).map(|_| HymbaBlock::zeros(&options, storage)).collect(),
             final_norm: LayerNorm::zeros(h, small_variance),
             options,
+            storage,
             initial: Lazy::new(),
             id: next_id(),
             fingerprint: Lazy::new(),
@@ -261,6 +265,7 @@ impl Hymba {
             blocks: self.blocks.iter().map(HymbaBlock::zeros_like).collect(),
             final_norm: self.final_norm.zeros_like(),
             options: self.options.clone(),
+            storage: self.storage,
             initial: Lazy::new(),
             id: next_id(),
             fingerprint: Lazy::new(),
@@ -273,7 +278,8 @@ impl Hymba {
         self.options.parameters().expect("the options of a model are valid")
     }
 
-    /// Calls `f` with the name and the values of every parameter, in a fixed order. The names are those in files.
+    /// Calls `f` with the name and the values of every parameter, in a fixed order. The names are those in files. Matrices that are
+    /// [stored](Self::store_as) for inference have no values to lend: see [`visit_parameters`](Self::visit_parameters).
     ///
     /// ```
     /// use hymba::{Hymba, HymbaOptions};
@@ -292,8 +298,21 @@ impl Hymba {
         });
     }
 
-    /// The walk behind [`visit`](Self::visit).
-    pub(crate) fn visit_parameters<'a>(&'a self, f: &mut Visitor<'_, 'a>) {
+    /// As [`visit`](Self::visit), with every parameter as what it is stored in.
+    ///
+    /// ```
+    /// use hymba::{Hymba, HymbaOptions, Storage};
+    ///
+    /// let mut model = Hymba::build(HymbaOptions::new(5).hidden_size(16).num_heads(2).num_layers(1))?;
+    /// model.store_as(Storage::Bf16)?;
+    /// model.visit_parameters(&mut |name, parameter| match parameter.storage() {
+    ///     Some(storage) => assert!(storage == Storage::Bf16 && name.ends_with(".weight")),
+    ///     None => println!("{name} {:?}", parameter.shape()),
+    /// });
+    /// # Ok::<(), hymba::Error>(())
+    /// ```
+    pub fn visit_parameters<'a>(&'a self, f: &mut dyn FnMut(&str, Parameter<'a>)) {
+        let f: &mut Visitor<'_, 'a> = f;
         if let Some(input_proj) = &self.input_proj {
             input_proj.visit("input_proj", f);
         }

@@ -48,9 +48,10 @@ impl Hymba {
         let options = self.options();
         let _ = writeln!(
             table,
-            "{} parameters, {:.1} MB; frames of width {} → {}, {} blocks, {} meta tokens, variant {:?}",
+            "{} parameters, {:.1} MB{}; frames of width {} → {}, {} blocks, {} meta tokens, variant {:?}",
             grouped(count),
-            (count * size_of::<f32>()) as f64 / 1e6,
+            self.num_bytes() as f64 / 1e6,
+            self.storage().map_or(String::new(), |storage| format!(", large matrices stored as {storage:?}")),
             options.embed_dim,
             options.output_size(),
             options.num_layers,

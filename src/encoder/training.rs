@@ -60,7 +60,7 @@ impl Hymba {
     ///
     /// # Errors
     ///
-    /// As [`forward_ragged`](Self::forward_ragged).
+    /// As [`forward_ragged`](Self::forward_ragged); [`Error::Option`] if the model is [stored](Self::store_as) for inference.
     ///
     /// ```
     /// use hymba::{Hymba, HymbaOptions};
@@ -91,7 +91,7 @@ impl Hymba {
     ///
     /// # Errors
     ///
-    /// As [`forward_ragged`](Self::forward_ragged).
+    /// As [`forward_train`](Self::forward_train).
     pub fn forward_sequence_train(
         &self,
         x: &ArrayRef3<f32>,
@@ -147,6 +147,7 @@ impl Hymba {
     /// All blocks of a training step, up to the final norm. The whole batch goes through a layer together, so that the
     /// gradient of a matrix is one product and one sum over all frames.
     fn run_train(&self, x: &ArrayRef3<f32>, lengths: Option<&[usize]>, seed: u64) -> Result<(Buffer, TrainCache)> {
+        self.check_trainable()?;
         let (batch, l) = self.check_batch(x, lengths, Keeps::Cache, 0)?;
         let lengths = lengths.map_or_else(|| vec![l; batch], <[usize]>::to_vec);
         Ok(with_team(self.work(lengths.iter().sum()), |team| {
@@ -247,6 +248,7 @@ impl Hymba {
             return Err(Error::State(advice.into()));
         }
         let same = |options: &HymbaOptions| HymbaOptions { dropout: 0.0, seed: 0, ..options.clone() };
+        grads.check_trainable()?;
         if same(&grads.options) != same(&self.options) {
             return Err(Error::State("grads is of a model with other options; make it with zeros_like".into()));
         }

@@ -5,7 +5,7 @@ use crate::{Error, Result};
 
 /// Compares them one by one: a list of all of them would take more memory than a small file.
 pub(crate) struct Comparison<'a> {
-    tensors: &'a Tensors,
+    tensors: &'a Tensors<'a>,
     found: Vec<&'a str>,
     remarks: Vec<String>,
     problems: Vec<String>,
@@ -18,20 +18,25 @@ impl<'a> Comparison<'a> {
     const LISTED: usize = 1000;
 
     /// With differences that have been found already.
-    pub(crate) fn new(tensors: &'a Tensors, remarks: Vec<String>) -> Self {
+    pub(crate) fn new(tensors: &'a Tensors<'a>, remarks: Vec<String>) -> Self {
         Comparison { tensors, found: Vec::new(), remarks, problems: Vec::new(), more: 0 }
     }
 
     /// There is to be a tensor of floats with this name and shape.
     pub(crate) fn expect(&mut self, name: &str, shape: &[usize]) {
+        self.expect_kind(name, shape, Kind::Float);
+    }
+
+    /// There is to be a tensor with this name and shape, of such numbers.
+    pub(crate) fn expect_kind(&mut self, name: &str, shape: &[usize], kind: Kind) {
         let Some((name, found)) = self.tensors.entry(name) else {
             return self.problem(|| format!("{}: missing, expected shape {shape:?}", quoted(name)));
         };
         self.found.push(name);
         if found.shape != shape {
             self.problem(|| format!("{}: has shape {:?}, expected {shape:?}", quoted(name), found.shape));
-        } else if !Kind::Float.has(found.dtype) {
-            let expected = Kind::Float.names();
+        } else if !kind.has(found.dtype) {
+            let expected = kind.names();
             self.problem(|| format!("{}: has type {}, expected {expected}", quoted(name), found.dtype));
         }
     }

@@ -11,6 +11,7 @@ use serde::Deserialize;
 use serde::de::{Deserializer, Error as _, MapAccess, Visitor};
 
 use super::header::{self, printable};
+use super::stored::Files;
 use super::tensors::{Kind, MAX_HEADER, MAX_NAME, MAX_TENSORS, Source, Tensors, differences, quoted};
 use crate::lm::python_json;
 use crate::{Error, Result};
@@ -25,15 +26,15 @@ const MAX_SHARDS: usize = 256;
 const MAX_FILE_NAME: usize = 255;
 
 /// The tensors of a checkpoint, wherever in the folder they lie. Nothing of them is in memory but names and shapes.
-pub(crate) struct Folder {
+pub(crate) struct Folder<'a> {
     /// The file that stands for all of them in messages.
     path: PathBuf,
-    shards: Vec<Tensors>,
+    shards: Vec<Tensors<'a>>,
     /// In which of the shards a tensor is.
     places: BTreeMap<String, usize>,
 }
 
-impl Folder {
+impl<'a> Folder<'a> {
     /// Opens the files of the folder and checks that they hold what they say, and what the index says.
     ///
     /// Where there is both a `model.safetensors` and an index, the index is ignored.
@@ -64,8 +65,13 @@ impl Folder {
 
     fn one(path: PathBuf) -> Result<Self> {
         let (tensors, _) = header::read(Source::open(&path)?)?;
+        Ok(Self::of(tensors))
+    }
+
+    /// As a folder with this one file in it.
+    pub(crate) fn of(tensors: Tensors<'a>) -> Self {
         let places = tensors.names().map(|name| (name.to_string(), 0)).collect();
-        Ok(Folder { path, shards: vec![tensors], places })
+        Folder { path: tensors.path().to_path_buf(), shards: vec![tensors], places }
     }
 
     fn several(folder: &Path, path: PathBuf) -> Result<Self> {
@@ -126,9 +132,9 @@ impl Folder {
 
     /// Checks that the checkpoint has exactly the `expected` tensors, each of its shape and kind. Others whose names are
     /// `ignored` may be there, too, whatever they are. Every difference is in the one error.
-    pub(crate) fn check<'a>(
+    pub(crate) fn check<'e>(
         &self,
-        expected: impl IntoIterator<Item = (&'a str, &'a [usize], Kind)>,
+        expected: impl IntoIterator<Item = (&'e str, &'e [usize], Kind)>,
         ignored: impl Fn(&str) -> bool,
     ) -> Result<()> {
         let expected = expected.into_iter().map(|(name, shape, kind)| (name, (shape, kind))).collect();
@@ -144,11 +150,11 @@ impl Folder {
         Err(Error::Tensors { path: self.path.clone(), problems })
     }
 
-    fn shard(&self, name: &str) -> Option<&Tensors> {
+    fn shard(&self, name: &str) -> Option<&Tensors<'a>> {
         self.shards.get(*self.places.get(name)?)
     }
 
-    fn shard_mut(&mut self, name: &str) -> Result<&mut Tensors> {
+    fn shard_mut(&mut self, name: &str) -> Result<&mut Tensors<'a>> {
         match self.places.get(name) {
             Some(&shard) => Ok(&mut self.shards[shard]),
             None => Err(self.error(format!("{}: missing", quoted(name)))),
@@ -188,15 +194,11 @@ impl Folder {
         }
         Ok(true)
     }
+}
 
-    /// Reads a tensor of floats row by row: see [`Tensors::read_rows`].
-    pub(crate) fn read_rows(&mut self, name: &str, take: &mut dyn FnMut(usize, &[f32])) -> Result<()> {
-        self.shard_mut(name)?.read_rows(name, take)
-    }
-
-    /// Reads the bytes of a tensor row by row: see [`Tensors::read_byte_rows`].
-    pub(crate) fn read_byte_rows(&mut self, name: &str, take: &mut dyn FnMut(usize, &[u8])) -> Result<()> {
-        self.shard_mut(name)?.read_byte_rows(name, take)
+impl<'a> Files<'a> for Folder<'a> {
+    fn holding(&mut self, name: &str) -> Result<&mut Tensors<'a>> {
+        self.shard_mut(name)
     }
 }
 

@@ -18,7 +18,7 @@ pub(crate) const OPTIONS_KEY: &str = "hymba";
 const LENGTH_BYTES: u64 = 8;
 
 /// The tensors of a safetensors file, and its metadata under [`OPTIONS_KEY`].
-pub(crate) fn read(mut source: Source) -> Result<(Tensors, Option<String>)> {
+pub(crate) fn read(mut source: Source<'_>) -> Result<(Tensors<'_>, Option<String>)> {
     let first = source.first_bytes()?;
     if let Some(format) = other_format(&first) {
         return Err(source.error(format!("not a safetensors file but {format}")));

@@ -22,7 +22,7 @@ pub(crate) fn starts(first: &[u8; 9]) -> bool {
 }
 
 /// The tensors of an `.nx` file, named `outer.inner` by the keys of the maps around them.
-pub(crate) fn read(mut source: Source) -> Result<Tensors> {
+pub(crate) fn read(mut source: Source<'_>) -> Result<Tensors<'_>> {
     if source.length() < FIXED_BYTES as u64 {
         return Err(source.error("an Nx.serialize file that is cut short"));
     }

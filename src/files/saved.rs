@@ -2,36 +2,31 @@
 
 use std::io::{self, Write};
 
-use ndarray::{ArrayViewD, ArrayViewMutD};
 use safetensors::Dtype;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::comparison::Comparison;
 use super::header::{OPTIONS_KEY, printable};
+use super::stored;
 use super::tensors::Tensors;
 use super::write::{Target, write_streamed};
+use crate::kernels::matmul::Storage;
+use crate::parameters::{Parameter, ParameterMut};
 use crate::{Error, Result};
 
 /// The version of what this crate writes.
 pub(crate) const VERSION: u32 = 1;
 
-/// Writes a safetensors file of f32 tensors, with `saved` in its metadata.
-pub(crate) fn write(target: Target, saved: &impl Serialize, tensors: &[(String, ArrayViewD<'_, f32>)]) -> Result<()> {
-    let infos: Vec<_> =
-        tensors.iter().map(|(name, array)| (name.clone(), Dtype::F32, array.shape().to_vec())).collect();
-    write_metadata(target, saved, &infos, &mut |index, file| {
-        const PIECE: usize = 1 << 16;
-        let mut piece = Vec::new();
-        for number in &tensors[index].1 {
-            piece.extend(number.to_le_bytes());
-            if piece.len() == PIECE {
-                file.write_all(&piece)?;
-                piece.clear();
-            }
-        }
-        file.write_all(&piece)
-    })
+/// Writes a safetensors file of parameters, with `saved` in its metadata.
+pub(crate) fn write<'a>(
+    target: Target,
+    saved: &impl Serialize,
+    parameters: impl IntoIterator<Item = (String, Parameter<'a>)>,
+) -> Result<()> {
+    let parameters = parameters.into_iter().map(|(name, parameter)| (name, parameter.shape(), parameter));
+    let saved = text(&target, saved)?;
+    stored::write(target, &[(OPTIONS_KEY, &saved)], &parameters.collect::<Vec<_>>())
 }
 
 /// Writes a safetensors file with `saved` in its metadata: one entry there, so that saving twice gives the same bytes. The rest is
@@ -42,22 +37,35 @@ pub(crate) fn write_metadata(
     tensors: &[(String, Dtype, Vec<usize>)],
     write: &mut dyn FnMut(usize, &mut dyn Write) -> io::Result<()>,
 ) -> Result<()> {
-    let saved = serde_json::to_string(saved).map_err(|error| Error::format(target.name(), error.to_string()))?;
+    let saved = text(&target, saved)?;
     write_streamed(target, tensors, &[(OPTIONS_KEY, &saved)], write)
 }
 
-/// A walk over names and the places for their numbers, the same ones every time.
-pub(crate) type Walk<'w> = dyn FnMut(&mut dyn FnMut(&str, ArrayViewMutD<'_, f32>)) + 'w;
+fn text(target: &Target, saved: &impl Serialize) -> Result<String> {
+    serde_json::to_string(saved).map_err(|error| Error::format(target.name(), error.to_string()))
+}
 
-/// Checks that the file has exactly the tensors that have a place, and reads them.
-pub(crate) fn fill(tensors: &mut Tensors, walk: &mut Walk<'_>) -> Result<()> {
+/// A walk over names and the places for their numbers, the same ones every time.
+pub(crate) type Walk<'w> = dyn FnMut(&mut dyn FnMut(&str, ParameterMut<'_>)) + 'w;
+
+/// Checks that the file has exactly the tensors that have a place, and reads them. Matrices that are not to be trained are in the
+/// file as `in_file` says.
+pub(crate) fn fill(tensors: &mut Tensors, in_file: Option<Storage>, walk: &mut Walk<'_>) -> Result<()> {
     let mut comparison = Comparison::new(tensors, Vec::new());
-    walk(&mut |name, array| comparison.expect(name, array.shape()));
+    walk(&mut |name, parameter| match parameter {
+        ParameterMut::Array(array) => comparison.expect(name, array.shape()),
+        ParameterMut::Stored(matrix) => {
+            let (outputs, inputs) = matrix.dim();
+            for (name, shape, kind) in stored::tensors(name.to_string(), vec![outputs, inputs], in_file) {
+                comparison.expect_kind(&name, &shape, kind);
+            }
+        }
+    });
     comparison.finish()?;
     let mut read = Ok(());
-    walk(&mut |name, array| {
+    walk(&mut |name, parameter| {
         if read.is_ok() {
-            read = tensors.read_into(name, array);
+            read = stored::read(tensors, name, parameter, in_file);
         }
     });
     read

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 use std::fs::{self, File};
-use std::io::{self, Cursor, Read, Seek, SeekFrom};
+use std::io::{Cursor, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 
 use ndarray::ArrayViewMutD;
@@ -12,6 +12,8 @@ use safetensors::Dtype;
 use super::float::Float;
 use crate::{Error, Result};
 
+/// What is not in a file is called so in errors.
+pub(crate) const BYTES: &str = "<bytes>";
 /// Longest table of contents read from a file. A block needs about 3 kB of it.
 pub(crate) const MAX_HEADER: u64 = 4 << 20;
 /// Most tensors in a file, enough for 500 blocks. In memory an entry is several times its length in the header.
@@ -21,36 +23,19 @@ pub(crate) const MAX_NAME: usize = 256;
 /// Most axes of a tensor.
 pub(crate) const MAX_RANK: usize = 8;
 
-/// An open regular file and its true length.
-pub(crate) struct Source {
+/// An open regular file, or what would be in one, and its true length.
+pub(crate) struct Source<'a> {
     /// Where it is, or what it is called in errors.
     path: PathBuf,
-    contents: Contents,
+    contents: Box<dyn Contents + 'a>,
     length: u64,
 }
 
-enum Contents {
-    File(File),
-    Memory(Cursor<Vec<u8>>),
-}
+trait Contents: Read + Seek {}
 
-impl Contents {
-    fn seek(&mut self, position: SeekFrom) -> io::Result<u64> {
-        match self {
-            Contents::File(file) => file.seek(position),
-            Contents::Memory(bytes) => bytes.seek(position),
-        }
-    }
+impl<C: Read + Seek> Contents for C {}
 
-    fn read_exact(&mut self, bytes: &mut [u8]) -> io::Result<()> {
-        match self {
-            Contents::File(file) => file.read_exact(bytes),
-            Contents::Memory(from) => from.read_exact(bytes),
-        }
-    }
-}
-
-impl Source {
+impl<'a> Source<'a> {
     pub(crate) fn open(path: &Path) -> Result<Self> {
         let io = |source| Error::io(path, source);
         // asked before opening: opening a pipe waits for somebody to write to it
@@ -59,13 +44,19 @@ impl Source {
         }
         let file = File::open(path).map_err(io)?;
         let length = file.metadata().map_err(io)?.len();
-        Ok(Source { path: path.to_path_buf(), contents: Contents::File(file), length })
+        Ok(Source { path: path.to_path_buf(), contents: Box::new(file), length })
     }
 
     /// What a file would hold.
-    pub(crate) fn memory(bytes: &[u8]) -> Self {
+    pub(crate) fn memory(bytes: &'a [u8]) -> Self {
         let length = bytes.len() as u64;
-        Source { path: "<bytes>".into(), contents: Contents::Memory(Cursor::new(bytes.to_vec())), length }
+        Source { path: BYTES.into(), contents: Box::new(Cursor::new(bytes)), length }
+    }
+
+    /// What can be read from the beginning to the end, wherever the reader stands.
+    pub(crate) fn reader(mut reader: impl Read + Seek + 'a) -> Result<Self> {
+        let length = reader.seek(SeekFrom::End(0)).map_err(|source| Error::io(Path::new(BYTES), source))?;
+        Ok(Source { path: BYTES.into(), contents: Box::new(reader), length })
     }
 
     pub(crate) fn length(&self) -> u64 {
@@ -158,16 +149,16 @@ pub(crate) fn add(tensors: &mut BTreeMap<String, Tensor>, name: String, tensor: 
 
 /// Named tensors that lie one after the other in a file. They are read one by one, so that no second copy of the file
 /// is ever in memory.
-pub(crate) struct Tensors {
-    source: Source,
+pub(crate) struct Tensors<'a> {
+    source: Source<'a>,
     data_start: u64,
     tensors: BTreeMap<String, Tensor>,
 }
 
-impl Tensors {
+impl<'a> Tensors<'a> {
     /// Checks that the tensors fill the data of the file from its first byte to its last, each exactly as large as its
     /// type and shape say: so none overlap, and all of them together are no larger than the file.
-    pub(crate) fn new(source: Source, data_start: u64, tensors: BTreeMap<String, Tensor>) -> Result<Self> {
+    pub(crate) fn new(source: Source<'a>, data_start: u64, tensors: BTreeMap<String, Tensor>) -> Result<Self> {
         let mut in_order: Vec<_> = tensors.iter().collect();
         in_order.sort_by_key(|(_, tensor)| (tensor.start, tensor.stop));
         let mut end = 0;
@@ -281,7 +272,6 @@ impl Tensors {
     ///
     /// The first axis counts the rows, and the others are a row. What has one axis or none is a single row, and what has
     /// no elements has no rows.
-    #[cfg(feature = "lm")]
     pub(crate) fn read_rows(&mut self, name: &str, take: &mut dyn FnMut(usize, &[f32])) -> Result<()> {
         let Some(float) = self.tensors.get(name).and_then(|tensor| Float::of(tensor.dtype)) else {
             return Err(self.error(format!("{}: not a tensor of floats", quoted(name))));
@@ -314,7 +304,6 @@ impl Tensors {
 
     /// As [`read_rows`](Self::read_rows), but with the bytes of the rows as they stand in the file, little-endian, whatever
     /// their type.
-    #[cfg(feature = "lm")]
     pub(crate) fn read_byte_rows(&mut self, name: &str, take: &mut dyn FnMut(usize, &[u8])) -> Result<()> {
         let size = self.row_size(name)?;
         let mut row = 0;
@@ -345,7 +334,6 @@ impl Tensors {
     }
 
     /// Bytes of a row.
-    #[cfg(feature = "lm")]
     fn row_size(&self, name: &str) -> Result<usize> {
         let found = self.tensors.get(name).and_then(|tensor| {
             let rows = if tensor.shape.len() > 1 { tensor.shape[0].max(1) } else { 1 };
@@ -417,7 +405,6 @@ pub(crate) enum Kind {
     /// Numbers that become f32: F32, F64, F16, BF16.
     Float,
     /// Bytes, of whatever meaning: I8, U8.
-    #[cfg(feature = "lm")]
     Bytes,
 }
 
@@ -425,7 +412,6 @@ impl Kind {
     pub(super) fn has(self, dtype: Dtype) -> bool {
         match self {
             Kind::Float => Float::of(dtype).is_some(),
-            #[cfg(feature = "lm")]
             Kind::Bytes => matches!(dtype, Dtype::I8 | Dtype::U8),
         }
     }
@@ -433,7 +419,6 @@ impl Kind {
     pub(super) fn names(self) -> &'static str {
         match self {
             Kind::Float => "F32, F64, F16 or BF16",
-            #[cfg(feature = "lm")]
             Kind::Bytes => "I8 or U8",
         }
     }

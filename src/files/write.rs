@@ -10,7 +10,7 @@ use serde::ser::{Error as _, SerializeMap};
 use serde::{Serialize, Serializer};
 
 use super::replace::replace;
-use super::tensors::{MAX_HEADER, MAX_NAME, MAX_RANK, MAX_TENSORS, Tensor, quoted};
+use super::tensors::{BYTES, MAX_HEADER, MAX_NAME, MAX_RANK, MAX_TENSORS, Tensor, quoted};
 use crate::{Error, Result};
 
 /// Writes a safetensors file of `tensors`, given by name, type and shape, with `metadata` in its header.
@@ -72,7 +72,7 @@ impl<'a> Target<'a> {
     pub(crate) fn name(&self) -> &'a Path {
         match self {
             Target::File(path) => path,
-            Target::Writer(_) => Path::new("<bytes>"),
+            Target::Writer(_) => Path::new(BYTES),
         }
     }
 }

@@ -18,7 +18,8 @@ use super::team::Team;
 use product::{Floats, Product};
 
 pub(crate) use gradient::matmul_gradient;
-pub(crate) use matrix::{Matrix, Storage};
+pub(crate) use matrix::Matrix;
+pub use matrix::Storage;
 pub(crate) use packed::{PANEL, Packed};
 #[cfg(feature = "lm")]
 pub(crate) use quantized::BLOCK;

@@ -11,6 +11,7 @@ use super::{Buffer, Linear, Rng, flat, flat_mut};
 use crate::kernels::attention::{
     AttentionGradient, AttentionOutput, Head, PackedHead, attend_backward, attend_tile, tiles, weights,
 };
+use crate::kernels::matmul::Storage;
 use crate::kernels::norm::rms_norm_in_place;
 use crate::kernels::rows::Rows;
 use crate::kernels::team::Team;
@@ -105,8 +106,8 @@ debug_shapes!(MetaTokenAttention);
 
 impl MetaTokenAttention {
     /// With maps of its own `[h, h]` and a bias each, and with meta keys and values of its own if it `owns_meta`.
-    pub(crate) fn zeros(config: AttentionConfig, h: usize, owns_meta: bool) -> Self {
-        let linear = || Linear::zeros(h, h, true);
+    pub(crate) fn zeros(config: AttentionConfig, h: usize, owns_meta: bool, storage: Option<Storage>) -> Self {
+        let linear = || Linear::zeros_as(h, h, true, storage);
         let meta = || Array2::zeros((config.kv.meta, h));
         MetaTokenAttention {
             config,

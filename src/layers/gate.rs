@@ -6,6 +6,7 @@ use super::batch::for_rows;
 use super::{Buffer, Linear, Rng, flat, flat_mut};
 use crate::kernels::clock::{Part, Work, timed};
 use crate::kernels::math::{self, Sigmoid};
+use crate::kernels::matmul::Storage;
 use crate::kernels::team::Team;
 use crate::parameters::{Visitor, VisitorMut};
 
@@ -16,8 +17,13 @@ pub(crate) struct Gate {
 }
 
 impl Gate {
-    pub(crate) fn zeros(h: usize) -> Self {
-        Gate { linear: Linear::zeros(h, h, true) }
+    pub(crate) fn zeros(h: usize, storage: Option<Storage>) -> Self {
+        Gate { linear: Linear::zeros_as(h, h, true, storage) }
+    }
+
+    /// The map of the gate.
+    pub(crate) fn linear_mut(&mut self) -> &mut Linear {
+        &mut self.linear
     }
 
     /// A gradient of this gate, zero.

@@ -4,6 +4,7 @@ use ndarray::{Array1, Array2, ArrayView2};
 
 use super::{Buffer, Rng, Weight, flat, flat_mut};
 use crate::kernels::clock::{Part, Work, timed};
+use crate::kernels::matmul::Storage;
 use crate::kernels::rows::{Out, Rows};
 use crate::kernels::team::Team;
 use crate::parameters::{Parameter, ParameterMut, Visitor, VisitorMut, join};
@@ -19,6 +20,16 @@ impl Linear {
     /// All zero; to be trained.
     pub(crate) fn zeros(inputs: usize, outputs: usize, bias: bool) -> Self {
         Self::with_weight(Weight::zeros(outputs, inputs), bias)
+    }
+
+    /// All zero: to be trained, or stored in a type.
+    pub(crate) fn zeros_as(inputs: usize, outputs: usize, bias: bool, storage: Option<Storage>) -> Self {
+        Self::with_weight(Weight::zeros_as(outputs, inputs, storage), bias)
+    }
+
+    /// See [`Weight::store_as`].
+    pub(crate) fn store_as(&mut self, storage: Option<Storage>) {
+        self.weight.store_as(storage);
     }
 
     /// With this weight, and a bias of zero if there is one.

@@ -118,6 +118,11 @@ impl MambaBranch {
         self.inner_norms.iter_mut().flatten().for_each(RmsNorm::init);
     }
 
+    /// The large maps.
+    pub(crate) fn linears_mut(&mut self) -> impl Iterator<Item = &mut Linear> {
+        self.projections.iter_mut().flatten()
+    }
+
     /// Parameters of a branch with maps `[2d, h]` and `[h, d]` of its own, without inner norms.
     pub(crate) fn count(config: &MambaConfig, h: usize, r: usize, bias: bool) -> Option<usize> {
         let (d, n) = (config.inner, config.states);

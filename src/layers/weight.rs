@@ -32,6 +32,29 @@ impl Weight {
         Weight::Stored(Matrix::zeros(outputs, inputs, storage))
     }
 
+    /// All zero: to be trained, or stored in a type.
+    pub(crate) fn zeros_as(outputs: usize, inputs: usize, storage: Option<Storage>) -> Self {
+        match storage {
+            Some(storage) => Self::stored(outputs, inputs, storage),
+            None => Self::zeros(outputs, inputs),
+        }
+    }
+
+    /// The same numbers as a weight to be trained, or rounded to the type they are to be stored in.
+    pub(crate) fn store_as(&mut self, storage: Option<Storage>) {
+        let (outputs, inputs) = self.dim();
+        let mut new = Self::zeros_as(outputs, inputs, storage);
+        match &mut new {
+            Weight::Trainable { rows, .. } => {
+                let rows = rows.rows_mut().into_iter().enumerate();
+                rows.for_each(|(output, mut row)| self.row(output, row.as_slice_mut().expect("a row of a new array")));
+            }
+            Weight::Stored(matrix) => matrix.set_rows(|output, row| self.row(output, row)),
+            Weight::Absent { .. } => {}
+        }
+        *self = new;
+    }
+
     /// A gradient of this weight, zero.
     pub(crate) fn zeros_like(&self) -> Self {
         let (outputs, inputs) = self.dim();
@@ -91,7 +114,12 @@ impl Weight {
                 };
                 matrix.multiply(team, x, m, y, mode);
             }
-            Weight::Absent { .. } => unreachable!("gradients are not multiplied by anything"),
+            // as a matrix of zeros
+            Weight::Absent { .. } => match (bias, mode) {
+                (Some(bias), mode) => start_with(bias, y, mode),
+                (None, Out::Set) => y.fill(0.0),
+                (None, Out::Add) => {}
+            },
         }
     }
 

@@ -1,7 +1,7 @@
 //! Reading and writing folders as the Hugging Face Hub has them.
 
 use std::fs;
-use std::io::{self, Write};
+use std::io::Write;
 use std::path::Path;
 
 use safetensors::Dtype;
@@ -10,16 +10,13 @@ use super::config::{HymbaLmConfig, Quantization, TorchDtype};
 use super::model::HymbaLm;
 use super::names::{EMBEDDING, HEAD};
 use super::python_json::without_bom;
-use super::quantization::{scales_of, tensors};
 use super::sample::end_tokens;
 use super::size::{fits, is_matrix};
-use crate::files::float::Float;
 use crate::files::folder::{Folder, SINGLE, other_contents};
-use crate::files::{Target, replace, write_streamed};
-use crate::kernels::matmul::{Matrix, Storage};
+use crate::files::{Target, replace, stored};
+use crate::kernels::matmul::Storage;
 use crate::kernels::simd::Level;
 use crate::layers::KvStorage;
-use crate::parameters::{Parameter, ParameterMut, StoredMatrix};
 use crate::{Error, Result};
 
 const CONFIG: &str = "config.json";
@@ -200,13 +197,13 @@ impl HymbaLm {
         if let Some(ids) = end_tokens(folder, config.vocab_size)? {
             config.eos_token_id = ids;
         }
-        let stored = config.quantization;
-        config.quantization = stored.then(options.quantize)?;
+        let in_files = config.quantization;
+        config.quantization = in_files.then(options.quantize)?;
         if let (Quantization::None, Some(dtype)) = (config.quantization, options.dtype) {
             config.torch_dtype = Some(dtype);
         }
         let mut folder = Folder::open(folder)?;
-        let embedding = check(&mut folder, &mut config, stored)?;
+        let embedding = check(&mut folder, &mut config, in_files)?;
 
         let quantization = config.quantization;
         let storage =
@@ -228,7 +225,7 @@ impl HymbaLm {
         lm.visit_mut(&mut |name, parameter| {
             if result.is_ok() {
                 progress.parameters += parameter.len() as u64;
-                result = read(&mut folder, in_file(name, embedding), parameter, stored);
+                result = stored::read(&mut folder, in_file(name, embedding), parameter, in_files.storage(name));
                 on_progress(progress);
             }
         });
@@ -268,20 +265,10 @@ impl HymbaLm {
         self.visit(&mut |name, parameter| {
             parameters.insert(name.to_string(), parameter);
         });
-        let quantization = self.config().quantization;
-        let (mut contents, mut parts) = (Vec::new(), Vec::new());
-        for (name, shape) in self.config().tensors() {
-            let Some(parameter) = parameters.get(&name) else { continue };
-            for (part, shape, _) in tensors(name.clone(), shape, quantization) {
-                let scales = part != name;
-                contents.push((part, parameter.dtype(scales), shape));
-                parts.push((parameter, scales));
-            }
-        }
-        write_streamed(Target::File(&path.join(SINGLE)), &contents, &[("format", "pt")], &mut |i, file| {
-            let (parameter, scales) = parts[i];
-            write(parameter, scales, file)
-        })?;
+        let tensors = self.config().tensors().into_iter();
+        let parameters: Vec<_> =
+            tensors.filter_map(|(name, shape)| Some((name.clone(), shape, parameters.remove(&name)?))).collect();
+        stored::write(Target::File(&path.join(SINGLE)), &[("format", "pt")], &parameters)?;
 
         let path = path.join(CONFIG);
         let text = match &self.source {
@@ -298,7 +285,7 @@ impl HymbaLm {
 }
 
 /// Checks that the folder has the tensors of the model, settles whether it is tied, and returns the name of the embedding.
-fn check(folder: &mut Folder, config: &mut HymbaLmConfig, stored: Quantization) -> Result<&'static str> {
+fn check(folder: &mut Folder, config: &mut HymbaLmConfig, in_files: Quantization) -> Result<&'static str> {
     let tied = config.tie_word_embeddings;
     let [has_embedding, has_head] = [EMBEDDING, HEAD].map(|name| folder.dtype(name).is_some());
     let embedding = if tied && has_head && !has_embedding { HEAD } else { EMBEDDING };
@@ -306,13 +293,16 @@ fn check(folder: &mut Folder, config: &mut HymbaLmConfig, stored: Quantization) 
     // where both are there, both must be right
     config.tie_word_embeddings = tied && !has_both;
     let all = config.tensors().into_iter();
-    let expected: Vec<_> =
-        all.flat_map(|(name, shape)| tensors(in_file(&name, embedding).to_string(), shape, stored)).collect();
+    let expected: Vec<_> = all
+        .flat_map(|(name, shape)| {
+            stored::tensors(in_file(&name, embedding).to_string(), shape, in_files.storage(&name))
+        })
+        .collect();
     let expected = expected.iter().map(|(name, shape, kind)| (&name[..], &shape[..], *kind));
     // buffers that older versions of transformers saved; the model has angles of its own
     folder.check(expected, |name| name.ends_with("rotary_emb.inv_freq"))?;
     if has_both {
-        let scales = stored.storage(HEAD).map(|_| [EMBEDDING, HEAD].map(scales_of));
+        let scales = in_files.storage(HEAD).map(|_| [EMBEDDING, HEAD].map(stored::scales_of));
         config.tie_word_embeddings = folder.are_same(EMBEDDING, HEAD)?
             && scales.map_or(Ok(true), |[embedding, head]| folder.are_same(&embedding, &head))?;
     }
@@ -357,80 +347,5 @@ fn check_memory(
         Ok(())
     } else {
         Err(folder.error(format!("there is not enough memory: it takes {memory} bytes")))
-    }
-}
-
-/// Reads a parameter, whose shape was checked.
-fn read(folder: &mut Folder, name: &str, parameter: ParameterMut, stored: Quantization) -> Result<()> {
-    match parameter {
-        ParameterMut::Stored(matrix) if stored.storage(name).is_some() => {
-            let Some(quantized) = matrix.quantized_mut() else { return Ok(()) };
-            folder.read_rows(&scales_of(name), &mut |row, scales| quantized.set_scales(row, scales))?;
-            folder.read_byte_rows(name, &mut |row, bytes| quantized.set_bytes(row, bytes))
-        }
-        ParameterMut::Stored(matrix) => folder.read_rows(name, &mut |row, numbers| matrix.set_row(row, numbers)),
-        ParameterMut::Array(mut array) => {
-            let mut places = array.iter_mut();
-            folder.read_rows(name, &mut |_, numbers| {
-                // the numbers come first: places must not advance past the last of them
-                numbers.iter().zip(&mut places).for_each(|(number, place)| *place = *number);
-            })
-        }
-    }
-}
-
-/// Writes the numbers of a parameter, row by row, or the scales of a quantised one.
-fn write(parameter: &Parameter, scales: bool, file: &mut dyn Write) -> io::Result<()> {
-    let mut bytes = Vec::new();
-    match parameter {
-        Parameter::Stored(StoredMatrix(matrix)) => {
-            let (rows, columns) = matrix.dim();
-            let mut numbers = vec![0.0; columns];
-            for row in 0..rows {
-                bytes.clear();
-                match matrix.quantized() {
-                    Some(quantized) if scales => {
-                        numbers.clear();
-                        quantized.scales(row, &mut numbers);
-                        Float::BF16.encode(&numbers, &mut bytes);
-                    }
-                    Some(quantized) => quantized.bytes(row, &mut bytes),
-                    None => {
-                        matrix.row(row, &mut numbers);
-                        float(matrix).encode(&numbers, &mut bytes);
-                    }
-                }
-                file.write_all(&bytes)?;
-            }
-        }
-        Parameter::Array(array) => {
-            array.iter().for_each(|number| bytes.extend(number.to_le_bytes()));
-            file.write_all(&bytes)?;
-        }
-    }
-    Ok(())
-}
-
-/// The type of a matrix, or of its scales, in files.
-fn float(matrix: &Matrix) -> Float {
-    match matrix.storage() {
-        Storage::F32 => Float::F32,
-        Storage::F16 => Float::F16,
-        Storage::Bf16 | Storage::Q8 | Storage::Q4 => Float::BF16,
-    }
-}
-
-impl Parameter<'_> {
-    /// Its type in files, or that of its scales.
-    fn dtype(&self, scales: bool) -> Dtype {
-        match self {
-            Parameter::Array(_) => Dtype::F32,
-            Parameter::Stored(StoredMatrix(matrix)) if matrix.quantized().is_some() && !scales => Dtype::U8,
-            Parameter::Stored(StoredMatrix(matrix)) => match float(matrix) {
-                Float::F32 | Float::F64 => Dtype::F32,
-                Float::F16 => Dtype::F16,
-                Float::BF16 => Dtype::BF16,
-            },
-        }
     }
 }

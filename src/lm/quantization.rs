@@ -1,8 +1,6 @@
-//! Which matrices are quantised, and how they stand in files.
+//! Which matrices are quantised.
 
 use super::config::Quantization;
-use crate::files::tensors::Kind;
-use crate::kernels::matmul::BLOCK;
 use crate::kernels::matmul::Storage;
 use crate::{Error, Result};
 
@@ -36,22 +34,5 @@ impl Quantization {
                 allowed: format!("the checkpoint is quantised already, as {self:?}; read the original instead"),
             }),
         }
-    }
-}
-
-/// The name of the scales of a matrix.
-pub(super) fn scales_of(name: &str) -> String {
-    format!("{name}_scale")
-}
-
-/// The tensors that hold a tensor of this name and shape: itself or, of a quantised matrix, its scales and its bytes.
-pub(super) fn tensors(name: String, shape: Vec<usize>, quantization: Quantization) -> Vec<(String, Vec<usize>, Kind)> {
-    match (quantization.storage(&name), &shape[..]) {
-        (Some(storage), &[n, k]) => {
-            let blocks = k.div_ceil(BLOCK);
-            let bytes = blocks * if storage == Storage::Q4 { BLOCK / 2 } else { BLOCK };
-            vec![(scales_of(&name), vec![n, blocks], Kind::Float), (name, vec![n, bytes], Kind::Bytes)]
-        }
-        _ => vec![(name, shape, Kind::Float)],
     }
 }

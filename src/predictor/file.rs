@@ -1,17 +1,17 @@
 //! Predictors in files: [`Predictor::save`] and [`Predictor::load`].
 
-use std::io::Write;
+use std::io::{Read, Seek, Write};
 use std::path::Path;
 
-use ndarray::{ArrayViewD, ArrayViewMutD};
 use serde::{Deserialize, Serialize};
 
 use super::{Normalization, Predictor, Task, parameters};
-use crate::encoder::check_size;
+use crate::encoder::{check_size, first_storage};
 use crate::files::saved::{self, entry, fill};
 use crate::files::tensors::{Source, Tensors};
 use crate::files::{Target, header};
-use crate::train::views;
+use crate::kernels::matmul::Storage;
+use crate::parameters::{Parameter, ParameterMut};
 use crate::{HymbaOptions, Result};
 
 /// In front of `_mean` and `_scale`, in files.
@@ -23,12 +23,16 @@ const OUTPUT: &str = "output";
 struct Saved {
     version: u32,
     options: HymbaOptions,
+    /// How the large matrices are stored; not there where they can be trained.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    storage: Option<Storage>,
     /// Not there in the file of an encoder.
     task: Option<Task>,
 }
 
 impl Predictor {
-    /// Writes the predictor to one safetensors file: every parameter as f32 under its own name, the normalizations as
+    /// Writes the predictor to one safetensors file: every parameter under its own name, f32 or as it is
+    /// [stored](Self::store_as), the normalizations as
     /// `input_mean`, `input_scale`, `output_mean` and `output_scale`, options and task in the metadata.
     ///
     /// As with [`Hymba::save`](crate::Hymba::save), `path` is at all times the old file or the complete new one.
@@ -52,9 +56,8 @@ impl Predictor {
     }
 
     fn write(&self, target: Target) -> Result<()> {
-        let (options, task) = (self.options().clone(), Some(self.task.clone()));
-        let saved = Saved { version: saved::VERSION, options, task };
-        saved::write(target, &saved, &self.tensors())
+        let (options, storage, task) = (self.options().clone(), self.encoder.storage(), Some(self.task.clone()));
+        saved::write(target, &Saved { version: saved::VERSION, options, storage, task }, self.parameters())
     }
 
     /// What [`save`](Self::save) would write to a file.
@@ -84,7 +87,26 @@ impl Predictor {
     ///
     /// As [`Hymba::load`](crate::Hymba::load).
     pub fn load(path: impl AsRef<Path>) -> Result<Predictor> {
-        Self::read(Source::open(path.as_ref())?)
+        Self::read(Source::open(path.as_ref())?, None)
+    }
+
+    /// As [`load`](Self::load), with the large matrices of the encoder stored in another type than in the file: see
+    /// [`Hymba::load_as`](crate::Hymba::load_as).
+    ///
+    /// # Errors
+    ///
+    /// As [`Hymba::load_as`](crate::Hymba::load_as).
+    pub fn load_as(path: impl AsRef<Path>, storage: Storage) -> Result<Predictor> {
+        Self::read(Source::open(path.as_ref())?, Some(storage))
+    }
+
+    /// As [`load`](Self::load), from anything that can be read: from its beginning to its end, wherever it stands.
+    ///
+    /// # Errors
+    ///
+    /// As [`load`](Self::load).
+    pub fn read_from(reader: impl Read + Seek) -> Result<Predictor> {
+        Self::read(Source::reader(reader)?, None)
     }
 
     /// As [`load`](Self::load), from what [`save`](Self::save) or [`to_bytes`](Self::to_bytes) wrote. The bytes need not be trusted
@@ -103,51 +125,63 @@ impl Predictor {
     ///
     /// As [`load`](Self::load).
     pub fn from_bytes(bytes: &[u8]) -> Result<Predictor> {
-        Self::read(Source::memory(bytes))
+        Self::read(Source::memory(bytes), None)
     }
 
-    fn read(source: Source) -> Result<Predictor> {
+    fn read(source: Source, asked: Option<Storage>) -> Result<Predictor> {
         let (mut tensors, saved) = header::read(source)?;
-        let Saved { options, task, .. } = entry(saved, &tensors)?;
+        let Saved { options, storage: in_file, task, .. } = entry(saved, &tensors)?;
         let Some(task) = task else {
             return Err(tensors.error(
                 "it holds an encoder without a head: read it with Hymba::load, and put a head on it with \
                  Predictor::with_encoder",
             ));
         };
-        let mut predictor = Predictor::with_room_for(&tensors, options, task)?;
-        fill(&mut tensors, &mut |f| predictor.visit_tensors_mut(f))?;
+        let mut predictor = Predictor::with_room_for(&tensors, options, in_file, asked, task)?;
+        fill(&mut tensors, in_file, &mut |f| predictor.visit_tensors_mut(f))?;
+        if let Some(asked) = asked {
+            predictor.store_as(asked)?;
+        }
         predictor.check_normalizations(&tensors)?;
         predictor.salt_encoder();
         Ok(predictor)
     }
 
     /// What is saved: parameters and normalizations.
-    fn tensors(&self) -> Vec<(String, ArrayViewD<'_, f32>)> {
-        let mut all = views(self);
+    fn parameters(&self) -> Vec<(String, Parameter<'_>)> {
+        let mut all = Vec::new();
+        self.visit_parameters(&mut |name, parameter| all.push((name.to_string(), parameter)));
         for (name, normalization) in [(INPUT, &self.input), (OUTPUT, &self.output)] {
-            all.extend(normalization.iter().flat_map(|normalization| normalization.tensors(name)));
+            let tensors = normalization.iter().flat_map(|normalization| normalization.tensors(name));
+            all.extend(tensors.map(|(name, array)| (name, Parameter::Array(array))));
         }
         all
     }
 
-    /// As [`tensors`](Self::tensors), for reading them.
-    fn visit_tensors_mut(&mut self, f: &mut dyn FnMut(&str, ArrayViewMutD<'_, f32>)) {
-        self.visit_mut(f);
+    /// As [`parameters`](Self::parameters), for reading them.
+    fn visit_tensors_mut(&mut self, f: &mut dyn FnMut(&str, ParameterMut<'_>)) {
+        self.encoder.visit_parameters_mut(f);
+        self.head.visit_mut("head", f);
         for (name, normalization) in [(INPUT, &mut self.input), (OUTPUT, &mut self.output)] {
             let tensors = normalization.iter_mut().flat_map(|normalization| normalization.tensors_mut(name));
-            tensors.for_each(|(name, array)| f(&name, array));
+            tensors.for_each(|(name, array)| f(&name, ParameterMut::Array(array)));
         }
     }
 
     /// A predictor of zeros that has the normalizations of the file.
-    fn with_room_for(tensors: &Tensors, options: HymbaOptions, task: Task) -> Result<Self> {
+    fn with_room_for(
+        tensors: &Tensors,
+        options: HymbaOptions,
+        in_file: Option<Storage>,
+        asked: Option<Storage>,
+        task: Task,
+    ) -> Result<Self> {
         task.validate().map_err(|error| tensors.error(error.to_string()))?;
-        check_size(&options, parameters(&options, &task), tensors)?;
+        check_size(&options, parameters(&options, &task), in_file, tensors)?;
         let has = |of: &str| ["mean", "scale"].iter().any(|part| tensors.shape(&format!("{of}_{part}")).is_some());
         let input = has(INPUT).then(|| Normalization::zeros(options.embed_dim));
         let output = (has(OUTPUT) && !task.is_classification()).then(|| Normalization::zeros(task.outputs()));
-        Ok(Predictor { input, output, ..Predictor::zeros(options, task) })
+        Ok(Predictor { input, output, ..Predictor::zeros(options, first_storage(in_file, asked), task) })
     }
 
     /// Checks numbers that a stranger wrote and that are divided by.

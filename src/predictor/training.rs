@@ -40,7 +40,7 @@ impl Predictor {
     ///
     /// # Errors
     ///
-    /// As [`Hymba::forward_train`](crate::Hymba::forward_train).
+    /// As [`Hymba::forward_train`](crate::Hymba::forward_train): [`Error::Option`] if the encoder is stored for inference, too.
     ///
     /// ```
     /// use hymba::ndarray::Array3;

@@ -12,6 +12,7 @@ use crate::files::tensors::Source;
 use crate::files::{Target, header, saved as files};
 use crate::kernels::clock::{Part, Work, timed};
 use crate::kernels::team::with_team;
+use crate::parameters::Parameter;
 use crate::{Error, Result};
 
 mod options;
@@ -89,10 +90,12 @@ impl<P: Parameters> AdamW<P> {
     ///
     /// # Errors
     ///
-    /// [`Error::Option`] if an option is outside its range; [`Error::Optimizer`] if two parameters have one name, or the
+    /// [`Error::Option`] if an option is outside its range, or the model is stored for inference only
+    /// ([`Hymba::store_as`](crate::Hymba::store_as)); [`Error::Optimizer`] if two parameters have one name, or the
     /// numbers of one are not in row-major order without gaps, which those of a [`Hymba`](crate::Hymba) are.
     pub fn new(model: &P, options: AdamWOptions) -> Result<Self> {
         options.validate()?;
+        model.check_trainable()?;
         let mut names = BTreeSet::new();
         for (name, array) in views(model) {
             if !array.is_standard_layout() {
@@ -265,9 +268,11 @@ impl<P: Parameters> AdamW<P> {
         let saved = Saved { version: files::VERSION, steps, before_schedule, adamw: self.options.clone() };
         let mut tensors = Vec::new();
         for (prefix, moment) in PREFIXES.into_iter().zip(&self.moments) {
-            tensors.extend(views(moment).into_iter().map(|(name, array)| (format!("{prefix}{name}"), array)));
+            tensors.extend(
+                views(moment).into_iter().map(|(name, array)| (format!("{prefix}{name}"), Parameter::Array(array))),
+            );
         }
-        files::write(Target::File(path.as_ref()), &saved, &tensors)
+        files::write(Target::File(path.as_ref()), &saved, tensors)
     }
 
     /// Reads an optimiser of `model` that [`save`](Self::save) wrote. Of `model` only the names and shapes matter.

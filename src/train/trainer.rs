@@ -92,9 +92,11 @@ impl Trainer {
     ///
     /// # Errors
     ///
-    /// [`Error::Option`] if an option is outside its range; see [`TrainerOptions`].
+    /// [`Error::Option`] if an option is outside its range, see [`TrainerOptions`], or the encoder is stored for inference only
+    /// ([`Hymba::store_as`](crate::Hymba::store_as)).
     pub fn new(predictor: Predictor, options: TrainerOptions) -> Result<Self> {
         options.validate()?;
+        predictor.check_trainable()?;
         Ok(Trainer { options, start: Start::New(Box::new(predictor)) })
     }
 

@@ -5,6 +5,7 @@
 
 use half::f16;
 use ndarray::ArrayViewMut2;
+use serde::{Deserialize, Serialize};
 
 use super::bfloat16::{self, PairRow};
 use super::blocks::multiply;
@@ -15,15 +16,30 @@ use crate::kernels::rows::{Out, Rows};
 use crate::kernels::simd::{LANES, Level, Simd};
 use crate::kernels::team::{Team, with_team};
 
-/// How the numbers of a matrix are stored.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Storage {
+/// How the numbers of a matrix are stored, in memory and in files.
+///
+/// | | bytes per weight | |
+/// |---|---|---|
+/// | `F32` | 4 | |
+/// | `F16`, `Bf16` | 2 | widened in the products, whose arithmetic is f32 |
+/// | `Q8` | 1.06 | whole numbers of −127 to 127; 32 consecutive weights of a row share a scale, a bfloat16 |
+/// | `Q4` | 0.56 | the same with −8 to 7 |
+///
+/// With `Q8` and `Q4` the products bring the inputs to 8 bits, too, 32 at a time, and multiply whole numbers. Rows are filled up to
+/// panels of 32, so that a matrix of few outputs takes more.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+#[non_exhaustive]
+pub enum Storage {
+    /// 32 bits.
     F32,
+    /// IEEE half precision: 11 significant bits, up to 65504.
     F16,
+    /// bfloat16: 8 significant bits, the range of f32.
     Bf16,
-    /// 8 bits and a scale for each [`BLOCK`](super::quantized::BLOCK) inputs.
+    /// 8 bits, and a scale for each 32 inputs.
     Q8,
-    /// 4 bits and a scale.
+    /// 4 bits, and a scale for each 32 inputs.
     Q4,
 }
 

@@ -1,0 +1,186 @@
+//! Models whose large matrices are stored for inference only, in fewer bits.
+
+use super::memory::fits;
+use super::model::Hymba;
+use super::options::HymbaOptions;
+use crate::kernels::matmul::{Matrix, Storage};
+use crate::{Error, Result};
+
+impl Hymba {
+    /// Stores the large matrices in this type, in the order in which products read them and nothing besides: for inference. A
+    /// trained model takes 4 bytes per weight, and 4 more from the first call on for a copy in that order; this one takes what
+    /// [`Storage`] says, and a step of a model that does not fit into the CPU's caches waits for so much less memory.
+    ///
+    /// | narrowed, in every block | always f32 |
+    /// |---|---|
+    /// | `mamba.in_proj`, `mamba.out_proj` | `input_proj`: frames are not normalised, which 8 bits would not forgive |
+    /// | `attention.{q,k,v,out}_proj` | `mamba.x_proj`, `mamba.dt_proj`: the time step, B and C add up in the state |
+    /// | `gate`, `ffn.up`, `ffn.down` | norms, biases, convolution, A, D, meta tokens, the head of a [`Predictor`](crate::Predictor) |
+    ///
+    /// These matrices are most of the model: 97 % at the default sizes. [`save`](Self::save) writes them as they are stored, and
+    /// [`load`](Self::load) gives the same model again, to the bit; [`load_as`](Self::load_as) reads a larger file into this form at
+    /// once. States made before can no longer be used. What was rounded stays so if a wider type is chosen later.
+    ///
+    /// Such a model cannot be trained: see [`make_trainable`](Self::make_trainable).
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Option`] if `hidden_size` is under 16, or the model does not fit into memory in a wider type. It is then as it was.
+    ///
+    /// ```
+    /// use hymba::ndarray::Array3;
+    /// use hymba::{Hymba, HymbaOptions, Storage};
+    ///
+    /// let mut model = Hymba::build(HymbaOptions::new(12).hidden_size(64).num_layers(2))?;
+    /// let x = Array3::<f32>::ones((1, 20, 12));
+    /// let (wide, bytes) = (model.forward(&x)?, model.num_bytes());
+    ///
+    /// model.store_as(Storage::Bf16)?;
+    /// assert!(model.num_bytes() < bytes * 6 / 10);
+    /// assert!((model.forward(&x)? - wide).iter().all(|difference| difference.abs() < 0.05));
+    /// assert!(model.forward_train(&x, None, 0).is_err());
+    /// # Ok::<(), hymba::Error>(())
+    /// ```
+    pub fn store_as(&mut self, storage: Storage) -> Result<()> {
+        self.set_storage(Some(storage))
+    }
+
+    /// Widens the large matrices to f32 that can be trained. What [`store_as`](Self::store_as) rounded stays so: to train without
+    /// that, load the original.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Option`] if the model does not fit into memory; it is then as it was.
+    ///
+    /// ```
+    /// use hymba::ndarray::Array3;
+    /// use hymba::{Hymba, HymbaOptions, Storage};
+    ///
+    /// let mut model = Hymba::build(HymbaOptions::new(5).hidden_size(16).num_heads(2).num_layers(1))?;
+    /// model.store_as(Storage::Q8)?;
+    /// model.make_trainable()?;
+    /// assert!(model.storage().is_none());
+    /// model.forward_train(&Array3::ones((1, 20, 5)), None, 0)?;
+    /// # Ok::<(), hymba::Error>(())
+    /// ```
+    pub fn make_trainable(&mut self) -> Result<()> {
+        self.set_storage(None)
+    }
+
+    fn set_storage(&mut self, storage: Option<Storage>) -> Result<()> {
+        if storage == self.storage {
+            return Ok(());
+        }
+        check(&self.options, storage)?;
+        let bytes = parameter_bytes(&self.options, storage);
+        if bytes > self.num_bytes() && !fits(bytes) {
+            return Err(Error::Option {
+                option: "storage",
+                given: storage.map_or("trainable".into(), |storage| format!("{storage:?}")),
+                allowed: format!("the model takes {bytes} bytes then, which do not fit into memory; choose fewer bits"),
+            });
+        }
+        self.blocks.iter_mut().flat_map(|block| block.large_maps_mut()).for_each(|map| map.store_as(storage));
+        self.storage = storage;
+        self.changed();
+        Ok(())
+    }
+
+    /// The type that the large matrices are stored in; `None` of a model that can be trained.
+    pub fn storage(&self) -> Option<Storage> {
+        self.storage
+    }
+
+    /// Bytes of memory that the parameters take. Where they can be trained, products make a packed copy of the matrices besides, of
+    /// about the same size.
+    pub fn num_bytes(&self) -> usize {
+        let mut bytes = 0;
+        self.visit_parameters(&mut |_, parameter| bytes += parameter.num_bytes());
+        bytes
+    }
+
+    /// Refuses to train a model whose matrices are stored for inference only.
+    pub(crate) fn check_trainable(&self) -> Result<()> {
+        match self.storage {
+            None => Ok(()),
+            Some(storage) => Err(Error::Option {
+                option: "storage",
+                given: format!("{storage:?}"),
+                allowed: "matrices stored for inference cannot be trained; train the original, or call make_trainable"
+                    .into(),
+            }),
+        }
+    }
+}
+
+/// Refuses models that would take more memory than in f32: rows are filled up to panels of 32 outputs.
+pub(crate) fn check(options: &HymbaOptions, storage: Option<Storage>) -> Result<()> {
+    /// So that a model takes at most twice what its file has.
+    const LEAST_HIDDEN_SIZE: usize = 16;
+    match storage {
+        Some(storage) if options.hidden_size < LEAST_HIDDEN_SIZE => Err(Error::Option {
+            option: "storage",
+            given: format!("{storage:?}"),
+            allowed: format!(
+                "with hidden_size {} it saves nothing, as outputs are filled up to 32; it is for {LEAST_HIDDEN_SIZE} and more",
+                options.hidden_size
+            ),
+        }),
+        _ => Ok(()),
+    }
+}
+
+/// The storage to read matrices into that are in a file as `in_file` says and are to be stored as `asked`: whole numbers and
+/// scales come out of the file as they are, before they become something else.
+pub(crate) fn first_storage(in_file: Option<Storage>, asked: Option<Storage>) -> Option<Storage> {
+    match in_file {
+        Some(Storage::Q8 | Storage::Q4) => in_file,
+        _ => asked.or(in_file),
+    }
+}
+
+/// Bytes of the parameters of a model with these options, before its first call. At most `usize::MAX`.
+pub(super) fn parameter_bytes(options: &HymbaOptions, storage: Option<Storage>) -> usize {
+    let count = || {
+        let parameters = options.parameters()?.checked_mul(size_of::<f32>())?;
+        let Some(storage) = storage else { return Some(parameters) };
+        let (mut narrowed, mut stored) = (0usize, 0usize);
+        for (n, k) in large_matrices(options) {
+            narrowed = narrowed.checked_add(n.checked_mul(k)?.checked_mul(size_of::<f32>())?)?;
+            stored = stored.checked_add(Matrix::bytes(n, k, storage)?)?;
+        }
+        let layers = options.num_layers;
+        parameters.checked_sub(narrowed.checked_mul(layers)?)?.checked_add(stored.checked_mul(layers)?)
+    };
+    count().unwrap_or(usize::MAX)
+}
+
+/// Outputs and inputs of the matrices of a block that are narrowed.
+fn large_matrices(options: &HymbaOptions) -> [(usize, usize); 9] {
+    let (h, d) = (options.hidden_size, options.inner_size());
+    let square = (h, h);
+    [(2 * d, h), (h, d), square, square, square, square, square, (4 * h, h), (h, 4 * h)]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bytes_are_counted_beforehand_as_they_are_taken() {
+        for options in [
+            HymbaOptions::new(3).hidden_size(16).num_heads(2).num_layers(2),
+            HymbaOptions::new(30).hidden_size(72).num_layers(3),
+            HymbaOptions::edifice(72).hidden_size(72).num_layers(1),
+        ] {
+            let mut model = Hymba::build(options.clone()).unwrap();
+            assert_eq!(model.num_bytes(), parameter_bytes(&options, None));
+            for storage in [Storage::F32, Storage::F16, Storage::Bf16, Storage::Q8, Storage::Q4] {
+                model.store_as(storage).unwrap();
+                assert_eq!(model.num_bytes(), parameter_bytes(&options, Some(storage)), "{storage:?}");
+            }
+        }
+        let options = HymbaOptions::new(3).hidden_size(usize::MAX / 2);
+        assert_eq!(parameter_bytes(&options, Some(Storage::Q8)), usize::MAX);
+    }
+}
