@@ -3,11 +3,10 @@
 use ndarray::{Array2, Array3, Array4};
 
 use super::options::HymbaOptions;
-use super::variant::Differences;
 use crate::kernels::team::Team;
 use crate::layers::{
-    Activation, AttentionCache, Batch, Buffer, Depth, Dropout, Gate, KvStorage, LayerNorm, LayerState, Linear,
-    MambaBranch, MambaCache, MetaTokenAttention, Mlp, MlpCache, Rng, Spans, StateGradient,
+    AttentionCache, Batch, Buffer, Depth, Dropout, Gate, KvStorage, LayerNorm, LayerState, MambaBranch, MambaCache,
+    MetaTokenAttention, Mlp, MlpCache, Rng, Spans, StateGradient,
 };
 use crate::parameters::{Visitor, VisitorMut, debug_shapes, join};
 
@@ -57,10 +56,12 @@ pub(crate) struct BlockCache {
     ffn_cache: MlpCache,
 }
 
-/// What a block did to an input: see [`Hymba::inspect`](crate::Hymba::inspect).
-#[derive(Debug, Clone, PartialEq)]
+/// What a block did to an input: see [`Hymba::inspect`](crate::Hymba::inspect). Of what a block does not have, the arrays are empty.
+#[derive(Debug, Clone, PartialEq, Default)]
 #[non_exhaustive]
 pub struct BlockInspection {
+    /// Output of the shared attention block `[b, l, h]`, before the map that feeds it to this block.
+    pub shared_output: Array3<f32>,
     /// Output of the Mamba branch `[b, l, h]`, before the gate.
     pub mamba: Array3<f32>,
     /// Output of the attention branch `[b, l, h]`, before the gate.
@@ -69,7 +70,8 @@ pub struct BlockInspection {
     pub gate: Array3<f32>,
     /// Output of the block `[b, l, h]`.
     pub output: Array3<f32>,
-    /// What each frame takes from each meta token, then from each frame: `[b, a, l, k + l]`, rows sum to 1.
+    /// What each frame takes from each meta token, then from each frame: `[b, a, l, k + l]`, rows sum to 1. In the branch, or in
+    /// this use of the shared block.
     pub attention_weights: Array4<f32>,
 }
 
@@ -87,17 +89,14 @@ impl HymbaBlock {
     }
 
     pub(crate) fn zeros(options: &HymbaOptions) -> Self {
-        let (h, d, n, r) = (options.hidden_size, options.inner_size(), options.state_size, options.dt_rank());
-        let Differences { projection_bias: bias, own_meta, small_variance, .. } = options.variant.differences();
-        let (x_proj, dt_proj) = (Linear::zeros(d, r + 2 * n, bias), Linear::zeros(r, d, true));
-        let outer = [Linear::zeros(h, 2 * d, bias), Linear::zeros(d, h, bias)];
+        let h = options.hidden_size;
         HymbaBlock {
-            norm: LayerNorm::zeros(h, small_variance),
-            mamba: MambaBranch::new(&options.mamba(), Some(outer), x_proj, dt_proj),
-            attention: MetaTokenAttention::zeros(options.attention(), h, own_meta),
+            norm: options.new_norm(h),
+            mamba: options.new_mamba(),
+            attention: options.new_attention(),
             gate: Gate::zeros(h),
-            ffn_norm: LayerNorm::zeros(h, small_variance),
-            ffn: Mlp::new(Activation::Gelu, None, Linear::zeros(h, 4 * h, true), Linear::zeros(4 * h, h, true)),
+            ffn_norm: options.new_norm(h),
+            ffn: options.new_ffn(),
         }
     }
 
@@ -254,6 +253,7 @@ impl HymbaBlock {
             gate: sequences(gate),
             output: sequences(x),
             attention_weights,
+            ..BlockInspection::default()
         }
     }
 
