@@ -1,7 +1,7 @@
 //! Checks this crate against numbers computed elsewhere, for people who bring weights from Python or Elixir.
 //!
 //! ```sh
-//! cargo run --release --example verify -- tests/data/hymba/* tests/data/edifice/*    # or your own folders
+//! cargo run --release --example verify -- tests/data/h{ymba,ybrids}/* tests/data/edifice/*    # or your own folders
 //! cargo run --release --example verify -- --tolerance 1e-4 DIR…
 //! cargo run --release --features lm --example verify -- tests/data/*/*               # language models as well
 //! ```
@@ -16,7 +16,7 @@
 //! |---|---|
 //! | `output`, `output_f64` `[b, h]` | `forward` or `forward_ragged`, `forward_train`, and the last `step` |
 //! | `sequence_output` `[b, l, h]` | `forward_sequence`, and every `step` |
-//! | `block_<i>.mamba`, `.attention`, `.gate`, `.output` `[b, k + l, h]` | `inspect`, meta tokens first |
+//! | `block_<i>.mamba`, `.attention`, `.gate`, `.output`, `.shared_output` `[b, k + l, h]` | `inspect`, meta tokens first |
 //! | Edifice: `hymba_block_<i>_…`, `final_norm`, `last_timestep` | `inspect`, `forward_sequence`, `forward` |
 //!
 //! Where there is a `grads.safetensors` beside them, it holds the gradients of `sum(output · cotangent)` under `input` and the
@@ -209,10 +209,12 @@ impl Kind {
     }
 
     /// What the files call the parts of block `index`.
-    fn block_names(self, index: usize) -> [String; 4] {
+    fn block_names(self, index: usize) -> [String; 5] {
         match self {
-            Kind::Hymba => ["mamba", "attention", "gate", "output"].map(|part| format!("block_{index}.{part}")),
-            Kind::Edifice => ["mamba_out_proj", "attn_out_proj", "fusion_gate", "ffn_residual"]
+            Kind::Hymba => {
+                ["mamba", "attention", "gate", "output", "shared_output"].map(|part| format!("block_{index}.{part}"))
+            }
+            Kind::Edifice => ["mamba_out_proj", "attn_out_proj", "fusion_gate", "ffn_residual", "shared"]
                 .map(|part| format!("hymba_block_{}_{part}", index + 1)),
         }
     }
@@ -464,11 +466,19 @@ fn whole(kind: Kind, model: &Hymba, input: &Input, values: &mut Values) -> hymba
     values.own.insert(OWN_SEQUENCE.into(), sequence.mapv(f64::from).into_dyn());
     values.add_sequence("", sequence);
     let inspection = model.inspect(&input.frames)?;
-    let parts: [fn(&BlockInspection) -> &Array3<f32>; 4] =
-        [|block| &block.mamba, |block| &block.attention, |block| &block.gate, |block| &block.output];
+    let parts: [fn(&BlockInspection) -> &Array3<f32>; 5] = [
+        |block| &block.mamba,
+        |block| &block.attention,
+        |block| &block.gate,
+        |block| &block.output,
+        |block| &block.shared_output,
+    ];
     for (index, block) in inspection.blocks.iter().enumerate() {
         for (name, part) in kind.block_names(index).iter().zip(parts) {
             let frames = part(block);
+            if frames.is_empty() {
+                continue; // the block has no such part
+            }
             let array = match inspection.meta.get(index) {
                 Some(meta) => with_meta(part(meta), frames),
                 None => frames.clone(),

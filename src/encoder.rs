@@ -1,12 +1,18 @@
 //! The encoder: sequences of frames in, vectors out.
 
 mod block;
+mod blocks;
 mod edifice;
+mod fed;
 mod files;
 mod fingerprint;
 mod memory;
 mod model;
 mod options;
+mod parts;
+mod pattern;
+mod serial;
+mod shared;
 mod storage;
 mod streaming;
 mod summary;
@@ -15,11 +21,16 @@ mod variant;
 
 pub(crate) use block::sequences;
 pub use block::{BlockInspection, HymbaBlock};
+pub use blocks::Block;
+pub use fed::FedBlock;
 pub(crate) use fingerprint::of_numbers;
 pub(crate) use memory::{Keeps, check_size};
 pub(crate) use model::check_lengths;
 pub use model::{Hymba, Inspection};
 pub use options::{HymbaOptions, Variant};
+pub use pattern::Pattern;
+pub use serial::SerialBlock;
+pub use shared::SharedBlock;
 pub(crate) use storage::first_storage;
 pub use streaming::HymbaState;
 pub use training::TrainCache;

@@ -141,7 +141,10 @@ pub mod profile;
 mod states;
 pub mod train;
 
-pub use encoder::{BlockInspection, Hymba, HymbaBlock, HymbaOptions, HymbaState, Inspection, TrainCache, Variant};
+pub use encoder::{
+    Block, BlockInspection, FedBlock, Hymba, HymbaBlock, HymbaOptions, HymbaState, Inspection, Pattern, SerialBlock,
+    SharedBlock, TrainCache, Variant,
+};
 pub use error::{Error, Result};
 pub use kernels::matmul::Storage;
 pub use layers::{MambaBranch, MetaTokenAttention};

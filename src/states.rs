@@ -38,8 +38,7 @@ pub(crate) fn write(path: &Path, saved: &impl Serialize, rows: &[SequenceState])
     let mut parts = Vec::new();
     for (r, row) in rows.iter().enumerate() {
         for (l, layer) in row.layers.iter().enumerate() {
-            let mamba = &layer.mamba;
-            for (what, array) in [("conv", &mamba.conv), ("scan", &mamba.scan)] {
+            for (what, array) in layer.mamba.arrays() {
                 tensors.push((name(r, l, what), Dtype::F32, array.shape().to_vec()));
                 parts.push((Float::F32, Part::Array(array)));
             }
@@ -87,7 +86,8 @@ pub(crate) fn read(
     empty: &dyn Fn() -> Vec<LayerState>,
 ) -> Result<Vec<SequenceState>> {
     let layers = empty();
-    let of_a_row: usize = layers.iter().map(|layer| if layer.kv.is_some() { 4 } else { 2 }).sum();
+    let of_a_layer = |layer: &LayerState| layer.mamba.arrays().count() + if layer.kv.is_some() { 2 } else { 0 };
+    let of_a_row: usize = layers.iter().map(of_a_layer).sum();
     // one row may be lacking tensors, which are then listed; for a great many the list would fill the memory
     if positions.len() > tensors.names().len().div_ceil(of_a_row)
         || positions.iter().any(|&position| position < least || position as u64 > MOST_ROWS)
@@ -97,8 +97,7 @@ pub(crate) fn read(
     let mut places = Vec::new();
     for (r, &position) in positions.iter().enumerate() {
         for (l, layer) in layers.iter().enumerate() {
-            places.push((name(r, l, "conv"), layer.mamba.conv.shape().to_vec()));
-            places.push((name(r, l, "scan"), layer.mamba.scan.shape().to_vec()));
+            places.extend(layer.mamba.arrays().map(|(what, array)| (name(r, l, what), array.shape().to_vec())));
             if let Some(kv) = &layer.kv {
                 let (heads, rows, key, value) = kv.dim_at(position);
                 places.push((name(r, l, "keys"), vec![heads, rows, key]));
@@ -112,8 +111,9 @@ pub(crate) fn read(
     for (r, &position) in positions.iter().enumerate() {
         let mut row = SequenceState { position, layers: empty() };
         for (l, layer) in row.layers.iter_mut().enumerate() {
-            tensors.read_into(&name(r, l, "conv"), layer.mamba.conv.view_mut().into_dyn())?;
-            tensors.read_into(&name(r, l, "scan"), layer.mamba.scan.view_mut().into_dyn())?;
+            for (what, array) in layer.mamba.arrays_mut() {
+                tensors.read_into(&name(r, l, what), array.view_mut().into_dyn())?;
+            }
             if let Some(kv) = &mut layer.kv {
                 kv.restore(position, &mut |what, take| tensors.read_numbers(&name(r, l, what), take))?;
             }

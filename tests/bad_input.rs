@@ -5,7 +5,7 @@ mod common;
 
 use common::wave;
 use hymba::ndarray::{Array2, Array3};
-use hymba::{Error, Hymba, HymbaOptions};
+use hymba::{Error, Hymba, HymbaOptions, Pattern};
 
 fn options() -> HymbaOptions {
     HymbaOptions::new(4).hidden_size(8).num_heads(2).num_layers(1)
@@ -167,7 +167,10 @@ fn states_that_do_not_fit() {
 
 #[test]
 fn nan_stays_in_its_row() {
-    for options in [options().window_size(3), HymbaOptions::edifice(4).hidden_size(8).num_heads(2).num_layers(2)] {
+    let shared = options().num_layers(2).pattern(Pattern::SharedAttention { attention_every: 1 });
+    let alternating = options().num_layers(2).pattern(Pattern::Alternating { attention_every: 2 });
+    let edifice = HymbaOptions::edifice(4).hidden_size(8).num_heads(2).num_layers(2);
+    for options in [options().window_size(3), shared.window_size(9), alternating, edifice] {
         let model = Hymba::build(options).unwrap();
         let clean = wave(3, 9, 4);
         let mut x = clean.clone();

@@ -4,27 +4,37 @@ mod common;
 
 use common::wave;
 use hymba::ndarray::{Array2, Array3, s};
-use hymba::{Hymba, HymbaOptions};
+use hymba::{Hymba, HymbaOptions, Pattern};
 
 /// Large enough that everything which may be shared among threads is.
-fn model() -> Hymba {
-    Hymba::build(HymbaOptions::new(20).hidden_size(128).num_layers(2).window_size(300).seed(9)).unwrap()
+fn options() -> HymbaOptions {
+    HymbaOptions::new(20).hidden_size(128).num_layers(2).window_size(300).seed(9)
 }
+
+fn model() -> Hymba {
+    Hymba::build(options()).unwrap()
+}
+
+/// The patterns, which have every kind of block.
+const PATTERNS: [Pattern; 3] =
+    [Pattern::Parallel, Pattern::Alternating { attention_every: 2 }, Pattern::SharedAttention { attention_every: 1 }];
 
 #[cfg(feature = "rayon")]
 #[test]
 fn any_number_of_threads() {
-    let model = model();
-    let (wide, long) = (wave(40, 30, 20), wave(1, 700, 20));
-    let run = |threads| {
-        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-        pool.install(|| (model.forward(&wide).unwrap(), model.forward_sequence(&long).unwrap()))
-    };
-    let one = run(1);
-    for threads in [2, 3, 8] {
-        assert_eq!(run(threads), one, "{threads} threads");
+    for pattern in PATTERNS {
+        let model = Hymba::build(options().pattern(pattern)).unwrap();
+        let (wide, long) = (wave(40, 30, 20), wave(1, 700, 20));
+        let run = |threads| {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            pool.install(|| (model.forward(&wide).unwrap(), model.forward_sequence(&long).unwrap()))
+        };
+        let one = run(1);
+        for threads in [2, 3, 8] {
+            assert_eq!(run(threads), one, "{pattern:?} {threads} threads");
+        }
+        assert_eq!((model.forward(&wide).unwrap(), model.forward_sequence(&long).unwrap()), one, "outside a pool");
     }
-    assert_eq!((model.forward(&wide).unwrap(), model.forward_sequence(&long).unwrap()), one, "outside a pool");
 }
 
 /// The first call computes what the meta tokens leave behind, on several threads, while others need it too.
@@ -44,17 +54,19 @@ fn first_calls_from_within_a_pool_do_not_wait_for_each_other() {
 
 #[test]
 fn any_batch_and_any_padding() {
-    let model = model();
-    let x = wave(40, 30, 20);
-    let lengths: Vec<usize> = (0..40).map(|row| 1 + row * 7 % 30).collect();
-    let mut padded = x.clone();
-    for (row, &length) in lengths.iter().enumerate() {
-        padded.slice_mut(s![row, length.., ..]).fill(f32::NAN);
-    }
-    let together = model.forward_ragged(&padded, &lengths).unwrap();
-    for (row, &length) in lengths.iter().enumerate() {
-        let alone = model.forward(&x.slice(s![row..row + 1, ..length, ..])).unwrap();
-        assert_eq!(together.row(row), alone.row(0), "row {row} of length {length}");
+    for pattern in PATTERNS {
+        let model = Hymba::build(options().pattern(pattern)).unwrap();
+        let x = wave(40, 30, 20);
+        let lengths: Vec<usize> = (0..40).map(|row| 1 + row * 7 % 30).collect();
+        let mut padded = x.clone();
+        for (row, &length) in lengths.iter().enumerate() {
+            padded.slice_mut(s![row, length.., ..]).fill(f32::NAN);
+        }
+        let together = model.forward_ragged(&padded, &lengths).unwrap();
+        for (row, &length) in lengths.iter().enumerate() {
+            let alone = model.forward(&x.slice(s![row..row + 1, ..length, ..])).unwrap();
+            assert_eq!(together.row(row), alone.row(0), "{pattern:?} row {row} of length {length}");
+        }
     }
 }
 
@@ -80,10 +92,11 @@ fn saved_and_loaded() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("model.safetensors");
     let edifice = HymbaOptions::edifice(20).hidden_size(24).num_heads(3).num_layers(2);
-    for model in [model(), Hymba::build(edifice).unwrap()] {
+    for options in [options(), edifice].into_iter().chain(common::patterns()) {
+        let model = Hymba::build(options).unwrap();
         model.save(&path).unwrap();
         let loaded = Hymba::load(&path).unwrap();
-        let x = wave(3, 50, 20);
+        let x = wave(3, 50, model.options().embed_dim);
         assert_eq!(model.forward(&x).unwrap(), loaded.forward(&x).unwrap());
         assert_eq!(model.options(), loaded.options());
     }

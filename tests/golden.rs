@@ -2,17 +2,26 @@
 
 mod common;
 
-use common::{data, difference, frame, frames, model, tensors};
-use hymba::ndarray::{Axis, concatenate, s};
-use hymba::{Hymba, HymbaOptions};
+use common::{HYBRIDS, data, difference, frame, frames, model, tensors};
+use hymba::ndarray::{Array2, Array3, Axis, concatenate, s};
+use hymba::{BlockInspection, Hymba, HymbaOptions};
 
 const TOLERANCE: f64 = 1e-5;
 const EDIFICE_TOLERANCE: f64 = 2e-5;
 
 #[test]
 fn hymba_outputs_and_every_block() {
-    for case in ["small", "no_input_projection", "longer_than_window", "ragged_lengths"] {
-        let folder = data("hymba").join(case);
+    every_block("hymba", &["small", "no_input_projection", "longer_than_window", "ragged_lengths"]);
+}
+
+#[test]
+fn patterns_outputs_and_every_block() {
+    every_block("hybrids", &HYBRIDS);
+}
+
+fn every_block(of: &str, cases: &[&str]) {
+    for case in cases {
+        let folder = data(of).join(case);
         let model = model(&folder);
         let expected = tensors(&folder.join("expected.safetensors"));
         let x = frames(&expected["input"]);
@@ -35,17 +44,17 @@ fn hymba_outputs_and_every_block() {
                 let want = expected["sequence_output"].slice(rows).to_owned().into_dyn();
                 difference(&sequence.slice(rows).to_owned(), &want)
             });
-            for (i, (meta, block)) in seen.meta.iter().zip(&seen.blocks).enumerate() {
-                let parts = [
-                    ("mamba", &meta.mamba, &block.mamba),
-                    ("attention", &meta.attention, &block.attention),
-                    ("gate", &meta.gate, &block.gate),
-                    ("output", &meta.output, &block.output),
-                ];
-                for (part, meta, block) in parts {
+            for (i, block) in seen.blocks.iter().enumerate() {
+                for (part, of) in PARTS {
                     let name = format!("block_{i}.{part}");
-                    let meta = meta.index_axis(Axis(0), 0);
-                    let got = concatenate(Axis(0), &[meta, block.slice(rows)]).unwrap();
+                    assert_eq!(of(block).is_empty(), !expected.contains_key(&name), "{case} {name}");
+                    if of(block).is_empty() {
+                        continue;
+                    }
+                    let meta = seen.meta.get(i).map_or(Array2::zeros((0, of(block).dim().2)), |meta| {
+                        of(meta).index_axis(Axis(0), 0).to_owned()
+                    });
+                    let got = concatenate(Axis(0), &[meta.view(), of(block).slice(rows)]).unwrap();
                     let want = expected[&name].slice(s![row, ..k + length, ..]).to_owned().into_dyn();
                     check(&name, difference(&got, &want));
                 }
@@ -62,6 +71,16 @@ fn hymba_outputs_and_every_block() {
         }
     }
 }
+
+/// The parts of a block and their names in files.
+type Part = fn(&BlockInspection) -> &Array3<f32>;
+const PARTS: [(&str, Part); 5] = [
+    ("shared_output", |block| &block.shared_output),
+    ("mamba", |block| &block.mamba),
+    ("attention", |block| &block.attention),
+    ("gate", |block| &block.gate),
+    ("output", |block| &block.output),
+];
 
 #[test]
 fn edifice_outputs_and_every_block() {

@@ -5,9 +5,9 @@ mod common;
 
 use std::collections::BTreeMap;
 
-use common::{data, frames, model, tensors, wave};
+use common::{HYBRIDS, data, frames, model, patterns, tensors, wave};
 use hymba::ndarray::{Array2, Array3, ArrayD, Axis, s};
-use hymba::{Error, Hymba, HymbaOptions};
+use hymba::{Error, Hymba, HymbaOptions, Pattern};
 
 fn by_name(model: &Hymba) -> BTreeMap<String, ArrayD<f32>> {
     let mut all = BTreeMap::new();
@@ -35,8 +35,9 @@ fn check(case: &str, got: &BTreeMap<String, ArrayD<f32>>, want: &BTreeMap<String
 
 #[test]
 fn hymba_gradients() {
-    for case in ["small", "no_input_projection", "longer_than_window", "ragged_lengths"] {
-        let folder = data("hymba").join(case);
+    let cases = ["small", "no_input_projection", "longer_than_window", "ragged_lengths"].map(|case| ("hymba", case));
+    for (of, case) in cases.into_iter().chain(HYBRIDS.map(|case| ("hybrids", case))) {
+        let folder = data(of).join(case);
         let model = model(&folder);
         let expected = tensors(&folder.join("expected.safetensors"));
         let x = frames(&expected["input"]);
@@ -99,8 +100,11 @@ fn models() -> Vec<Hymba> {
         HymbaOptions::edifice(7).hidden_size(24).num_heads(3).num_layers(2).state_size(5),
         HymbaOptions::edifice(7).hidden_size(24).num_heads(3).num_layers(2).state_size(5).dropout(0.3),
     ]
+    .into_iter()
+    .chain(patterns())
+    .chain(patterns().into_iter().map(|options| options.dropout(0.4)))
     .map(|options| Hymba::build(options).unwrap())
-    .into()
+    .collect()
 }
 
 #[test]
@@ -191,20 +195,24 @@ fn a_batch_is_the_sum_of_its_rows_and_gradients_add_up() {
 #[test]
 fn any_number_of_threads() {
     let options = HymbaOptions::recommended(20).hidden_size(128).num_layers(2).window_size(30);
-    let model = Hymba::build(options).unwrap();
-    let x = wave(12, 40, 20);
-    let run = |threads| {
-        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-        pool.install(|| {
-            let mut grads = model.zeros_like();
-            let (y, cache) = model.forward_train(&x, None, 5).unwrap();
-            let dx = model.backward(&cache, &y, &mut grads).unwrap();
-            (y, dx, by_name(&grads))
-        })
-    };
-    let one = run(1);
-    for threads in [2, 3, 8] {
-        assert_eq!(run(threads), one, "{threads} threads");
+    let alternating = Pattern::Alternating { attention_every: 2 };
+    let shared = Pattern::SharedAttention { attention_every: 1 };
+    for pattern in [Pattern::Parallel, alternating, shared] {
+        let model = Hymba::build(options.clone().pattern(pattern)).unwrap();
+        let x = wave(12, 40, 20);
+        let run = |threads| {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            pool.install(|| {
+                let mut grads = model.zeros_like();
+                let (y, cache) = model.forward_train(&x, None, 5).unwrap();
+                let dx = model.backward(&cache, &y, &mut grads).unwrap();
+                (y, dx, by_name(&grads))
+            })
+        };
+        let one = run(1);
+        for threads in [2, 3, 8] {
+            assert_eq!(run(threads), one, "{pattern:?} {threads} threads");
+        }
     }
 }
 

@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{frame, wave};
+use common::{frame, patterns, wave};
 use hymba::ndarray::{Array2, Axis, s};
 use hymba::{Hymba, HymbaOptions};
 
@@ -17,8 +17,10 @@ fn models() -> Vec<Hymba> {
         HymbaOptions::edifice(7).hidden_size(24).num_heads(3).num_layers(3).state_size(5),
         HymbaOptions::edifice(7).hidden_size(24).num_heads(3).num_layers(1).num_meta_tokens(0),
     ]
+    .into_iter()
+    .chain(patterns())
     .map(|options| Hymba::build(options).unwrap())
-    .into()
+    .collect()
 }
 
 fn assert_close(got: &Array2<f32>, want: &Array2<f32>, what: &str) {

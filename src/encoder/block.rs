@@ -3,12 +3,11 @@
 use ndarray::{Array2, Array3, Array4};
 
 use super::options::HymbaOptions;
-use super::variant::Differences;
 use crate::kernels::matmul::Storage;
 use crate::kernels::team::Team;
 use crate::layers::{
-    Activation, AttentionCache, Batch, Buffer, Depth, Dropout, Gate, KvStorage, LayerNorm, LayerState, Linear,
-    MambaBranch, MambaCache, MetaTokenAttention, Mlp, MlpCache, Rng, Spans, StateGradient,
+    AttentionCache, Batch, Buffer, Depth, Dropout, Gate, KvStorage, LayerNorm, LayerState, Linear, MambaBranch, MambaCache,
+    MetaTokenAttention, Mlp, MlpCache, Rng, Spans, StateGradient,
 };
 use crate::parameters::{Visitor, VisitorMut, debug_shapes, join};
 
@@ -58,10 +57,12 @@ pub(crate) struct BlockCache {
     ffn_cache: MlpCache,
 }
 
-/// What a block did to an input: see [`Hymba::inspect`](crate::Hymba::inspect).
-#[derive(Debug, Clone, PartialEq)]
+/// What a block did to an input: see [`Hymba::inspect`](crate::Hymba::inspect). Of what a block does not have, the arrays are empty.
+#[derive(Debug, Clone, PartialEq, Default)]
 #[non_exhaustive]
 pub struct BlockInspection {
+    /// Output of the shared attention block `[b, l, h]`, before the map that feeds it to this block.
+    pub shared_output: Array3<f32>,
     /// Output of the Mamba branch `[b, l, h]`, before the gate.
     pub mamba: Array3<f32>,
     /// Output of the attention branch `[b, l, h]`, before the gate.
@@ -70,7 +71,8 @@ pub struct BlockInspection {
     pub gate: Array3<f32>,
     /// Output of the block `[b, l, h]`.
     pub output: Array3<f32>,
-    /// What each frame takes from each meta token, then from each frame: `[b, a, l, k + l]`, rows sum to 1.
+    /// What each frame takes from each meta token, then from each frame: `[b, a, l, k + l]`, rows sum to 1. In the branch, or in
+    /// this use of the shared block.
     pub attention_weights: Array4<f32>,
 }
 
@@ -89,25 +91,21 @@ impl HymbaBlock {
 
     /// All zero, with the [large maps](Self::large_maps_mut) in this type of storage.
     pub(crate) fn zeros(options: &HymbaOptions, storage: Option<Storage>) -> Self {
-        let (h, d, n, r) = (options.hidden_size, options.inner_size(), options.state_size, options.dt_rank());
-        let Differences { projection_bias: bias, own_meta, small_variance, .. } = options.variant.differences();
-        let (x_proj, dt_proj) = (Linear::zeros(d, r + 2 * n, bias), Linear::zeros(r, d, true));
-        let large = |inputs, outputs, bias| Linear::zeros_as(inputs, outputs, bias, storage);
-        let outer = [large(h, 2 * d, bias), large(d, h, bias)];
+        let h = options.hidden_size;
         HymbaBlock {
-            norm: LayerNorm::zeros(h, small_variance),
-            mamba: MambaBranch::new(&options.mamba(), Some(outer), x_proj, dt_proj),
-            attention: MetaTokenAttention::zeros(options.attention(), h, own_meta, storage),
+            norm: options.new_norm(h),
+            mamba: options.new_mamba(storage),
+            attention: options.new_attention(storage),
             gate: Gate::zeros(h, storage),
-            ffn_norm: LayerNorm::zeros(h, small_variance),
-            ffn: Mlp::new(Activation::Gelu, None, large(h, 4 * h, true), large(4 * h, h, true)),
+            ffn_norm: options.new_norm(h),
+            ffn: options.new_ffn(storage),
         }
     }
 
     /// The maps that may be stored narrow: all but W_x and W_dt, which make the time step, B and C of the scan.
-    pub(crate) fn large_maps_mut(&mut self) -> impl Iterator<Item = &mut Linear> {
+    pub(crate) fn large_maps_mut(&mut self) -> Vec<&mut Linear> {
         let (branches, gate) = (self.mamba.linears_mut().chain(self.attention.linears_mut()), self.gate.linear_mut());
-        branches.chain([gate]).chain(self.ffn.linears_mut())
+        branches.chain([gate]).chain(self.ffn.linears_mut()).collect()
     }
 
     /// A gradient of this block, zero.
@@ -263,6 +261,7 @@ impl HymbaBlock {
             gate: sequences(gate),
             output: sequences(x),
             attention_weights,
+            ..BlockInspection::default()
         }
     }
 

@@ -1,6 +1,7 @@
 //! What tells one set of weights from another, in any process.
 
 use super::model::Hymba;
+use super::pattern::Pattern;
 use crate::parameters::Parameter;
 
 impl Hymba {
@@ -11,6 +12,10 @@ impl Hymba {
             let options = &self.options;
             for size in [options.num_heads, options.window_size, options.num_meta_tokens, options.variant as usize] {
                 hash.add(size as u64);
+            }
+            if options.pattern != Pattern::Parallel {
+                options.pattern.kind().bytes().for_each(|byte| hash.add(u64::from(byte)));
+                hash.add(options.pattern.attention_every().unwrap_or(0) as u64);
             }
             hash.add(self.salt);
             let mut numbers = Vec::new();

@@ -2,10 +2,11 @@
 
 use ndarray::ArrayRef3;
 
-use super::block::HymbaBlock;
+use super::blocks::Block;
 use super::model::{GROUP, Hymba, PIECE, check_lengths};
 use super::options::HymbaOptions;
 use super::storage::{self, parameter_bytes};
+use super::pattern::BlockKind;
 use crate::files::tensors::Tensors;
 use crate::kernels::matmul::Storage;
 use crate::kernels::team::{threads, work};
@@ -34,7 +35,7 @@ pub(crate) fn fits(bytes: usize) -> bool {
 pub(crate) fn model_bytes(options: &HymbaOptions, storage: Option<Storage>) -> usize {
     /// What the allocator adds to the arrays of a block.
     const BLOCK_ARRAYS: usize = 1 << 10;
-    let blocks = work([options.num_layers, size_of::<HymbaBlock>() + BLOCK_ARRAYS]);
+    let blocks = work([options.num_layers, size_of::<Block>() + BLOCK_ARRAYS]);
     parameter_bytes(options, storage).saturating_add(blocks)
 }
 
@@ -101,11 +102,11 @@ impl Hymba {
             Keeps::Last => work([batch, (2 * h).saturating_add(more)]),
             Keeps::Outputs => work([padded, (2 * h).saturating_add(more)]),
             Keeps::Cache => {
-                let per_frame = work([num_layers, self.cache_numbers()]).saturating_add(2 * self.frame_numbers());
+                let per_frame = self.cache_numbers().saturating_add(2 * self.frame_numbers());
                 work([padded, per_frame.saturating_add(more)])
             }
             Keeps::Inspection => {
-                let per_block = work([num_heads, k.saturating_add(l)]).saturating_add(4 * h);
+                let per_block = work([num_heads, k.saturating_add(l)]).saturating_add(5 * h);
                 work([padded, work([num_layers, per_block]).saturating_add(self.frame_numbers())])
             }
         };
@@ -115,31 +116,51 @@ impl Hymba {
     }
 
     /// Numbers that a frame takes on its way through a block: the residual stream and its norm, four projections in
-    /// attention and what they become, six widths in the Mamba branch and what comes of it, and the gate.
+    /// attention and what they become, six widths in the Mamba branch and what comes of it, and the gate. In the shared block
+    /// all in attention is twice as wide.
     pub(crate) fn frame_numbers(&self) -> usize {
         /// Values are packed for products in whole panels of each head.
         const PANEL: usize = crate::kernels::matmul::PANEL;
         let HymbaOptions { embed_dim, hidden_size: h, state_size: n, num_heads, .. } = self.options;
-        let values = num_heads * (h / num_heads).next_multiple_of(PANEL);
-        embed_dim + 20 * h + values + 2 * n + self.options.dt_rank()
+        let (widths, inner) = if self.options.pattern.shares() { (24, 2 * h) } else { (20, h) };
+        let values = num_heads * (inner / num_heads).next_multiple_of(PANEL);
+        embed_dim + widths * h + values + 2 * n + self.options.dt_rank()
     }
 
     /// Numbers that a state of one sequence takes when so many frames are in its window.
     pub(super) fn state_numbers(&self, frames: usize) -> usize {
-        let HymbaOptions { hidden_size: h, state_size: n, num_layers, num_heads, num_meta_tokens: k, .. } =
-            self.options;
+        let HymbaOptions { hidden_size: h, state_size: n, num_heads, num_meta_tokens: k, .. } = self.options;
         /// Of a list of keys or values, and its place: in numbers.
         const LIST: usize = 16;
-        let mamba = work([2 * h, n.saturating_add(3)]);
+        let mamba = work([2 * h, n.saturating_add(3)]).saturating_add(4 * LIST);
         let rows = k.saturating_add(self.options.window().map_or(frames, |window| window.min(frames)));
-        let kv = work([2 * h, rows]);
-        work([num_layers, mamba.saturating_add(kv).saturating_add(work([LIST, 2 * num_heads + 4]))])
+        let kv = |width| work([2 * width, rows]).saturating_add(work([LIST, 2 * num_heads]));
+        self.at_all_depths(|kind| match kind {
+            BlockKind::Parallel => mamba.saturating_add(kv(h)),
+            BlockKind::Mamba | BlockKind::Fed { by_shared: false } => mamba,
+            BlockKind::Attention => kv(h).saturating_add(4 * LIST),
+            BlockKind::Fed { by_shared: true } => mamba.saturating_add(kv(2 * h)),
+        })
     }
 
-    /// Numbers that a block keeps of a frame for the backward pass.
+    /// Numbers that all blocks keep of a frame for the backward pass.
     fn cache_numbers(&self) -> usize {
-        let HymbaOptions { hidden_size: h, state_size: n, num_heads, .. } = self.options;
-        25 * h + 2 * n + self.options.dt_rank() + num_heads + work([n, h]).div_ceil(8)
+        let HymbaOptions { hidden_size: h, state_size: n, num_heads: a, .. } = self.options;
+        // beside the residual stream, its norm, and so on
+        let mamba = 2 * n + self.options.dt_rank() + work([n, h]).div_ceil(8);
+        self.at_all_depths(|kind| match kind {
+            BlockKind::Parallel => 25 * h + mamba + a,
+            BlockKind::Mamba => 18 * h + mamba,
+            BlockKind::Attention => 12 * h + a,
+            BlockKind::Fed { by_shared: false } => 12 * h + mamba,
+            BlockKind::Fed { by_shared: true } => 31 * h + mamba + a,
+        })
+    }
+
+    /// The sum over all depths of what each kind of block takes.
+    fn at_all_depths(&self, numbers: impl Fn(BlockKind) -> usize) -> usize {
+        let kinds = self.options.pattern.kinds(self.options.num_layers);
+        kinds.fold(0, |sum: usize, (kind, count)| sum.saturating_add(work([count, numbers(kind)])))
     }
 }
 

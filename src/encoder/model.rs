@@ -6,10 +6,11 @@ use std::sync::Arc;
 use ndarray::{Array2, Array3, ArrayRef3, ArrayView2, ArrayViewD, ArrayViewMut, ArrayViewMutD, Axis, Dimension, s};
 use rand::SeedableRng;
 
-use super::block::{BlockInspection, HymbaBlock};
+use super::block::BlockInspection;
+use super::blocks::{Block, Blocks};
 use super::memory::{Keeps, fits, model_bytes};
 use super::options::HymbaOptions;
-use super::variant::Differences;
+use super::shared::SharedBlock;
 use crate::kernels::matmul::Storage;
 use crate::kernels::team::{Team, with_team, work};
 use crate::layers::{Batch, Buffer, LayerNorm, Lazy, Linear, Rng, SequenceState, flat, init_meta_tokens};
@@ -49,7 +50,7 @@ pub struct Hymba {
     pub(super) input_proj: Option<Linear>,
     /// The travelling meta tokens `[k, h]`, if there are any.
     pub(super) meta_tokens: Option<Array2<f32>>,
-    pub(super) blocks: Vec<HymbaBlock>,
+    pub(super) blocks: Blocks,
     pub(super) final_norm: LayerNorm,
     /// Of the large matrices, if they are not to be trained.
     pub(super) storage: Option<Storage>,
@@ -95,9 +96,7 @@ impl Hymba {
         if let Some(tokens) = &mut model.meta_tokens {
             init_meta_tokens(tokens, &mut rng);
         }
-        for block in &mut model.blocks {
-            block.init(&mut rng);
-        }
+        model.blocks.init(&mut rng);
         model.final_norm.init();
         Ok(model)
     }
@@ -105,12 +104,12 @@ impl Hymba {
     /// A model of validated options whose parameters are all zero, with the large matrices in this type of storage.
     pub(crate) fn zeros(options: HymbaOptions, storage: Option<Storage>) -> Self {
         let (e, h, k) = (options.embed_dim, options.hidden_size, options.num_meta_tokens);
-        let Differences { own_meta, small_variance, .. } = options.variant.differences();
+        let own_meta = options.variant.differences().own_meta;
         Hymba {
             input_proj: (e != h).then(|| Linear::zeros(e, h, true)),
             meta_tokens: (k > 0 && !own_meta).then(|| Array2::zeros((k, h))),
-            blocks: (0..options.num_layers).map(|_| HymbaBlock::zeros(&options, storage)).collect(),
-            final_norm: LayerNorm::zeros(h, small_variance),
+            blocks: Blocks::zeros(&options, storage),
+            final_norm: options.new_norm(h),
             options,
             storage,
             initial: Lazy::new(),
@@ -227,22 +226,11 @@ impl Hymba {
             if let Some(tokens) = &self.meta_tokens {
                 let mut state = self.empty_state();
                 let mut batch = Batch::new(team, [(&mut state, tokens.nrows())], true, None);
-                let mut x = Buffer::copy_of(tokens);
-                for (layer, block) in self.blocks.iter().enumerate() {
-                    let seen = block.inspect(&mut batch, layer, x);
-                    x = rows(&seen.output);
-                    meta.push(seen);
-                }
+                meta = self.blocks.inspect(&mut batch, Buffer::copy_of(tokens));
             }
             let mut states = vec![SequenceState::clone(self.initial()); batch];
             let mut batch = Batch::new(team, states.iter_mut().map(|state| (state, l)), false, None);
-            let mut x = self.project(team, rows(x));
-            let mut blocks = Vec::with_capacity(self.blocks.len());
-            for (layer, block) in self.blocks.iter().enumerate() {
-                let seen = block.inspect(&mut batch, layer, x);
-                x = rows(&seen.output);
-                blocks.push(seen);
-            }
+            let blocks = self.blocks.inspect(&mut batch, self.project(team, rows(x)));
             Ok(Inspection { meta, blocks })
         })
     }
@@ -253,8 +241,13 @@ impl Hymba {
     }
 
     /// The blocks, first to last.
-    pub fn blocks(&self) -> &[HymbaBlock] {
-        &self.blocks
+    pub fn blocks(&self) -> &[Block] {
+        self.blocks.as_slice()
+    }
+
+    /// The attention block that several depths share, in the pattern [`SharedAttention`](crate::Pattern::SharedAttention).
+    pub fn shared_block(&self) -> Option<&SharedBlock> {
+        self.blocks.shared()
     }
 
     /// A gradient of this model, zero.
@@ -262,7 +255,7 @@ impl Hymba {
         Hymba {
             input_proj: self.input_proj.as_ref().map(Linear::zeros_like),
             meta_tokens: self.meta_tokens.as_ref().map(|tokens| Array2::zeros(tokens.dim())),
-            blocks: self.blocks.iter().map(HymbaBlock::zeros_like).collect(),
+            blocks: self.blocks.zeros_like(),
             final_norm: self.final_norm.zeros_like(),
             options: self.options.clone(),
             storage: self.storage,
@@ -319,9 +312,7 @@ impl Hymba {
         if let Some(tokens) = &self.meta_tokens {
             f("meta_tokens", Parameter::Array(tokens.view().into_dyn()));
         }
-        for (i, block) in self.blocks.iter().enumerate() {
-            block.visit(&format!("blocks.{i}"), f);
-        }
+        self.blocks.visit(f);
         self.final_norm.visit("final_norm", f);
     }
 
@@ -342,9 +333,7 @@ impl Hymba {
         if let Some(tokens) = &mut self.meta_tokens {
             f("meta_tokens", ParameterMut::Array(tokens.view_mut().into_dyn()));
         }
-        for (i, block) in self.blocks.iter_mut().enumerate() {
-            block.visit_mut(&format!("blocks.{i}"), f);
-        }
+        self.blocks.visit_mut(f);
         self.final_norm.visit_mut("final_norm", f);
     }
 
@@ -438,11 +427,8 @@ impl Hymba {
 
     /// Frames `[rows, embed_dim]` through all blocks and the final norm: `[rows, h]`, or `only` some rows of that.
     pub(super) fn run(&self, batch: &mut Batch, frames: Buffer, only: Option<&[usize]>) -> Buffer {
-        let mut x = self.project(batch.team, frames);
-        let last = self.blocks.len() - 1;
-        for (layer, block) in self.blocks.iter().enumerate() {
-            x = block.forward(batch, layer, x, if layer == last { only } else { None });
-        }
+        let x = self.project(batch.team, frames);
+        let x = self.blocks.forward(batch, x, only);
         self.final_norm.forward(batch.team, x.view())
     }
 
@@ -461,10 +447,7 @@ impl Hymba {
             if let Some(tokens) = &self.meta_tokens {
                 with_team(self.work(tokens.nrows()), |team| {
                     let mut batch = Batch::new(team, [(&mut state, tokens.nrows())], true, None);
-                    let mut x = Buffer::copy_of(tokens);
-                    for (layer, block) in self.blocks.iter().enumerate() {
-                        x = block.forward(&mut batch, layer, x, None);
-                    }
+                    self.blocks.forward(&mut batch, Buffer::copy_of(tokens), None);
                     batch.finish();
                 });
             }
@@ -474,7 +457,7 @@ impl Hymba {
 
     /// A state that has seen no meta tokens but those that blocks have themselves.
     pub(super) fn empty_state(&self) -> SequenceState {
-        SequenceState { position: 0, layers: self.blocks.iter().map(HymbaBlock::new_state).collect() }
+        SequenceState { position: 0, layers: self.blocks.new_states() }
     }
 }
 

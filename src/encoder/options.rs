@@ -2,8 +2,9 @@
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-use super::variant::Differences;
-use crate::layers::{AttentionConfig, Gate, KvShape, LayerNorm, Linear, MambaBranch, MambaConfig, MetaTokenAttention};
+use super::parts::sum;
+use super::pattern::Pattern;
+use crate::layers::{LayerNorm, Linear};
 use crate::{Error, Result};
 
 /// Which arithmetic the layers use. See [`HymbaOptions::edifice`].
@@ -30,6 +31,7 @@ pub enum Variant {
 /// | `num_meta_tokens` | 4 | ≥ 0 | learned tokens `k` in front of every sequence; 0 turns them off |
 /// | `dropout` | 0.0 | 0 ≤ rate < 1 | dropout of what branches and FFN add to the residual stream, in training only |
 /// | `window_size` | 60 | ≥ 1 | frames `w` a frame can attend to, itself included |
+/// | `pattern` | parallel | see [`Pattern`] | which kind of block runs at which depth |
 /// | `seed` | 0 | any | seed of the initial weights |
 ///
 /// All sizes together may ask for at most [`MAX_PARAMETERS`](Self::MAX_PARAMETERS) parameters.
@@ -68,6 +70,9 @@ pub struct HymbaOptions {
     pub window_size: usize,
     /// Seed of the initial weights.
     pub seed: u64,
+    /// Which kind of block runs at which depth.
+    #[serde(skip_serializing_if = "Pattern::is_parallel")]
+    pub pattern: Pattern,
     /// Which arithmetic the layers use.
     #[serde(alias = "preset")]
     pub variant: Variant,
@@ -118,6 +123,12 @@ impl HymbaOptions {
     pub const RECOMMENDED_DROPOUT: f32 = 0.1;
     /// Default of `window_size`.
     pub const DEFAULT_WINDOW_SIZE: usize = 60;
+    /// Default of `pattern`.
+    pub const DEFAULT_PATTERN: Pattern = Pattern::Parallel;
+    /// The `attention_every` of [`jamba`](Self::jamba) and [`zamba`](Self::zamba).
+    pub const DEFAULT_ATTENTION_EVERY: usize = 3;
+    /// The `num_layers` of [`jamba`](Self::jamba) and [`zamba`](Self::zamba).
+    pub const HYBRID_NUM_LAYERS: usize = 6;
     /// Default of `seed`.
     pub const DEFAULT_SEED: u64 = 0;
     /// The largest number of parameters a model may have: 2³¹, which is 8 GiB, and about twice that from the first call on,
@@ -136,6 +147,7 @@ impl HymbaOptions {
             dropout: Self::DEFAULT_DROPOUT,
             window_size: Self::DEFAULT_WINDOW_SIZE,
             seed: Self::DEFAULT_SEED,
+            pattern: Self::DEFAULT_PATTERN,
             variant: Variant::Hymba,
         }
     }
@@ -143,6 +155,36 @@ impl HymbaOptions {
     /// As [`new`](Self::new), with dropout 0.1: a good start for training.
     pub fn recommended(embed_dim: usize) -> Self {
         Self::new(embed_dim).dropout(Self::RECOMMENDED_DROPOUT)
+    }
+
+    /// Mamba blocks of which every third has attention instead, as in Jamba: as [`new`](Self::new), with 6 blocks and
+    /// [`Pattern::Alternating`].
+    ///
+    /// ```
+    /// use hymba::{Hymba, HymbaOptions};
+    ///
+    /// let model = Hymba::build(HymbaOptions::jamba(12).hidden_size(64))?; // M M A M M A
+    /// assert!(model.blocks()[2].attention().is_some() && model.blocks()[2].mamba().is_none());
+    /// # Ok::<(), hymba::Error>(())
+    /// ```
+    pub fn jamba(embed_dim: usize) -> Self {
+        let pattern = Pattern::Alternating { attention_every: Self::DEFAULT_ATTENTION_EVERY };
+        Self::new(embed_dim).num_layers(Self::HYBRID_NUM_LAYERS).pattern(pattern)
+    }
+
+    /// Mamba blocks of which every third is fed by one attention block that they share, as in Zamba: as [`new`](Self::new), with 6
+    /// blocks and [`Pattern::SharedAttention`].
+    ///
+    /// ```
+    /// use hymba::{Hymba, HymbaOptions};
+    ///
+    /// let model = Hymba::build(HymbaOptions::zamba(12).hidden_size(64))?;
+    /// assert!(model.shared_block().is_some());
+    /// # Ok::<(), hymba::Error>(())
+    /// ```
+    pub fn zamba(embed_dim: usize) -> Self {
+        let pattern = Pattern::SharedAttention { attention_every: Self::DEFAULT_ATTENTION_EVERY };
+        Self::new(embed_dim).num_layers(Self::HYBRID_NUM_LAYERS).pattern(pattern)
     }
 
     /// As [`new`](Self::new), with the arithmetic of `Edifice.SSM.Hymba` 0.2.0.
@@ -157,7 +199,7 @@ impl HymbaOptions {
     /// * attention is causal over the whole past. `window_size` is not used, and the streaming state
     ///   grows by two rows of `hidden_size` numbers a block with every frame.
     ///
-    /// Initial values are those of this crate, not Axon's, whose norm weights start at random.
+    /// Its blocks are [`Pattern::Parallel`]. Initial values are those of this crate, not Axon's, whose norm weights start at random.
     pub fn edifice(embed_dim: usize) -> Self {
         HymbaOptions { variant: Variant::Edifice, ..Self::new(embed_dim) }
     }
@@ -189,6 +231,8 @@ impl HymbaOptions {
         window_size: usize;
         /// Sets the seed of the initial weights.
         seed: u64;
+        /// Sets which kind of block runs at which depth.
+        pattern: Pattern;
     }
 
     /// Width of the model's output: `hidden_size`.
@@ -219,6 +263,14 @@ impl HymbaOptions {
                     allowed: format!("it must be at least 1 ({meaning})"),
                 });
             }
+        }
+        self.pattern.validate(self.num_layers)?;
+        if self.variant == Variant::Edifice && self.pattern != Pattern::Parallel {
+            return Err(Error::Option {
+                option: "pattern",
+                given: self.pattern.kind().into(),
+                allowed: "the blocks of the Edifice variant are parallel; set one of the two back".into(),
+            });
         }
         if !self.hidden_size.is_multiple_of(self.num_heads) {
             let example = self.hidden_size.div_ceil(self.num_heads).checked_mul(self.num_heads);
@@ -288,65 +340,20 @@ impl HymbaOptions {
         }
     }
 
-    /// The sizes of the Mamba branch.
-    pub(crate) fn mamba(&self) -> MambaConfig {
-        let Differences { learned_decay, time_step, .. } = self.variant.differences();
-        MambaConfig {
-            inner: self.inner_size(),
-            states: self.state_size,
-            taps: 4,
-            conv_bias: true,
-            learned_decay,
-            time_step,
-            inner_norms: None,
-        }
-    }
-
-    /// The sizes of the attention branch.
-    pub(crate) fn attention(&self) -> AttentionConfig {
-        let width = self.hidden_size / self.num_heads;
-        AttentionConfig {
-            query_heads: self.num_heads,
-            kv: KvShape {
-                heads: self.num_heads,
-                key_width: width,
-                value_width: width,
-                meta: self.num_meta_tokens,
-                window: self.window(),
-            },
-        }
-    }
-
-    /// Tensors that a block has in a file of this crate.
-    pub(crate) fn tensors_per_block(&self) -> usize {
-        // norms 4, Mamba branch 9 or 10, attention 8 or 10, gate 2, feed-forward network 4
-        match self.variant {
-            Variant::Hymba => 27,
-            Variant::Edifice => 30,
-        }
-    }
-
     /// The number of parameters, or `None` where it cannot be counted. Equal to
     /// [`Hymba::num_parameters`](crate::Hymba::num_parameters), without building the model.
     pub(crate) fn parameters(&self) -> Option<usize> {
         let (e, h, k) = (self.embed_dim, self.hidden_size, self.num_meta_tokens);
         // what is derived from it must not overflow either
         h.checked_mul(8)?;
-        let Differences { projection_bias, own_meta, .. } = self.variant.differences();
-        let sum = |counts: &[Option<usize>]| counts.iter().try_fold(0usize, |sum, count| sum.checked_add((*count)?));
-        let block = sum(&[
-            LayerNorm::count(h),
-            MambaBranch::count(&self.mamba(), h, self.dt_rank(), projection_bias),
-            MetaTokenAttention::count(h, own_meta.then_some(k)),
-            Gate::count(h),
-            LayerNorm::count(h),
-            Linear::count(h, 4 * h, true),
-            Linear::count(4 * h, h, true),
-        ])?;
+        let own_meta = self.variant.differences().own_meta;
+        let kinds = self.pattern.kinds(self.num_layers);
+        let blocks: Vec<_> = kinds.map(|(kind, count)| self.block_parameters(kind)?.checked_mul(count)).collect();
         sum(&[
             if e == h { Some(0) } else { Linear::count(e, h, true) },
             if own_meta { Some(0) } else { k.checked_mul(h) },
-            block.checked_mul(self.num_layers),
+            if self.pattern.shares() { self.shared_parameters() } else { Some(0) },
+            sum(&blocks),
             LayerNorm::count(h),
         ])
     }

@@ -11,11 +11,11 @@ impl Hymba {
     /// trained model takes 4 bytes per weight, and 4 more from the first call on for a copy in that order; this one takes what
     /// [`Storage`] says, and a step of a model that does not fit into the CPU's caches waits for so much less memory.
     ///
-    /// | narrowed, in every block | always f32 |
+    /// | narrowed, in every block and the shared one | always f32 |
     /// |---|---|
     /// | `mamba.in_proj`, `mamba.out_proj` | `input_proj`: frames are not normalised, which 8 bits would not forgive |
     /// | `attention.{q,k,v,out}_proj` | `mamba.x_proj`, `mamba.dt_proj`: the time step, B and C add up in the state |
-    /// | `gate`, `ffn.up`, `ffn.down` | norms, biases, convolution, A, D, meta tokens, the head of a [`Predictor`](crate::Predictor) |
+    /// | `gate`, `shared_proj`, `ffn.up`, `ffn.down` | norms, biases, convolution, A, D, meta tokens, the head of a [`Predictor`](crate::Predictor) |
     ///
     /// These matrices are most of the model: 97 % at the default sizes. [`save`](Self::save) writes them as they are stored, and
     /// [`load`](Self::load) gives the same model again, to the bit; [`load_as`](Self::load_as) reads a larger file into this form at
@@ -80,7 +80,7 @@ impl Hymba {
                 allowed: format!("the model takes {bytes} bytes then, which do not fit into memory; choose fewer bits"),
             });
         }
-        self.blocks.iter_mut().flat_map(|block| block.large_maps_mut()).for_each(|map| map.store_as(storage));
+        self.blocks.large_maps_mut().for_each(|map| map.store_as(storage));
         self.storage = storage;
         self.changed();
         Ok(())
@@ -145,26 +145,24 @@ pub(super) fn parameter_bytes(options: &HymbaOptions, storage: Option<Storage>) 
         let parameters = options.parameters()?.checked_mul(size_of::<f32>())?;
         let Some(storage) = storage else { return Some(parameters) };
         let (mut narrowed, mut stored) = (0usize, 0usize);
-        for (n, k) in large_matrices(options) {
-            narrowed = narrowed.checked_add(n.checked_mul(k)?.checked_mul(size_of::<f32>())?)?;
-            stored = stored.checked_add(Matrix::bytes(n, k, storage)?)?;
+        let blocks = options.pattern.kinds(options.num_layers).map(|(kind, count)| (options.large_matrices(kind), count));
+        let shared = options.pattern.shares().then(|| (options.large_shared_matrices(), 1));
+        for (matrices, count) in blocks.chain(shared) {
+            for [n, k] in matrices {
+                let numbers = n.checked_mul(k)?.checked_mul(count)?;
+                narrowed = narrowed.checked_add(numbers.checked_mul(size_of::<f32>())?)?;
+                stored = stored.checked_add(Matrix::bytes(n, k, storage)?.checked_mul(count)?)?;
+            }
         }
-        let layers = options.num_layers;
-        parameters.checked_sub(narrowed.checked_mul(layers)?)?.checked_add(stored.checked_mul(layers)?)
+        parameters.checked_sub(narrowed)?.checked_add(stored)
     };
     count().unwrap_or(usize::MAX)
-}
-
-/// Outputs and inputs of the matrices of a block that are narrowed.
-fn large_matrices(options: &HymbaOptions) -> [(usize, usize); 9] {
-    let (h, d) = (options.hidden_size, options.inner_size());
-    let square = (h, h);
-    [(2 * d, h), (h, d), square, square, square, square, square, (4 * h, h), (h, 4 * h)]
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::Pattern;
 
     #[test]
     fn bytes_are_counted_beforehand_as_they_are_taken() {
@@ -172,6 +170,9 @@ mod tests {
             HymbaOptions::new(3).hidden_size(16).num_heads(2).num_layers(2),
             HymbaOptions::new(30).hidden_size(72).num_layers(3),
             HymbaOptions::edifice(72).hidden_size(72).num_layers(1),
+            HymbaOptions::jamba(30).hidden_size(40),
+            HymbaOptions::zamba(30).hidden_size(72),
+            HymbaOptions::new(9).hidden_size(32).pattern(Pattern::Attention),
         ] {
             let mut model = Hymba::build(options.clone()).unwrap();
             assert_eq!(model.num_bytes(), parameter_bytes(&options, None));

@@ -1,19 +1,22 @@
 //! The table that [`Hymba::summary`] prints.
 
+use std::collections::HashMap;
 use std::fmt::Write;
 
 use super::model::Hymba;
+use super::pattern::{BlockKind, Pattern};
 
 /// A line of the table: a parameter, or the same parameter of several blocks.
 struct Line {
     name: String,
     shape: Vec<usize>,
-    blocks: usize,
+    /// Where the name is that of a part of these blocks.
+    blocks: Vec<usize>,
 }
 
 impl Hymba {
-    /// A table of the parameters: name in files, shape, and how many numbers; blocks of one kind share a line. Below it
-    /// the totals.
+    /// A table of the parameters: name in files, shape, and how many numbers; blocks that have the same parameter share a line.
+    /// Below it the totals, in which what several blocks share counts once.
     ///
     /// ```
     /// use hymba::{Hymba, HymbaOptions};
@@ -21,26 +24,36 @@ impl Hymba {
     /// let model = Hymba::build(HymbaOptions::new(12).hidden_size(64))?;
     /// println!("{}", model.summary());
     /// assert!(model.summary().contains("blocks.{0..=3}.mamba.in_proj.weight"));
+    ///
+    /// let jamba = Hymba::build(HymbaOptions::jamba(12).hidden_size(64))?;
+    /// assert!(jamba.summary().contains("blocks.{2,5}.attention.q_proj.weight"));
     /// # Ok::<(), hymba::Error>(())
     /// ```
     pub fn summary(&self) -> String {
-        let blocks = self.blocks().len();
         let mut lines: Vec<Line> = Vec::new();
+        let mut places = HashMap::new();
         self.visit_parameters(&mut |name, parameter| {
-            let (name, repeats) = match name.strip_prefix("blocks.").and_then(|rest| rest.split_once('.')) {
-                None => (name.to_string(), 1),
-                Some((_, rest)) if blocks == 1 => (format!("blocks.0.{rest}"), 1),
-                Some(("0", rest)) => (format!("blocks.{{0..={}}}.{rest}", blocks - 1), blocks),
-                Some(_) => return,
-            };
-            lines.push(Line { name, shape: parameter.shape(), blocks: repeats });
+            let of_a_block = name.strip_prefix("blocks.").and_then(|rest| rest.split_once('.'));
+            let (name, block): (_, Option<usize>) =
+                match of_a_block.and_then(|(block, rest)| Some((rest, block.parse().ok()?))) {
+                    Some((rest, block)) => (rest, Some(block)),
+                    None => (name, None),
+                };
+            let place = *places.entry((name.to_string(), block.is_some())).or_insert(lines.len());
+            if place == lines.len() {
+                lines.push(Line { name: name.to_string(), shape: parameter.shape(), blocks: Vec::new() });
+            }
+            lines[place].blocks.extend(block);
         });
+        for line in lines.iter_mut().filter(|line| !line.blocks.is_empty()) {
+            line.name = format!("blocks.{}.{}", list(&line.blocks), line.name);
+        }
 
         let widest = lines.iter().map(|line| line.name.len()).max().unwrap_or(0);
         let mut table = format!("{:widest$}  {:>14}  {:>16}\n", "parameter", "shape", "numbers");
         for line in &lines {
             let numbers = grouped(line.shape.iter().product());
-            let numbers = if line.blocks > 1 { format!("{} × {numbers}", line.blocks) } else { numbers };
+            let numbers = if line.blocks.len() > 1 { format!("{} × {numbers}", line.blocks.len()) } else { numbers };
             let shape = format!("{:?}", line.shape);
             let _ = writeln!(table, "{:widest$}  {shape:>14}  {numbers:>16}", line.name);
         }
@@ -58,8 +71,32 @@ impl Hymba {
             options.num_meta_tokens,
             options.variant,
         );
+        if options.pattern != Pattern::Parallel {
+            let _ = write!(table, "pattern {}", options.pattern.kind());
+            if let Some(every) = options.pattern.attention_every() {
+                let _ = write!(table, ", attention_every {every}");
+            }
+            if options.pattern.shares() {
+                let by_shared = BlockKind::Fed { by_shared: true };
+                let uses: Vec<_> = (0..options.num_layers).filter(|&i| options.pattern.at(i) == by_shared).collect();
+                let _ = write!(table, "; shared_block is used {} times, by blocks.{}", uses.len(), list(&uses));
+            }
+            table.push('\n');
+        }
         table
     }
+}
+
+/// 2 → 2, 0 1 2 3 → {0..=3}, 0 1 3 → {0..=1,3}
+fn list(blocks: &[usize]) -> String {
+    if let [block] = blocks {
+        return block.to_string();
+    }
+    let runs = blocks.chunk_by(|a, b| a + 1 == *b).map(|run| match run {
+        [first, .., last] => format!("{first}..={last}"),
+        _ => run[0].to_string(),
+    });
+    format!("{{{}}}", runs.collect::<Vec<_>>().join(","))
 }
 
 /// 1234567 → 1,234,567

@@ -4,7 +4,7 @@ use std::fmt;
 
 use ndarray::{Array2, Array3, ArrayRef2, ArrayRef3, s};
 
-use super::block::BlockCache;
+use super::blocks::{BlockDropout, DepthCache};
 use super::memory::Keeps;
 use super::model::Hymba;
 use super::options::{HymbaOptions, Variant};
@@ -24,18 +24,10 @@ pub struct TrainCache {
     /// What the meta tokens left in front of the frames.
     initial: SequenceState,
     /// The meta tokens' pass through the blocks, if there are any.
-    meta: Vec<BlockCache>,
-    blocks: Vec<BlockCache>,
+    meta: Vec<DepthCache>,
+    blocks: Vec<DepthCache>,
     /// Input of the final norm, `[b, h]` or `[rows, h]`.
     last: Buffer,
-}
-
-/// Where numbers are dropped around a block.
-struct BlockDropout {
-    /// Of the block's input.
-    before: Dropout,
-    /// Of what the block adds to the residual stream.
-    inside: Dropout,
 }
 
 impl TrainCache {
@@ -152,19 +144,12 @@ impl Hymba {
         let lengths = lengths.map_or_else(|| vec![l; batch], <[usize]>::to_vec);
         Ok(with_team(self.work(lengths.iter().sum()), |team| {
             let input = frames(x, &lengths);
-            let mut x = self.project(team, Buffer::copy_of(&input));
+            let x = self.project(team, Buffer::copy_of(&input));
             let (initial, meta) = self.run_meta_tokens(team);
             let mut states = vec![initial.clone(); lengths.len()];
             let sequences = states.iter_mut().zip(lengths.iter().copied());
             let mut batch = Batch::new(team, sequences, false, None);
-            let mut blocks = Vec::with_capacity(self.blocks.len());
-            for (i, block) in self.blocks.iter().enumerate() {
-                let dropout = self.dropout(seed, i);
-                dropout.before.apply(team, &batch.spans, &mut x);
-                let (y, cache) = block.forward_train(&mut batch, i, x, dropout.inside);
-                blocks.push(cache);
-                x = y;
-            }
+            let (x, blocks) = self.blocks.forward_train(&mut batch, x, |depth| self.dropout(seed, depth));
             let last = Buffer::empty();
             let cache = TrainCache { model: self.id, seed, l, lengths, input, initial, meta, blocks, last };
             (x, cache)
@@ -173,43 +158,40 @@ impl Hymba {
 
     /// Takes the meta tokens through the blocks. Returns what they leave in front of the frames, and what the backward pass
     /// reads; of the latter nothing where there are no tokens.
-    fn run_meta_tokens(&self, team: &Team) -> (SequenceState, Vec<BlockCache>) {
+    fn run_meta_tokens(&self, team: &Team) -> (SequenceState, Vec<DepthCache>) {
         let (mut state, mut caches) = (self.empty_state(), Vec::new());
         if let Some(tokens) = &self.meta_tokens {
             let mut batch = Batch::new(team, [(&mut state, tokens.nrows())], true, None);
-            let mut x = Buffer::copy_of(tokens);
-            for (layer, block) in self.blocks.iter().enumerate() {
-                let (y, cache) = block.forward_train(&mut batch, layer, x, Dropout::NONE);
-                caches.push(cache);
-                x = y;
-            }
+            (_, caches) = self.blocks.forward_train(&mut batch, Buffer::copy_of(tokens), |_| BlockDropout::NONE);
             batch.finish();
         }
         (state, caches)
     }
 
     /// The backward pass of [`run_train`](Self::run_train).
-    fn run_backward(&self, cache: &TrainCache, mut dx: Buffer, grads: &mut Hymba) -> Array3<f32> {
+    fn run_backward(&self, cache: &TrainCache, dx: Buffer, grads: &mut Hymba) -> Array3<f32> {
         grads.changed();
         with_team(self.work(2 * dx.nrows()), |team| {
             let spans = cache.spans();
-            let empty = self.empty_state();
-            // of the meta tokens, behind the current block
-            let mut dtokens = self.meta_tokens.as_ref().map(|tokens| Buffer::zeros(tokens.dim()));
-            for (i, block) in self.blocks.iter().enumerate().rev() {
-                let (initial, grad) = (&cache.initial.layers[i], &mut grads.blocks[i]);
+            let (empty, tokens) = (self.empty_state(), self.options.num_meta_tokens);
+            // of the frames and of the meta tokens, behind the current block
+            let mut dx = self.blocks.last_gradient(dx);
+            let mut dtokens = self.meta_tokens.as_ref().map(|x| self.blocks.last_gradient(Buffer::zeros(x.dim())));
+            for i in (0..self.blocks.len()).rev() {
+                let (initial, grads) = (&cache.initial.layers[i], &mut grads.blocks);
                 let mut dinitial = StateGradient::zeros(initial);
-                dx = block.backward(team, &spans, &cache.blocks[i], initial, dx, None, grad, &mut dinitial);
-                self.dropout(cache.seed, i).before.apply(team, &spans, &mut dx);
+                dx = self.blocks.backward(team, i, &spans, &cache.blocks[i], initial, dx, None, grads, &mut dinitial);
+                dx.drop(self.dropout(cache.seed, i).before, team, &spans);
                 dtokens = dtokens.map(|dy| {
-                    let (meta, start) = (Spans::new([dy.nrows()]), &empty.layers[i]);
+                    let (meta, start, dfinal) = (Spans::new([tokens]), &empty.layers[i], Some(&dinitial));
                     let mut dnothing = StateGradient::zeros(start);
-                    block.backward(team, &meta, &cache.meta[i], start, dy, Some(&dinitial), grad, &mut dnothing)
+                    self.blocks.backward(team, i, &meta, &cache.meta[i], start, dy, dfinal, grads, &mut dnothing)
                 });
-                grad.add_own_meta(&dinitial);
+                grads.add_own_meta(i, &dinitial);
             }
+            let dx = dx.finish();
             if let (Some(grad), Some(dtokens)) = (&mut grads.meta_tokens, dtokens) {
-                *grad += &*dtokens;
+                *grad += &*dtokens.finish();
             }
             let dinput = match (&self.input_proj, &mut grads.input_proj) {
                 (Some(input_proj), Some(grad)) => input_proj.backward(team, cache.input.view(), dx.view(), grad),

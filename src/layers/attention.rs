@@ -51,6 +51,8 @@ struct Projections {
     k: Linear,
     v: Linear,
     out: Linear,
+    /// What queries are multiplied by before the scores are scaled by 1/√p.
+    query_scale: f32,
 }
 
 /// Where in a model a branch stands.
@@ -105,15 +107,29 @@ const HEAD_EPSILON: f32 = 1e-6;
 debug_shapes!(MetaTokenAttention);
 
 impl MetaTokenAttention {
-    /// With maps of its own `[h, h]` and a bias each, and with meta keys and values of its own if it `owns_meta`.
-    pub(crate) fn zeros(config: AttentionConfig, h: usize, owns_meta: bool, storage: Option<Storage>) -> Self {
-        let linear = || Linear::zeros_as(h, h, true, storage);
-        let meta = || Array2::zeros((config.kv.meta, h));
+    /// With maps of its own from `[rows, inputs]` to `[rows, outputs]`, each with a bias and in this type of storage, and with meta
+    /// keys and values of its own if it `owns_meta`. Scores are scaled by `query_scale`/√p.
+    pub(crate) fn zeros(
+        config: AttentionConfig,
+        [inputs, outputs]: [usize; 2],
+        query_scale: f32,
+        owns_meta: bool,
+        storage: Option<Storage>,
+    ) -> Self {
+        let KvShape { heads, key_width, value_width, meta, .. } = config.kv;
+        let linear = |heads, width| Linear::zeros_as(inputs, heads * width, true, storage);
+        let own = |width| Array2::zeros((meta, heads * width));
         MetaTokenAttention {
             config,
-            projections: Some(Projections { q: linear(), k: linear(), v: linear(), out: linear() }),
+            projections: Some(Projections {
+                q: linear(config.query_heads, key_width),
+                k: linear(heads, key_width),
+                v: linear(heads, value_width),
+                out: Linear::zeros_as(config.query_heads * value_width, outputs, true, storage),
+                query_scale,
+            }),
             norms: None,
-            own_meta: owns_meta.then(|| [meta(), meta()]),
+            own_meta: owns_meta.then(|| [own(key_width), own(value_width)]),
         }
     }
 
@@ -133,11 +149,12 @@ impl MetaTokenAttention {
         let zeros = |arrays: &[Array2<f32>; 2]| arrays.each_ref().map(|array| Array2::zeros(array.dim()));
         MetaTokenAttention {
             config: self.config,
-            projections: self.projections.as_ref().map(|Projections { q, k, v, out }| Projections {
+            projections: self.projections.as_ref().map(|Projections { q, k, v, out, query_scale }| Projections {
                 q: q.zeros_like(),
                 k: k.zeros_like(),
                 v: v.zeros_like(),
                 out: out.zeros_like(),
+                query_scale: *query_scale,
             }),
             norms: self.norms.as_ref().map(zeros),
             own_meta: self.own_meta.as_ref().map(zeros),
@@ -149,15 +166,16 @@ impl MetaTokenAttention {
         self.own_meta.iter_mut().flatten().for_each(|meta| init_meta_tokens(meta, rng));
     }
 
-    /// Parameters of a branch with maps of its own.
-    pub(crate) fn count(h: usize, own_meta: Option<usize>) -> Option<usize> {
-        let maps = Linear::count(h, h, true)?.checked_mul(4)?;
-        maps.checked_add(own_meta.unwrap_or(0).checked_mul(h)?.checked_mul(2)?)
+    /// Parameters of a branch with maps of its own, whose heads are `inner` wide together.
+    pub(crate) fn count(inputs: usize, inner: usize, outputs: usize, own_meta: Option<usize>) -> Option<usize> {
+        let maps = Linear::count(inputs, inner, true)?.checked_mul(3)?;
+        let maps = maps.checked_add(Linear::count(inner, outputs, true)?)?;
+        maps.checked_add(own_meta.unwrap_or(0).checked_mul(inner)?.checked_mul(2)?)
     }
 
     /// The large maps.
     pub(crate) fn linears_mut(&mut self) -> impl Iterator<Item = &mut Linear> {
-        self.projections.iter_mut().flat_map(|Projections { q, k, v, out }| [q, k, v, out])
+        self.projections.iter_mut().flat_map(|Projections { q, k, v, out, .. }| [q, k, v, out])
     }
 
     /// A cache for a sequence that has seen nothing.
@@ -180,10 +198,10 @@ impl MetaTokenAttention {
         u: ArrayView2<f32>,
         only: Option<&[usize]>,
     ) -> Buffer {
-        let Projections { q, k, v, out } = self.projections();
-        let [mut q, mut k, mut v] = [q, k, v].map(|map| map.forward(batch.team, u));
+        let [mut q, mut k, mut v] = self.projected(batch.team, u);
         self.prepare(batch, depth, &mut q, &mut k, &mut v);
         let mixed = self.attend(batch, depth, all_rows(&q), all_rows(&k), all_rows(&v), None);
+        let out = &self.projections().out;
         match only {
             Some(rows) => out.forward(batch.team, mixed.rows_at(rows).view()),
             None => out.forward(batch.team, mixed.view()),
@@ -197,11 +215,11 @@ impl MetaTokenAttention {
         depth: Depth,
         u: ArrayView2<f32>,
     ) -> (Buffer, AttentionCache) {
-        let Projections { q, k, v, out } = self.projections();
-        let [q, k, v] = [q, k, v].map(|map| map.forward(batch.team, u));
+        let [q, k, v] = self.projected(batch.team, u);
         let mut log_sums = Array2::zeros((u.nrows(), self.config.query_heads));
         let mixed = self.attend(batch, depth, all_rows(&q), all_rows(&k), all_rows(&v), Some(&mut log_sums));
-        (out.forward(batch.team, mixed.view()), AttentionCache { q, k, v, mixed, log_sums })
+        let y = self.projections().out.forward(batch.team, mixed.view());
+        (y, AttentionCache { q, k, v, mixed, log_sums })
     }
 
     /// The gradient of [`forward_train`](Self::forward_train) at u, for sequences that all began with the state `initial`: dy
@@ -222,7 +240,8 @@ impl MetaTokenAttention {
     ) -> Buffer {
         let AttentionConfig { query_heads, kv: KvShape { heads, key_width, value_width, .. } } = self.config;
         let group = query_heads / heads;
-        let (Projections { q, k, v, out }, Some(grads)) = (self.projections(), &mut grad.projections) else {
+        let (Projections { q, k, v, out, query_scale }, Some(grads)) = (self.projections(), &mut grad.projections)
+        else {
             unreachable!("a gradient has the maps of its branch");
         };
         let dmixed = out.backward(team, cache.mixed.view(), dy, &mut grads.out);
@@ -278,6 +297,7 @@ impl MetaTokenAttention {
             *dk += &dfinal.keys;
             *dv += &dfinal.values;
         }
+        scale(team, &mut dq, *query_scale);
         let mut du = q.backward(team, u, dq.view(), &mut grads.q);
         *du += &*k.backward(team, u, dk.view(), &mut grads.k);
         *du += &*v.backward(team, u, dv.view(), &mut grads.v);
@@ -295,8 +315,7 @@ impl MetaTokenAttention {
     /// The attention weights of one sequence of a batch in which all have l rows `[a, l, k + l]`: what each frame takes from each
     /// meta token, then from each frame.
     pub(crate) fn weights(&self, batch: &Batch, depth: Depth, u: ArrayView2<f32>) -> Array4<f32> {
-        let Projections { q, k, v, .. } = self.projections();
-        let [q, k, v] = [q, k, v].map(|map| map.forward(batch.team, u));
+        let [q, k, v] = self.projected(batch.team, u);
         let AttentionConfig { query_heads, kv: KvShape { heads, key_width, value_width, .. } } = self.config;
         let cache = |state: &'_ LayerState| state.kv.as_ref().map_or(0, KvCache::rows);
         let past = batch.states.first().map_or(0, |state| cache(&state.layers[depth.layer]));
@@ -319,6 +338,14 @@ impl MetaTokenAttention {
             }
         }
         all
+    }
+
+    /// Queries, keys and values of u `[rows, inputs]`.
+    fn projected(&self, team: &Team, u: ArrayView2<f32>) -> [Buffer; 3] {
+        let Projections { q, k, v, query_scale, .. } = self.projections();
+        let mut projected = [q, k, v].map(|map| map.forward(team, u));
+        scale(team, &mut projected[0], *query_scale);
+        projected
     }
 
     /// Norms, rotary embedding and rounding of queries, keys and values that stand in arrays of their own.
@@ -515,7 +542,7 @@ impl MetaTokenAttention {
     }
 
     pub(crate) fn visit<'a>(&'a self, name: &str, f: &mut Visitor<'_, 'a>) {
-        if let Some(Projections { q, k, v, out }) = &self.projections {
+        if let Some(Projections { q, k, v, out, .. }) = &self.projections {
             q.visit(&join(name, "q_proj"), f);
             k.visit(&join(name, "k_proj"), f);
             v.visit(&join(name, "v_proj"), f);
@@ -531,7 +558,7 @@ impl MetaTokenAttention {
     }
 
     pub(crate) fn visit_mut<'a>(&'a mut self, name: &str, f: &mut VisitorMut<'_, 'a>) {
-        if let Some(Projections { q, k, v, out }) = &mut self.projections {
+        if let Some(Projections { q, k, v, out, .. }) = &mut self.projections {
             q.visit_mut(&join(name, "q_proj"), f);
             k.visit_mut(&join(name, "k_proj"), f);
             v.visit_mut(&join(name, "v_proj"), f);
@@ -564,6 +591,14 @@ fn columns(mut rest: ArrayViewMut2<'_, f32>, width: usize) -> Vec<ArrayViewMut2<
     }
     parts.push(rest);
     parts
+}
+
+/// q ← factor · q
+fn scale(team: &Team, q: &mut Array2<f32>, factor: f32) {
+    if factor != 1.0 {
+        let width = q.ncols();
+        for_rows(team, flat_mut(q), width, |_, q| q.iter_mut().for_each(|q| *q *= factor));
+    }
 }
 
 fn copy_rows(from: Rows, rows: usize, width: usize) -> Buffer {

@@ -56,10 +56,20 @@ impl Mlp {
         self.gate.iter_mut().chain([&mut self.up, &mut self.down])
     }
 
+    /// x `[rows, h]` → `[rows, h]`
+    pub(crate) fn forward(&self, team: &Team, x: ArrayView2<f32>) -> Buffer {
+        self.down.forward(team, self.inner_activated(team, x).view())
+    }
+
     /// y `[rows, h]` += mlp(x `[rows, h]`)
     pub(crate) fn add_to(&self, team: &Team, x: ArrayView2<f32>, y: &mut Array2<f32>) {
+        self.down.add_to(team, self.inner_activated(team, x).view(), y);
+    }
+
+    /// What goes into the last map.
+    fn inner_activated(&self, team: &Team, x: ArrayView2<f32>) -> Buffer {
         let MlpCache { gate, mut up } = self.inner(team, x);
-        let inner = match gate {
+        match gate {
             Some(mut gate) => {
                 silu_times(team, &mut gate, &up);
                 gate
@@ -68,8 +78,7 @@ impl Mlp {
                 self.activate(team, &mut up);
                 up
             }
-        };
-        self.down.add_to(team, inner.view(), y);
+        }
     }
 
     /// x `[rows, h]` → `[rows, h]`, and what [`backward`](Self::backward) reads.

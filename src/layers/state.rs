@@ -16,8 +16,9 @@ pub(crate) struct SequenceState {
 /// What one layer remembers of one sequence.
 #[derive(Clone)]
 pub(crate) struct LayerState {
+    /// Without numbers where there is no Mamba branch.
     pub mamba: MambaState,
-    /// Absent where the layer uses another's keys and values.
+    /// Absent where there is no attention, or where the layer uses another's keys and values.
     pub kv: Option<KvCache>,
 }
 
@@ -53,6 +54,16 @@ impl SequenceState {
 }
 
 impl LayerState {
+    /// Of a layer without attention.
+    pub(crate) fn of_mamba(mamba: MambaState) -> Self {
+        LayerState { mamba, kv: None }
+    }
+
+    /// Of a layer without a Mamba branch.
+    pub(crate) fn of_attention(kv: KvCache) -> Self {
+        LayerState { mamba: MambaState::zeros(0, 0), kv: Some(kv) }
+    }
+
     fn num_bytes(&self) -> usize {
         self.mamba_bytes() + self.kv.as_ref().map_or(0, KvCache::num_bytes)
     }
@@ -63,6 +74,16 @@ impl LayerState {
 }
 
 impl MambaState {
+    /// Its arrays with their names in files; none where there is no Mamba branch.
+    pub(crate) fn arrays(&self) -> impl Iterator<Item = (&'static str, &Array2<f32>)> {
+        [("conv", &self.conv), ("scan", &self.scan)].into_iter().filter(|(_, array)| !array.is_empty())
+    }
+
+    /// As [`arrays`](Self::arrays), to be filled.
+    pub(crate) fn arrays_mut(&mut self) -> impl Iterator<Item = (&'static str, &mut Array2<f32>)> {
+        [("conv", &mut self.conv), ("scan", &mut self.scan)].into_iter().filter(|(_, array)| !array.is_empty())
+    }
+
     /// Nothing seen yet, for d channels with n states each.
     pub(crate) fn zeros(d: usize, n: usize) -> Self {
         MambaState { conv: Array2::zeros((TAPS - 1, d)), scan: Array2::zeros((n, d)) }

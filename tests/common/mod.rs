@@ -6,8 +6,30 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use hymba::ndarray::{Array2, Array3, ArrayD, Dimension, IxDyn};
-use hymba::{Hymba, HymbaOptions};
+use hymba::{Hymba, HymbaOptions, Pattern};
 use safetensors::{Dtype, SafeTensors};
+
+/// The folders of `hybrids`, the patterns of blocks.
+pub const HYBRIDS: [&str; 5] =
+    ["alternating_window_ragged", "attention_only", "mamba_only", "shared_no_meta", "shared_window_ragged"];
+
+/// Small models of every pattern but the parallel one, whose window 40 frames pass several times over.
+pub fn patterns() -> Vec<HymbaOptions> {
+    let small = |width, pattern| {
+        let options = HymbaOptions::new(width).hidden_size(24).num_heads(3).num_layers(3).state_size(5).seed(3);
+        options.window_size(6).pattern(pattern)
+    };
+    vec![
+        small(7, Pattern::Mamba),
+        small(24, Pattern::Attention),
+        small(7, Pattern::Alternating { attention_every: 2 }).num_layers(4).num_meta_tokens(0),
+        small(7, Pattern::Alternating { attention_every: 3 }).num_meta_tokens(9),
+        small(7, Pattern::SharedAttention { attention_every: 1 }).num_layers(2),
+        small(7, Pattern::SharedAttention { attention_every: 2 }).num_meta_tokens(0),
+        small(24, Pattern::SharedAttention { attention_every: 2 }).num_layers(4).window_size(1),
+        small(7, Pattern::SharedAttention { attention_every: 3 }).num_meta_tokens(1),
+    ]
+}
 
 /// Relative to the package, where cargo starts tests; so they also run from a copy on another machine.
 pub fn data(folder: &str) -> PathBuf {
