@@ -1,7 +1,7 @@
 //! Checks this crate against numbers computed elsewhere, for people who bring weights from Python or Elixir.
 //!
 //! ```sh
-//! cargo run --release --example verify -- tests/data/h{ymba,ybrids}/* tests/data/edifice/*    # or your own folders
+//! cargo run --release --example verify -- tests/data/{hymba,hybrids,edifice}/*    # or your own folders
 //! cargo run --release --example verify -- --tolerance 1e-4 DIR…
 //! cargo run --release --features lm --example verify -- tests/data/*/*               # language models as well
 //! ```

@@ -30,7 +30,7 @@
 //!
 //! | to | call |
 //! |---|---|
-//! | describe a model | [`HymbaOptions::new`] and its setters; [`recommended`](HymbaOptions::recommended), [`edifice`](HymbaOptions::edifice) |
+//! | describe a model | [`HymbaOptions::new`] and its setters; [`recommended`](HymbaOptions::recommended), [`edifice`](HymbaOptions::edifice); other blocks: [`jamba`](HymbaOptions::jamba), [`zamba`](HymbaOptions::zamba), [`Pattern`] |
 //! | build it | [`Hymba::build`] |
 //! | encode sequences | [`Hymba::forward`], [`forward_ragged`](Hymba::forward_ragged) for different lengths, [`forward_sequence`](Hymba::forward_sequence) for every frame |
 //! | stream | [`Hymba::new_state`], [`Hymba::step`], [`Hymba::prefill`]; [`HymbaState`] |
@@ -109,6 +109,17 @@
 //! | `gate.weight`, `.bias` | `[h, h]`, `[h]` | |
 //! | `ffn.up.weight`, `.bias` | `[4h, h]`, `[4h]` | then gelu, in its exact form with erf |
 //! | `ffn.down.weight`, `.bias` | `[h, 4h]`, `[h]` | |
+//!
+//! With another [`Pattern`] a block has the tensors of what it consists of, without a gate. Of [`Pattern::SharedAttention`] blocks
+//! have no `ffn`; `shared_block.` (once, in front of the blocks) and the blocks it feeds have:
+//!
+//! | tensor | shape | |
+//! |---|---|---|
+//! | `shared_block.norm.*` | `[2h]` | |
+//! | `shared_block.attention.{q,k,v}_proj.weight`, `.bias` | `[2h, 2h]`, `[2h]` | |
+//! | `shared_block.attention.out_proj.weight`, `.bias` | `[h, 2h]`, `[h]` | |
+//! | `shared_block.ffn_norm.*`, `shared_block.ffn.{up,down}.*` | as in a block | |
+//! | `blocks.{i}.shared_proj.weight` | `[h, h]` | only where (i + 1) mod `attention_every` = 0 |
 //!
 //! From Python, for [`Hymba::load_with`], or with the options inside, not all of which need be there, for [`Hymba::load`]:
 //!

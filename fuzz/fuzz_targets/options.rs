@@ -3,7 +3,7 @@
 #![no_main]
 
 use hymba::ndarray::{Array2, Array3, Axis, s};
-use hymba::{Hymba, HymbaOptions};
+use hymba::{Hymba, HymbaOptions, Pattern};
 use libfuzzer_sys::arbitrary::{self, Arbitrary};
 use libfuzzer_sys::fuzz_target;
 
@@ -28,16 +28,24 @@ impl Size {
 #[derive(Debug, Arbitrary)]
 enum Options<'a> {
     Text(&'a str),
-    Sizes { embed_dim: Size, hidden_size: Size, sizes: [Size; 5], dropout: f32, seed: u64, edifice: bool },
+    Sizes { embed_dim: Size, hidden_size: Size, sizes: [Size; 5], dropout: f32, seed: u64, edifice: bool, pattern: (u8, Size) },
 }
 
 impl Options<'_> {
     fn read(&self) -> Option<HymbaOptions> {
         match self {
             Options::Text(text) => serde_json::from_str(text).ok(),
-            Options::Sizes { embed_dim, hidden_size, sizes, dropout, seed, edifice } => {
+            Options::Sizes { embed_dim, hidden_size, sizes, dropout, seed, edifice, pattern } => {
                 let embed_dim = embed_dim.number();
                 let options = if *edifice { HymbaOptions::edifice(embed_dim) } else { HymbaOptions::new(embed_dim) };
+                let attention_every = pattern.1.number();
+                let pattern = match pattern.0 % 8 {
+                    0 => Pattern::Mamba,
+                    1 => Pattern::Attention,
+                    2 | 3 => Pattern::Alternating { attention_every },
+                    4 | 5 => Pattern::SharedAttention { attention_every },
+                    _ => Pattern::Parallel,
+                };
                 let [state_size, num_layers, num_heads, num_meta_tokens, window_size] = sizes;
                 Some(
                     options
@@ -48,6 +56,7 @@ impl Options<'_> {
                         .num_meta_tokens(num_meta_tokens.number())
                         .window_size(window_size.number())
                         .dropout(*dropout)
+                        .pattern(pattern)
                         .seed(*seed),
                 )
             }

@@ -123,7 +123,8 @@ impl Hymba {
     /// A state for `batch` streams that have seen no frame yet.
     ///
     /// A stream takes `4·(2h·(n + 3) + 2h·(k + w))` bytes per block when its window is full, and some hundred bytes of
-    /// bookkeeping; memory for the window is taken 64 frames at a time. A batch whose state, or the first 64 frames of it, does
+    /// bookkeeping: the first term where a block has Mamba, the second where it has attention, and twice the second per use of a
+    /// shared attention block. Memory for the window is taken 64 frames at a time. A batch whose state, or the first 64 frames of it, does
     /// not fit into memory gives a state that [`step`](Self::step) refuses.
     pub fn new_state(&self, batch: usize) -> HymbaState {
         let initial = self.initial();
