@@ -20,4 +20,6 @@ pub(crate) use model::check_lengths;
 pub use model::{Hymba, Inspection};
 pub use options::{HymbaOptions, Variant};
 pub use streaming::HymbaState;
+pub(crate) use streaming::no_such_row;
 pub use training::TrainCache;
+pub(crate) use training::{frames, padded};

@@ -6,13 +6,13 @@ use std::path::Path;
 use ndarray::{ArrayViewD, ArrayViewMutD};
 use serde::{Deserialize, Serialize};
 
-use super::{Normalization, Predictor, Task, parameters};
+use super::{Normalization, Predictor, PredictorOptions, Task};
 use crate::encoder::check_size;
 use crate::files::saved::{self, entry, fill};
 use crate::files::tensors::{Source, Tensors};
 use crate::files::{Target, header};
 use crate::train::views;
-use crate::{HymbaOptions, Result};
+use crate::{HymbaOptions, Pooling, Result};
 
 /// In front of `_mean` and `_scale`, in files.
 const INPUT: &str = "input";
@@ -25,6 +25,13 @@ struct Saved {
     options: HymbaOptions,
     /// Not there in the file of an encoder.
     task: Option<Task>,
+    #[serde(default, skip_serializing_if = "is_default")]
+    pooling: Pooling,
+}
+
+/// What old files do not have is not written where it is as it was.
+fn is_default<T: Default + PartialEq>(value: &T) -> bool {
+    *value == T::default()
 }
 
 impl Predictor {
@@ -52,8 +59,8 @@ impl Predictor {
     }
 
     fn write(&self, target: Target) -> Result<()> {
-        let (options, task) = (self.options().clone(), Some(self.task.clone()));
-        let saved = Saved { version: saved::VERSION, options, task };
+        let PredictorOptions { encoder: options, pooling } = self.options.clone();
+        let saved = Saved { version: saved::VERSION, options, task: Some(self.task.clone()), pooling };
         saved::write(target, &saved, &self.tensors())
     }
 
@@ -108,7 +115,8 @@ impl Predictor {
 
     fn read(source: Source) -> Result<Predictor> {
         let (mut tensors, saved) = header::read(source)?;
-        let Saved { options, task, .. } = entry(saved, &tensors)?;
+        let Saved { options: encoder, task, pooling, .. } = entry(saved, &tensors)?;
+        let options = PredictorOptions { encoder, pooling };
         let Some(task) = task else {
             return Err(tensors.error(
                 "it holds an encoder without a head: read it with Hymba::load, and put a head on it with \
@@ -141,11 +149,12 @@ impl Predictor {
     }
 
     /// A predictor of zeros that has the normalizations of the file.
-    fn with_room_for(tensors: &Tensors, options: HymbaOptions, task: Task) -> Result<Self> {
+    fn with_room_for(tensors: &Tensors, options: PredictorOptions, task: Task) -> Result<Self> {
         task.validate().map_err(|error| tensors.error(error.to_string()))?;
-        check_size(&options, parameters(&options, &task), tensors)?;
+        check_size(&options.encoder, options.parameters(&task), tensors)?;
+        options.validate(&task).map_err(|error| tensors.error(error.to_string()))?;
         let has = |of: &str| ["mean", "scale"].iter().any(|part| tensors.shape(&format!("{of}_{part}")).is_some());
-        let input = has(INPUT).then(|| Normalization::zeros(options.embed_dim));
+        let input = has(INPUT).then(|| Normalization::zeros(options.encoder.embed_dim));
         let output = (has(OUTPUT) && !task.is_classification()).then(|| Normalization::zeros(task.outputs()));
         Ok(Predictor { input, output, ..Predictor::zeros(options, task) })
     }
