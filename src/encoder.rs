@@ -33,4 +33,6 @@ pub use serial::SerialBlock;
 pub use shared::SharedBlock;
 pub(crate) use storage::first_storage;
 pub use streaming::HymbaState;
+pub(crate) use streaming::no_such_row;
 pub use training::TrainCache;
+pub(crate) use training::{frames, padded};

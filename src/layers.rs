@@ -22,6 +22,7 @@ mod lazy;
 mod linear;
 mod mamba;
 mod mlp;
+mod pooling;
 mod rms_norm;
 mod rope;
 mod scan;
@@ -48,6 +49,8 @@ pub(crate) use linear::Linear;
 pub use mamba::MambaBranch;
 pub(crate) use mamba::{MambaCache, MambaConfig};
 pub(crate) use mlp::{Activation, Mlp, MlpCache};
+pub use pooling::Pooling;
+pub(crate) use pooling::{Pool, PoolCache, PoolState};
 #[cfg(feature = "lm")]
 pub(crate) use rms_norm::RmsNorm;
 #[cfg(feature = "lm")]

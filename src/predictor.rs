@@ -2,28 +2,30 @@
 
 use std::fmt;
 
-use ndarray::{
-    Array, Array2, Array3, ArrayRef, ArrayRef2, ArrayRef3, ArrayViewD, ArrayViewMutD, Axis, CowArray, Dimension,
-};
+use ndarray::{Array, Array2, Array3, ArrayRef, ArrayRef3, ArrayViewD, ArrayViewMutD, Axis, CowArray, Dimension};
 use rand::SeedableRng;
 
 use crate::encoder::sequences;
 use crate::encoder::{Keeps, of_numbers};
 use crate::kernels::matmul::Storage;
 use crate::kernels::team::Team;
-use crate::layers::{Linear, Rng};
+use crate::layers::{Linear, Pool, Rng, Spans};
 use crate::parameters::{Parameter, ParameterMut};
 use crate::train::Parameters;
-use crate::{Error, Hymba, HymbaOptions, HymbaState, Result};
+use crate::{Error, Hymba, HymbaOptions, Pooling, Result};
 
 mod file;
 mod logits;
 mod normalization;
+mod options;
+mod streaming;
 mod task;
 mod training;
 
 pub use logits::{argmax, softmax};
 pub use normalization::Normalization;
+pub use options::PredictorOptions;
+pub use streaming::PredictorState;
 pub use task::Task;
 pub use training::PredictorCache;
 
@@ -31,8 +33,9 @@ pub use training::PredictorCache;
 ///
 /// ```text
 /// x      = (frames − input_mean) / input_scale            [b, l, embed_dim]   where it has an input normalization
-/// hidden = encoder(x)                                      [b, h] or [b, l, h]
-/// z      = hidden · W_headᵀ + b_head                       [b, c] or [b, l, c]   for a classification: logits
+/// hidden = encoder(x)                                      [b, l, h]
+/// pooled = pooling(hidden)                                 [b, p]   the last frame, or what PredictorOptions say
+/// z      = pooled · W_headᵀ + b_head                       [b, c] or [b, l, c]   for a classification: logits
 /// y      = z · output_scale + output_mean                  where it has an output normalization
 /// ```
 ///
@@ -55,22 +58,25 @@ pub use training::PredictorCache;
 #[derive(Clone)]
 pub struct Predictor {
     task: Task,
+    options: PredictorOptions,
     encoder: Hymba,
+    pool: Pool,
     head: Linear,
     input: Option<Normalization>,
     output: Option<Normalization>,
 }
 
 impl Predictor {
-    /// Builds a predictor with new random weights, as [`Hymba::build`] does.
+    /// Builds a predictor with new random weights, as [`Hymba::build`] does, from [`PredictorOptions`], or from [`HymbaOptions`] for
+    /// their defaults.
     ///
     /// # Errors
     ///
-    /// [`Error::Option`] if an option or the task is not usable; see [`HymbaOptions`] and [`Task::validate`].
-    pub fn build(options: HymbaOptions, task: Task) -> Result<Self> {
-        options.validate()?;
-        check(&options, &task)?;
-        Self::with_encoder(Hymba::build(options)?, task)
+    /// [`Error::Option`] if an option or the task is not usable; see [`PredictorOptions`] and [`Task::validate`].
+    pub fn build(options: impl Into<PredictorOptions>, task: Task) -> Result<Self> {
+        let options = options.into();
+        options.validate(&task)?;
+        Ok(Self::around(Hymba::build(options.encoder.clone())?, options, task))
     }
 
     /// Puts a new head on a trained encoder. The seed of the encoder's options is that of the head, too.
@@ -88,21 +94,34 @@ impl Predictor {
     /// # Ok::<(), hymba::Error>(())
     /// ```
     pub fn with_encoder(encoder: Hymba, task: Task) -> Result<Self> {
-        check(encoder.options(), &task)?;
-        let mut rng = Rng::seed_from_u64(encoder.options().seed);
-        rng.set_stream(1);
-        let mut head = Linear::zeros(encoder.options().hidden_size, task.outputs(), true);
-        head.init(&mut rng);
-        Ok(Predictor { task, encoder, head, input: None, output: None })
+        let options = PredictorOptions::new(encoder.options().clone());
+        options.validate(&task)?;
+        Ok(Self::around(encoder, options, task))
+    }
+
+    /// New random weights around an encoder, by options that go with both.
+    fn around(encoder: Hymba, options: PredictorOptions, task: Task) -> Self {
+        let seed = options.encoder.seed;
+        let stream = |stream: u64| {
+            let mut rng = Rng::seed_from_u64(seed);
+            rng.set_stream(stream);
+            rng
+        };
+        let mut predictor = Predictor { encoder, ..Predictor::zeros(options, None, task) };
+        predictor.head.init(&mut stream(1));
+        predictor.pool.init(&mut stream(2));
+        predictor
     }
 
     /// A predictor of validated options and task whose parameters are all zero.
-    fn zeros(options: HymbaOptions, storage: Option<Storage>, task: Task) -> Self {
-        let head = Linear::zeros(options.hidden_size, task.outputs(), true);
-        Predictor { task, encoder: Hymba::zeros(options, storage), head, input: None, output: None }
+    fn zeros(options: PredictorOptions, storage: Option<Storage>, task: Task) -> Self {
+        let head = Linear::zeros(options.head_inputs(), task.outputs(), true);
+        let encoder = Hymba::zeros(options.encoder.clone(), storage);
+        let pool = Pool::zeros(options.pooling, options.encoder.hidden_size);
+        Predictor { task, options, encoder, pool, head, input: None, output: None }
     }
 
-    /// Predicts from the last frame of each sequence: x `[b, l, embed_dim]` → `[b, outputs]`; logits in a classification.
+    /// Predicts from the whole of each sequence: x `[b, l, embed_dim]` → `[b, outputs]`; logits in a classification.
     /// With lengths, row i is a sequence of `lengths[i]` frames, and what follows them is ignored.
     ///
     /// # Errors
@@ -112,7 +131,8 @@ impl Predictor {
         Ok(self.rescaled(self.run(x, lengths, false)?).index_axis_move(Axis(1), 0))
     }
 
-    /// Predicts at every frame from the frames up to it: x `[b, l, embed_dim]` → `[b, l, outputs]`.
+    /// Predicts at every frame from the frames up to it, as [`predict`](Self::predict) does from all: x `[b, l, embed_dim]` →
+    /// `[b, l, outputs]`.
     ///
     /// # Errors
     ///
@@ -131,59 +151,28 @@ impl Predictor {
         Ok(self.rescaled(self.run(x, None, true)?))
     }
 
-    /// A state for `batch` streams that have seen no frame yet.
-    pub fn new_state(&self, batch: usize) -> HymbaState {
-        self.encoder.new_state(batch)
-    }
-
-    /// The next frame of each stream: frame `[b, embed_dim]` → `[b, outputs]`, which equals [`predict`](Self::predict) on all
-    /// frames given so far.
-    ///
-    /// # Errors
-    ///
-    /// As [`Hymba::step`].
-    ///
-    /// ```
-    /// use hymba::ndarray::Array2;
-    /// use hymba::{HymbaOptions, Predictor, Task, softmax};
-    ///
-    /// let options = HymbaOptions::new(6).hidden_size(16).num_layers(1);
-    /// let predictor = Predictor::build(options, Task::classify(["walking", "standing"]))?;
-    /// let mut state = predictor.new_state(1);
-    /// for _ in 0..20 {
-    ///     let probabilities = softmax(&predictor.step(&Array2::ones((1, 6)), &mut state)?);
-    ///     assert!((probabilities.sum() - 1.0).abs() < 1e-6);
-    /// }
-    /// # Ok::<(), hymba::Error>(())
-    /// ```
-    pub fn step(&self, frame: &ArrayRef2<f32>, state: &mut HymbaState) -> Result<Array2<f32>> {
-        self.encoder.check_frame(frame, state, self.options().embed_dim + 2 * self.task.outputs())?;
-        let hidden = self.encoder.step(&self.normalized(frame), state)?;
-        Ok(self.rescaled(self.head.forward(&Team::alone(), hidden.view()).into_array()))
-    }
-
-    /// z `[b, l, outputs]` of every frame, or `[b, 1, outputs]` of the last ones.
+    /// z `[b, l, outputs]` of every frame, or `[b, 1, outputs]` of whole sequences.
     pub(crate) fn run(&self, x: &ArrayRef3<f32>, lengths: Option<&[usize]>, frame_wise: bool) -> Result<Array3<f32>> {
-        let keeps = if frame_wise { Keeps::Outputs } else { Keeps::Last };
+        let pools = self.options.pooling != Pooling::Last;
+        let keeps = if frame_wise || pools { Keeps::Outputs } else { Keeps::Last };
         // of a row or a frame: the normalised frames, and what the head makes of it
-        let (_, l, embed_dim) = x.dim();
-        let normalized = if frame_wise { embed_dim } else { embed_dim.saturating_mul(l) };
-        let more = normalized.saturating_add(2 * self.task.outputs());
+        let (batch, l, embed_dim) = x.dim();
+        let normalized = if keeps == Keeps::Outputs { embed_dim } else { embed_dim.saturating_mul(l) };
+        let more = normalized.saturating_add(2 * self.task.outputs()).saturating_add(self.options.head_inputs());
         self.encoder.check_batch(x, if frame_wise { None } else { lengths }, keeps, more)?;
         let x = self.normalized(x);
-        let hidden = match (frame_wise, lengths) {
-            (true, _) => self.encoder.forward_sequence(&x)?,
-            (_, Some(lengths)) => self.encoder.forward_ragged(&x, lengths)?.insert_axis(Axis(1)),
-            (_, None) => self.encoder.forward(&x)?.insert_axis(Axis(1)),
+        let pooled = match (pools, frame_wise, lengths) {
+            (false, true, _) => rows(self.encoder.forward_sequence(&x)?),
+            (false, _, Some(lengths)) => self.encoder.forward_ragged(&x, lengths)?,
+            (false, _, None) => self.encoder.forward(&x)?,
+            (true, ..) => {
+                let lengths = lengths.filter(|_| !frame_wise).map_or_else(|| vec![l; batch], <[usize]>::to_vec);
+                let (hidden, spans) = (self.encoder.encode_frames(&x, &lengths), Spans::new(lengths));
+                let hidden = hidden.view();
+                if frame_wise { self.pool.forward_frames(&spans, hidden) } else { self.pool.forward(&spans, hidden) }
+            }
         };
-        Ok(self.apply_head(hidden).0)
-    }
-
-    /// hidden `[b, l, h]` → z `[b, l, outputs]`, and the rows that the head has read.
-    fn apply_head(&self, hidden: Array3<f32>) -> (Array3<f32>, Array2<f32>) {
-        let batch = hidden.dim().0;
-        let hidden = rows(hidden);
-        (sequences(self.head.forward(&Team::alone(), hidden.view()).into_array(), batch), hidden)
+        Ok(sequences(self.head.forward(&Team::alone(), pooled.view()).into_array(), batch))
     }
 
     /// What the encoder sees of x. A width that is not the encoder's is left for the encoder to refuse.
@@ -219,7 +208,12 @@ impl Predictor {
 
     /// The options of the encoder.
     pub fn options(&self) -> &HymbaOptions {
-        self.encoder.options()
+        &self.options.encoder
+    }
+
+    /// All options: of the encoder, and of what is around it.
+    pub fn predictor_options(&self) -> &PredictorOptions {
+        &self.options
     }
 
     /// How the features of a frame are normalized, if they are.
@@ -271,7 +265,7 @@ impl Predictor {
 
     /// The number of parameters.
     pub fn num_parameters(&self) -> usize {
-        parameters(self.options(), &self.task).expect("options and task of a predictor are valid")
+        self.options.parameters(&self.task).expect("options and task of a predictor are valid")
     }
 
     /// Bytes of memory that the parameters take: see [`Hymba::num_bytes`].
@@ -311,9 +305,15 @@ impl Predictor {
 
     /// The encoder's table, and what the head adds to it.
     pub fn summary(&self) -> String {
-        let (h, outputs) = (self.options().hidden_size, self.task.outputs());
+        let (h, outputs) = (self.options.head_inputs(), self.task.outputs());
         let what = if self.task.is_classification() { "classes" } else { "numbers" };
-        let when = if self.task.is_frame_wise() { "every frame" } else { "the last frame" };
+        let when = match self.options.pooling {
+            _ if self.task.is_frame_wise() => "every frame".into(),
+            Pooling::Last => "the last frame".into(),
+            Pooling::Mean => "the mean of all frames".into(),
+            Pooling::Max => "the largest of each feature".into(),
+            Pooling::Attention { queries } => format!("attention of {queries} queries to all frames"),
+        };
         format!(
             "{}head: {outputs} {what} from {when}, weight [{outputs}, {h}] and bias [{outputs}]; {} parameters in all\n",
             self.encoder.summary(),
@@ -321,36 +321,49 @@ impl Predictor {
         )
     }
 
-    /// Calls `f` with the name and the values of every parameter: those of the encoder, then `head.weight` and `head.bias`.
+    /// Calls `f` with the name and the values of every parameter: those of the encoder, `pooling.queries` where it has them, then
+    /// `head.weight` and `head.bias`.
     pub fn visit<'a>(&'a self, f: &mut dyn FnMut(&str, ArrayViewD<'a, f32>)) {
-        self.encoder.visit(f);
-        self.head.visit("head", &mut |name, parameter| {
+        let mut arrays = |name: &str, parameter| {
             if let Parameter::Array(array) = parameter {
                 f(name, array);
             }
-        });
+        };
+        self.encoder.visit_parameters(&mut arrays);
+        self.pool.visit("pooling", &mut arrays);
+        self.head.visit("head", &mut arrays);
     }
 
     /// As [`visit`](Self::visit), with every parameter as what it is stored in: see [`Hymba::visit_parameters`].
     pub fn visit_parameters<'a>(&'a self, f: &mut dyn FnMut(&str, Parameter<'a>)) {
         self.encoder.visit_parameters(f);
+        self.pool.visit("pooling", f);
         self.head.visit("head", f);
     }
 
     /// As [`visit`](Self::visit), for changing the parameters. States made before can no longer be used.
     pub fn visit_mut<'a>(&'a mut self, f: &mut dyn FnMut(&str, ArrayViewMutD<'a, f32>)) {
-        self.encoder.visit_mut(f);
-        self.head.visit_mut("head", &mut |name, parameter| {
+        let mut arrays = |name: &str, parameter| {
             if let ParameterMut::Array(array) = parameter {
                 f(name, array);
             }
-        });
+        };
+        self.encoder.visit_parameters_mut(&mut arrays);
+        self.pool.visit_mut("pooling", &mut arrays);
+        self.head.visit_mut("head", &mut arrays);
     }
 
     /// A predictor of the same task and options whose parameters are all zero: where gradients are gathered.
     pub fn zeros_like(&self) -> Predictor {
-        let (encoder, head) = (self.encoder.zeros_like(), self.head.zeros_like());
-        Predictor { task: self.task.clone(), encoder, head, input: None, output: None }
+        Predictor {
+            task: self.task.clone(),
+            options: self.options.clone(),
+            encoder: self.encoder.zeros_like(),
+            pool: Pool::zeros(self.options.pooling, self.options.encoder.hidden_size),
+            head: self.head.zeros_like(),
+            input: None,
+            output: None,
+        }
     }
 }
 
@@ -380,28 +393,6 @@ impl fmt::Debug for Predictor {
             .field("parameters", &self.num_parameters())
             .finish()
     }
-}
-
-/// Checks the task, and that encoder and head together are not too large.
-fn check(options: &HymbaOptions, task: &Task) -> Result<()> {
-    task.validate()?;
-    match parameters(options, task) {
-        Some(count) if count <= HymbaOptions::MAX_PARAMETERS => Ok(()),
-        _ => Err(Error::Option {
-            option: "outputs",
-            given: task.outputs().to_string(),
-            allowed: format!(
-                "with hidden_size {} the model has more than {} parameters; make one of them smaller",
-                options.hidden_size,
-                HymbaOptions::MAX_PARAMETERS
-            ),
-        }),
-    }
-}
-
-/// The number of parameters, or `None` where it cannot be counted.
-fn parameters(options: &HymbaOptions, task: &Task) -> Option<usize> {
-    options.parameters()?.checked_add(options.hidden_size.checked_add(1)?.checked_mul(task.outputs())?)
 }
 
 fn check_width(normalization: Option<&Normalization>, name: &str, width: usize) -> Result<()> {

@@ -8,7 +8,10 @@ use std::path::Path;
 use common::{frame, wave};
 use hymba::ndarray::{Array1, Array2, Array3, ArrayD, Axis, array, s};
 use hymba::train::{Dataset, Progress, Trained, Trainer};
-use hymba::{Error, Hymba, HymbaOptions, Normalization, Predictor, PredictorCache, Task, argmax, softmax};
+use hymba::{
+    Error, Hymba, HymbaOptions, Normalization, Pooling, Predictor, PredictorCache, PredictorOptions, PredictorState,
+    Task, argmax, softmax,
+};
 use serde_json::{Value, json};
 
 const OUTPUTS: usize = 3;
@@ -27,11 +30,11 @@ fn options() -> HymbaOptions {
     HymbaOptions::new(5).hidden_size(12).num_heads(3).num_layers(2).state_size(4).window_size(6).seed(2)
 }
 
-/// Of each task one predictor, with all the normalizations it can have.
+/// Of each task one predictor and of each pooling one, with all the normalizations it can have.
 fn predictors() -> Vec<Predictor> {
     let numbers = |width: usize, from: f32| Array1::from_shape_fn(width, |i| from + 0.3 * i as f32);
-    let build = |task: Task| {
-        let mut predictor = Predictor::build(options(), task).unwrap();
+    let build = |(task, pooling): (Task, Pooling)| {
+        let mut predictor = Predictor::build(PredictorOptions::new(options()).pooling(pooling), task).unwrap();
         let input = Normalization::new(numbers(5, -0.5), numbers(5, 0.4)).unwrap();
         predictor.set_input_normalization(Some(input)).unwrap();
         if !predictor.task().is_classification() {
@@ -40,7 +43,14 @@ fn predictors() -> Vec<Predictor> {
         }
         predictor
     };
-    tasks().map(build).into()
+    let [classify, regress, ..] = tasks();
+    let pooled = [
+        (classify.clone(), Pooling::Mean),
+        (regress.clone(), Pooling::Max),
+        (classify, Pooling::Attention { queries: 1 }),
+        (regress, Pooling::Attention { queries: 3 }),
+    ];
+    tasks().map(|task| (task, Pooling::Last)).into_iter().chain(pooled).map(build).collect()
 }
 
 fn parameters(predictor: &Predictor) -> Vec<(String, ArrayD<f32>)> {
@@ -54,6 +64,7 @@ fn types_cross_threads() {
     fn shared<T: Send + Sync + std::fmt::Debug + 'static>() {}
     shared::<Predictor>();
     shared::<PredictorCache>();
+    shared::<PredictorState>();
     shared::<Normalization>();
     shared::<Dataset>();
     shared::<Trainer>();
@@ -66,7 +77,11 @@ fn parameters_are_those_of_the_encoder_and_the_head() {
     for predictor in predictors() {
         let mut names = Vec::new();
         predictor.encoder().visit(&mut |name, array| names.push((name.to_string(), array.shape().to_vec())));
-        names.push(("head.weight".into(), vec![OUTPUTS, 12]));
+        let pooling = predictor.predictor_options().pooling;
+        if let Pooling::Attention { queries } = pooling {
+            names.push(("pooling.queries".into(), vec![queries, 12]));
+        }
+        names.push(("head.weight".into(), vec![OUTPUTS, pooling.width(12)]));
         names.push(("head.bias".into(), vec![OUTPUTS]));
         let all = parameters(&predictor);
         assert!(all.iter().map(|(name, array)| (name.clone(), array.shape().to_vec())).eq(names));
@@ -88,6 +103,7 @@ fn a_saved_predictor_comes_back_to_the_bit() {
         let loaded = Predictor::load(&path).unwrap();
         assert_eq!(parameters(&loaded), parameters(&predictor));
         assert_eq!((loaded.task(), loaded.options()), (predictor.task(), predictor.options()));
+        assert_eq!(loaded.predictor_options(), predictor.predictor_options());
         assert_eq!(loaded.input_normalization(), predictor.input_normalization());
         assert_eq!(loaded.output_normalization(), predictor.output_normalization());
         let x = wave(2, 9, 5);
@@ -120,7 +136,10 @@ fn every_way_to_predict_gives_the_same() {
             assert_eq!(last.row(row), frames.slice(s![row, length - 1, ..]));
         }
         assert_eq!(predictor.forward_train(&padded, Some(&lengths), 0).unwrap().0, last);
-        assert_eq!(predictor.forward_frames_train(&x, None, 0).unwrap().0, frames);
+        match predictor.predictor_options().pooling {
+            Pooling::Last => assert_eq!(predictor.forward_frames_train(&x, None, 0).unwrap().0, frames),
+            _ => assert!(matches!(predictor.forward_frames_train(&x, None, 0), Err(Error::Option { .. }))),
+        }
     }
 }
 
@@ -170,7 +189,7 @@ fn directional_differences() {
         assert!(dx.slice(s![1, 8.., ..]).iter().all(|dx| *dx == 0.0), "padding");
 
         // each of the groups alone: the head's part is small beside the encoder's
-        for group in ["x", "head.", "blocks.", ""] {
+        for group in ["x", "head.", "pooling.", "blocks.", ""] {
             let direction = |name: &str, i: usize| match name.starts_with(group) {
                 true => ((i * 7919 % 101) as f32 / 50.0 - 1.0) * 1e-3,
                 false => 0.0,
@@ -191,6 +210,73 @@ fn directional_differences() {
             let task = predictor.task();
             assert!((slope - want).abs() <= 5e-3 * want.abs().max(1e-2), "{task:?} {group}: {slope} {want}");
         }
+    }
+}
+
+/// Streams that join, leave, begin anew and come back from files are the streams they were.
+#[test]
+fn streams_of_every_pooling() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("streams");
+    for predictor in predictors() {
+        let pooling = predictor.predictor_options().pooling;
+        let x = wave(3, 30, 5);
+        let mut state = predictor.new_state(3);
+        let y = predictor.prefill(&x.slice(s![.., ..17, ..]), &mut state).unwrap();
+        let want = predictor.predict(&x.slice(s![.., ..17, ..]), None).unwrap();
+        assert!((y - want).iter().all(|d| d.abs() <= 1e-5), "{pooling:?}");
+
+        predictor.save_state(&state, &path).unwrap();
+        let mut loaded = predictor.load_state(&path).unwrap();
+        assert_eq!((loaded.lengths(), loaded.batch()), (vec![17; 3], 3));
+        let mut picked = state.select(&[2, 0]).unwrap();
+        picked.append(predictor.new_state(1)).unwrap();
+        picked.reset(0).unwrap();
+        let next = frame(&x, 17);
+        let step = predictor.step(&next, &mut state).unwrap();
+        assert_eq!(predictor.step(&next, &mut loaded).unwrap(), step, "{pooling:?}");
+        let step_of_picked = predictor.step(&next.select(Axis(0), &[2, 0, 1]), &mut picked).unwrap();
+        let alone = predictor.predict(&next.clone().insert_axis(Axis(1)), None).unwrap();
+        for (got, want) in [(0, alone.row(2)), (1, step.row(0)), (2, alone.row(1))] {
+            let difference = &step_of_picked.row(got) - &want;
+            assert!(difference.iter().all(|d| d.abs() <= 1e-5), "{pooling:?} {got}");
+        }
+        assert!(matches!(state.reset(3), Err(Error::State(_))) && matches!(state.select(&[3]), Err(Error::State(_))));
+        assert!(state.num_bytes() >= state.encoder().num_bytes());
+
+        // another pooling of the same encoder, and other queries
+        let other = match pooling {
+            Pooling::Mean => Pooling::Max,
+            _ => Pooling::Mean,
+        };
+        let task = Task::Regress { outputs: OUTPUTS };
+        let mut other = Predictor::build(PredictorOptions::new(options()).pooling(other), task).unwrap();
+        other.set_input_normalization(predictor.input_normalization().cloned()).unwrap();
+        assert!(matches!(other.step(&next, &mut state), Err(Error::State(_))), "{pooling:?}");
+        assert!(matches!(other.load_state(&path), Err(Error::State(_))), "{pooling:?}");
+        assert!(matches!(state.append(other.new_state(1)), Err(Error::State(_))), "{pooling:?}");
+        let mut changed = predictor.clone();
+        changed.visit_mut(&mut |name, mut array| {
+            if name == "pooling.queries" {
+                array += 1.0;
+            }
+        });
+        if pooling.width(1) > 1 {
+            assert!(matches!(changed.load_state(&path), Err(Error::State(_))), "{pooling:?}");
+        }
+    }
+}
+
+#[test]
+fn poolings_that_are_not_usable() {
+    let build = |pooling, task| Predictor::build(PredictorOptions::new(options()).pooling(pooling), task);
+    for queries in [0, 65, usize::MAX] {
+        let error = build(Pooling::Attention { queries }, Task::Regress { outputs: 1 }).unwrap_err();
+        assert!(error.to_string().contains("1 to 64 queries"), "{error}");
+    }
+    for task in [Task::classify_frames(["a", "b"]), Task::RegressFrames { outputs: 1 }] {
+        let error = build(Pooling::Mean, task).unwrap_err();
+        assert!(error.to_string().contains("Pooling::Last"), "{error}");
     }
 }
 
@@ -362,6 +448,17 @@ fn bad_files() {
         ("negative outputs", task(json!({"regress": {"outputs": -1}})), "invalid value"),
         ("outputs past the file", task(json!({"regress": {"outputs": 1_000_000}})), "do not fit in a file"),
         ("outputs without end", task(json!({"regress": {"outputs": u64::MAX}})), "do not fit in a file"),
+        ("an unknown pooling", changed(&classifier, |entry, _| entry["pooling"] = json!("median")), "unknown variant"),
+        (
+            "many queries",
+            changed(&classifier, |entry, _| entry["pooling"] = json!({"attention": {"queries": u64::MAX}})),
+            "do not fit in a file",
+        ),
+        (
+            "queries that are not there",
+            changed(&classifier, |entry, _| entry["pooling"] = json!({"attention": {"queries": 2}})),
+            "\"pooling.queries\": missing, expected shape [2, 12]",
+        ),
         ("another version", changed(&classifier, |entry, _| entry["version"] = json!(9)), "version 9"),
         ("no options", changed(&classifier, |entry, _| *entry = json!({"version": 1})), "missing field `options`"),
         (

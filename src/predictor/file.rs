@@ -5,14 +5,14 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
-use super::{Normalization, Predictor, Task, parameters};
+use super::{Normalization, Predictor, PredictorOptions, Task};
 use crate::encoder::{check_size, first_storage};
 use crate::files::saved::{self, entry, fill};
 use crate::files::tensors::{Source, Tensors};
 use crate::files::{Target, header};
 use crate::kernels::matmul::Storage;
 use crate::parameters::{Parameter, ParameterMut};
-use crate::{HymbaOptions, Result};
+use crate::{HymbaOptions, Pooling, Result};
 
 /// In front of `_mean` and `_scale`, in files.
 const INPUT: &str = "input";
@@ -28,6 +28,13 @@ struct Saved {
     storage: Option<Storage>,
     /// Not there in the file of an encoder.
     task: Option<Task>,
+    #[serde(default, skip_serializing_if = "is_default")]
+    pooling: Pooling,
+}
+
+/// What old files do not have is not written where it is as it was.
+fn is_default<T: Default + PartialEq>(value: &T) -> bool {
+    *value == T::default()
 }
 
 impl Predictor {
@@ -56,8 +63,9 @@ impl Predictor {
     }
 
     fn write(&self, target: Target) -> Result<()> {
-        let (options, storage, task) = (self.options().clone(), self.encoder.storage(), Some(self.task.clone()));
-        saved::write(target, &Saved { version: saved::VERSION, options, storage, task }, self.parameters())
+        let PredictorOptions { encoder: options, pooling } = self.options.clone();
+        let (storage, task) = (self.encoder.storage(), Some(self.task.clone()));
+        saved::write(target, &Saved { version: saved::VERSION, options, storage, task, pooling }, self.parameters())
     }
 
     /// What [`save`](Self::save) would write to a file.
@@ -130,7 +138,8 @@ impl Predictor {
 
     fn read(source: Source, asked: Option<Storage>) -> Result<Predictor> {
         let (mut tensors, saved) = header::read(source)?;
-        let Saved { options, storage: in_file, task, .. } = entry(saved, &tensors)?;
+        let Saved { options: encoder, storage: in_file, task, pooling, .. } = entry(saved, &tensors)?;
+        let options = PredictorOptions { encoder, pooling };
         let Some(task) = task else {
             return Err(tensors.error(
                 "it holds an encoder without a head: read it with Hymba::load, and put a head on it with \
@@ -161,6 +170,7 @@ impl Predictor {
     /// As [`parameters`](Self::parameters), for reading them.
     fn visit_tensors_mut(&mut self, f: &mut dyn FnMut(&str, ParameterMut<'_>)) {
         self.encoder.visit_parameters_mut(f);
+        self.pool.visit_mut("pooling", f);
         self.head.visit_mut("head", f);
         for (name, normalization) in [(INPUT, &mut self.input), (OUTPUT, &mut self.output)] {
             let tensors = normalization.iter_mut().flat_map(|normalization| normalization.tensors_mut(name));
@@ -171,15 +181,16 @@ impl Predictor {
     /// A predictor of zeros that has the normalizations of the file.
     fn with_room_for(
         tensors: &Tensors,
-        options: HymbaOptions,
+        options: PredictorOptions,
         in_file: Option<Storage>,
         asked: Option<Storage>,
         task: Task,
     ) -> Result<Self> {
         task.validate().map_err(|error| tensors.error(error.to_string()))?;
-        check_size(&options, parameters(&options, &task), in_file, tensors)?;
+        check_size(&options.encoder, options.parameters(&task), in_file, tensors)?;
+        options.validate(&task).map_err(|error| tensors.error(error.to_string()))?;
         let has = |of: &str| ["mean", "scale"].iter().any(|part| tensors.shape(&format!("{of}_{part}")).is_some());
-        let input = has(INPUT).then(|| Normalization::zeros(options.embed_dim));
+        let input = has(INPUT).then(|| Normalization::zeros(options.encoder.embed_dim));
         let output = (has(OUTPUT) && !task.is_classification()).then(|| Normalization::zeros(task.outputs()));
         Ok(Predictor { input, output, ..Predictor::zeros(options, first_storage(in_file, asked), task) })
     }

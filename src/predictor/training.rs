@@ -3,16 +3,19 @@
 use ndarray::{Array2, Array3, ArrayRef2, ArrayRef3, ArrayView3, Axis, s};
 
 use super::{Predictor, rows};
-use crate::encoder::{Keeps, sequences};
+use crate::encoder::{Keeps, frames, padded, sequences};
 use crate::kernels::team::Team;
-use crate::{Error, Result, TrainCache};
+use crate::layers::{PoolCache, Spans};
+use crate::{Error, Pooling, Result, TrainCache};
 
 /// What [`Predictor::backward`] reads of a forward pass.
 #[derive(Debug)]
 pub struct PredictorCache {
     encoder: TrainCache,
-    /// Input of the head, `[rows, h]`.
-    hidden: Array2<f32>,
+    /// Where frames are pooled: the lengths of the sequences, padded to l frames, and what pooling keeps.
+    pooling: Option<(Spans, usize, PoolCache)>,
+    /// Input of the head, `[rows, p]`.
+    pooled: Array2<f32>,
     /// `[b, l, c]`, of which l is 1 where only last frames were asked for.
     outputs: (usize, usize, usize),
     /// The frames of each sequence that have an output, if not all have.
@@ -119,18 +122,35 @@ impl Predictor {
         seed: u64,
         frame_wise: bool,
     ) -> Result<(Array3<f32>, PredictorCache)> {
-        let more = self.options().embed_dim + 2 * self.task.outputs();
+        let pools = self.options.pooling != Pooling::Last;
+        if frame_wise && pools {
+            return Err(Error::Option {
+                option: "pooling",
+                given: format!("{:?} where every frame is trained", self.options.pooling),
+                allowed: "each frame is judged by itself: Pooling::Last".into(),
+            });
+        }
+        let more = self.options().embed_dim + 2 * self.task.outputs() + self.options.head_inputs();
         self.encoder.check_batch(x, lengths, Keeps::Cache, more)?;
+        let (batch, l, _) = x.dim();
         let x = self.normalized(x);
-        let (hidden, encoder) = if frame_wise {
-            self.encoder.forward_sequence_train(&x, lengths, seed)?
+        let mut pooling = None;
+        let (pooled, encoder) = if pools {
+            let (hidden, encoder) = self.encoder.forward_sequence_train(&x, lengths, seed)?;
+            let lengths = lengths.map_or_else(|| vec![l; batch], <[usize]>::to_vec);
+            let (hidden, spans) = (frames(&hidden, &lengths), Spans::new(lengths));
+            let (pooled, cache) = self.pool.forward_train(&spans, hidden);
+            pooling = Some((spans, l, cache));
+            (pooled, encoder)
+        } else if frame_wise {
+            let (hidden, encoder) = self.encoder.forward_sequence_train(&x, lengths, seed)?;
+            (rows(hidden), encoder)
         } else {
-            let (last, cache) = self.encoder.forward_train(&x, lengths, seed)?;
-            (last.insert_axis(Axis(1)), cache)
+            self.encoder.forward_train(&x, lengths, seed)?
         };
         let lengths = lengths.filter(|_| frame_wise).map(<[usize]>::to_vec);
-        let (z, hidden) = self.apply_head(hidden);
-        let cache = PredictorCache { encoder, hidden, outputs: z.dim(), lengths, frame_wise };
+        let z = sequences(self.head.forward(&Team::alone(), pooled.view()).into_array(), batch);
+        let cache = PredictorCache { encoder, pooling, pooled, outputs: z.dim(), lengths, frame_wise };
         Ok((z, cache))
     }
 
@@ -142,8 +162,13 @@ impl Predictor {
         grads: &mut Predictor,
     ) -> Result<Array3<f32>> {
         cache.check(dz.view())?;
-        let sizes = |of: &Predictor| (of.encoder.options().hidden_size, of.task.outputs());
-        if sizes(grads) != sizes(self) || cache.outputs.2 != self.task.outputs() {
+        let sizes = |of: &Predictor| (of.options.encoder.hidden_size, of.options.pooling, of.task.outputs());
+        let inputs = cache.pooled.ncols();
+        if sizes(grads) != sizes(self)
+            || cache.outputs.2 != self.task.outputs()
+            || inputs != self.options.head_inputs()
+            || cache.pooling.is_some() != (self.options.pooling != Pooling::Last)
+        {
             let advice = "grads or the cache is of a predictor of another size; make grads with zeros_like";
             return Err(Error::State(advice.into()));
         }
@@ -152,19 +177,21 @@ impl Predictor {
         }
         let dz = rows(dz);
         // kept only if the encoder takes its part, too
-        let mut dhead = grads.head.clone();
-        let dhidden = self.head.backward(&Team::alone(), cache.hidden.view(), dz.view(), &mut dhead);
-        let mut dx = if cache.frame_wise {
-            let batch = cache.outputs.0;
-            self.encoder.backward_sequence(
-                &cache.encoder,
-                &sequences(dhidden.into_array(), batch),
-                &mut grads.encoder,
-            )?
-        } else {
-            self.encoder.backward(&cache.encoder, &dhidden, &mut grads.encoder)?
+        let (mut dhead, mut dpool) = (grads.head.clone(), grads.pool.clone());
+        let dpooled = self.head.backward(&Team::alone(), cache.pooled.view(), dz.view(), &mut dhead);
+        let mut dx = match &cache.pooling {
+            Some((spans, l, pooling)) => {
+                let dhidden = self.pool.backward(spans, pooling, dpooled.view(), &mut dpool);
+                let dhidden = padded(&dhidden, spans, *l);
+                self.encoder.backward_sequence(&cache.encoder, &dhidden, &mut grads.encoder)?
+            }
+            None if cache.frame_wise => {
+                let dhidden = sequences(dpooled.into_array(), cache.outputs.0);
+                self.encoder.backward_sequence(&cache.encoder, &dhidden, &mut grads.encoder)?
+            }
+            None => self.encoder.backward(&cache.encoder, &dpooled, &mut grads.encoder)?,
         };
-        grads.head = dhead;
+        (grads.head, grads.pool) = (dhead, dpool);
         if let Some(input) = &self.input {
             input.apply_backward(&mut dx);
         }
