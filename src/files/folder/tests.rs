@@ -80,6 +80,8 @@ fn what_is_written_is_read_from_one_file_and_from_several() {
             let mut read = Vec::new();
             let mut rows = 0;
             folder
+                .holding(&name)
+                .unwrap()
                 .read_byte_rows(&name, &mut |row, bytes| {
                     assert_eq!(row, rows);
                     rows += 1;
@@ -91,7 +93,8 @@ fn what_is_written_is_read_from_one_file_and_from_several() {
             assert_eq!(rows, if bytes.is_empty() { 0 } else { expected }, "{name}");
 
             let mut rows = Vec::new();
-            let read = folder.read_rows(&name, &mut |row, numbers| rows.push((row, numbers.to_vec())));
+            let read =
+                folder.holding(&name).unwrap().read_rows(&name, &mut |row, numbers| rows.push((row, numbers.to_vec())));
             let Some(number) = name.strip_prefix("float.") else {
                 assert_eq!(read.is_ok(), name.ends_with("none"), "{name}");
                 assert!(rows.is_empty());
@@ -123,7 +126,7 @@ fn rows_longer_and_shorter_than_a_piece_are_whole() {
             assert_eq!((row * width, width), (read.len(), numbers.len()));
             read.extend_from_slice(numbers);
         };
-        Folder::open(folder.path()).unwrap().read_rows("t", take).unwrap();
+        Folder::open(folder.path()).unwrap().holding("t").unwrap().read_rows("t", take).unwrap();
         assert!(read == numbers);
     }
 }
