@@ -3,6 +3,7 @@
 //! | to | call |
 //! |---|---|
 //! | read a folder of the Hugging Face Hub | [`HymbaLm::from_dir`], [`HymbaLm::from_dir_with`] and [`LoadOptions`] |
+//! | keep a model in one piece | [`HymbaLm::to_bytes`], [`write_to`](HymbaLm::write_to), [`from_bytes`](HymbaLm::from_bytes), [`read_from`](HymbaLm::read_from) |
 //! | continue a text | [`HymbaLm::generate_text`] with a [`Tokenizer`] (feature `tokenizer`) |
 //! | hold a conversation | [`Chat`] (feature `tokenizer`) |
 //! | continue token ids | [`HymbaLm::generate`]; many prompts together: [`HymbaLm::generate_batch`] |
@@ -31,6 +32,7 @@ mod config;
 mod converse;
 mod files;
 mod generate;
+mod image;
 mod model;
 mod names;
 mod python_json;
@@ -51,7 +53,7 @@ pub use files::{Arithmetic, LoadOptions, Loading};
 pub use generate::{FinishReason, Generation, LogLikelihood, RowOptions};
 pub use model::{HymbaLm, LmInspection};
 pub(crate) use python_json::python_json;
-pub use sample::{Choice, GenerateOptions, Sampler};
+pub use sample::{Choice, GenerateOptions, OnPrompt, Sampler};
 pub use state::{LmLayerState, LmState};
 #[cfg(feature = "tokenizer")]
 pub use text::{ChatOptions, ChatTemplate, Message, Role, StopMatcher, TextStream, Tokenizer};

@@ -21,8 +21,7 @@ pub(crate) use gradient::matmul_gradient;
 pub(crate) use matrix::Matrix;
 pub use matrix::Storage;
 pub(crate) use packed::{PANEL, Packed};
-#[cfg(feature = "lm")]
-pub(crate) use quantized::BLOCK;
+pub(crate) use quants::BLOCK;
 
 #[cfg(all(target_arch = "x86_64", target_pointer_width = "64", target_os = "linux"))]
 #[allow(unsafe_code)]

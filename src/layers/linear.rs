@@ -22,9 +22,9 @@ impl Linear {
         Self::with_weight(Weight::zeros(outputs, inputs), bias)
     }
 
-    /// All zero: to be trained, or stored in a type.
+    /// All zero, stored in this type or, for `None`, to be trained.
     pub(crate) fn zeros_as(inputs: usize, outputs: usize, bias: bool, storage: Option<Storage>) -> Self {
-        Self::with_weight(Weight::zeros_as(outputs, inputs, storage), bias)
+        Self::with_weight(Weight::new(outputs, inputs, storage), bias)
     }
 
     /// See [`Weight::store_as`].

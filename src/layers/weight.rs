@@ -32,8 +32,8 @@ impl Weight {
         Weight::Stored(Matrix::zeros(outputs, inputs, storage))
     }
 
-    /// All zero: to be trained, or stored in a type.
-    pub(crate) fn zeros_as(outputs: usize, inputs: usize, storage: Option<Storage>) -> Self {
+    /// All zero, stored in this type or, for `None`, to be trained.
+    pub(crate) fn new(outputs: usize, inputs: usize, storage: Option<Storage>) -> Self {
         match storage {
             Some(storage) => Self::stored(outputs, inputs, storage),
             None => Self::zeros(outputs, inputs),
@@ -43,7 +43,7 @@ impl Weight {
     /// The same numbers as a weight to be trained, or rounded to the type they are to be stored in.
     pub(crate) fn store_as(&mut self, storage: Option<Storage>) {
         let (outputs, inputs) = self.dim();
-        let mut new = Self::zeros_as(outputs, inputs, storage);
+        let mut new = Self::new(outputs, inputs, storage);
         match &mut new {
             Weight::Trainable { rows, .. } => {
                 let rows = rows.rows_mut().into_iter().enumerate();

@@ -18,7 +18,7 @@ mod tests;
 mod write;
 
 /// Longest `config.json` that is read. The published one has 3 kB.
-const MAX_CONFIG: u64 = 1 << 20;
+pub(super) const MAX_CONFIG: u64 = 1 << 20;
 
 /// The shape and the switches of a Hymba language model: the keys of its `config.json` that influence what it computes.
 ///

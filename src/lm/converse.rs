@@ -200,7 +200,8 @@ impl<'a> Chat<'a> {
         self.state = self.lm.new_state(1);
     }
 
-    /// Says something as the user, and lets the model answer. Both become part of the conversation.
+    /// Says something as the user, and lets the model answer. Both become part of the conversation, unless
+    /// [`on_prompt`](GenerateOptions::on_prompt) ends it before there is an answer: then neither does.
     ///
     /// # Errors
     ///
@@ -214,6 +215,12 @@ impl<'a> Chat<'a> {
         self.messages.push(Message::user(content));
         let answer = self.answer(options, on_text);
         match &answer {
+            // ended before the model had read it
+            Ok(TextGeneration { generation, .. })
+                if generation.finish == FinishReason::Cancelled && generation.ids.is_empty() =>
+            {
+                drop(self.messages.pop());
+            }
             Ok(answer) => self.messages.push(Message::assistant(answer.text.clone())),
             Err(_) => drop(self.messages.pop()),
         }
@@ -237,10 +244,17 @@ impl<'a> Chat<'a> {
             ids.split_last().ok_or_else(|| crate::Error::Tokens("the template writes nothing".into()))?;
         let new = &before[self.seen.len()..];
         if !new.is_empty() {
-            self.lm.prefill_ragged(&[new], &mut self.state)?;
-            self.seen = before.to_vec();
+            let fed = self.lm.prefill_with(&[new], &mut self.state, |done, of| match &options.on_prompt {
+                Some(on_prompt) => on_prompt.call(done, of),
+                None => ControlFlow::Continue(()),
+            })?;
+            self.seen = before[..self.state.lengths()[0]].to_vec();
+            if fed.is_none() {
+                let generation = Generation { ids: Vec::new(), log_probs: Vec::new(), finish: FinishReason::Cancelled };
+                return Ok(TextGeneration { text: String::new(), generation });
+            }
         }
-        let mut options = options.clone();
+        let mut options = GenerateOptions { on_prompt: None, ..options.clone() };
         options.stop_strings.push(TURN.into());
         options.stop_strings.extend(self.tokenizer.eos_token().map(str::to_owned));
         let mut state = self.state.clone();

@@ -17,6 +17,7 @@ use crate::files::{Target, replace, stored};
 use crate::kernels::matmul::Storage;
 use crate::kernels::simd::Level;
 use crate::layers::KvStorage;
+use crate::parameters::Parameter;
 use crate::{Error, Result};
 
 const CONFIG: &str = "config.json";
@@ -181,7 +182,7 @@ impl HymbaLm {
     pub fn from_dir_with(
         path: impl AsRef<Path>,
         options: &LoadOptions,
-        mut on_progress: impl FnMut(Loading),
+        on_progress: impl FnMut(Loading),
     ) -> Result<Self> {
         let folder = path.as_ref();
         if folder.is_file() {
@@ -197,13 +198,23 @@ impl HymbaLm {
         if let Some(ids) = end_tokens(folder, config.vocab_size)? {
             config.eos_token_id = ids;
         }
-        let in_files = config.quantization;
-        config.quantization = in_files.then(options.quantize)?;
+        Self::read(Folder::open(folder)?, text, config, options, on_progress)
+    }
+
+    /// A model of this configuration, whose text is kept, with weights of the folder.
+    pub(super) fn read(
+        mut folder: Folder,
+        text: String,
+        mut config: HymbaLmConfig,
+        options: &LoadOptions,
+        mut on_progress: impl FnMut(Loading),
+    ) -> Result<Self> {
+        let stored = config.quantization;
+        config.quantization = stored.then(options.quantize)?;
         if let (Quantization::None, Some(dtype)) = (config.quantization, options.dtype) {
             config.torch_dtype = Some(dtype);
         }
-        let mut folder = Folder::open(folder)?;
-        let embedding = check(&mut folder, &mut config, in_files)?;
+        let embedding = check(&mut folder, &mut config, stored)?;
 
         let quantization = config.quantization;
         let storage =
@@ -225,7 +236,7 @@ impl HymbaLm {
         lm.visit_mut(&mut |name, parameter| {
             if result.is_ok() {
                 progress.parameters += parameter.len() as u64;
-                result = stored::read(&mut folder, in_file(name, embedding), parameter, in_files.storage(name));
+                result = stored::read(&mut folder, in_file(name, embedding), parameter, stored.storage(name));
                 on_progress(progress);
             }
         });
@@ -261,31 +272,36 @@ impl HymbaLm {
     pub fn save_dir(&self, path: impl AsRef<Path>) -> Result<()> {
         let path = path.as_ref();
         fs::create_dir_all(path).map_err(|source| Error::io(path, source))?;
+        stored::write(Target::File(&path.join(SINGLE)), &[("format", "pt")], &self.parameters_in_files())?;
+        let path = path.join(CONFIG);
+        let text = self.config_text(&path)?;
+        replace(&path, |file| file.write_all(text.as_bytes())).map_err(|source| Error::io(&path, source))
+    }
+
+    /// All parameters with their names and shapes in files, in the order there.
+    pub(super) fn parameters_in_files(&self) -> Vec<(String, Vec<usize>, Parameter<'_>)> {
         let mut parameters = std::collections::BTreeMap::new();
         self.visit(&mut |name, parameter| {
             parameters.insert(name.to_string(), parameter);
         });
         let tensors = self.config().tensors().into_iter();
-        let parameters: Vec<_> =
-            tensors.filter_map(|(name, shape)| Some((name.clone(), shape, parameters.remove(&name)?))).collect();
-        stored::write(Target::File(&path.join(SINGLE)), &[("format", "pt")], &parameters)?;
+        tensors.filter_map(|(name, shape)| Some((name.clone(), shape, parameters.remove(&name)?))).collect()
+    }
 
-        let path = path.join(CONFIG);
-        let text = match &self.source {
+    /// The text of a `config.json` of this model, to be at `path`.
+    pub(super) fn config_text(&self, path: &Path) -> Result<String> {
+        match &self.source {
             Some(text) => {
                 let text = String::from_utf8_lossy(without_bom(text.as_bytes()));
-                self.config().written_over(&text, &HymbaLmConfig::from_text(&path, &text)?)
+                Ok(self.config().written_over(&text, &HymbaLmConfig::from_text(path, &text)?))
             }
-            None => {
-                serde_json::to_string_pretty(self.config()).map_err(|error| Error::format(&path, error.to_string()))?
-            }
-        };
-        replace(&path, |file| file.write_all(text.as_bytes())).map_err(|source| Error::io(&path, source))
+            None => serde_json::to_string_pretty(self.config()).map_err(|error| Error::format(path, error.to_string())),
+        }
     }
 }
 
 /// Checks that the folder has the tensors of the model, settles whether it is tied, and returns the name of the embedding.
-fn check(folder: &mut Folder, config: &mut HymbaLmConfig, in_files: Quantization) -> Result<&'static str> {
+fn check(folder: &mut Folder, config: &mut HymbaLmConfig, stored: Quantization) -> Result<&'static str> {
     let tied = config.tie_word_embeddings;
     let [has_embedding, has_head] = [EMBEDDING, HEAD].map(|name| folder.dtype(name).is_some());
     let embedding = if tied && has_head && !has_embedding { HEAD } else { EMBEDDING };
@@ -294,15 +310,13 @@ fn check(folder: &mut Folder, config: &mut HymbaLmConfig, in_files: Quantization
     config.tie_word_embeddings = tied && !has_both;
     let all = config.tensors().into_iter();
     let expected: Vec<_> = all
-        .flat_map(|(name, shape)| {
-            stored::tensors(in_file(&name, embedding).to_string(), shape, in_files.storage(&name))
-        })
+        .flat_map(|(name, shape)| stored::tensors(in_file(&name, embedding).to_string(), shape, stored.storage(&name)))
         .collect();
     let expected = expected.iter().map(|(name, shape, kind)| (&name[..], &shape[..], *kind));
     // buffers that older versions of transformers saved; the model has angles of its own
     folder.check(expected, |name| name.ends_with("rotary_emb.inv_freq"))?;
     if has_both {
-        let scales = in_files.storage(HEAD).map(|_| [EMBEDDING, HEAD].map(stored::scales_of));
+        let scales = stored.storage(HEAD).map(|_| [EMBEDDING, HEAD].map(stored::scales_of));
         config.tie_word_embeddings = folder.are_same(EMBEDDING, HEAD)?
             && scales.map_or(Ok(true), |[embedding, head]| folder.are_same(&embedding, &head))?;
     }

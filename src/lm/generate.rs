@@ -20,7 +20,7 @@ pub enum FinishReason {
     /// The row has come to the model's `max_position_embeddings`, and
     /// [`stop_at_max_positions`](GenerateOptions::stop_at_max_positions) is set.
     MaxPositions,
-    /// The callback said so.
+    /// The callback said so, or the one that hears how far the prompt is ([`GenerateOptions::on_prompt`]).
     Cancelled,
 }
 
@@ -248,13 +248,23 @@ impl HymbaLm {
         options: impl Into<RowOptions<'a>>,
         on_token: &mut dyn FnMut(usize, u32) -> ControlFlow<()>,
     ) -> Result<Vec<Generation>> {
+        let options = options.into();
+        let watchers: Vec<_> = match options {
+            RowOptions::Shared(options) => options.on_prompt.iter().cloned().collect(),
+            RowOptions::Each(options) => options.iter().filter_map(|options| options.on_prompt.clone()).collect(),
+        };
         let mut rows = Vec::new();
-        for (options, prompt) in options.into().of(prompts.len())?.iter().zip(prompts) {
+        for (options, prompt) in options.of(prompts.len())?.iter().zip(prompts) {
             let mut sampler = Sampler::new(options)?;
             before.iter().chain(prompt.as_ref()).for_each(|&id| sampler.observe(id));
             rows.push(Row { sampler, ids: Vec::new(), log_probs: Vec::new(), finish: None });
         }
-        let mut logits = self.prefill_ragged(prompts, state)?;
+        let fed = self
+            .prefill_with(prompts, state, |done, of| watchers.iter().try_for_each(|watcher| watcher.call(done, of)))?;
+        let Some(mut logits) = fed else {
+            let nothing = || Generation { ids: Vec::new(), log_probs: Vec::new(), finish: FinishReason::Cancelled };
+            return Ok(rows.iter().map(|_| nothing()).collect());
+        };
         loop {
             for (row, state) in rows.iter_mut().zip(&state.rows) {
                 row.finish = row.finish.or_else(|| self.limit(row, state.position));

@@ -1,6 +1,7 @@
 //! The language model: embedding, layers, head.
 
 use std::fmt;
+use std::ops::ControlFlow;
 
 use ndarray::{Array2, Array3, ArrayRef, ArrayRef2, Dimension, s};
 
@@ -240,6 +241,46 @@ impl HymbaLm {
     ///
     /// Those of [`prefill`](Self::prefill).
     pub fn prefill_ragged<T: AsRef<[u32]>>(&self, rows: &[T], state: &mut LmState) -> Result<Array2<f32>> {
+        let logits = self.prefill_with(rows, state, |_, _| ControlFlow::Continue(()))?;
+        Ok(logits.expect("nobody has ended it"))
+    }
+
+    /// As [`prefill_ragged`](Self::prefill_ragged), with news in between: `on_progress` hears how many tokens of all rows are done,
+    /// and how many there are, after each piece of at most 512, and ends the call with [`ControlFlow::Break`]. The result is then
+    /// `None`, and the state has seen what was done until then: [`LmState::lengths`] says how much of each row. It can go on from
+    /// there; clone it before, if you want to go back.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`prefill`](Self::prefill).
+    ///
+    /// ```
+    /// use std::ops::ControlFlow;
+    /// use hymba::HymbaLm;
+    /// use hymba::lm::{HymbaLmConfig, LoadOptions};
+    ///
+    /// # let mut config = HymbaLmConfig::hymba_1_5b();
+    /// # (config.hidden_size, config.intermediate_size, config.vocab_size) = (100, 64, 50);
+    /// # config.num_hidden_layers = 2;
+    /// let lm = HymbaLm::random(config, 0, &LoadOptions::default())?;
+    /// let (prompt, mut state) = (vec![7; 700], lm.new_state(1));
+    /// let logits = lm.prefill_with(&[&prompt], &mut state, |done, of| {
+    ///     println!("{done} of {of} tokens");
+    ///     ControlFlow::Break(()) // somebody has left
+    /// })?;
+    /// assert!(logits.is_none());
+    /// assert_eq!(state.lengths(), [512]);
+    ///
+    /// let rest = lm.prefill_with(&[&prompt[512..]], &mut state, |_, _| ControlFlow::Continue(()))?;
+    /// assert_eq!(rest, Some(lm.prefill_ragged(&[&prompt], &mut lm.new_state(1))?));
+    /// # Ok::<(), hymba::Error>(())
+    /// ```
+    pub fn prefill_with<T: AsRef<[u32]>>(
+        &self,
+        rows: &[T],
+        state: &mut LmState,
+        mut on_progress: impl FnMut(usize, usize) -> ControlFlow<()>,
+    ) -> Result<Option<Array2<f32>>> {
         self.check_state(rows.len(), state)?;
         let rows: Vec<&[u32]> = rows.iter().map(AsRef::as_ref).collect();
         if let Some(row) = rows.iter().position(|row| row.is_empty()) {
@@ -249,11 +290,18 @@ impl HymbaLm {
         }
         let mut logits = zeros((rows.len(), self.config.vocab_size), "logits")?;
         let last: Vec<_> = rows.iter().map(|row| row.len() - 1).collect();
-        self.advance(&rows, state, &last, &mut |row, _, new| {
-            logits.row_mut(row).assign(&ndarray::ArrayView1::from(&*new));
-            Ok(())
-        })?;
-        Ok(logits)
+        let all = rows.iter().map(|row| row.len()).sum();
+        let flow = self.advance_with(
+            &rows,
+            state,
+            &last,
+            &mut |row, _, new| {
+                logits.row_mut(row).assign(&ndarray::ArrayView1::from(&*new));
+                Ok(())
+            },
+            &mut |done| on_progress(done, all),
+        )?;
+        Ok(flow.is_continue().then_some(logits))
     }
 
     /// Feeds one token for each row: ids `[b]` or `[b, 1]` → the logits after it `[b, vocab_size]`.
@@ -341,6 +389,18 @@ impl HymbaLm {
         first: &[usize],
         sink: &mut Sink<'_>,
     ) -> Result<()> {
+        self.advance_with(rows, state, first, sink, &mut |_| ControlFlow::Continue(())).map(drop)
+    }
+
+    /// As [`advance`](Self::advance); `on_progress` hears after each piece how many tokens are done, and may end it.
+    fn advance_with(
+        &self,
+        rows: &[impl AsRef<[u32]>],
+        state: &mut LmState,
+        first: &[usize],
+        sink: &mut Sink<'_>,
+        on_progress: &mut dyn FnMut(usize) -> ControlFlow<()>,
+    ) -> Result<ControlFlow<()>> {
         self.check(rows, Some(state))?;
         let rows: Vec<&[u32]> = rows.iter().map(AsRef::as_ref).collect();
         let mut done = vec![0; rows.len()];
@@ -358,7 +418,7 @@ impl HymbaLm {
                 }
             }
             if pieces.is_empty() {
-                return Ok(());
+                return Ok(ControlFlow::Continue(()));
             }
             let wanted: Vec<_> = pieces
                 .iter()
@@ -380,6 +440,9 @@ impl HymbaLm {
             });
             for ((row, i, _), mut logits) in wanted.into_iter().zip(logits.rows_mut()) {
                 sink(row, i, logits.as_slice_mut().expect("a row of an array in standard layout"))?;
+            }
+            if on_progress(done.iter().sum()).is_break() {
+                return Ok(ControlFlow::Break(()));
             }
         }
     }

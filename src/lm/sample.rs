@@ -9,7 +9,7 @@ use std::fmt;
 use rand::{RngExt, SeedableRng};
 
 pub(super) use file::end_tokens;
-pub use options::GenerateOptions;
+pub use options::{GenerateOptions, OnPrompt};
 
 use crate::kernels::math::{self, Unary};
 use crate::kernels::simd::Simd;

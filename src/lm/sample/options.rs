@@ -1,5 +1,9 @@
 //! The options of a generation: name, default, range and meaning in one place.
 
+use std::fmt;
+use std::ops::ControlFlow;
+use std::sync::Arc;
+
 use crate::{Error, Result};
 
 /// How a language model writes on: which tokens are chosen, and where it ends.
@@ -18,6 +22,7 @@ use crate::{Error, Result};
 /// | `stop_strings` | none | not empty | texts that end the text |
 /// | `stop_at_max_positions` | no | | end at the model's `max_position_embeddings` |
 /// | `log_probs` | no | | report the log-probability of every chosen token |
+/// | `on_prompt` | nobody | | who hears how far the prompt is, and may end it |
 ///
 /// The names and the arithmetic are those of Hugging Face's `generate`, with two differences: the default is the most
 /// probable token, without a draw (there `do_sample=False`), and the filters decide between equal logits by the lower id, so
@@ -65,6 +70,31 @@ pub struct GenerateOptions {
     pub stop_at_max_positions: bool,
     /// Whether the log-probabilities of the chosen tokens are reported.
     pub log_probs: bool,
+    /// Who hears how far the prompt is.
+    pub on_prompt: Option<OnPrompt>,
+}
+
+/// Hears how many tokens of a prompt are done, and how many there are: see [`GenerateOptions::on_prompt`]. Clones are equal, others
+/// are not.
+#[derive(Clone)]
+pub struct OnPrompt(Arc<dyn Fn(usize, usize) -> ControlFlow<()> + Send + Sync>);
+
+impl OnPrompt {
+    pub(in crate::lm) fn call(&self, done: usize, of: usize) -> ControlFlow<()> {
+        (self.0)(done, of)
+    }
+}
+
+impl fmt::Debug for OnPrompt {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("OnPrompt")
+    }
+}
+
+impl PartialEq for OnPrompt {
+    fn eq(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
 }
 
 impl Default for GenerateOptions {
@@ -82,6 +112,7 @@ impl Default for GenerateOptions {
             stop_strings: Vec::new(),
             stop_at_max_positions: false,
             log_probs: false,
+            on_prompt: None,
         }
     }
 }
@@ -202,6 +233,36 @@ impl GenerateOptions {
     /// Sets whether the log-probabilities of the chosen tokens are reported.
     pub fn log_probs(mut self, log_probs: bool) -> Self {
         self.log_probs = log_probs;
+        self
+    }
+
+    /// Sets who hears how far a long prompt is: how many tokens of all rows are done, and how many there are, after each piece of at
+    /// most 512. [`ControlFlow::Break`] ends the generation with [`FinishReason::Cancelled`](crate::lm::FinishReason::Cancelled)
+    /// before its first token; the state has then seen a part of the prompt, as [`LmState::lengths`](crate::LmState::lengths) says.
+    /// In a batch with options of each row, all that are set are heard, and the first to break ends all rows.
+    ///
+    /// ```
+    /// use std::ops::ControlFlow;
+    /// use std::sync::Arc;
+    /// use std::sync::atomic::{AtomicBool, Ordering};
+    /// use hymba::lm::{FinishReason, GenerateOptions, HymbaLm, HymbaLmConfig, LoadOptions};
+    ///
+    /// # let mut config = HymbaLmConfig::hymba_1_5b();
+    /// # (config.hidden_size, config.intermediate_size, config.vocab_size) = (100, 64, 50);
+    /// # config.num_hidden_layers = 2;
+    /// # let lm = HymbaLm::random(config, 0, &LoadOptions::default())?;
+    /// let cancelled = Arc::new(AtomicBool::new(false)); // set by another thread
+    /// let flag = cancelled.clone();
+    /// let options = GenerateOptions::default().on_prompt(move |_done, _of| {
+    ///     if flag.load(Ordering::Relaxed) { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+    /// });
+    /// cancelled.store(true, Ordering::Relaxed);
+    /// let generated = lm.generate(&[7; 700], &options, |_| ControlFlow::Continue(()))?;
+    /// assert_eq!((generated.ids.len(), generated.finish), (0, FinishReason::Cancelled));
+    /// # Ok::<(), hymba::Error>(())
+    /// ```
+    pub fn on_prompt(mut self, hear: impl Fn(usize, usize) -> ControlFlow<()> + Send + Sync + 'static) -> Self {
+        self.on_prompt = Some(OnPrompt(Arc::new(hear)));
         self
     }
 
