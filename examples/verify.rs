@@ -45,6 +45,12 @@
 //! `step_logits`, `greedy_ids` and the caches behind the first windowed layer say nothing about this crate and are left out. Of
 //! a cache, the rows that both programs keep are compared. `logits_bf16_compute` and `step_logits_f64` are for information.
 //!
+//! A folder of a language model may hold `train.safetensors` in place of `expected.safetensors`: `ids [b, n]`, `lengths [b]` and
+//! perhaps `loss_mask [b, n]`, the mean cross-entropy `loss` of the next tokens and their `logits [b, n, V]`; beside it
+//! `grads.safetensors`, the gradients of the loss by every parameter, with the tolerance said above, and `adamw.safetensors`, `losses
+//! [4]` and the weights `final.NAME` of three steps of AdamW at a rate of 0.001, betas 0.9 and 0.95 and a decay of 0.1. The loss is
+//! compared with `forward_train`, gradients with `backward`. Losses may differ by 1e-5, and so may weights in the mean.
+//!
 //! # Exit status
 //!
 //! The exit status is 0 if all agree, 1 if any does not or a folder cannot be read, 2 if the arguments make no sense.
@@ -67,6 +73,9 @@ mod language_model;
 mod published;
 #[path = "support/tensors.rs"]
 mod tensors;
+#[cfg(feature = "lm")]
+#[path = "support/verify_training.rs"]
+mod training;
 
 use compare::{Comparison, Tolerance};
 use tensors::Tensors;
@@ -234,6 +243,10 @@ fn options(folder: &Path, kind: Kind) -> Result<HymbaOptions, String> {
 
 /// Checks one folder and prints a line per comparison.
 fn verify(folder: &Path, tolerance: Option<Tolerance>) -> Result<Vec<Comparison>, Box<dyn Error>> {
+    #[cfg(feature = "lm")]
+    if folder.join(training::TRAINING).exists() {
+        return training::verify(folder, tolerance);
+    }
     if says_language_model(folder) {
         return language_model::verify(folder, tolerance);
     }

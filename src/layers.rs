@@ -34,6 +34,8 @@ use ndarray::{ArrayBase, Data, Dimension};
 #[cfg(feature = "lm")]
 pub(crate) use attention::HeadNorms;
 pub use attention::MetaTokenAttention;
+#[cfg(feature = "lm")]
+pub(crate) use attention::SharedKv;
 pub(crate) use attention::{AttentionCache, AttentionConfig, Depth, init_meta_tokens};
 pub(crate) use batch::{Batch, Spans};
 pub(crate) use buffer::Buffer;
@@ -46,6 +48,8 @@ pub(crate) use kv_cache::{KvCache, KvShape};
 pub(crate) use layer_norm::LayerNorm;
 pub(crate) use lazy::Lazy;
 pub(crate) use linear::Linear;
+#[cfg(feature = "lm")]
+pub(crate) use mamba::InnerCache;
 pub use mamba::MambaBranch;
 pub(crate) use mamba::{MambaCache, MambaConfig};
 pub(crate) use mlp::{Activation, Mlp, MlpCache};
@@ -54,7 +58,7 @@ pub(crate) use pooling::{Pool, PoolCache, PoolState};
 #[cfg(feature = "lm")]
 pub(crate) use rms_norm::RmsNorm;
 #[cfg(feature = "lm")]
-pub(crate) use rope::Rotary;
+pub(crate) use rope::{Angles, Rotary};
 pub(crate) use scan::TimeStep;
 pub(crate) use state::{LayerState, SequenceState, StateGradient};
 pub(crate) use weight::Weight;

@@ -10,6 +10,7 @@
 //! | run your own loop | [`HymbaLm::new_state`], [`prefill`](HymbaLm::prefill), [`step`](HymbaLm::step), and a [`Sampler`] |
 //! | fork, save, continue | `state.clone()`, [`HymbaLm::save_state`], [`HymbaLm::load_state`] |
 //! | score | [`HymbaLm::log_likelihood`] |
+//! | train | [`LoadOptions::trainable`], [`HymbaLm::forward_train`], [`backward`](HymbaLm::backward), [`AdamW`](crate::train::AdamW) |
 //! | compare with other implementations | [`HymbaLm::forward`], [`inspect`](HymbaLm::inspect), [`LmState::layer`] |
 //!
 //! Every layer runs attention and Mamba side by side between two shared projections. With the letters of the published
@@ -33,6 +34,7 @@ mod converse;
 mod files;
 mod generate;
 mod image;
+mod loss;
 mod model;
 mod names;
 mod python_json;
@@ -44,6 +46,7 @@ mod state;
 mod state_file;
 #[cfg(feature = "tokenizer")]
 mod text;
+mod training;
 
 pub use crate::layers::KvStorage;
 pub use config::{HymbaLmConfig, KeyQueryNorm, MlpActivation, Quantization, RopeType, TorchDtype};
@@ -51,9 +54,11 @@ pub use config::{HymbaLmConfig, KeyQueryNorm, MlpActivation, Quantization, RopeT
 pub use converse::{Chat, TextGeneration};
 pub use files::{Arithmetic, LoadOptions, Loading};
 pub use generate::{FinishReason, Generation, LogLikelihood, RowOptions};
+pub use loss::LmLoss;
 pub use model::{HymbaLm, LmInspection};
 pub(crate) use python_json::python_json;
 pub use sample::{Choice, GenerateOptions, OnPrompt, Sampler};
 pub use state::{LmLayerState, LmState};
 #[cfg(feature = "tokenizer")]
 pub use text::{ChatOptions, ChatTemplate, Message, Role, StopMatcher, TextStream, Tokenizer};
+pub use training::LmTrainCache;

@@ -133,6 +133,26 @@ impl Parameters for Hymba {
     }
 }
 
+/// Matrices that are stored for products only are left out: they cannot be trained.
+#[cfg(feature = "lm")]
+impl Parameters for crate::HymbaLm {
+    fn visit<'a>(&'a self, f: &mut dyn FnMut(&str, ArrayViewD<'a, f32>)) {
+        self.visit(&mut |name, parameter| {
+            if let crate::Parameter::Array(array) = parameter {
+                f(name, array);
+            }
+        });
+    }
+
+    fn visit_mut<'a>(&'a mut self, f: &mut dyn FnMut(&str, ArrayViewMutD<'a, f32>)) {
+        self.visit_mut(f);
+    }
+
+    fn zeros_like(&self) -> Self {
+        self.zeros_like()
+    }
+}
+
 /// All parameters with their names, in the order of the walk.
 pub(crate) fn views(parameters: &impl Parameters) -> Vec<(String, ArrayViewD<'_, f32>)> {
     let mut views = Vec::new();

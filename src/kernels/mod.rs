@@ -6,6 +6,8 @@
 pub(crate) mod attention;
 pub(crate) mod clock;
 pub(crate) mod conv;
+#[cfg(feature = "lm")]
+pub(crate) mod cross_entropy;
 #[cfg(feature = "profile")]
 pub(crate) mod limits;
 pub(crate) mod math;

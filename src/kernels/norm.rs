@@ -6,6 +6,10 @@ use super::clock::{Part, Work, timed};
 use super::rows::{Out, Rows};
 use super::simd::{Kernel, LANES, Simd, dispatch};
 
+pub(crate) use rms_backward::rms_norm_backward;
+
+mod rms_backward;
+
 /// What a norm does where the variance is near zero.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum SmallVariance {

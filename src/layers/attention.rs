@@ -3,16 +3,16 @@
 use ndarray::{Array2, Array3, Array4, ArrayView2, ArrayViewMut2, Axis, s};
 use rand_distr::{Distribution, Normal};
 
-use super::batch::{Batch, Spans, for_rows};
+use super::batch::{Batch, Spans, add, for_rows, for_rows_summed};
 use super::kv_cache::{KvCache, KvShape, KvStorage, Past};
-use super::rope::apply_rope;
+use super::rope::{Angles, apply_rope, apply_rope_backward};
 use super::state::{LayerState, StateGradient};
 use super::{Buffer, Linear, Rng, flat, flat_mut};
 use crate::kernels::attention::{
     AttentionGradient, AttentionOutput, Head, PackedHead, attend_backward, attend_tile, tiles, weights,
 };
 use crate::kernels::matmul::Storage;
-use crate::kernels::norm::rms_norm_in_place;
+use crate::kernels::norm::{rms_norm_backward, rms_norm_in_place};
 use crate::kernels::rows::Rows;
 use crate::kernels::team::Team;
 use crate::parameters::{Parameter, ParameterMut, Visitor, VisitorMut, debug_shapes, join};
@@ -77,8 +77,21 @@ pub(crate) struct SharedKv {
     /// `[rows, heads · p]` and `[rows, heads · value_width]`
     keys: Buffer,
     values: Buffer,
-    /// Per sequence and head of keys, in the order in which products read them; `None` for those that read the cache.
+    /// Per sequence and head of keys, in the order in which products read them; `None` for those that read the cache. Empty until
+    /// they are packed.
     packed: Vec<Vec<Option<PackedHead>>>,
+}
+
+#[cfg_attr(not(feature = "lm"), allow(dead_code))]
+impl SharedKv {
+    /// Drops what products read, when all layers are through.
+    pub(crate) fn unpack(&mut self) {
+        self.packed = Vec::new();
+    }
+
+    pub(crate) fn rows(&self) -> [Rows<'_>; 2] {
+        [all_rows(&self.keys), all_rows(&self.values)]
+    }
 }
 
 /// What [`MetaTokenAttention::backward`] reads.
@@ -238,31 +251,56 @@ impl MetaTokenAttention {
         grad: &mut MetaTokenAttention,
         dinitial: &mut StateGradient,
     ) -> Buffer {
-        let AttentionConfig { query_heads, kv: KvShape { heads, key_width, value_width, .. } } = self.config;
-        let group = query_heads / heads;
         let (Projections { q, k, v, out, query_scale }, Some(grads)) = (self.projections(), &mut grad.projections)
         else {
             unreachable!("a gradient has the maps of its branch");
         };
         let dmixed = out.backward(team, cache.mixed.view(), dy, &mut grads.out);
-        let mut dq = Buffer::uninit(cache.q.dim());
-        let mut dk = Buffer::uninit(cache.k.dim());
-        let mut dv = Buffer::uninit(cache.v.dim());
+        let [mut dq, mut dk, mut dv] = [&cache.q, &cache.k, &cache.v].map(|of| Buffer::uninit(of.dim()));
         let kv = initial.kv.as_ref().expect("a layer with maps of its own has keys and values of its own");
+        let input = [&cache.q, &cache.k, &cache.v].map(|rows| all_rows(rows));
+        let output =
+            AttentionOutput { out: all_rows(&cache.mixed), dout: all_rows(&dmixed), log_sums: cache.log_sums.view() };
+        let gradient = [dq.view_mut(), dk.view_mut(), dv.view_mut()];
+        self.attend_backward(team, spans, kv, input, output, gradient, dinitial);
+        if let Some(dfinal) = dfinal {
+            *dk += &dfinal.keys;
+            *dv += &dfinal.values;
+        }
+        scale(team, &mut dq, *query_scale);
+        let mut du = q.backward(team, u, dq.view(), &mut grads.q);
+        *du += &*k.backward(team, u, dk.view(), &mut grads.k);
+        *du += &*v.backward(team, u, dv.view(), &mut grads.v);
+        du
+    }
+
+    /// The gradient of [`attend`](Self::attend), for sequences that all began with the keys and values `kv`: of q `[rows, ·]`, k and
+    /// v, prepared, and of its `output`. Overwrites the `gradient` of the three, and adds that of `kv` to `dkv`.
+    #[allow(clippy::too_many_arguments)]
+    pub(crate) fn attend_backward(
+        &self,
+        team: &Team,
+        spans: &Spans,
+        kv: &KvCache,
+        [q, k, v]: [Rows; 3],
+        output: AttentionOutput,
+        [dq, dk, dv]: [ArrayViewMut2<f32>; 3],
+        dkv: &mut StateGradient,
+    ) {
+        let AttentionConfig { query_heads, kv: KvShape { heads, key_width, value_width, .. } } = self.config;
+        let group = query_heads / heads;
         let pasts: Vec<_> = (0..heads).map(|head| kv.past(head)).collect();
         let past = kv.rows();
         let mut dpast_keys = Array3::zeros((spans.len(), past, heads * key_width));
         let mut dpast_values = Array3::zeros((spans.len(), past, heads * value_width));
 
         let mut items = Vec::new();
-        let parts = spans.split(flat_mut(&mut dq), query_heads * key_width);
-        let parts = parts.zip(spans.split(flat_mut(&mut dk), heads * key_width));
-        let parts = parts.zip(spans.split(flat_mut(&mut dv), heads * value_width));
+        let parts = split_rows(spans, dq).zip(split_rows(spans, dk)).zip(split_rows(spans, dv));
         let pasts_of = dpast_keys.outer_iter_mut().zip(dpast_values.outer_iter_mut());
         for ((span, ((dq, dk), dv)), (dpast_keys, dpast_values)) in spans.iter().zip(parts).zip(pasts_of) {
-            let queries = columns(by_rows(dq, span.len()), group * key_width).into_iter();
-            let mut keys = columns(by_rows(dk, span.len()), key_width).into_iter();
-            let mut values = columns(by_rows(dv, span.len()), value_width).into_iter();
+            let queries = columns(dq, group * key_width).into_iter();
+            let mut keys = columns(dk, key_width).into_iter();
+            let mut values = columns(dv, value_width).into_iter();
             let mut past_keys = columns(dpast_keys, key_width).into_iter();
             let mut past_values = columns(dpast_values, value_width).into_iter();
             for (head, queries) in queries.enumerate() {
@@ -273,35 +311,21 @@ impl MetaTokenAttention {
             }
         }
         team.for_each(items, |(span, head, gradient)| {
-            let of = |rows: &'_ Array2<f32>, column: usize| (rows.ncols(), span.start * rows.ncols() + column);
-            let at = |array, column| {
-                let (stride, start) = of(array, column);
-                Rows { data: &flat(array)[start..], stride }
-            };
             let input = Head {
-                queries: at(&cache.q, head * group * key_width),
-                keys: at(&cache.k, head * key_width),
-                values: at(&cache.v, head * value_width),
+                queries: q.skip_rows(span.start).skip_columns(head * group * key_width),
+                keys: k.skip_rows(span.start).skip_columns(head * key_width),
+                values: v.skip_rows(span.start).skip_columns(head * value_width),
                 ..self.head(&pasts[head], span.len(), kv.window())
             };
             let output = AttentionOutput {
-                out: at(&cache.mixed, head * group * value_width),
-                dout: at(&dmixed, head * group * value_width),
-                log_sums: cache.log_sums.slice(s![span.clone(), head * group..(head + 1) * group]),
+                out: output.out.skip_rows(span.start).skip_columns(head * group * value_width),
+                dout: output.dout.skip_rows(span.start).skip_columns(head * group * value_width),
+                log_sums: output.log_sums.slice(s![span.clone(), head * group..(head + 1) * group]),
             };
             attend_backward(input, output, gradient);
         });
-        dinitial.keys += &dpast_keys.sum_axis(Axis(0));
-        dinitial.values += &dpast_values.sum_axis(Axis(0));
-        if let Some(dfinal) = dfinal {
-            *dk += &dfinal.keys;
-            *dv += &dfinal.values;
-        }
-        scale(team, &mut dq, *query_scale);
-        let mut du = q.backward(team, u, dq.view(), &mut grads.q);
-        *du += &*k.backward(team, u, dk.view(), &mut grads.k);
-        *du += &*v.backward(team, u, dv.view(), &mut grads.v);
-        du
+        dkv.keys += &dpast_keys.sum_axis(Axis(0));
+        dkv.values += &dpast_values.sum_axis(Axis(0));
     }
 
     /// Adds the gradients of the meta keys and values that are parameters of this layer, if they are.
@@ -390,6 +414,60 @@ impl MetaTokenAttention {
         });
     }
 
+    /// Whether queries and keys are normalised.
+    #[cfg_attr(not(feature = "lm"), allow(dead_code))]
+    pub(crate) fn has_norms(&self) -> bool {
+        self.norms.is_some()
+    }
+
+    /// The gradient of [`prepare_columns`](Self::prepare_columns), rounding taken for nothing: d `[rows, ·]`, that of the prepared
+    /// queries and keys, becomes that of the ones `before`, `[rows, ≥ q + k]`, which only norms read.
+    #[cfg_attr(not(feature = "lm"), allow(dead_code))]
+    pub(crate) fn prepare_columns_backward(
+        &self,
+        team: &Team,
+        angles: &[Angles],
+        before: Option<&Array2<f32>>,
+        d: &mut Array2<f32>,
+        heads: [usize; 3],
+        grad: &mut MetaTokenAttention,
+    ) {
+        let KvShape { key_width, .. } = self.config.kv;
+        let norms = self.norms.as_ref().zip(before);
+        if norms.is_none() && angles.is_empty() {
+            return;
+        }
+        let (queries, width) = (heads[0] * key_width, d.ncols());
+        let rotated = queries + heads[1] * key_width;
+        let counts = self.norms.as_ref().map_or([0; 2], |norms| norms.each_ref().map(Array2::len));
+        let sums = for_rows_summed(team, flat_mut(d), width, counts[0] + counts[1], |first, rows, sums| {
+            let (dq_norm, dk_norm) = sums.split_at_mut(counts[0]);
+            for (i, row) in rows.chunks_exact_mut(width).enumerate() {
+                let row = &mut row[..rotated];
+                if let Some(angles) = angles.get(first + i) {
+                    apply_rope_backward(row, angles);
+                }
+                let Some((norms, before)) = norms else { continue };
+                let before = &flat(before)[(first + i) * before.ncols()..][..rotated];
+                let (dq, dk) = row.split_at_mut(queries);
+                let (q, k) = before.split_at(queries);
+                for ((d, x), (norm, sums)) in
+                    [(dq, q), (dk, k)].into_iter().zip(norms.iter().zip([&mut *dq_norm, &mut *dk_norm]))
+                {
+                    for (head, (d, x)) in d.chunks_exact_mut(key_width).zip(x.chunks_exact(key_width)).enumerate() {
+                        let own = head % norm.nrows();
+                        let sum = &mut sums[own * key_width..][..key_width];
+                        rms_norm_backward(x, flat(&norm.row(own)), HEAD_EPSILON, 1.0, d, sum);
+                    }
+                }
+            }
+        });
+        if let Some([q_norm, k_norm]) = &mut grad.norms {
+            add(&sums[..counts[0]], flat_mut(q_norm));
+            add(&sums[counts[0]..], flat_mut(k_norm));
+        }
+    }
+
     /// Attention of queries q `[rows, ·]` over the past of each sequence and the new keys and values, which a layer that uses
     /// another's does not have → `[rows, a · value_width]`. New keys and values go into the caches.
     pub(crate) fn attend(
@@ -404,6 +482,7 @@ impl MetaTokenAttention {
         let AttentionConfig { query_heads, kv: KvShape { heads, key_width, value_width, .. } } = self.config;
         let group = query_heads / heads;
         let owns = depth.kv_layer == depth.layer;
+        let trains = log_sums.is_some();
         let shared = batch.shared.remove(&depth.kv_layer);
         // a single row reads the cache, in which it stands itself; not one of the meta tokens, whose gradient is wanted
         let reads_cache: Vec<bool> = batch
@@ -441,11 +520,14 @@ impl MetaTokenAttention {
             let heads = if *reads_cache { 0 } else { heads };
             pasts.push((0..heads).map(|head| cache.past(head)).collect());
         }
-        let is_new = shared.is_none();
         let (shared_rows, mut packed) = match shared {
             Some(SharedKv { keys, values, packed }) => (Some((keys, values)), packed),
-            None => (None, pasts.iter().map(|heads| heads.iter().map(|_| None).collect()).collect()),
+            None => (None, Vec::new()),
         };
+        let is_new = packed.is_empty();
+        if is_new {
+            packed = pasts.iter().map(|heads| heads.iter().map(|_| None).collect()).collect();
+        }
         let (k, v) = match &shared_rows {
             Some((keys, values)) => (all_rows(keys), all_rows(values)),
             None => (k, v),
@@ -507,7 +589,9 @@ impl MetaTokenAttention {
         drop(pasts);
         if !depth.kv_is_used_later {
             push(batch, k, v, false);
-        } else {
+        }
+        // the backward pass of the last layer that uses them reads them, too
+        if depth.kv_is_used_later || (trains && shared_rows.is_some()) {
             let rows = batch.spans.rows();
             let (keys, values) = match shared_rows {
                 Some(shared) => shared,
@@ -579,6 +663,17 @@ fn all_rows(array: &Array2<f32>) -> Rows<'_> {
 
 fn by_rows(numbers: &mut [f32], rows: usize) -> ArrayViewMut2<'_, f32> {
     ArrayViewMut2::from_shape((rows, numbers.len() / rows.max(1)), numbers).expect("whole rows")
+}
+
+/// The rows of each sequence.
+fn split_rows<'a>(spans: &Spans, mut rest: ArrayViewMut2<'a, f32>) -> std::vec::IntoIter<ArrayViewMut2<'a, f32>> {
+    let mut parts = Vec::with_capacity(spans.len());
+    for span in spans.iter() {
+        let (here, below) = rest.split_at(Axis(0), span.len());
+        parts.push(here);
+        rest = below;
+    }
+    parts.into_iter()
 }
 
 /// The columns of an array, so many at a time.

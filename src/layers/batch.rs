@@ -101,6 +101,32 @@ impl<'a> Batch<'a> {
     }
 }
 
+/// As [`for_rows`], for what all rows add to: `f` also gets `count` sums, zero at first, of the block alone. The sums of the blocks
+/// are added in their order, so that the result does not depend on the threads.
+#[cfg_attr(not(feature = "lm"), allow(dead_code))]
+pub(crate) fn for_rows_summed(
+    team: &Team,
+    activations: &mut [f32],
+    width: usize,
+    count: usize,
+    f: impl Fn(usize, &mut [f32], &mut [f32]) + Sync,
+) -> Vec<f32> {
+    /// Rows of a block.
+    const ROWS: usize = 128;
+    let blocks = activations.len().div_ceil((ROWS * width).max(1));
+    let mut sums = vec![vec![0.0; count]; blocks];
+    let pairs = activations.chunks_mut((ROWS * width).max(1)).zip(&mut sums);
+    team.for_each(pairs.enumerate(), |(i, (rows, sums))| f(i * ROWS, rows, sums));
+    let mut total = vec![0.0; count];
+    sums.iter().for_each(|sums| add(sums, &mut total));
+    total
+}
+
+/// total += sums
+pub(crate) fn add(sums: &[f32], total: &mut [f32]) {
+    total.iter_mut().zip(sums).for_each(|(total, sum)| *total += sum);
+}
+
 /// Calls `f` with the rows of activations `[rows, width]` in blocks, and the first row of each.
 pub(crate) fn for_rows(team: &Team, activations: &mut [f32], width: usize, f: impl Fn(usize, &mut [f32]) + Sync) {
     /// Numbers that one thread takes at a time at least: some microseconds.

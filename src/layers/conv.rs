@@ -85,15 +85,16 @@ impl CausalConv {
         });
     }
 
-    /// The gradient of [`forward`](Self::forward), for sequences that all began with `history` in front of x `[rows, ≥ d]`. `dout`
-    /// `[rows, d]` is that of the output and is overwritten. Writes the first d columns of `dx` `[rows, ≥ d]` and adds to
-    /// `dhistory` `[3, d]`.
+    /// The gradient of [`forward`](Self::forward), for sequences that all began with `history` in front of x, the d columns of
+    /// `[rows, ·]` from `column` on. `dout` `[rows, d]` is that of the output and is overwritten. Writes the same columns of `dx`
+    /// `[rows, ·]` and adds to `dhistory` `[3, d]`.
     #[allow(clippy::too_many_arguments)]
     pub(crate) fn backward(
         &self,
         team: &Team,
         spans: &Spans,
         x: ArrayView2<f32>,
+        column: usize,
         history: ArrayView2<f32>,
         dout: &mut [f32],
         dx: &mut Array2<f32>,
@@ -106,14 +107,14 @@ impl CausalConv {
         let gradients = team.map(
             spans.iter().zip(spans.split(dout, d)).zip(spans.split(flat_mut(dx), stride)).collect(),
             |((span, dout), dx)| {
-                let x = Rows { data: rows_of(span, flat(&x), stride), stride };
+                let x = Rows { data: rows_of(span, flat(&x), stride), stride }.skip_columns(column);
                 let mut before_silu = Buffer::uninit((span.len(), d));
                 conv(x, flat(&history), flat(across), flat(&self.bias), flat_mut(&mut before_silu));
                 math::map_backward::<Silu>(flat(&before_silu), dout);
                 let (mut dweight, mut dbias) = (Array2::zeros(across.dim()), Array1::zeros(d));
                 let mut dbefore = Array2::zeros((HISTORY, d));
                 let gradient = ConvGradient {
-                    dx,
+                    dx: &mut dx[column..],
                     stride,
                     before: flat_mut(&mut dbefore),
                     weight: flat_mut(&mut dweight),

@@ -4,6 +4,7 @@ use ndarray::ArrayView2;
 
 use super::batch::for_rows;
 use super::{Buffer, Weight, flat, flat_mut};
+use crate::kernels::matmul::Packed;
 use crate::kernels::rows::{Out, Rows};
 use crate::kernels::team::Team;
 use crate::parameters::{Visitor, VisitorMut};
@@ -16,6 +17,11 @@ pub(crate) struct Embedding {
 impl Embedding {
     pub(crate) fn new(weight: Weight) -> Self {
         Embedding { weight }
+    }
+
+    /// A gradient of this embedding, zero.
+    pub(crate) fn zeros_like(&self) -> Self {
+        Embedding { weight: self.weight.zeros_like() }
     }
 
     /// The vectors of some tokens → `[ids, h]`
@@ -37,6 +43,34 @@ impl Embedding {
         let rows = Rows { data: flat(&x), stride: h };
         self.weight.multiply(team, rows, x.nrows(), None, flat_mut(&mut logits), Out::Set);
         logits
+    }
+
+    /// The gradient of [`forward`](Self::forward): adds the rows of dx `[ids, h]` to those of their tokens.
+    pub(crate) fn backward(&self, ids: impl Iterator<Item = u32>, dx: ArrayView2<f32>, grad: &mut Embedding) {
+        if let Some(mut rows) = grad.weight.rows_mut() {
+            for (id, dx) in ids.zip(dx.rows()) {
+                rows.row_mut(id as usize).scaled_add(1.0, &dx);
+            }
+        }
+    }
+
+    /// The gradient of [`logits`](Self::logits) at x `[rows, h]`: d `[rows, v]` → that of x. `across` is
+    /// [`across`](Self::across) of this embedding.
+    pub(crate) fn logits_backward(
+        &self,
+        team: &Team,
+        x: ArrayView2<f32>,
+        d: ArrayView2<f32>,
+        across: &Packed,
+        grad: &mut Embedding,
+    ) -> Buffer {
+        let rows = Rows { data: flat(&x), stride: x.ncols() };
+        self.weight.backward_by(team, rows, d, across, &mut grad.weight)
+    }
+
+    /// The vectors in the order in which products with the gradient of the logits read them.
+    pub(crate) fn across(&self, team: &Team) -> Packed {
+        self.weight.across(team)
     }
 
     pub(crate) fn visit<'a>(&'a self, name: &str, f: &mut Visitor<'_, 'a>) {

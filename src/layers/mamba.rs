@@ -3,7 +3,7 @@
 use ndarray::{Array2, Array3, ArrayView2, s};
 use rand::RngExt;
 
-use super::batch::{Batch, Spans, for_rows};
+use super::batch::{Batch, Spans, for_rows, for_rows_summed};
 use super::conv::{CausalConv, HISTORY};
 use super::rms_norm::RmsNorm;
 use super::scan::{ScanRows, ScanRowsGradient, SelectiveScan, TimeStep};
@@ -59,14 +59,21 @@ pub(crate) struct MambaConfig {
 pub(crate) struct MambaCache {
     /// `[rows, d | d]`
     xz: Buffer,
+    inner: InnerCache,
+    /// `[rows, d]`, after the gate.
+    y: Buffer,
+}
+
+/// What [`MambaBranch::run_backward`] reads beside xz.
+pub(crate) struct InnerCache {
     /// `[rows, d]`
     v: Buffer,
+    /// `[rows, r | n | n]` before the inner norms, if there are any.
+    before_norms: Option<Buffer>,
     /// `[rows, r | n | n]`
     dbc: Buffer,
     /// Δ `[rows, d]`
     delta: Buffer,
-    /// `[rows, d]`, after the gate.
-    y: Buffer,
     /// The states `[·, n, d]` at the start of every 16 frames of each sequence.
     checkpoints: Array3<f32>,
 }
@@ -166,7 +173,7 @@ impl MambaBranch {
         batch: &mut Batch,
         layer: usize,
         xz: ArrayView2<f32>,
-        cache: Option<&mut MambaCache>,
+        cache: Option<&mut InnerCache>,
     ) -> Buffer {
         let (team, spans) = (batch.team, &batch.spans);
         let (d, _) = self.scan.dim();
@@ -179,6 +186,7 @@ impl MambaBranch {
         self.conv.forward(team, spans, all.skip_columns(width - 2 * d), histories, flat_mut(&mut v));
         // [δ | B | C] = v·W_xᵀ                               [rows, r | n | n]
         let mut dbc = self.x_proj.forward(team, v.view());
+        let before_norms = self.inner_norms.as_ref().filter(|_| cache.is_some()).map(|_| Buffer::copy_of(&dbc));
         self.normalise(team, &mut dbc);
         // Δ = softplus(δ·W_dtᵀ + b_dt)                       [rows, d]
         let mut delta = self.dt_proj.forward(team, dbc.view());
@@ -190,7 +198,7 @@ impl MambaBranch {
             None => self.scan.forward(team, spans, &mut delta, input, states, None),
             Some(cache) => {
                 let y = self.scan.forward(team, spans, &mut delta, input, states, Some(&mut cache.checkpoints));
-                (cache.v, cache.dbc, cache.delta) = (v, dbc, delta);
+                (cache.v, cache.before_norms, cache.dbc, cache.delta) = (v, before_norms, dbc, delta);
                 y
             }
         }
@@ -199,19 +207,22 @@ impl MambaBranch {
     /// As [`forward`](Self::forward); returns also what [`backward`](Self::backward) reads.
     pub(crate) fn forward_train(&self, batch: &mut Batch, layer: usize, u: ArrayView2<f32>) -> (Buffer, MambaCache) {
         let [in_proj, out_proj] = self.projections();
+        let xz = in_proj.forward(batch.team, u);
+        let (y, inner) = self.run_train(batch, layer, xz.view());
+        (out_proj.forward(batch.team, y.view()), MambaCache { xz, inner, y })
+    }
+
+    /// As [`run`](Self::run); returns also what [`run_backward`](Self::run_backward) reads.
+    pub(crate) fn run_train(&self, batch: &mut Batch, layer: usize, xz: ArrayView2<f32>) -> (Buffer, InnerCache) {
         let (d, n) = self.scan.dim();
-        let mut cache = MambaCache {
-            xz: in_proj.forward(batch.team, u),
+        let mut cache = InnerCache {
             v: Buffer::empty(),
+            before_norms: None,
             dbc: Buffer::empty(),
             delta: Buffer::empty(),
-            y: Buffer::empty(),
             checkpoints: Array3::zeros((SelectiveScan::num_checkpoints(&batch.spans), n, d)),
         };
-        let xz = std::mem::replace(&mut cache.xz, Buffer::empty());
-        let y = self.run(batch, layer, xz.view(), Some(&mut cache));
-        (cache.xz, cache.y) = (xz, y);
-        (out_proj.forward(batch.team, cache.y.view()), cache)
+        (self.run(batch, layer, xz, Some(&mut cache)), cache)
     }
 
     /// The gradient of [`forward_train`](Self::forward_train) at u, for sequences that all began with the state `initial`: dy
@@ -230,21 +241,40 @@ impl MambaBranch {
         grad: &mut MambaBranch,
         dinitial: &mut MambaState,
     ) -> Buffer {
-        let ([in_proj, out_proj], Some([grad_in, grad_out])) = (self.projections(), &mut grad.projections) else {
-            unreachable!("a gradient has the maps of its branch");
-        };
-        let (d, _) = self.scan.dim();
-        let rows = u.nrows();
-        let width = cache.dbc.ncols();
-        let dout = out_proj.backward(team, cache.y.view(), dy, grad_out); // [rows, d]
+        let [in_proj, out_proj] = self.projections();
+        let dout = out_proj.backward(team, cache.y.view(), dy, &mut grad.projections_mut()[1]); // [rows, d]
+        let mut dxz = Buffer::uninit(cache.xz.dim());
+        let xz = cache.xz.view();
+        self.run_backward(team, spans, xz, &cache.inner, initial, &dout, dfinal, grad, dinitial, &mut dxz);
+        in_proj.backward(team, u, dxz.view(), &mut grad.projections_mut()[0])
+    }
 
+    /// The gradient of [`run_train`](Self::run_train), for sequences that all began with the state `initial`: `dout` `[rows, d]` is
+    /// that of the output. Writes the last 2d columns of `dxz` `[rows, ·]`. `dfinal` and `dinitial` are as in
+    /// [`backward`](Self::backward).
+    #[allow(clippy::too_many_arguments)]
+    pub(crate) fn run_backward(
+        &self,
+        team: &Team,
+        spans: &Spans,
+        xz: ArrayView2<f32>,
+        cache: &InnerCache,
+        initial: &MambaState,
+        dout: &Array2<f32>,
+        dfinal: Option<&MambaState>,
+        grad: &mut MambaBranch,
+        dinitial: &mut MambaState,
+        dxz: &mut Array2<f32>,
+    ) {
+        let (d, _) = self.scan.dim();
+        let (rows, width) = cache.dbc.dim();
         let (mut ddelta, mut dv) = (Buffer::uninit((rows, d)), Buffer::uninit((rows, d)));
-        let (mut ddbc, mut dxz) = (Buffer::uninit((rows, width)), Buffer::uninit((rows, 2 * d)));
-        let gradient = ScanRowsGradient { delta: &mut ddelta, v: &mut dv, bc: &mut ddbc, xz: &mut dxz };
+        let mut ddbc = Buffer::uninit((rows, width));
+        let gradient = ScanRowsGradient { delta: &mut ddelta, v: &mut dv, bc: &mut ddbc, xz: dxz };
         let input = ScanRows {
             v: Rows { data: flat(&cache.v), stride: d },
             bc: Rows { data: flat(&cache.dbc), stride: width },
-            xz: Rows { data: flat(&cache.xz), stride: 2 * d },
+            xz: Rows { data: flat(&xz), stride: xz.ncols() },
         };
         self.scan.backward(
             team,
@@ -252,7 +282,7 @@ impl MambaBranch {
             &cache.delta,
             input,
             cache.checkpoints.view(),
-            &dout,
+            dout,
             gradient,
             dfinal.map(|dfinal| &dfinal.scan),
             &mut dinitial.scan,
@@ -260,24 +290,28 @@ impl MambaBranch {
         );
         let dlow = self.dt_proj.backward(team, cache.dbc.view(), ddelta.view(), &mut grad.dt_proj); // [rows, r]
         ddbc.slice_mut(s![.., ..dlow.ncols()]).assign(&*dlow);
+        self.normalise_backward(team, cache.before_norms.as_deref(), &mut ddbc, grad);
         *dv += &*self.x_proj.backward(team, cache.v.view(), ddbc.view(), &mut grad.x_proj);
-        let history = initial.conv.view();
-        let xz = cache.xz.view();
-        self.conv.backward(team, spans, xz, history, flat_mut(&mut dv), &mut dxz, &mut dinitial.conv, &mut grad.conv);
+        let (history, column) = (initial.conv.view(), xz.ncols() - 2 * d);
+        let (dv, dhistory) = (flat_mut(&mut dv), &mut dinitial.conv);
+        self.conv.backward(team, spans, xz, column, history, dv, dxz, dhistory, &mut grad.conv);
         if let Some(dfinal) = dfinal {
             // the rows left behind are the last of the history and the frames together
             for (j, dfinal) in dfinal.conv.rows().into_iter().enumerate() {
                 match (rows + j).checked_sub(HISTORY) {
-                    Some(t) => dxz.slice_mut(s![t, ..d]).scaled_add(1.0, &dfinal),
+                    Some(t) => dxz.slice_mut(s![t, column..column + d]).scaled_add(1.0, &dfinal),
                     None => dinitial.conv.row_mut(rows + j).scaled_add(1.0, &dfinal),
                 }
             }
         }
-        in_proj.backward(team, u, dxz.view(), grad_in)
     }
 
     fn projections(&self) -> &[Linear; 2] {
         self.projections.as_ref().expect("a block that has the outer maps calls `run`")
+    }
+
+    fn projections_mut(&mut self) -> &mut [Linear; 2] {
+        self.projections.as_mut().expect("a gradient has the maps of its branch")
     }
 
     /// The norms of δ, B and C.
@@ -291,6 +325,30 @@ impl MambaBranch {
                 c.in_place(&mut row[r + n..]);
             }
         });
+    }
+
+    /// The gradient of the norms of δ, B and C at `before` `[rows, r | n | n]`: d becomes that of what went into them.
+    fn normalise_backward(
+        &self,
+        team: &Team,
+        before: Option<&Array2<f32>>,
+        d: &mut Array2<f32>,
+        grad: &mut MambaBranch,
+    ) {
+        let (Some(norms), Some(before), Some(grads)) = (&self.inner_norms, before, &mut grad.inner_norms) else {
+            return;
+        };
+        let ((_, r), (_, n), width) = (self.dt_proj.dim(), self.scan.dim(), d.ncols());
+        let parts = [0..r, r..r + n, r + n..width];
+        let sums = for_rows_summed(team, flat_mut(d), width, width, |first, rows, sums| {
+            for (i, d) in rows.chunks_exact_mut(width).enumerate() {
+                let before = &flat(before)[(first + i) * width..][..width];
+                for (norm, part) in norms.iter().zip(&parts) {
+                    norm.in_place_backward(&before[part.clone()], &mut d[part.clone()], &mut sums[part.clone()]);
+                }
+            }
+        });
+        grads.iter_mut().zip(parts).for_each(|(grad, part)| grad.add(&sums[part]));
     }
 
     pub(crate) fn visit<'a>(&'a self, name: &str, f: &mut Visitor<'_, 'a>) {

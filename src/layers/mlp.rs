@@ -81,6 +81,14 @@ impl Mlp {
         }
     }
 
+    /// As [`add_to`](Self::add_to); returns what [`backward`](Self::backward) reads.
+    #[cfg_attr(not(feature = "lm"), allow(dead_code))]
+    pub(crate) fn add_to_train(&self, team: &Team, x: ArrayView2<f32>, y: &mut Array2<f32>) -> MlpCache {
+        let cache = self.inner(team, x);
+        self.down.add_to(team, self.activated(team, &cache).view(), y);
+        cache
+    }
+
     /// x `[rows, h]` → `[rows, h]`, and what [`backward`](Self::backward) reads.
     pub(crate) fn forward_train(&self, team: &Team, x: ArrayView2<f32>) -> (Buffer, MlpCache) {
         let cache = self.inner(team, x);

@@ -41,6 +41,17 @@ pub(crate) fn apply_rope(heads: &mut [f32], (cos, sin): &Angles) {
     }
 }
 
+/// The gradient of [`apply_rope`]: it turns the other way.
+pub(crate) fn apply_rope_backward(heads: &mut [f32], (cos, sin): &Angles) {
+    let half = cos.len();
+    for head in heads.chunks_exact_mut(2 * half) {
+        let (left, right) = head.split_at_mut(half);
+        for ((x, y), (cos, sin)) in left.iter_mut().zip(right).zip(cos.iter().zip(sin)) {
+            (*x, *y) = (*x * cos + *y * sin, *y * cos - *x * sin);
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -58,6 +69,17 @@ mod tests {
         let mut heads = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0];
         apply_rope(&mut heads, &(vec![0.0; 2], vec![1.0; 2]));
         assert_eq!(heads, [-3.0, -4.0, 1.0, 2.0, -7.0, -8.0, 5.0, 6.0]);
+    }
+
+    #[test]
+    fn the_gradient_turns_back() {
+        let angles = Rotary::new(4, 100.0).angles(7);
+        let mut heads = [0.3, -1.0, 0.5, 2.0];
+        apply_rope(&mut heads, &angles);
+        apply_rope_backward(&mut heads, &angles);
+        for (got, want) in heads.into_iter().zip([0.3, -1.0, 0.5, 2.0]) {
+            approx::assert_relative_eq!(got, want, max_relative = 1e-6);
+        }
     }
 
     #[test]

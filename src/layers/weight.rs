@@ -127,10 +127,13 @@ impl Weight {
     ///
     /// dx = dy·W, dW += dyᵀ·x
     pub(crate) fn backward(&self, team: &Team, x: Rows, dy: ArrayView2<f32>, grad: &mut Weight) -> Buffer {
-        let ((outputs, inputs), m) = (self.dim(), dy.nrows());
-        let dy = Rows { data: flat(&dy), stride: outputs };
-        let mut dx = Buffer::uninit((m, inputs));
-        let across = match self {
+        self.backward_by(team, x, dy, &self.across(team), grad)
+    }
+
+    /// W in the order in which products with dy read it.
+    pub(crate) fn across(&self, team: &Team) -> Packed {
+        let (outputs, inputs) = self.dim();
+        match self {
             Weight::Trainable { rows, .. } => transposed(team, rows.view()),
             _ => {
                 let mut rows = Buffer::uninit((outputs, inputs));
@@ -139,13 +142,37 @@ impl Weight {
                 });
                 transposed(team, rows.view())
             }
-        };
-        matmul(team, dy, m, &across, flat_mut(&mut dx), Out::Set);
+        }
+    }
+
+    /// As [`backward`](Self::backward), with what [`across`](Self::across) gave.
+    pub(crate) fn backward_by(
+        &self,
+        team: &Team,
+        x: Rows,
+        dy: ArrayView2<f32>,
+        across: &Packed,
+        grad: &mut Weight,
+    ) -> Buffer {
+        let ((outputs, inputs), m) = (self.dim(), dy.nrows());
+        let dy = Rows { data: flat(&dy), stride: outputs };
+        let mut dx = Buffer::uninit((m, inputs));
+        matmul(team, dy, m, across, flat_mut(&mut dx), Out::Set);
         grad.forget();
         if let Weight::Trainable { rows, .. } = grad {
             matmul_gradient(team, dy, outputs, x, inputs, m, flat_mut(rows));
         }
         dx
+    }
+
+    /// The rows of a weight that can be trained, or of its gradient.
+    #[cfg_attr(not(feature = "lm"), allow(dead_code))]
+    pub(crate) fn rows_mut(&mut self) -> Option<ArrayViewMut2<'_, f32>> {
+        self.forget();
+        match self {
+            Weight::Trainable { rows, .. } => Some(rows.view_mut()),
+            _ => None,
+        }
     }
 
     /// To be called wherever the numbers, or the bias, are lent out for changing.

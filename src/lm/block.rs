@@ -1,12 +1,19 @@
 //! One layer: attention and Mamba side by side between two shared projections, and an MLP.
 
+use std::collections::BTreeMap;
+
+use ndarray::{Array2, Axis};
+
 use super::config::{HymbaLmConfig, KeyQueryNorm, MlpActivation};
 use super::names::{LAYER, in_files, visit_published};
+use crate::kernels::attention::AttentionOutput;
 use crate::kernels::matmul::Storage;
 use crate::kernels::rows::{Out, Rows};
+use crate::kernels::team::Team;
 use crate::layers::{
-    Activation, AttentionConfig, Batch, Buffer, Depth, HeadNorms, KvShape, KvStorage, LayerState, Linear, MambaBranch,
-    MambaConfig, MetaTokenAttention, Mlp, RmsNorm, TimeStep, Weight, flat,
+    Activation, Angles, AttentionConfig, Batch, Buffer, Depth, HeadNorms, InnerCache, KvShape, KvStorage, LayerState,
+    Linear, MambaBranch, MambaConfig, MetaTokenAttention, Mlp, MlpCache, RmsNorm, SequenceState, SharedKv, Spans,
+    StateGradient, TimeStep, Weight, flat,
 };
 use crate::parameters::{Parameter, ParameterMut, Visitor, VisitorMut};
 
@@ -28,13 +35,57 @@ pub(super) struct Block {
     widths: [usize; 2],
 }
 
+/// What [`Block::backward`] reads, `[tokens, ·]`.
+pub(super) struct BlockCache {
+    /// Input of the first norm.
+    x: Buffer,
+    /// q | k | v | u | z, of which q, k and v are prepared.
+    projected: Buffer,
+    /// q | k before their norms, if there are any.
+    before_norms: Option<Buffer>,
+    attention: Buffer,
+    /// ln Σ exp(score), `[tokens, heads]`
+    log_sums: Array2<f32>,
+    mamba: Buffer,
+    mamba_cache: InnerCache,
+    /// Input of the second norm, and what the MLP keeps.
+    mlp: Option<(Buffer, MlpCache)>,
+}
+
+/// Where a backward pass is: what all layers share.
+#[derive(Clone, Copy)]
+pub(super) struct Pass<'a> {
+    pub team: &'a Team,
+    pub spans: &'a Spans,
+    pub angles: &'a [Angles],
+    /// The state that all rows began with.
+    pub initial: &'a SequenceState,
+    /// Keys and values that several layers used, by the layer they came from.
+    pub shared: &'a BTreeMap<usize, SharedKv>,
+}
+
+/// Gradients that layers of a backward pass hand to those before them.
+pub(super) struct PassGradient {
+    /// Of the state that all rows began with, for each layer.
+    pub initial: Vec<StateGradient>,
+    /// Of the keys and values of a layer that later ones used.
+    pub shared: BTreeMap<usize, [Array2<f32>; 2]>,
+}
+
+impl PassGradient {
+    pub(super) fn zeros(initial: &SequenceState) -> Self {
+        PassGradient { initial: initial.layers.iter().map(StateGradient::zeros).collect(), shared: BTreeMap::new() }
+    }
+}
+
 impl Block {
-    pub(super) fn zeros(config: &HymbaLmConfig, layer: usize, storage: &dyn Fn(&str) -> Storage) -> Self {
+    /// `storage` says how a matrix is stored; one of `None` can be trained.
+    pub(super) fn zeros(config: &HymbaLmConfig, layer: usize, storage: &dyn Fn(&str) -> Option<Storage>) -> Self {
         let (h, e, f) = (config.hidden_size, config.inner_size(), config.intermediate_size);
         let (n, r) = (config.mamba_d_state, config.dt_rank());
         let linear = |outputs, inputs, ours: &str, bias| {
             let (_, published) = LAYER.into_iter().find(|(name, _)| *name == ours).expect("a name of the table");
-            Linear::with_weight(Weight::stored(outputs, inputs, storage(&in_files(layer, published))), bias)
+            Linear::with_weight(Weight::new(outputs, inputs, storage(&in_files(layer, published))), bias)
         };
         let norm = |width| RmsNorm::zeros(width, config.rms_norm_eps as f32);
         let bias = config.mamba_proj_bias;
@@ -94,6 +145,23 @@ impl Block {
         }
     }
 
+    /// A gradient of this layer, zero.
+    pub(super) fn zeros_like(&self) -> Self {
+        Block {
+            depth: self.depth,
+            norm: self.norm.zeros_like(),
+            in_proj: self.in_proj.zeros_like(),
+            attention: self.attention.zeros_like(),
+            mamba: self.mamba.zeros_like(),
+            attention_norm: self.attention_norm.zeros_like(),
+            mamba_norm: self.mamba_norm.zeros_like(),
+            out_proj: self.out_proj.zeros_like(),
+            mlp: self.mlp.as_ref().map(|(norm, mlp)| (norm.zeros_like(), mlp.zeros_like())),
+            heads: self.heads,
+            widths: self.widths,
+        }
+    }
+
     /// A state of a sequence that has seen nothing.
     pub(super) fn new_state(&self, storage: KvStorage) -> LayerState {
         let owns_kv = self.depth.kv_layer == self.depth.layer;
@@ -114,19 +182,165 @@ impl Block {
         let mut projected = self.in_proj.forward(team, normal.view());
         self.attention.prepare_columns(batch, self.depth, &mut projected, self.heads);
 
-        let queries = Rows { data: flat(&projected), stride: projected.ncols() };
-        let keys = queries.skip_columns(self.widths[0]);
-        let values = keys.skip_columns(self.widths[1]);
+        let [queries, keys, values] = self.queries_keys_values(&projected);
         let attention = self.attention.attend(batch, self.depth, queries, keys, values, None);
         let mamba = self.mamba.run(batch, self.depth.layer, projected.view(), None);
-        let mut mean = Buffer::uninit(mamba.dim());
-        self.attention_norm.forward(team, attention.view(), 0.5, &mut mean, Out::Set);
-        self.mamba_norm.forward(team, mamba.view(), 0.5, &mut mean, Out::Add);
+        let mean = self.mean(team, &attention, &mamba);
         self.out_proj.add_to(team, mean.view(), x);
 
         if let Some((norm, mlp)) = &self.mlp {
             norm.forward(team, x.view(), 1.0, &mut normal, Out::Set);
             mlp.add_to(team, normal.view(), x);
+        }
+    }
+
+    /// The columns of [q | k | v | …] `[tokens, ·]`.
+    fn queries_keys_values<'a>(&self, projected: &'a Array2<f32>) -> [Rows<'a>; 3] {
+        let queries = Rows { data: flat(projected), stride: projected.ncols() };
+        let keys = queries.skip_columns(self.widths[0]);
+        [queries, keys, keys.skip_columns(self.widths[1])]
+    }
+
+    /// (norm₁(attention) + norm₂(mamba))/2
+    fn mean(&self, team: &Team, attention: &Array2<f32>, mamba: &Array2<f32>) -> Buffer {
+        let mut mean = Buffer::uninit(mamba.dim());
+        self.attention_norm.forward(team, attention.view(), 0.5, &mut mean, Out::Set);
+        self.mamba_norm.forward(team, mamba.view(), 0.5, &mut mean, Out::Add);
+        mean
+    }
+
+    /// As [`forward`](Self::forward): x `[tokens, H]` → `[tokens, H]`, and what [`backward`](Self::backward) reads.
+    pub(super) fn forward_train(&self, batch: &mut Batch, x: Buffer) -> (Buffer, BlockCache) {
+        let team = batch.team;
+        let mut projected = self.in_proj.forward(team, self.norm.apply(team, x.view()).view());
+        let before_norms = self.attention.has_norms().then(|| {
+            let before = projected.slice(ndarray::s![.., ..self.widths[0] + self.widths[1]]);
+            Buffer::from(before.as_standard_layout().into_owned())
+        });
+        self.attention.prepare_columns(batch, self.depth, &mut projected, self.heads);
+
+        let mut log_sums = Array2::zeros((x.nrows(), self.heads[0]));
+        let [queries, keys, values] = self.queries_keys_values(&projected);
+        let attention = self.attention.attend(batch, self.depth, queries, keys, values, Some(&mut log_sums));
+        let (mamba, mamba_cache) = self.mamba.run_train(batch, self.depth.layer, projected.view());
+        let mut y = Buffer::copy_of(&x);
+        self.out_proj.add_to(team, self.mean(team, &attention, &mamba).view(), &mut y);
+
+        let mlp = self.mlp.as_ref().map(|(norm, mlp)| {
+            let mixed = Buffer::copy_of(&y);
+            let cache = mlp.add_to_train(team, norm.apply(team, mixed.view()).view(), &mut y);
+            (mixed, cache)
+        });
+        (y, BlockCache { x, projected, before_norms, attention, log_sums, mamba, mamba_cache, mlp })
+    }
+
+    /// The gradient of [`forward_train`](Self::forward_train): dy `[tokens, H]` → dx `[tokens, H]`. `dfinal` is the gradient of the
+    /// state that a single row left behind, where it is that of the meta tokens. Norms are computed again: that costs less than
+    /// keeping them.
+    pub(super) fn backward(
+        &self,
+        pass: Pass,
+        cache: &BlockCache,
+        dy: Buffer,
+        dfinal: Option<&StateGradient>,
+        grad: &mut Block,
+        gradient: &mut PassGradient,
+    ) -> Buffer {
+        let (team, Depth { layer, .. }) = (pass.team, self.depth);
+        let mut dx = dy;
+        // x = mixed + MLP(norm(mixed))
+        if let (Some((norm, mlp)), Some((mixed, mlp_cache)), Some((norm_grad, mlp_grad))) =
+            (&self.mlp, &cache.mlp, &mut grad.mlp)
+        {
+            let normal = norm.apply(team, mixed.view());
+            let mut dmixed = mlp.backward(team, normal.view(), mlp_cache, dx.view(), mlp_grad);
+            norm.backward(team, mixed.view(), 1.0, &mut dmixed, norm_grad);
+            *dx += &*dmixed;
+        }
+        // mixed = x + (norm₁(attention) + norm₂(mamba))/2 · W_outᵀ
+        let mean = self.mean(team, &cache.attention, &cache.mamba);
+        let mut dattention = self.out_proj.backward(team, mean.view(), dx.view(), &mut grad.out_proj);
+        let mut dmamba = Buffer::copy_of(&dattention);
+        self.attention_norm.backward(team, cache.attention.view(), 0.5, &mut dattention, &mut grad.attention_norm);
+        self.mamba_norm.backward(team, cache.mamba.view(), 0.5, &mut dmamba, &mut grad.mamba_norm);
+
+        let mut dprojected = Buffer::uninit(cache.projected.dim());
+        self.mamba.run_backward(
+            team,
+            pass.spans,
+            cache.projected.view(),
+            &cache.mamba_cache,
+            &pass.initial.layers[layer].mamba,
+            &dmamba,
+            dfinal.map(|dfinal| &dfinal.mamba),
+            &mut grad.mamba,
+            &mut gradient.initial[layer].mamba,
+            &mut dprojected,
+        );
+        self.attention_backward(pass, cache, &dattention, dfinal, &mut dprojected, gradient);
+        let (before, angles) = (cache.before_norms.as_deref(), pass.angles);
+        self.attention.prepare_columns_backward(team, angles, before, &mut dprojected, self.heads, &mut grad.attention);
+        // [q | k | v | u | z] = norm(x)·W_inᵀ
+        let normal = self.norm.apply(team, cache.x.view());
+        let mut du = self.in_proj.backward(team, normal.view(), dprojected.view(), &mut grad.in_proj);
+        self.norm.backward(team, cache.x.view(), 1.0, &mut du, &mut grad.norm);
+        *dx += &*du;
+        dx
+    }
+
+    /// The columns q | k | v of `dprojected`, which has k and v only where they are the layer's own. Others hand the gradient to the
+    /// layer they come from.
+    fn attention_backward(
+        &self,
+        pass: Pass,
+        cache: &BlockCache,
+        dattention: &Array2<f32>,
+        dfinal: Option<&StateGradient>,
+        dprojected: &mut Array2<f32>,
+        gradient: &mut PassGradient,
+    ) {
+        let Depth { layer, kv_layer, .. } = self.depth;
+        let kv = pass.initial.layers[kv_layer].kv.as_ref().expect("a layer others use has keys and values");
+        let width = cache.attention.ncols();
+        let output = AttentionOutput {
+            out: Rows { data: flat(&cache.attention), stride: width },
+            dout: Rows { data: flat(dattention), stride: width },
+            log_sums: cache.log_sums.view(),
+        };
+        let [queries, keys, values] = self.queries_keys_values(&cache.projected);
+        let (dqueries, rest) = dprojected.view_mut().split_at(Axis(1), self.widths[0]);
+        let dinitial = &mut gradient.initial[kv_layer];
+        let (key_width, value_width) = kv.row_widths();
+        if kv_layer == layer {
+            let (mut dkeys, rest) = rest.split_at(Axis(1), key_width);
+            let (mut dvalues, _) = rest.split_at(Axis(1), value_width);
+            let input = [queries, keys, values];
+            let of_input = [dqueries, dkeys.view_mut(), dvalues.view_mut()];
+            self.attention.attend_backward(pass.team, pass.spans, kv, input, output, of_input, dinitial);
+            if let Some([of_keys, of_values]) = gradient.shared.remove(&layer) {
+                dkeys += &of_keys;
+                dvalues += &of_values;
+            }
+            if let Some(dfinal) = dfinal {
+                dkeys += &dfinal.keys;
+                dvalues += &dfinal.values;
+            }
+        } else {
+            let [keys, values] = pass.shared[&kv_layer].rows();
+            let rows = cache.attention.nrows();
+            let [mut dkeys, mut dvalues] = [key_width, value_width].map(|width| Array2::zeros((rows, width)));
+            let of_input = [dqueries, dkeys.view_mut(), dvalues.view_mut()];
+            let input = [queries, keys, values];
+            self.attention.attend_backward(pass.team, pass.spans, kv, input, output, of_input, dinitial);
+            match gradient.shared.get_mut(&kv_layer) {
+                Some([of_keys, of_values]) => {
+                    *of_keys += &dkeys;
+                    *of_values += &dvalues;
+                }
+                None => {
+                    gradient.shared.insert(kv_layer, [dkeys, dvalues]);
+                }
+            }
         }
     }
 

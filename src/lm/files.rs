@@ -68,6 +68,7 @@ impl Arithmetic {
 /// | `quantize` | [`Quantization::None`] | the bits of the big matrices in memory |
 /// | `dtype` | as in the file | the type of the big matrices in memory, where they are not quantised |
 /// | `arithmetic` | [`Arithmetic::F32`] | the type of activations in products with matrices in bf16 |
+/// | `trainable` | `false` | whether the big matrices can be trained, which takes f32 |
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub struct LoadOptions {
@@ -80,6 +81,8 @@ pub struct LoadOptions {
     pub dtype: Option<TorchDtype>,
     /// The type of activations in products with matrices in bf16. (For quantised ones it is 8 bits.)
     pub arithmetic: Arithmetic,
+    /// Whether the big matrices can be trained. They are then in f32, whatever `dtype` says, and cannot be quantised.
+    pub trainable: bool,
 }
 
 impl LoadOptions {
@@ -114,6 +117,12 @@ impl LoadOptions {
     /// ```
     pub fn dtype(mut self, dtype: TorchDtype) -> Self {
         self.dtype = Some(dtype);
+        self
+    }
+
+    /// Sets whether the big matrices can be trained: see [`HymbaLm::forward_train`].
+    pub fn trainable(mut self, trainable: bool) -> Self {
+        self.trainable = trainable;
         self
     }
 
@@ -211,29 +220,36 @@ impl HymbaLm {
     ) -> Result<Self> {
         let stored = config.quantization;
         config.quantization = stored.then(options.quantize)?;
-        if let (Quantization::None, Some(dtype)) = (config.quantization, options.dtype) {
+        if options.trainable && config.quantization != Quantization::None {
+            return Err(Error::Option {
+                option: "trainable",
+                given: "true".into(),
+                allowed: format!("weights that are quantised, as {:?}, cannot be trained", config.quantization),
+            });
+        }
+        let dtype = if options.trainable { Some(TorchDtype::F32) } else { options.dtype };
+        if let (Quantization::None, Some(dtype)) = (config.quantization, dtype) {
             config.torch_dtype = Some(dtype);
         }
         let embedding = check(&mut folder, &mut config, stored)?;
 
         let quantization = config.quantization;
-        let storage =
-            |name: &str| match (quantization.storage(name), options.dtype, folder.dtype(in_file(name, embedding))) {
-                (Some(storage), ..) => storage,
-                (None, Some(dtype), _) => dtype.storage(),
-                (None, None, Some(Dtype::BF16)) => Storage::Bf16,
-                (None, None, Some(Dtype::F16)) => Storage::F16,
-                _ => Storage::F32,
-            };
+        let storage = |name: &str| match (quantization.storage(name), dtype, folder.dtype(in_file(name, embedding))) {
+            (Some(storage), ..) => storage,
+            (None, Some(dtype), _) => dtype.storage(),
+            (None, None, Some(Dtype::BF16)) => Storage::Bf16,
+            (None, None, Some(Dtype::F16)) => Storage::F16,
+            _ => Storage::F32,
+        };
         check_memory(&folder, &config, &storage, &|name| {
-            let asked = options.dtype.filter(|_| quantization == Quantization::None && is_matrix(name))?;
+            let asked = dtype.filter(|_| quantization == Quantization::None && is_matrix(name))?;
             Some(asked.size().saturating_sub(folder.dtype(in_file(name, embedding))?.bitsize() / 8))
         })?;
-        let mut lm = Self::zeros(config, options, &storage);
+        let mut lm = Self::zeros(config, options, &|name| (!options.trainable).then(|| storage(name)));
         lm.source = Some(text);
         let mut progress = Loading { parameters: 0, of: lm.num_parameters() as u64 };
         let mut result = Ok(());
-        lm.visit_mut(&mut |name, parameter| {
+        lm.walk_mut(&mut |name, parameter| {
             if result.is_ok() {
                 progress.parameters += parameter.len() as u64;
                 result = stored::read(&mut folder, in_file(name, embedding), parameter, stored.storage(name));

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::ops::ControlFlow;
 
-use ndarray::{Array2, Array3, ArrayRef, ArrayRef2, Dimension, s};
+use ndarray::{Array2, Array3, ArrayRef, ArrayRef2, ArrayViewMutD, Dimension, s};
 
 use super::arrays::{dim_of, rows_of, zeros};
 use super::block::Block;
@@ -53,14 +53,14 @@ const MOST_TOKENS: usize = 512;
 pub struct HymbaLm {
     config: HymbaLmConfig,
     /// `[V, H]`
-    embedding: Embedding,
+    pub(super) embedding: Embedding,
     /// `[M, H]`
-    meta_tokens: Array2<f32>,
-    blocks: Vec<Block>,
-    final_norm: RmsNorm,
+    pub(super) meta_tokens: Array2<f32>,
+    pub(super) blocks: Vec<Block>,
+    pub(super) final_norm: RmsNorm,
     /// `[V, H]`; without it the embedding serves.
-    head: Option<Embedding>,
-    rotary: Option<Rotary>,
+    pub(super) head: Option<Embedding>,
+    pub(super) rotary: Option<Rotary>,
     kv_storage: KvStorage,
     /// The `config.json` it was read with.
     pub(super) source: Option<String>,
@@ -102,14 +102,19 @@ pub struct LmInspection {
 
 impl HymbaLm {
     /// A model of a validated configuration with all parameters zero.
-    pub(super) fn zeros(config: HymbaLmConfig, options: &LoadOptions, storage: &dyn Fn(&str) -> Storage) -> Self {
+    /// `storage` says how a matrix is stored; one of `None` can be trained.
+    pub(super) fn zeros(
+        config: HymbaLmConfig,
+        options: &LoadOptions,
+        storage: &dyn Fn(&str) -> Option<Storage>,
+    ) -> Self {
         let (v, h) = (config.vocab_size, config.hidden_size);
         let mut lm = HymbaLm {
-            embedding: Embedding::new(Weight::stored(v, h, storage(EMBEDDING))),
+            embedding: Embedding::new(Weight::new(v, h, storage(EMBEDDING))),
             meta_tokens: Array2::zeros((config.num_memory_tokens, h)),
             blocks: (0..config.num_hidden_layers).map(|layer| Block::zeros(&config, layer, storage)).collect(),
             final_norm: RmsNorm::zeros(h, config.rms_norm_eps as f32),
-            head: (!config.tie_word_embeddings).then(|| Embedding::new(Weight::stored(v, h, storage(HEAD)))),
+            head: (!config.tie_word_embeddings).then(|| Embedding::new(Weight::new(v, h, storage(HEAD)))),
             rotary: config.rope_base().map(|base| Rotary::new(config.key_width(), base)),
             kv_storage: options.kv_storage,
             source: None,
@@ -119,7 +124,7 @@ impl HymbaLm {
             config,
         };
         let mut num_parameters = 0;
-        lm.visit_mut(&mut |_, parameter| {
+        lm.walk_mut(&mut |_, parameter| {
             num_parameters += parameter.len();
             if let ParameterMut::Stored(matrix) = parameter {
                 matrix.set_rounds_inputs(options.arithmetic == Arithmetic::Bf16);
@@ -352,7 +357,7 @@ impl HymbaLm {
         state.map_or(Ok(()), |state| self.check_state(rows.len(), state))
     }
 
-    fn check_ids(&self, rows: &[impl AsRef<[u32]>]) -> Result<()> {
+    pub(super) fn check_ids(&self, rows: &[impl AsRef<[u32]>]) -> Result<()> {
         let vocabulary = self.config.vocab_size;
         for (i, row) in rows.iter().enumerate() {
             if let Some(id) = row.as_ref().iter().find(|id| **id as usize >= vocabulary) {
@@ -545,8 +550,39 @@ impl HymbaLm {
         }
     }
 
-    pub(super) fn visit_mut<'a>(&'a mut self, f: &mut VisitorMut<'_, 'a>) {
+    /// Calls `f` with the name and the values of every parameter that can be trained, for changing them: all of a model that was
+    /// loaded with [`LoadOptions::trainable`](super::LoadOptions::trainable), all but the big matrices of another. States made before are then of another model.
+    pub fn visit_mut<'a>(&'a mut self, f: &mut dyn FnMut(&str, ArrayViewMutD<'a, f32>)) {
+        self.walk_mut(&mut |name, parameter| {
+            if let ParameterMut::Array(array) = parameter {
+                f(name, array);
+            }
+        });
+    }
+
+    /// A model whose parameters are all zero: where gradients are gathered. Of matrices that are stored for products only, it has
+    /// nothing.
+    pub fn zeros_like(&self) -> HymbaLm {
+        HymbaLm {
+            config: self.config.clone(),
+            embedding: self.embedding.zeros_like(),
+            meta_tokens: Array2::zeros(self.meta_tokens.dim()),
+            blocks: self.blocks.iter().map(Block::zeros_like).collect(),
+            final_norm: self.final_norm.zeros_like(),
+            head: self.head.as_ref().map(Embedding::zeros_like),
+            rotary: self.rotary.clone(),
+            kv_storage: self.kv_storage,
+            source: None,
+            num_parameters: self.num_parameters,
+            prefix: Lazy::new(),
+            id: next_id(),
+        }
+    }
+
+    /// As [`visit`](Self::visit), for changing parameters of any kind.
+    pub(super) fn walk_mut<'a>(&'a mut self, f: &mut VisitorMut<'_, 'a>) {
         self.prefix.forget();
+        self.id = next_id();
         self.embedding.visit_mut(EMBEDDING, f);
         if !self.meta_tokens.is_empty() {
             f(META_TOKENS, ParameterMut::Array(self.meta_tokens.view_mut().into_dyn()));

@@ -50,9 +50,9 @@ impl HymbaLm {
                 allowed: format!("the model takes {bytes}, which do not fit into memory; make it smaller"),
             });
         }
-        let mut lm = Self::zeros(config, options, &storage);
+        let mut lm = Self::zeros(config, options, &|name| Some(storage(name)));
         let mut rng = Rng::seed_from_u64(seed);
-        lm.visit_mut(&mut |name, parameter| match parameter {
+        lm.walk_mut(&mut |name, parameter| match parameter {
             ParameterMut::Stored(matrix) => {
                 let (_, columns) = matrix.dim();
                 let bound = 1.0 / (columns as f32).sqrt();

@@ -112,8 +112,8 @@ impl AdamWOptions {
     }
 
     /// The decay of a parameter. Without a pattern that fits its name, it is `weight_decay` for matrices and 0 for biases,
-    /// norms and all else of a single axis, for meta tokens, meta keys, meta values and queries of pooling, and for `a_log`, whose 0 is no neutral
-    /// value.
+    /// norms and all else of a single axis, for norms of each head, for meta tokens, meta keys, meta values and queries of
+    /// pooling, and for `a_log`, whose 0 is no neutral value.
     ///
     /// ```
     /// use hymba::train::AdamWOptions;
@@ -127,8 +127,12 @@ impl AdamWOptions {
         if let Some((_, decay)) = self.weight_decay_for.iter().rfind(|(pattern, _)| fits(pattern, name)) {
             return *decay;
         }
-        let last = name.rsplit('.').next().unwrap_or(name);
-        let decays = shape.len() >= 2 && !["meta_tokens", "meta_k", "meta_v", "a_log", "queries"].contains(&last);
+        /// What has several axes and is no matrix. (The last two are of language models.)
+        const NO_MATRICES: [&str; 7] = ["meta_tokens", "meta_k", "meta_v", "queries", "a_log", "A_log", "memory_tokens"];
+        // the number of an array in a list says nothing
+        let mut parts = name.rsplit('.').filter(|part| part.parse::<usize>().is_err());
+        let (last, owner) = (parts.next().unwrap_or(name), parts.next().unwrap_or_default());
+        let decays = shape.len() >= 2 && !NO_MATRICES.contains(&last) && !owner.ends_with("norm");
         if decays { self.weight_decay } else { 0.0 }
     }
 

@@ -1,0 +1,308 @@
+//! The forward and the backward pass of a training step.
+
+use std::collections::BTreeMap;
+use std::fmt;
+
+use super::block::{BlockCache, Pass, PassGradient};
+use super::config::HymbaLmConfig;
+use super::loss::{HeadGradient, LmLoss};
+use super::model::HymbaLm;
+use super::size::fits;
+use crate::kernels::conv::TAPS;
+use crate::kernels::team::{Team, with_team, work};
+use crate::layers::{Angles, Batch, Buffer, KvStorage, SequenceState, SharedKv, Spans};
+use crate::parameters::Parameter;
+use crate::{Error, Result};
+
+/// What [`HymbaLm::backward`] reads of a forward pass.
+pub struct LmTrainCache {
+    model: u64,
+    /// Tokens that go into the model, row by row, and how many each row has.
+    ids: Vec<u32>,
+    lengths: Vec<usize>,
+    /// What is predicted: the token whose output does it, and the id.
+    targets: Vec<(usize, u32)>,
+    /// What the meta tokens left in front of the tokens.
+    initial: SequenceState,
+    meta: Option<Layers>,
+    tokens: Layers,
+    /// Output of the last layer, `[tokens, H]`.
+    last: Buffer,
+}
+
+/// What a pass through all layers left.
+struct Layers {
+    spans: Spans,
+    angles: Vec<Angles>,
+    blocks: Vec<BlockCache>,
+    shared: BTreeMap<usize, SharedKv>,
+}
+
+impl fmt::Debug for LmTrainCache {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("LmTrainCache").field("lengths", &self.lengths).field("targets", &self.targets.len()).finish()
+    }
+}
+
+impl HymbaLm {
+    /// The loss of predicting every token of each row but its first, for training, with what [`backward`](Self::backward) reads. The
+    /// meta tokens stand in front of every row.
+    ///
+    /// `masks` has a mark for every token of every row: only tokens that are marked are predicted, as those of answers in
+    /// instruction tuning. Nothing predicts the first token of a row, and its mark is ignored. A batch in which nothing is predicted
+    /// has a loss of no tokens.
+    ///
+    /// Keys and values are not rounded here, whatever [`LoadOptions::kv_storage`](super::LoadOptions::kv_storage) says, and rows of
+    /// one token count for nothing. There are never more than 32 MB of logits.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Tokens`] if there is no row, a row is empty or longer than `max_position_embeddings`, an id is not in the
+    /// vocabulary, masks are not as long as their rows, or the batch does not fit into memory.
+    ///
+    /// ```
+    /// use hymba::HymbaLm;
+    /// use hymba::lm::{HymbaLmConfig, LoadOptions};
+    ///
+    /// # let mut config = HymbaLmConfig::hymba_1_5b();
+    /// # (config.hidden_size, config.intermediate_size, config.vocab_size) = (100, 64, 50);
+    /// # let folder = tempfile::tempdir()?;
+    /// # HymbaLm::random(config, 0, &LoadOptions::default())?.save_dir(folder.path())?;
+    /// let lm = HymbaLm::from_dir_with(folder.path(), &LoadOptions::default().trainable(true), |_| {})?;
+    /// let rows = [vec![1, 2, 3, 4], vec![5, 6]];
+    /// let (loss, cache) = lm.forward_train(&rows, None)?;
+    /// assert_eq!(loss.tokens, 4);
+    /// let mut gradient = lm.zeros_like();
+    /// lm.backward(&cache, &mut gradient)?; // of loss.mean()
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    pub fn forward_train(
+        &self,
+        rows: &[impl AsRef<[u32]>],
+        masks: Option<&[Vec<bool>]>,
+    ) -> Result<(LmLoss, LmTrainCache)> {
+        self.check_rows(rows, masks)?;
+        let cache = self.run_train(rows, masks);
+        let sum = with_team(self.train_work(&cache), |team| self.head_loss(team, &cache.last, &cache.targets, None));
+        Ok((LmLoss::new(sum, cache.targets.len()), cache))
+    }
+
+    /// The gradient of [`forward_train`](Self::forward_train)'s loss, of its mean over the predicted tokens. **Adds** the gradients
+    /// by the parameters to `grads`, which [`zeros_like`](Self::zeros_like) makes. Of a tied model the embedding gets that of the
+    /// head, too. Matrices that are stored for products only get none.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::State`] if `cache` is of another model, or of this one before its parameters changed, or if `grads` is of a model
+    /// with other parameters. Nothing is added then.
+    pub fn backward(&self, cache: &LmTrainCache, grads: &mut HymbaLm) -> Result<()> {
+        self.backward_scaled(cache, 1.0 / cache.targets.len().max(1) as f32, grads)
+    }
+
+    /// As [`backward`](Self::backward), of the sum over the predicted tokens in place of the mean: what adds up over the batches of
+    /// one step of [`AdamW::step_accumulated`](crate::train::AdamW::step_accumulated), whose weight is the number of tokens.
+    ///
+    /// # Errors
+    ///
+    /// As [`backward`](Self::backward).
+    pub fn backward_sum(&self, cache: &LmTrainCache, grads: &mut HymbaLm) -> Result<()> {
+        self.backward_scaled(cache, 1.0, grads)
+    }
+
+    /// [`forward_train`](Self::forward_train) and [`backward_sum`](Self::backward_sum) in one, which is faster: the logits are
+    /// computed once.
+    ///
+    /// # Errors
+    ///
+    /// Those of both. Nothing is added then.
+    pub fn accumulate(
+        &self,
+        rows: &[impl AsRef<[u32]>],
+        masks: Option<&[Vec<bool>]>,
+        grads: &mut HymbaLm,
+    ) -> Result<LmLoss> {
+        self.check_rows(rows, masks)?;
+        self.check_gradient(grads)?;
+        let cache = self.run_train(rows, masks);
+        let sum = self.run_backward(&cache, 1.0, grads);
+        Ok(LmLoss::new(sum, cache.targets.len()))
+    }
+
+    fn backward_scaled(&self, cache: &LmTrainCache, scale: f32, grads: &mut HymbaLm) -> Result<()> {
+        if cache.model != self.id {
+            let advice = "another model made it, or the parameters have changed since; run the forward pass again";
+            return Err(Error::State(advice.into()));
+        }
+        self.check_gradient(grads)?;
+        self.run_backward(cache, scale, grads);
+        Ok(())
+    }
+
+    /// All layers of a training step. The whole batch goes through a layer together, so that the gradient of a matrix is one product
+    /// over all tokens. What comes behind the last predicted token of a row, or predicts nothing, is left out.
+    fn run_train(&self, rows: &[impl AsRef<[u32]>], masks: Option<&[Vec<bool>]>) -> LmTrainCache {
+        let (mut ids, mut lengths, mut targets) = (Vec::new(), Vec::new(), Vec::new());
+        for (i, row) in rows.iter().enumerate() {
+            let row = row.as_ref();
+            let predicted = |t: &usize| masks.is_none_or(|masks| masks[i][*t]);
+            let first = ids.len();
+            targets.extend((1..row.len()).filter(predicted).map(|t| (first + t - 1, row[t])));
+            let length = targets.last().map_or(0, |(place, _)| (place + 1).saturating_sub(first));
+            if length > 0 {
+                ids.extend(&row[..length]);
+                lengths.push(length);
+            }
+        }
+        with_team(work([self.meta_tokens.nrows() + ids.len(), self.num_parameters()]), |team| {
+            let (initial, meta) = self.run_meta_tokens(team);
+            let mut states = vec![initial.clone(); lengths.len()];
+            let sequences = states.iter_mut().zip(lengths.iter().copied());
+            let batch = Batch::new(team, sequences, false, self.rotary.as_ref());
+            let (last, tokens) = self.run_layers(batch, self.embedding.forward(team, &ids));
+            LmTrainCache { model: self.id, ids, lengths, targets, initial, meta, tokens, last }
+        })
+    }
+
+    /// Takes the meta tokens through the layers. Returns what they leave in front of the tokens, and what the backward pass reads.
+    fn run_meta_tokens(&self, team: &Team) -> (SequenceState, Option<Layers>) {
+        let mut state = self.empty_row(KvStorage::F32);
+        if self.meta_tokens.is_empty() {
+            return (state, None);
+        }
+        let batch = Batch::new(team, [(&mut state, self.meta_tokens.nrows())], true, self.rotary.as_ref());
+        let (_, layers) = self.run_layers(batch, Buffer::copy_of(&self.meta_tokens));
+        (state, Some(layers))
+    }
+
+    fn run_layers(&self, mut batch: Batch, mut x: Buffer) -> (Buffer, Layers) {
+        let mut blocks = Vec::with_capacity(self.blocks.len());
+        if batch.spans.rows() > 0 {
+            for block in &self.blocks {
+                let (y, cache) = block.forward_train(&mut batch, x);
+                blocks.push(cache);
+                x = y;
+            }
+        }
+        let (spans, angles) = (batch.spans.clone(), std::mem::take(&mut batch.angles));
+        let mut shared = std::mem::take(&mut batch.shared);
+        shared.values_mut().for_each(SharedKv::unpack);
+        batch.finish();
+        (x, Layers { spans, angles, blocks, shared })
+    }
+
+    /// The backward pass of [`run_train`](Self::run_train) and of `scale` times the sum of the losses, which is returned.
+    fn run_backward(&self, cache: &LmTrainCache, scale: f32, grads: &mut HymbaLm) -> f64 {
+        grads.walk_mut(&mut |_, _| {}); // what follows from its numbers is forgotten
+        if cache.targets.is_empty() {
+            return 0.0;
+        }
+        with_team(self.train_work(cache), |team| {
+            let mut dx = Buffer::zeros(cache.last.dim());
+            let head = HeadGradient { scale, grads, dx: &mut dx };
+            let sum = self.head_loss(team, &cache.last, &cache.targets, Some(head));
+
+            let empty = self.empty_row(KvStorage::F32);
+            let mut of_tokens = PassGradient::zeros(&cache.initial);
+            let mut of_meta = PassGradient::zeros(&empty);
+            let mut dmeta = cache.meta.as_ref().map(|_| Buffer::zeros(self.meta_tokens.dim()));
+            for (i, block) in self.blocks.iter().enumerate().rev() {
+                let grad = &mut grads.blocks[i];
+                let pass = cache.tokens.pass(team, &cache.initial);
+                dx = block.backward(pass, &cache.tokens.blocks[i], dx, None, grad, &mut of_tokens);
+                if let (Some(meta), Some(dy)) = (&cache.meta, dmeta.take()) {
+                    let (pass, dfinal) = (meta.pass(team, &empty), Some(&of_tokens.initial[i]));
+                    dmeta = Some(block.backward(pass, &meta.blocks[i], dy, dfinal, grad, &mut of_meta));
+                }
+            }
+            if let Some(dmeta) = dmeta {
+                grads.meta_tokens += &*dmeta;
+            }
+            self.embedding.backward(cache.ids.iter().copied(), dx.view(), &mut grads.embedding);
+            sum
+        })
+    }
+
+    fn train_work(&self, cache: &LmTrainCache) -> usize {
+        work([2, cache.ids.len() + self.meta_tokens.nrows(), self.num_parameters()])
+    }
+
+    fn check_rows(&self, rows: &[impl AsRef<[u32]>], masks: Option<&[Vec<bool>]>) -> Result<()> {
+        if rows.is_empty() {
+            return Err(Error::Tokens("there is no row; give at least one".into()));
+        }
+        let most = self.config().max_position_embeddings;
+        for (i, row) in rows.iter().enumerate() {
+            match row.as_ref().len() {
+                0 => return Err(Error::Tokens(format!("row {i} has none; leave it out"))),
+                length if length > most => {
+                    let advice = "cut it, or raise max_position_embeddings in the configuration";
+                    return Err(Error::Tokens(format!(
+                        "row {i} has {length}, and the model is made for at most {most}; {advice}"
+                    )));
+                }
+                _ => {}
+            }
+        }
+        self.check_ids(rows)?;
+        let lengths = || rows.iter().map(|row| row.as_ref().len());
+        if let Some(masks) = masks {
+            if masks.len() != rows.len() {
+                return Err(Error::Tokens(format!("there are {} masks for {} rows", masks.len(), rows.len())));
+            }
+            if let Some((i, (length, mask))) =
+                lengths().zip(masks).enumerate().find(|(_, (length, mask))| *length != mask.len())
+            {
+                return Err(Error::Tokens(format!("row {i} has {length}, and its mask {} marks", mask.len())));
+            }
+        }
+        let bytes = self.config().train_bytes(lengths().sum(), rows.len());
+        if !fits(bytes) {
+            return Err(Error::Tokens(format!(
+                "this batch takes about {} MB of memory, more than there is; give fewer at a time",
+                bytes >> 20
+            )));
+        }
+        Ok(())
+    }
+
+    fn check_gradient(&self, grads: &HymbaLm) -> Result<()> {
+        fn shapes(lm: &HymbaLm) -> Vec<usize> {
+            let mut shapes = Vec::new();
+            lm.visit(&mut |_, parameter| {
+                if let Parameter::Array(array) = parameter {
+                    shapes.extend_from_slice(array.shape());
+                }
+            });
+            shapes
+        }
+        if shapes(self) == shapes(grads) {
+            Ok(())
+        } else {
+            Err(Error::State("grads is of a model with other parameters; make it with zeros_like".into()))
+        }
+    }
+}
+
+impl Layers {
+    fn pass<'a>(&'a self, team: &'a Team, initial: &'a SequenceState) -> Pass<'a> {
+        Pass { team, spans: &self.spans, angles: &self.angles, initial, shared: &self.shared }
+    }
+}
+
+impl HymbaLmConfig {
+    /// Bytes that a training step of so many tokens in so many rows takes, at most.
+    fn train_bytes(&self, tokens: usize, rows: usize) -> usize {
+        let (h, e, f) = (self.hidden_size, self.inner_size(), self.intermediate_size);
+        let (n, heads) = (self.mamba_d_state, self.num_attention_heads);
+        let projected = self.in_proj_rows(0);
+        let per_layer = 2 * h + projected + 2 * h + 4 * e + 2 * (self.dt_rank() + 2 * n) + e * n / 16 + heads + 2 * f;
+        let passing = 4 * h + 2 * projected + 8 * e + 4 * f;
+        let per_token = work([self.num_hidden_layers, per_layer]).saturating_add(passing);
+        let kept =
+            self.num_memory_tokens.saturating_mul(self.num_key_value_heads * (self.key_width() + self.value_width()));
+        let per_row = work([self.num_hidden_layers, e * (n + TAPS) + kept]);
+        let tokens = tokens.saturating_add(self.num_memory_tokens);
+        let numbers = work([tokens, per_token]).saturating_add(work([rows, per_row]));
+        work([numbers, size_of::<f32>()])
+    }
+}
