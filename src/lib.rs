@@ -148,7 +148,7 @@ pub use layers::{MambaBranch, MetaTokenAttention};
 pub use lm::{GenerateOptions, Generation, HymbaLm, LmState};
 pub use ndarray;
 pub use parameters::{Parameter, StoredMatrix};
-pub use predictor::{Normalization, Predictor, PredictorCache, Task, argmax, softmax};
+pub use predictor::{KernelFeatures, KernelPredictor, Normalization, Predictor, PredictorCache, Task, argmax, softmax};
 
 /// The instruction set the kernels use on this machine: `"avx512"`, `"avx2"` or `"scalar"` (which is what the compiler
 /// makes of plain code for the target, NEON on aarch64).

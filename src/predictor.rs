@@ -15,12 +15,17 @@ use crate::parameters::{Parameter, ParameterMut};
 use crate::train::Parameters;
 use crate::{Error, Hymba, HymbaOptions, HymbaState, Result};
 
+mod features;
 mod file;
+mod kernel_predictor;
 mod logits;
 mod normalization;
+mod ridge;
 mod task;
 mod training;
 
+pub use features::KernelFeatures;
+pub use kernel_predictor::KernelPredictor;
 pub use logits::{argmax, softmax};
 pub use normalization::Normalization;
 pub use task::Task;

@@ -6,6 +6,7 @@
 pub(crate) mod attention;
 pub(crate) mod clock;
 pub(crate) mod conv;
+pub(crate) mod features;
 #[cfg(feature = "profile")]
 pub(crate) mod limits;
 pub(crate) mod math;
