@@ -165,7 +165,8 @@ pub use lm::{GenerateOptions, Generation, HymbaLm, LmState};
 pub use ndarray;
 pub use parameters::{Parameter, StoredMatrix};
 pub use predictor::{
-    Normalization, Predictor, PredictorCache, PredictorOptions, PredictorState, Task, argmax, softmax,
+    KernelFeatures, KernelPredictor, Normalization, Predictor, PredictorCache, PredictorOptions, PredictorState, Task,
+    argmax, softmax,
 };
 
 /// The instruction set the kernels use on this machine: `"avx512"`, `"avx2"` or `"scalar"` (which is what the compiler

@@ -14,14 +14,19 @@ use crate::parameters::{Parameter, ParameterMut};
 use crate::train::Parameters;
 use crate::{Error, Hymba, HymbaOptions, Pooling, Result};
 
+mod features;
 mod file;
+mod kernel_predictor;
 mod logits;
 mod normalization;
 mod options;
+mod ridge;
 mod streaming;
 mod task;
 mod training;
 
+pub use features::KernelFeatures;
+pub use kernel_predictor::KernelPredictor;
 pub use logits::{argmax, softmax};
 pub use normalization::Normalization;
 pub use options::PredictorOptions;

@@ -11,7 +11,9 @@ use super::serial::{SerialBlock, SerialCache};
 use super::shared::SharedBlock;
 use crate::kernels::matmul::Storage;
 use crate::kernels::team::Team;
-use crate::layers::{Batch, Buffer, Dropout, LayerState, Linear, MambaBranch, MetaTokenAttention, Rng, Spans, StateGradient};
+use crate::layers::{
+    Batch, Buffer, Dropout, LayerState, Linear, MambaBranch, MetaTokenAttention, Rng, Spans, StateGradient,
+};
 use crate::parameters::{Visitor, VisitorMut, join};
 
 /// One block of a model: which kind stands where, [`Pattern`](crate::Pattern) says.
@@ -134,7 +136,9 @@ impl Blocks {
     pub(crate) fn zeros(options: &HymbaOptions, storage: Option<Storage>) -> Self {
         let block = |depth| match options.pattern.at(depth) {
             BlockKind::Parallel => Block::Parallel(HymbaBlock::zeros(options, storage)),
-            kind @ (BlockKind::Mamba | BlockKind::Attention) => Block::Serial(SerialBlock::zeros(options, kind, storage)),
+            kind @ (BlockKind::Mamba | BlockKind::Attention) => {
+                Block::Serial(SerialBlock::zeros(options, kind, storage))
+            }
             BlockKind::Fed { by_shared } => Block::Fed(FedBlock::zeros(options, by_shared, storage)),
         };
         Blocks {

@@ -6,8 +6,8 @@ use super::options::HymbaOptions;
 use crate::kernels::matmul::Storage;
 use crate::kernels::team::Team;
 use crate::layers::{
-    AttentionCache, Batch, Buffer, Depth, KvStorage, LayerNorm, LayerState, Linear, MetaTokenAttention, Mlp, MlpCache, Rng,
-    Spans, StateGradient,
+    AttentionCache, Batch, Buffer, Depth, KvStorage, LayerNorm, LayerState, Linear, MetaTokenAttention, Mlp, MlpCache,
+    Rng, Spans, StateGradient,
 };
 use crate::parameters::{Visitor, VisitorMut, debug_shapes, join};
 

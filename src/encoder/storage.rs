@@ -145,7 +145,8 @@ pub(super) fn parameter_bytes(options: &HymbaOptions, storage: Option<Storage>) 
         let parameters = options.parameters()?.checked_mul(size_of::<f32>())?;
         let Some(storage) = storage else { return Some(parameters) };
         let (mut narrowed, mut stored) = (0usize, 0usize);
-        let blocks = options.pattern.kinds(options.num_layers).map(|(kind, count)| (options.large_matrices(kind), count));
+        let blocks =
+            options.pattern.kinds(options.num_layers).map(|(kind, count)| (options.large_matrices(kind), count));
         let shared = options.pattern.shares().then(|| (options.large_shared_matrices(), 1));
         for (matrices, count) in blocks.chain(shared) {
             for [n, k] in matrices {

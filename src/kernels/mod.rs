@@ -8,6 +8,7 @@ pub(crate) mod clock;
 pub(crate) mod conv;
 #[cfg(feature = "lm")]
 pub(crate) mod cross_entropy;
+pub(crate) mod features;
 #[cfg(feature = "profile")]
 pub(crate) mod limits;
 pub(crate) mod math;

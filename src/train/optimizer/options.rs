@@ -128,7 +128,8 @@ impl AdamWOptions {
             return *decay;
         }
         /// What has several axes and is no matrix. (The last two are of language models.)
-        const NO_MATRICES: [&str; 7] = ["meta_tokens", "meta_k", "meta_v", "queries", "a_log", "A_log", "memory_tokens"];
+        const NO_MATRICES: [&str; 7] =
+            ["meta_tokens", "meta_k", "meta_v", "queries", "a_log", "A_log", "memory_tokens"];
         // the number of an array in a list says nothing
         let mut parts = name.rsplit('.').filter(|part| part.parse::<usize>().is_err());
         let (last, owner) = (parts.next().unwrap_or(name), parts.next().unwrap_or_default());

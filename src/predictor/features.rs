@@ -1,0 +1,466 @@
+//! Features of whole series from convolution kernels that are not trained.
+
+use ndarray::{Array2, ArrayView2};
+use rand::{Rng as _, SeedableRng};
+use rand_distr::{Distribution, StandardNormal};
+use serde::{Deserialize, Serialize};
+
+use super::Normalization;
+use crate::kernels::features::{COMPETITORS, Competition, Lanes, Pooled, REACH, STATISTICS, TAPS};
+use crate::kernels::simd::LANES;
+use crate::kernels::team::{with_team, work};
+use crate::layers::Rng;
+use crate::{Error, Result};
+
+/// Thousands of numbers for each series, by which a linear model can tell series apart: convolutions with fixed kernels of nine taps at
+/// many dilations, pooled over time.
+///
+/// Two sets of kernels look at each series and at its first difference:
+///
+/// * **pooled**: the 84 kernels of MiniRocket with six weights of −1 and three of 2. Of the frames whose output is above a bias
+///   (a quantile of the outputs of a training series): their share, how far above they are, where they lie and the longest stretch
+///   of them, the four statistics of MultiRocket.
+/// * **competing**: 64 groups of eight random kernels, Hydra. At each frame the kernel with the largest output of its group gets that
+///   output, the one with the smallest a point; the features are the square roots of the sums.
+///
+/// Of several features a frame, each kernel sees the sum of a few. Series may be of any lengths. Papers: Dempster, Schmidt and Webb 2021
+/// (MiniRocket) and 2023 (Hydra); Tan, Dempster, Bergmeir and Webb 2022 (MultiRocket).
+#[derive(Debug, Clone)]
+pub struct KernelFeatures {
+    pub(super) plan: Plan,
+    pub(super) input: Normalization,
+    banks: Vec<Bank>,
+    /// `[biases, lanes]`, in the order of the banks.
+    pub(super) biases: Array2<f32>,
+    contests: Vec<Contest>,
+    /// `[contests · competitors · taps, lanes]`
+    pub(super) weights: Array2<f32>,
+}
+
+/// What follows from the options: everything but numbers.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(super) struct Plan {
+    /// Of the choice of channels.
+    pub seed: u64,
+    pub channels: usize,
+    /// Dilations and the biases at each, of all pooled kernels.
+    pub dilations: Vec<(usize, usize)>,
+}
+
+/// Sixteen of the pooled kernels at one dilation, with up to four biases each.
+#[derive(Debug, Clone)]
+struct Bank {
+    difference: bool,
+    dilation: usize,
+    block: usize,
+    /// Whether frames are pooled whose kernel reaches beyond the ends of the series.
+    padded: bool,
+    channels: Vec<usize>,
+    /// Where its biases begin, and how many there are.
+    biases: std::ops::Range<usize>,
+}
+
+/// Sixteen groups of competing kernels at one dilation.
+#[derive(Debug, Clone)]
+struct Contest {
+    difference: bool,
+    dilation: usize,
+    /// Of each group.
+    channels: Vec<Vec<usize>>,
+}
+
+/// Biases that see the same channels.
+const BIASES: usize = 4;
+/// Kernels with three of nine weights 2 and the others −1.
+const KERNELS: usize = 84;
+const BLOCKS: usize = KERNELS.div_ceil(LANES);
+/// Of each kernel, for the series and for its difference. With 84 kernels and four statistics 49 728 features, as in MultiRocket.
+const BIASES_PER_KERNEL: usize = 74;
+const MAX_DILATIONS: usize = 32;
+/// Groups of competing kernels, for the series and for its difference.
+const GROUPS: usize = 32;
+/// No series is so long that a kernel with this dilation fits.
+const MAX_DILATION: usize = 1 << 20;
+/// Numbers a contest of sixteen groups gives.
+const CONTEST: usize = 2 * COMPETITORS * LANES;
+
+impl Plan {
+    /// For series of this length.
+    pub(super) fn new(seed: u64, channels: usize, length: usize, biases: usize) -> Self {
+        let count = biases.min(MAX_DILATIONS);
+        let largest = (length.saturating_sub(1) as f64 / (TAPS - 1) as f64).max(1.0).log2();
+        let mut dilations: Vec<(usize, usize)> = Vec::new();
+        for i in 0..count {
+            let dilation = (largest * i as f64 / (count - 1).max(1) as f64).exp2() as usize;
+            // the first ones get what does not divide
+            let biases = (biases / count) + usize::from(i < biases % count);
+            match dilations.last_mut().filter(|last| last.0 == dilation) {
+                Some(last) => last.1 += biases,
+                None => dilations.push((dilation, biases)),
+            }
+        }
+        Plan { seed, channels, dilations }
+    }
+
+    /// Checks what a stranger wrote; the error is what is wrong.
+    pub(super) fn check(&self) -> Result<(), String> {
+        let ascending = self.dilations.is_sorted_by(|a, b| a.0 < b.0);
+        let within = |&(dilation, biases): &(usize, usize)| {
+            (1..=MAX_DILATION).contains(&dilation) && (1..=BIASES_PER_KERNEL).contains(&biases)
+        };
+        match () {
+            () if self.channels == 0 => Err("there are no channels".into()),
+            () if self.dilations.is_empty() || self.dilations.len() > MAX_DILATIONS => {
+                Err(format!("there are {} dilations, from 1 to {MAX_DILATIONS} are allowed", self.dilations.len()))
+            }
+            () if !ascending || !self.dilations.iter().all(within) || self.biases() > BIASES_PER_KERNEL => {
+                Err(format!(
+                    "its dilations are not in order, above {MAX_DILATION}, or have not 1 to {BIASES_PER_KERNEL} biases together"
+                ))
+            }
+            () => Ok(()),
+        }
+    }
+
+    /// Of each pooled kernel.
+    fn biases(&self) -> usize {
+        self.dilations.iter().map(|dilation| dilation.1).sum()
+    }
+
+    /// Powers of two, up to the largest dilation.
+    fn contest_dilations(&self) -> impl Iterator<Item = usize> {
+        let largest = self.dilations.last().map_or(1, |last| last.0);
+        (0..=largest.ilog2()).map(|i| 1 << i)
+    }
+
+    fn num_contests(&self) -> usize {
+        2 * GROUPS / LANES * self.contest_dilations().count()
+    }
+
+    /// How many features there are of the pooled and of the competing kernels.
+    pub(super) fn views(&self) -> [usize; 2] {
+        [2 * KERNELS * STATISTICS * self.biases(), self.num_contests() * CONTEST]
+    }
+
+    /// What a file of a predictor with so many outputs has.
+    pub(super) fn shapes(&self, outputs: usize) -> [(&'static str, Vec<usize>); 6] {
+        let features = self.views().iter().sum();
+        [
+            ("kernels.input_mean", vec![self.channels]),
+            ("kernels.input_scale", vec![self.channels]),
+            ("kernels.biases", vec![2 * BLOCKS * self.biases(), LANES]),
+            ("kernels.weights", vec![self.num_contests() * COMPETITORS * TAPS, LANES]),
+            ("head.weight", vec![outputs, features]),
+            ("head.bias", vec![outputs]),
+        ]
+    }
+
+    /// Banks and contests; channels are drawn.
+    fn parts(&self) -> (Vec<Bank>, Vec<Contest>) {
+        let mut rng = Rng::seed_from_u64(self.seed);
+        let (mut banks, mut contests, mut first) = (Vec::new(), Vec::new(), 0);
+        for difference in [false, true] {
+            for (i, &(dilation, biases)) in self.dilations.iter().enumerate() {
+                for block in 0..BLOCKS {
+                    for start in (0..biases).step_by(BIASES) {
+                        let count = BIASES.min(biases - start);
+                        let channels = self.draw_channels(&mut rng);
+                        let padded = (i + block + start / BIASES).is_multiple_of(2);
+                        let biases = first..first + count;
+                        banks.push(Bank { difference, dilation, block, padded, channels, biases });
+                        first += count;
+                    }
+                }
+            }
+            for dilation in self.contest_dilations() {
+                for _ in 0..GROUPS / LANES {
+                    let channels = (0..LANES).map(|_| self.draw_channels(&mut rng)).collect();
+                    contests.push(Contest { difference, dilation, channels });
+                }
+            }
+        }
+        (banks, contests)
+    }
+
+    /// 1, 2, 4 or 8 different channels, as far as there are so many.
+    fn draw_channels(&self, rng: &mut Rng) -> Vec<usize> {
+        if self.channels == 1 {
+            return vec![0];
+        }
+        let count = 1 << below(rng, self.channels.min(8).ilog2() as usize + 1);
+        let mut chosen: Vec<usize> = Vec::with_capacity(count);
+        while chosen.len() < count {
+            let channel = below(rng, self.channels);
+            if !chosen.contains(&channel) {
+                chosen.push(channel);
+            }
+        }
+        chosen
+    }
+}
+
+/// A whole number below `count`, each as likely.
+fn below(rng: &mut Rng, count: usize) -> usize {
+    (u128::from(rng.next_u64()) * count as u128 >> 64) as usize
+}
+
+/// The weights of a block of pooled kernels; the last block has zeros in the lanes that are left.
+fn pooled_weights(block: usize) -> [Lanes; TAPS] {
+    let mut weights = [[0.0; LANES]; TAPS];
+    let kernels = (0..TAPS).flat_map(|a| (a + 1..TAPS).flat_map(move |b| (b + 1..TAPS).map(move |c| [a, b, c])));
+    for (lane, kernel) in kernels.skip(block * LANES).take(LANES).enumerate() {
+        for (tap, weights) in weights.iter_mut().enumerate() {
+            weights[lane] = if kernel.contains(&tap) { 2.0 } else { -1.0 };
+        }
+    }
+    weights
+}
+
+/// Kernels in a block.
+fn lanes(block: usize) -> usize {
+    LANES.min(KERNELS - block * LANES)
+}
+
+impl KernelFeatures {
+    /// Fits the scale of the channels and the biases to training series `[length, channels]`. Kernels are drawn from `seed`.
+    ///
+    /// ```
+    /// use hymba::KernelFeatures;
+    /// use hymba::ndarray::Array2;
+    ///
+    /// let series: Vec<Array2<f32>> = (10..30).map(|l| Array2::from_shape_fn((l, 3), |(t, i)| (t * l + i) as f32)).collect();
+    /// let features = KernelFeatures::fit(&series, 0)?;
+    /// assert_eq!(features.transform(&series[..2])?.dim(), (2, features.num_features()));
+    /// # Ok::<(), hymba::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Data`] if there are no series; [`Error::Shape`] if one has no frames or another number of channels.
+    pub fn fit(series: &[Array2<f32>], seed: u64) -> Result<Self> {
+        Self::fit_within(series, seed, usize::MAX)
+    }
+
+    /// With about so many features, at most.
+    pub(super) fn fit_within(series: &[Array2<f32>], seed: u64, most: usize) -> Result<Self> {
+        check(series, None)?;
+        let channels = series[0].ncols();
+        let longest = series.iter().map(|series| series.nrows()).max().unwrap_or(1).min(MAX_DILATION * (TAPS - 1));
+        let [_, competing] = Plan::new(seed, channels, longest, 1).views();
+        let biases = most.saturating_sub(competing) / (2 * KERNELS * STATISTICS);
+        let plan = Plan::new(seed, channels, longest, biases.clamp(1, BIASES_PER_KERNEL));
+        let input = Normalization::fit(channels, series.iter().map(|series| series.view()));
+        let mut features = Self::with_plan(plan, input);
+        features.draw_weights();
+        features.fit_biases(series);
+        Ok(features)
+    }
+
+    /// Biases and competing weights are zero.
+    pub(super) fn with_plan(plan: Plan, input: Normalization) -> Self {
+        let (banks, contests) = plan.parts();
+        let biases = Array2::zeros((2 * BLOCKS * plan.biases(), LANES));
+        let weights = Array2::zeros((plan.num_contests() * COMPETITORS * TAPS, LANES));
+        KernelFeatures { plan, input, banks, biases, contests, weights }
+    }
+
+    /// Competing kernels: normal numbers of mean 0 whose sizes sum to 1.
+    fn draw_weights(&mut self) {
+        let mut rng = Rng::seed_from_u64(self.plan.seed);
+        rng.set_stream(1);
+        for weights in in_lanes_mut(&mut self.weights).as_chunks_mut::<TAPS>().0 {
+            for lane in 0..LANES {
+                let drawn: [f32; TAPS] = std::array::from_fn(|_| StandardNormal.sample(&mut rng));
+                let mean = drawn.iter().sum::<f32>() / TAPS as f32;
+                let size = drawn.iter().map(|weight| (weight - mean).abs()).sum::<f32>();
+                for (weights, drawn) in weights.iter_mut().zip(drawn) {
+                    weights[lane] = (drawn - mean) / size;
+                }
+            }
+        }
+    }
+
+    /// Biases: quantiles of the outputs of one training series for each kernel.
+    fn fit_biases(&mut self, series: &[Array2<f32>]) {
+        const GOLDEN: f64 = 0.618_033_988_749_894_9;
+        let mut rng = Rng::seed_from_u64(self.plan.seed);
+        rng.set_stream(2);
+        let mut jobs = Vec::new();
+        let mut biases = in_lanes_mut(&mut self.biases);
+        for bank in &self.banks {
+            let (those, rest) = biases.split_at_mut(bank.biases.len());
+            biases = rest;
+            let drawn: [usize; LANES] = std::array::from_fn(|_| below(&mut rng, series.len()));
+            jobs.push((bank, drawn, those));
+        }
+        let longest = series.iter().map(|series| series.nrows()).max().unwrap_or(1);
+        let (input, weights) = (&self.input, (0..BLOCKS).map(pooled_weights).collect::<Vec<_>>());
+        with_team(work([jobs.len(), LANES, TAPS, longest]), |team| {
+            team.for_each(jobs, |(bank, drawn, biases)| {
+                let mut x = Vec::new();
+                for lane in 0..lanes(bank.block) {
+                    let channels = prepared(input, series[drawn[lane]].view(), bank.difference);
+                    let l = channels.ncols();
+                    let padding = REACH * bank.dilation;
+                    summed(&channels, &bank.channels, padding, &mut x);
+                    let pooled = bank.pooled(l);
+                    let mut outputs = vec![0.0f32; pooled.len()];
+                    for tap in 0..TAPS {
+                        let weight = weights[bank.block][tap][lane];
+                        let x = &x[pooled.start + tap * bank.dilation..][..outputs.len()];
+                        outputs.iter_mut().zip(x).for_each(|(output, x)| *output += weight * x);
+                    }
+                    outputs.sort_unstable_by(f32::total_cmp);
+                    for (i, bias) in biases.iter_mut().enumerate() {
+                        let place = bank.block * LANES + lane + KERNELS * (bank.biases.start + i) + 1;
+                        let quantile = (place as f64 * GOLDEN).fract() * (outputs.len() - 1) as f64;
+                        let (low, share) = (quantile as usize, quantile.fract() as f32);
+                        let high = outputs[(low + 1).min(outputs.len() - 1)];
+                        bias[lane] = outputs[low] + share * (high - outputs[low]);
+                    }
+                }
+            });
+        });
+    }
+
+    /// Channels of a series.
+    pub fn channels(&self) -> usize {
+        self.plan.channels
+    }
+
+    /// Features of a series.
+    pub fn num_features(&self) -> usize {
+        self.plan.views().iter().sum()
+    }
+
+    /// How many of them, in this order, are of the pooled and of the competing kernels.
+    pub fn views(&self) -> [usize; 2] {
+        self.plan.views()
+    }
+
+    /// The features of series `[length, channels]`: `[series, num_features]`. Those of a series do not depend on the others.
+    ///
+    /// # Errors
+    ///
+    /// As [`fit`](Self::fit).
+    pub fn transform(&self, series: &[Array2<f32>]) -> Result<Array2<f32>> {
+        if series.is_empty() {
+            return Ok(Array2::zeros((0, self.num_features())));
+        }
+        check(series, Some(self.plan.channels))?;
+        let frames = series.iter().map(|series| series.nrows()).sum::<usize>();
+        let mut features = Array2::zeros((series.len(), self.num_features()));
+        with_team(work([frames, self.num_features()]), |team| {
+            let rows = features.outer_iter_mut().map(|row| row.into_slice().expect("numbers side by side"));
+            team.for_each(series.iter().zip(rows.collect::<Vec<_>>()), |(series, row)| self.of(series.view(), row));
+        });
+        Ok(features)
+    }
+
+    /// The features of one series.
+    fn of(&self, series: ArrayView2<f32>, mut features: &mut [f32]) {
+        let views = [false, true].map(|difference| prepared(&self.input, series, difference));
+        let weights: Vec<_> = (0..BLOCKS).map(pooled_weights).collect();
+        let (mut x, mut outputs) = (Vec::new(), Vec::new());
+        for bank in &self.banks {
+            let channels = &views[usize::from(bank.difference)];
+            let padding = REACH * bank.dilation;
+            summed(channels, &bank.channels, padding, &mut x);
+            let mut out = [[[0.0; LANES]; STATISTICS]; BIASES];
+            let pooled = Pooled {
+                x: &x,
+                padding,
+                dilation: bank.dilation,
+                pooled: bank.pooled(channels.ncols()),
+                weights: &weights[bank.block],
+                biases: &in_lanes(&self.biases)[bank.biases.clone()],
+                outputs: &mut outputs,
+                out: &mut out,
+            };
+            pooled.run();
+            for lane in out[..bank.biases.len()].as_flattened() {
+                let (those, rest) = features.split_at_mut(lanes(bank.block));
+                those.copy_from_slice(&lane[..those.len()]);
+                features = rest;
+            }
+        }
+        let mut x = Vec::new();
+        let (weights, _) = in_lanes(&self.weights).as_chunks::<TAPS>().0.as_chunks::<COMPETITORS>();
+        for (contest, weights) in self.contests.iter().zip(weights) {
+            let channels = &views[usize::from(contest.difference)];
+            let padding = REACH * contest.dilation;
+            let frames = channels.ncols();
+            x.clear();
+            x.resize(frames + 2 * padding, [0.0; LANES]);
+            for (lane, chosen) in contest.channels.iter().enumerate() {
+                for &channel in chosen {
+                    let channel = channels.row(channel);
+                    x[padding..].iter_mut().zip(channel).for_each(|(x, value)| x[lane] += value);
+                }
+            }
+            let mut out = [[[0.0; LANES]; COMPETITORS]; 2];
+            let dilation = contest.dilation;
+            Competition { x: &x, padding, dilation, frames, weights, out: &mut out }.run();
+            let (those, rest) = features.split_at_mut(CONTEST);
+            for (to, &from) in those.iter_mut().zip(out.as_flattened().as_flattened()) {
+                *to = from.max(0.0).sqrt();
+            }
+            features = rest;
+        }
+    }
+}
+
+impl Bank {
+    /// The frames that are pooled, of a series of this length: a series that the kernels do not fit into is padded.
+    fn pooled(&self, length: usize) -> std::ops::Range<usize> {
+        let margin = REACH * self.dilation;
+        if self.padded || length <= 2 * margin { 0..length } else { margin..length - margin }
+    }
+}
+
+/// `[rows, lanes]`
+fn in_lanes(array: &Array2<f32>) -> &[Lanes] {
+    array.as_slice().expect("rows one after the other").as_chunks().0
+}
+
+fn in_lanes_mut(array: &mut Array2<f32>) -> &mut [Lanes] {
+    array.as_slice_mut().expect("rows one after the other").as_chunks_mut().0
+}
+
+/// The normalized channels `[channels, length]` of a series, or their first difference; never without a frame.
+fn prepared(input: &Normalization, series: ArrayView2<f32>, difference: bool) -> Array2<f32> {
+    let mut channels = Array2::from_shape_fn((series.ncols(), series.nrows()), |(channel, t)| series[[t, channel]]);
+    for ((mut row, &mean), &scale) in channels.outer_iter_mut().zip(input.mean()).zip(input.scale()) {
+        row.mapv_inplace(|x| (x - mean) / scale);
+    }
+    if !difference {
+        return channels;
+    }
+    let l = channels.ncols();
+    Array2::from_shape_fn((channels.nrows(), l.saturating_sub(1).max(1)), |(channel, t)| match t + 1 < l {
+        true => channels[[channel, t + 1]] - channels[[channel, t]],
+        false => 0.0,
+    })
+}
+
+/// The sum of some channels, with zeros on either side.
+fn summed(channels: &Array2<f32>, chosen: &[usize], padding: usize, sum: &mut Vec<f32>) {
+    sum.clear();
+    sum.resize(channels.ncols() + 2 * padding, 0.0);
+    for &channel in chosen {
+        sum[padding..].iter_mut().zip(channels.row(channel)).for_each(|(sum, x)| *sum += x);
+    }
+}
+
+/// Checks that there are series, none of them empty, of so many channels.
+fn check(series: &[Array2<f32>], channels: Option<usize>) -> Result<()> {
+    let Some(first) = series.first() else { return Err(Error::Data("there are no series".into())) };
+    let channels = channels.unwrap_or(first.ncols());
+    match series.iter().position(|series| series.nrows() == 0 || series.ncols() != channels || channels == 0) {
+        Some(i) => {
+            let expected = format!("[length, {channels}] with 1 frame at least, for series {i}");
+            Err(Error::Shape { argument: "series", expected, given: series[i].shape().to_vec() })
+        }
+        None => Ok(()),
+    }
+}

@@ -1,0 +1,149 @@
+//! Kernel predictors in files.
+
+use std::io::Write;
+use std::path::Path;
+
+use ndarray::{Array1, Array2, ArrayViewD, ArrayViewMutD};
+use serde::{Deserialize, Serialize};
+
+use super::super::features::Plan;
+use super::{KernelFeatures, KernelPredictor, Normalization, Ridge, Task};
+use crate::Result;
+use crate::files::saved::{self, entry, fill};
+use crate::files::tensors::{Source, Tensors};
+use crate::files::{Target, header};
+
+/// The metadata entry of a saved kernel predictor.
+#[derive(Serialize, Deserialize)]
+struct Saved {
+    version: u32,
+    kernels: Plan,
+    task: Task,
+}
+
+impl KernelPredictor {
+    /// Writes the predictor to one safetensors file: `kernels.*` and `head.*` as f32, the rest in the metadata.
+    ///
+    /// # Errors
+    ///
+    /// As [`Hymba::save`](crate::Hymba::save).
+    pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
+        self.write(Target::File(path.as_ref()))
+    }
+
+    /// What [`save`](Self::save) would write to a file.
+    ///
+    /// # Errors
+    ///
+    /// As [`Hymba::to_bytes`](crate::Hymba::to_bytes).
+    pub fn to_bytes(&self) -> Result<Vec<u8>> {
+        let mut bytes = Vec::new();
+        self.write(Target::Writer(&mut bytes))?;
+        Ok(bytes)
+    }
+
+    /// As [`save`](Self::save), to anything that can be written to.
+    ///
+    /// # Errors
+    ///
+    /// As [`save`](Self::save).
+    pub fn write_to(&self, mut writer: impl Write) -> Result<()> {
+        self.write(Target::Writer(&mut writer))
+    }
+
+    /// Reads a predictor that [`save`](Self::save) wrote. The file need not be trusted, as in
+    /// [`Hymba::load`](crate::Hymba::load).
+    ///
+    /// # Errors
+    ///
+    /// As [`Hymba::load`](crate::Hymba::load).
+    pub fn load(path: impl AsRef<Path>) -> Result<Self> {
+        Self::read(Source::open(path.as_ref())?)
+    }
+
+    /// As [`load`](Self::load), from what [`save`](Self::save) or [`to_bytes`](Self::to_bytes) wrote.
+    ///
+    /// # Errors
+    ///
+    /// As [`load`](Self::load).
+    pub fn from_bytes(bytes: &[u8]) -> Result<Self> {
+        Self::read(Source::memory(bytes))
+    }
+
+    fn write(&self, target: Target) -> Result<()> {
+        let saved = Saved { version: saved::VERSION, kernels: self.plan().clone(), task: self.task.clone() };
+        saved::write(target, &saved, &self.tensors(""))
+    }
+
+    fn read(source: Source) -> Result<Self> {
+        let (mut tensors, saved) = header::read(source)?;
+        let Saved { kernels, task, .. } = entry(saved, &tensors)?;
+        let mut predictor = Self::with_room_for(&tensors, "", kernels, task)?;
+        fill(&mut tensors, &mut |f| predictor.visit_tensors_mut("", f))?;
+        predictor.check(&tensors)?;
+        Ok(predictor)
+    }
+
+    pub(in crate::predictor) fn plan(&self) -> &Plan {
+        &self.features.plan
+    }
+
+    /// What is saved, under names that begin with `prefix`.
+    pub(in crate::predictor) fn tensors(&self, prefix: &str) -> Vec<(String, ArrayViewD<'_, f32>)> {
+        let [mean, scale] = self.features.input.tensors("kernels.input");
+        let mut all = vec![
+            mean,
+            scale,
+            ("kernels.biases".into(), self.features.biases.view().into_dyn()),
+            ("kernels.weights".into(), self.features.weights.view().into_dyn()),
+            ("head.weight".into(), self.ridge.weight.view().into_dyn()),
+            ("head.bias".into(), self.ridge.bias.view().into_dyn()),
+        ];
+        all.iter_mut().for_each(|(name, _)| name.insert_str(0, prefix));
+        all
+    }
+
+    /// As [`tensors`](Self::tensors), for reading them.
+    pub(in crate::predictor) fn visit_tensors_mut(
+        &mut self,
+        prefix: &str,
+        f: &mut dyn FnMut(&str, ArrayViewMutD<'_, f32>),
+    ) {
+        for (name, array) in self.features.input.tensors_mut("kernels.input") {
+            f(&format!("{prefix}{name}"), array);
+        }
+        f(&format!("{prefix}kernels.biases"), self.features.biases.view_mut().into_dyn());
+        f(&format!("{prefix}kernels.weights"), self.features.weights.view_mut().into_dyn());
+        f(&format!("{prefix}head.weight"), self.ridge.weight.view_mut().into_dyn());
+        f(&format!("{prefix}head.bias"), self.ridge.bias.view_mut().into_dyn());
+    }
+
+    /// A predictor of zeros for what the file has, if the plan is usable and the file is as large as it says.
+    pub(in crate::predictor) fn with_room_for(tensors: &Tensors, prefix: &str, plan: Plan, task: Task) -> Result<Self> {
+        task.validate().map_err(|error| tensors.error(error.to_string()))?;
+        if task.is_frame_wise() {
+            return Err(tensors.error("its task is one of frames, and kernel features are of whole series"));
+        }
+        plan.check().map_err(|reason| tensors.error(format!("its kernels are not usable: {reason}")))?;
+        // every size of the plan stands in the shape of a tensor, whose numbers the file holds
+        let shapes = plan.shapes(task.outputs());
+        for (name, shape) in shapes {
+            let name = format!("{prefix}{name}");
+            if tensors.shape(&name) != Some(&shape) {
+                return Err(tensors.error(format!("its tensor {name} has not the shape {shape:?} of its kernels")));
+            }
+        }
+        let (channels, outputs) = (plan.channels, task.outputs());
+        let features = KernelFeatures::with_plan(plan, Normalization::zeros(channels));
+        let weight = Array2::zeros((outputs, features.num_features()));
+        Ok(KernelPredictor { task, features, ridge: Ridge { weight, bias: Array1::zeros(outputs) } })
+    }
+
+    /// Checks numbers that a stranger wrote and that are divided by.
+    pub(in crate::predictor) fn check(&self, tensors: &Tensors) -> Result<()> {
+        let input = &self.features.input;
+        Normalization::new(input.mean().clone(), input.scale().clone())
+            .map_err(|error| tensors.error(format!("its input normalization is not usable: {error}")))?;
+        Ok(())
+    }
+}

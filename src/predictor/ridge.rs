@@ -1,0 +1,228 @@
+//! Ridge regression in the dual, its strength chosen by leaving out each row in turn.
+
+use ndarray::{Array1, Array2, ArrayView1, ArrayView2, ArrayViewMut1, Axis};
+
+use crate::kernels::matmul::{Packed, matmul};
+use crate::kernels::rows::{Out, Rows};
+use crate::kernels::team::{Team, with_team, work};
+
+mod cholesky;
+
+use cholesky::Cholesky;
+
+/// A linear map of features, fitted with a penalty λ on the squares of its weights.
+///
+/// ```text
+/// z = (x − mean) / deviation / √m       of each of the m features of a view: all views count alike
+/// K = Z·Zᵀ                              [n, n], of the training rows
+/// α = (K + λI)⁻¹ (Y − mean of Y)        [n, outputs]
+/// e_i = α_i / ((K + λI)⁻¹_ii − 1/(λn))  the error at row i of the map that is fitted to all others
+/// ```
+///
+/// λ is that of the smallest Σ e². Features outnumber the rows by far, so that everything but K is small.
+#[derive(Debug, Clone)]
+pub(super) struct Ridge {
+    /// `[outputs, features]`, of features as they are.
+    pub weight: Array2<f32>,
+    pub bias: Array1<f32>,
+}
+
+/// What rows would get from maps that are fitted to all others.
+#[derive(Debug, Clone)]
+pub(super) struct LeftOut {
+    /// Which rows: all, or some of many.
+    pub rows: Vec<usize>,
+    /// `[rows, outputs]`
+    pub predicted: Array2<f64>,
+}
+
+/// λ, relative to the mean of K's diagonal.
+const STRENGTHS: [f64; 13] = [1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0];
+/// Rows that are left out, at most: each strength takes their number to the power of three.
+const MOST_LEFT_OUT: usize = 1024;
+
+impl Ridge {
+    /// Fits x `[n, features]` to y `[n, outputs]`. `views`: how many of the features belong together.
+    pub(super) fn fit(mut x: Array2<f32>, y: &Array2<f64>, views: &[usize]) -> (Ridge, LeftOut) {
+        let (n, features) = x.dim();
+        with_team(work([n, features, y.ncols()]), |team| {
+            let (mean, scale) = standardize(team, &mut x, views);
+            let k = gram(team, &x);
+            let diagonal = k.diag().sum() / n as f64;
+            let unit = if diagonal > 0.0 { diagonal } else { 1.0 }; // of rows that are all alike
+            let y_mean = y.mean_axis(Axis(0)).expect("there are rows");
+            let centered = y - &y_mean;
+
+            let rows = evenly(n, MOST_LEFT_OUT);
+            let (some_k, some_y) = match rows.len() == n {
+                true => (k.clone(), centered.clone()),
+                false => (k.select(Axis(0), &rows).select(Axis(1), &rows), centered.select(Axis(0), &rows)),
+            };
+            let fits = STRENGTHS.iter().map(|strength| {
+                let errors = left_out(team, &some_k, strength * unit, &some_y);
+                (errors.iter().map(|error| error * error).sum::<f64>(), strength * unit, errors)
+            });
+            let (_, lambda, errors) = fits.min_by(|a, b| a.0.total_cmp(&b.0)).expect("there are strengths");
+
+            let alpha = factor(team, &k, lambda).solve(&centered);
+            let mut weight = Array2::<f32>::zeros((y.ncols(), features));
+            team.for_each(weight.outer_iter_mut().zip(alpha.columns()).collect::<Vec<_>>(), |(mut weight, alpha)| {
+                for (z, &alpha) in x.outer_iter().zip(alpha) {
+                    weight.scaled_add(alpha as f32, &z);
+                }
+                weight *= &scale;
+            });
+            let bias =
+                y_mean.iter().zip(weight.outer_iter()).map(|(y, weight)| (y - product(weight, mean.view())) as f32);
+            let left_out = LeftOut { predicted: y.select(Axis(0), &rows) - &errors, rows };
+            (Ridge { bias: bias.collect(), weight }, left_out)
+        })
+    }
+
+    /// x `[n, features]` → `[n, outputs]`
+    pub(super) fn predict(&self, x: ArrayView2<f32>) -> Array2<f32> {
+        Array2::from_shape_fn((x.nrows(), self.bias.len()), |(row, output)| {
+            (product(x.row(row), self.weight.row(output)) + f64::from(self.bias[output])) as f32
+        })
+    }
+}
+
+/// Σ a·b, as eight sums.
+fn product(a: ArrayView1<f32>, b: ArrayView1<f32>) -> f64 {
+    let mut sums = [0.0; 8];
+    for (i, (&a, &b)) in a.iter().zip(b).enumerate() {
+        sums[i % 8] += f64::from(a) * f64::from(b);
+    }
+    sums.iter().sum()
+}
+
+/// At most `most` of `count` numbers, evenly spaced.
+pub(super) fn evenly(count: usize, most: usize) -> Vec<usize> {
+    if count <= most {
+        (0..count).collect()
+    } else {
+        (0..most).map(|i| (i as u64 * count as u64 / most as u64) as usize).collect()
+    }
+}
+
+/// x becomes z. The mean of each feature, and what its difference from that is multiplied by: 0 where it does not vary.
+fn standardize(team: &Team, x: &mut Array2<f32>, views: &[usize]) -> (Array1<f32>, Array1<f32>) {
+    /// Features less wide than this hold nothing but rounding.
+    const CONSTANT: f64 = 1e-6;
+    let (n, features) = x.dim();
+    let mut sums = Array1::<f64>::zeros(features);
+    x.outer_iter().for_each(|row| sums.iter_mut().zip(row).for_each(|(sum, &x)| *sum += f64::from(x)));
+    let mean = sums.mapv(|sum| (sum / n as f64) as f32);
+    let mut squares = Array1::<f64>::zeros(features);
+    for row in x.outer_iter() {
+        let each = squares.iter_mut().zip(row).zip(&mean);
+        each.for_each(|((square, x), mean)| *square += f64::from(x - mean).powi(2));
+    }
+    let sizes = views.iter().flat_map(|&count| std::iter::repeat_n((count as f64).sqrt(), count));
+    let scale: Array1<f32> = squares
+        .iter()
+        .zip(sizes)
+        .map(|(square, size)| {
+            let deviation = (square / n as f64).sqrt();
+            if deviation > CONSTANT { (1.0 / (deviation * size)) as f32 } else { 0.0 }
+        })
+        .collect();
+    team.for_each(x.outer_iter_mut().collect::<Vec<ArrayViewMut1<f32>>>(), |mut row| {
+        row.iter_mut().zip(&mean).zip(&scale).for_each(|((x, mean), scale)| *x = (*x - mean) * scale);
+    });
+    (mean, scale)
+}
+
+/// Z·Zᵀ. The mean of every row and column is taken away, which that of z being 0 leaves little of.
+fn gram(team: &Team, z: &Array2<f32>) -> Array2<f64> {
+    /// Features packed at a time.
+    const STRIP: usize = 4096;
+    let (n, features) = z.dim();
+    let flat = z.as_slice().expect("rows one after the other");
+    let mut k = vec![0.0f32; n * n];
+    for first in (0..features).step_by(STRIP) {
+        let width = STRIP.min(features - first);
+        let packed = Packed::from_rows(n, width, |i| &flat[i * features + first..][..width], None);
+        matmul(team, Rows { data: &flat[first..], stride: features }, n, &packed, &mut k, Out::Add);
+    }
+    let mut k = Array2::from_shape_vec((n, n), k).expect("n·n numbers").mapv(f64::from);
+    let means = k.mean_axis(Axis(0)).expect("there are rows");
+    let all = means.mean().unwrap_or(0.0);
+    k.indexed_iter_mut().for_each(|((i, j), k)| *k += all - means[i] - means[j]);
+    k
+}
+
+/// Of K + λI.
+fn factor(team: &Team, k: &Array2<f64>, lambda: f64) -> Cholesky {
+    let mut shifted = k.clone();
+    shifted.diag_mut().mapv_inplace(|k| k + lambda);
+    Cholesky::new(team, shifted)
+}
+
+/// e `[n, outputs]` for centered y.
+fn left_out(team: &Team, k: &Array2<f64>, lambda: f64, y: &Array2<f64>) -> Array2<f64> {
+    let factor = factor(team, k, lambda);
+    let mut errors = factor.solve(y);
+    for (mut errors, inverse) in errors.outer_iter_mut().zip(factor.inverse_diagonal(team)) {
+        // above 0 but for rounding, as K has a row space without the vector of ones
+        let rest = (inverse - 1.0 / (lambda * k.nrows() as f64)).max(1e-12 / lambda);
+        errors.mapv_inplace(|error| error / rest);
+    }
+    errors
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn data(n: usize, features: usize) -> (Array2<f32>, Array2<f64>) {
+        let x =
+            Array2::from_shape_fn((n, features), |(i, j)| ((i * 37 + j * 101 + i * j) as f32 * 0.37).sin() + j as f32);
+        let y = Array2::from_shape_fn((n, 2), |(i, j)| f64::from(x[[i, j]]) + ((i * 7 + j) as f64 * 1.3).cos());
+        (x, y)
+    }
+
+    /// Cheaper than leaving out, and the same: fits to all rows but one, with the scale of the features of all.
+    #[test]
+    fn left_out_errors_are_those_of_fits_without_the_row() {
+        let (n, lambda) = (9, 0.3);
+        let (mut z, y) = data(n, 30);
+        let team = Team::alone();
+        standardize(&team, &mut z, &[10, 20]);
+        let center = |y: &Array2<f64>| y - &y.mean_axis(Axis(0)).unwrap();
+        let errors = left_out(&team, &gram(&team, &z), lambda, &center(&y));
+        for i in 0..n {
+            let others: Vec<usize> = (0..n).filter(|&other| other != i).collect();
+            let (some_z, some_y) = (z.select(Axis(0), &others).mapv(f64::from), y.select(Axis(0), &others));
+            let z_mean = some_z.mean_axis(Axis(0)).unwrap();
+            let some_z = &some_z - &z_mean;
+            let k = some_z.dot(&some_z.t());
+            let alpha = factor(&team, &k, lambda).solve(&center(&some_y));
+            let z = z.row(i).mapv(f64::from) - z_mean;
+            let predicted = alpha.t().dot(&some_z.dot(&z)) + some_y.mean_axis(Axis(0)).unwrap();
+            for output in 0..2 {
+                let want = y[[i, output]] - predicted[output];
+                assert!((errors[[i, output]] - want).abs() < 1e-4, "{i} {output}: {} {want}", errors[[i, output]]);
+            }
+        }
+    }
+
+    #[test]
+    fn a_linear_map_is_found() {
+        let (x, _) = data(60, 8);
+        let y = Array2::from_shape_fn((60, 1), |(i, _)| f64::from(3.0 * x[[i, 2]] - 0.5 * x[[i, 7]] + 2.0));
+        let (ridge, left_out) = Ridge::fit(x.clone(), &y, &[8]);
+        for (predicted, y) in ridge.predict(x.view()).iter().zip(&y) {
+            assert!((f64::from(*predicted) - y).abs() < 1e-3, "{predicted} {y}");
+        }
+        assert_eq!(left_out.rows.len(), 60);
+        assert!(left_out.predicted.iter().zip(&y).all(|(predicted, y)| (predicted - y).abs() < 1e-2));
+    }
+
+    #[test]
+    fn rows_that_are_all_alike_get_the_mean() {
+        let y = Array2::from_shape_fn((6, 1), |(i, _)| (i % 2) as f64);
+        let (ridge, _) = Ridge::fit(Array2::ones((6, 5)), &y, &[5]);
+        assert_eq!(ridge.predict(Array2::ones((1, 5)).view())[[0, 0]], 0.5);
+    }
+}
