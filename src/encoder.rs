@@ -15,7 +15,7 @@ mod variant;
 pub(crate) use block::sequences;
 pub use block::{BlockInspection, HymbaBlock};
 pub(crate) use fingerprint::of_numbers;
-pub(crate) use memory::{Keeps, check_size};
+pub(crate) use memory::{Keeps, check_size, fits};
 pub(crate) use model::check_lengths;
 pub use model::{Hymba, Inspection};
 pub use options::{HymbaOptions, Variant};

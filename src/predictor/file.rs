@@ -6,13 +6,13 @@ use std::path::Path;
 use ndarray::{ArrayViewD, ArrayViewMutD};
 use serde::{Deserialize, Serialize};
 
-use super::{Normalization, Predictor, PredictorOptions, Task};
+use super::{Differences, Normalization, Predictor, PredictorOptions, Task};
 use crate::encoder::check_size;
 use crate::files::saved::{self, entry, fill};
 use crate::files::tensors::{Source, Tensors};
 use crate::files::{Target, header};
 use crate::train::views;
-use crate::{HymbaOptions, Pooling, Result};
+use crate::{HymbaOptions, Pooling, Result, Stem};
 
 /// In front of `_mean` and `_scale`, in files.
 const INPUT: &str = "input";
@@ -25,6 +25,14 @@ struct Saved {
     options: HymbaOptions,
     /// Not there in the file of an encoder.
     task: Option<Task>,
+    #[serde(default, skip_serializing_if = "is_default")]
+    normalize_series: bool,
+    #[serde(default, skip_serializing_if = "is_default")]
+    differences: Differences,
+    #[serde(default, skip_serializing_if = "is_default")]
+    stem: Option<Stem>,
+    #[serde(default, skip_serializing_if = "is_default")]
+    bidirectional: bool,
     #[serde(default, skip_serializing_if = "is_default")]
     pooling: Pooling,
 }
@@ -59,8 +67,10 @@ impl Predictor {
     }
 
     fn write(&self, target: Target) -> Result<()> {
-        let PredictorOptions { encoder: options, pooling } = self.options.clone();
-        let saved = Saved { version: saved::VERSION, options, task: Some(self.task.clone()), pooling };
+        let PredictorOptions { encoder: options, normalize_series, differences, stem, bidirectional, pooling } =
+            self.options.clone();
+        let (version, task) = (saved::VERSION, Some(self.task.clone()));
+        let saved = Saved { version, options, task, normalize_series, differences, stem, bidirectional, pooling };
         saved::write(target, &saved, &self.tensors())
     }
 
@@ -115,8 +125,9 @@ impl Predictor {
 
     fn read(source: Source) -> Result<Predictor> {
         let (mut tensors, saved) = header::read(source)?;
-        let Saved { options: encoder, task, pooling, .. } = entry(saved, &tensors)?;
-        let options = PredictorOptions { encoder, pooling };
+        let Saved { options: encoder, task, normalize_series, differences, stem, bidirectional, pooling, .. } =
+            entry(saved, &tensors)?;
+        let options = PredictorOptions { encoder, normalize_series, differences, stem, bidirectional, pooling };
         let Some(task) = task else {
             return Err(tensors.error(
                 "it holds an encoder without a head: read it with Hymba::load, and put a head on it with \
@@ -154,7 +165,7 @@ impl Predictor {
         check_size(&options.encoder, options.parameters(&task), tensors)?;
         options.validate(&task).map_err(|error| tensors.error(error.to_string()))?;
         let has = |of: &str| ["mean", "scale"].iter().any(|part| tensors.shape(&format!("{of}_{part}")).is_some());
-        let input = has(INPUT).then(|| Normalization::zeros(options.encoder.embed_dim));
+        let input = has(INPUT).then(|| Normalization::zeros(options.features()));
         let output = (has(OUTPUT) && !task.is_classification()).then(|| Normalization::zeros(task.outputs()));
         Ok(Predictor { input, output, ..Predictor::zeros(options, task) })
     }

@@ -9,7 +9,7 @@ use rand::SeedableRng;
 use rand::seq::SliceRandom;
 
 use crate::layers::Rng;
-use crate::{Error, Normalization, Result, Task};
+use crate::{Error, Normalization, Predictor, Result, Task};
 
 /// Series of any lengths, and what is to be learned of each.
 ///
@@ -335,9 +335,10 @@ impl Dataset {
         Batch { x: padded(&self.series, indices), lengths, targets, counts }
     }
 
-    /// Fitted to the frames of some series.
-    pub(super) fn input_normalization(&self, indices: &[usize]) -> Normalization {
-        Normalization::fit(self.width(), indices.iter().map(|&i| self.series[i].view()))
+    /// Fitted to the frames of some series, in the form in which `predictor` sees them.
+    pub(super) fn input_normalization(&self, indices: &[usize], predictor: &Predictor) -> Normalization {
+        let formed: Vec<_> = indices.iter().map(|&i| predictor.formed(&self.series[i])).collect();
+        Normalization::fit(predictor.predictor_options().features(), formed.iter().map(|series| series.view()))
     }
 
     /// Fitted to the targets of some series; `None` for a classification.
