@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use ndarray::Array2;
 use serde::{Deserialize, Serialize};
 
-use crate::train::{AdamWOptions, CrossEntropy, RegressionLoss, Schedule};
+use crate::train::{AdamWOptions, Augmentation, CrossEntropy, RegressionLoss, Schedule};
 use crate::{Error, Result};
 
 /// How the learning rate falls after the warm-up.
@@ -37,6 +37,8 @@ pub enum Decay {
 /// | `label_smoothing` | 0.1 | 0 to 1 | of the cross-entropy, in a classification |
 /// | `class_weights` | none | ≥ 0, one a class | of the cross-entropy |
 /// | `regression_loss` | mean squared error | | the loss of a regression |
+/// | `augmentations` | none | see [`Augmentation`], at most 16 | what is done to series each time they are seen |
+/// | `average` | none | 0 < decay < 1, or none | exponential moving average of the weights |
 /// | `normalize` | yes | | fit input and output normalization to the training part where the predictor has none |
 /// | `skip_not_finite` | 0 | any | steps with a loss or gradient that is not finite to leave out before it is an error |
 /// | `validation_fraction` | 0 | 0 ≤ fraction < 1 | share of the series that is only measured on |
@@ -82,6 +84,10 @@ pub struct TrainerOptions {
     pub class_weights: Option<Vec<f32>>,
     /// The loss of a regression.
     pub regression_loss: RegressionLoss,
+    /// What is done to series each time they are seen.
+    pub augmentations: Vec<Augmentation>,
+    /// How much the moving average of the weights keeps in a step.
+    pub average: Option<f32>,
     /// Whether to fit input and output normalization on the training part where the predictor has none.
     pub normalize: bool,
     /// How many steps with a loss or gradient that is not finite to leave out before it is an error.
@@ -111,6 +117,8 @@ impl Default for TrainerOptions {
             label_smoothing: 0.1,
             class_weights: None,
             regression_loss: RegressionLoss::MeanSquaredError,
+            augmentations: Vec::new(),
+            average: None,
             normalize: true,
             skip_not_finite: 0,
             validation_fraction: 0.0,
@@ -202,6 +210,21 @@ impl TrainerOptions {
         self
     }
 
+    /// Sets what is done to the series of the training part each time they are seen, in this order. The loss on the training
+    /// part is then that on changed series.
+    pub fn augmentations(mut self, augmentations: impl Into<Vec<Augmentation>>) -> Self {
+        self.augmentations = augmentations.into();
+        self
+    }
+
+    /// Sets how much an exponential moving average of the weights keeps in a step, or `None` for no such average. The average is what
+    /// is validated and returned: it lies in the middle of what the last steps went back and forth between, and is often
+    /// better. After t steps no more than (1 + t) / (10 + t) is kept, so that it forgets the start.
+    pub fn average(mut self, decay: impl Into<Option<f32>>) -> Self {
+        self.average = decay.into();
+        self
+    }
+
     /// Sets whether to fit input and output normalization on the training part where the predictor has none.
     pub fn normalize(mut self, normalize: bool) -> Self {
         self.normalize = normalize;
@@ -267,6 +290,15 @@ impl TrainerOptions {
             let given = self.validation_fraction.to_string();
             return bad("validation_fraction", given, "it must be at least 0 and below 1; 0.2 is usual");
         }
+        // written so that NaN fails
+        if self.average.is_some_and(|decay| !(decay > 0.0 && decay < 1.0)) {
+            let given = format!("{:?}", self.average);
+            return bad("average", given, "it must be above 0 and below 1; 0.99 is usual for some hundred steps");
+        }
+        if self.augmentations.len() > Augmentation::MOST {
+            return bad("augmentations", self.augmentations.len().to_string(), "at most 16 are allowed");
+        }
+        self.augmentations.iter().try_for_each(Augmentation::validate)?;
         if self.patience == Some(0) {
             return bad("patience", "0".into(), "it must be at least 1; leave it out to train all epochs");
         }
@@ -291,6 +323,7 @@ impl TrainerOptions {
                 ("label_smoothing", format!("{:?}", options.label_smoothing)),
                 ("class_weights", format!("{:?}", options.class_weights)),
                 ("regression_loss", format!("{:?}", options.regression_loss)),
+                ("average", format!("{:?}", options.average.is_some())),
             ]
         };
         all(self).into_iter().zip(all(other)).find(|(own, other)| own != other).map(|(own, _)| own)
