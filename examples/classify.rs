@@ -256,15 +256,17 @@ impl Arguments {
 
     fn training(&self, train: &Dataset) -> TrainerOptions {
         let usual = TrainerOptions::recommended_for(train);
-        let (epochs, decay) = (usual.epochs, usual.weight_decay);
+        let epochs = usual.epochs;
         let (rate, average) = (usual.learning_rate, self.average.or(usual.average).filter(|average| *average != 0.0));
         let mut options = usual
             .epochs(self.epochs.unwrap_or(epochs))
             .learning_rate(self.learning_rate.unwrap_or(rate))
-            .weight_decay(self.weight_decay.unwrap_or(decay))
             .average(average)
             .validation_fraction(self.validation)
             .seed(self.seed);
+        if let Some(decay) = self.weight_decay {
+            options = options.weight_decay(decay);
+        }
         if let Some(batch) = self.batch {
             options = options.batch_size(batch).accumulation(1);
         }

@@ -3,7 +3,7 @@
 use std::ops::ControlFlow;
 
 use hymba::ndarray::{Array2, ArrayD};
-use hymba::train::{Augmentation, Dataset, Targets, Trained, Trainer, TrainerOptions};
+use hymba::train::{AdamWOptions, Augmentation, Dataset, Targets, Trained, Trainer, TrainerOptions};
 use hymba::{Error, HymbaOptions, Pooling, Predictor, PredictorOptions, Stem, Task};
 
 fn go_on<T>(_: &T) -> ControlFlow<()> {
@@ -115,14 +115,43 @@ fn what_cannot_be_used() {
     assert!(fit(Augmentation::Jitter { deviation: 0.1 }).is_ok());
 }
 
-/// An old `training.json` has neither augmentations nor an average.
+/// An old `training.json` has neither augmentations nor an average, and two options of the optimiser outside.
 #[test]
 fn options_of_old_files() {
     let mut json = serde_json::to_value(TrainerOptions::default()).unwrap();
-    for new in ["augmentations", "average"] {
+    for new in ["augmentations", "average", "adamw"] {
         json.as_object_mut().unwrap().remove(new).unwrap();
     }
-    assert_eq!(serde_json::from_value::<TrainerOptions>(json).unwrap(), TrainerOptions::default());
+    json["weight_decay"] = 0.03.into();
+    json["clip_norm"] = serde_json::Value::Null;
+    let want = TrainerOptions::default().weight_decay(0.03).clip_norm(None);
+    assert_eq!(serde_json::from_value::<TrainerOptions>(json.clone()).unwrap(), want);
+    assert_eq!(serde_json::from_value::<TrainerOptions>(serde_json::to_value(&want).unwrap()).unwrap(), want);
+    json["colour"] = 1.into();
+    assert!(serde_json::from_value::<TrainerOptions>(json).is_err());
+}
+
+/// What is frozen stays, to the bit, decay or not; the rest learns.
+#[test]
+fn frozen_parameters() {
+    let data = waves(20, 20);
+    let adamw = AdamWOptions::default().weight_decay(0.1).rate_for("*", 0.0).rate_for("head.*", 0.5);
+    let trainer = trainer(&data, TrainerOptions::default().epochs(2).adamw(adamw));
+    let mut before = Vec::new();
+    let trained = trainer
+        .fit_with(&data, None, |progress, predictor| {
+            if before.is_empty() {
+                before = parameters(predictor);
+            }
+            go_on(progress)
+        })
+        .unwrap();
+    for ((name, before), (_, after)) in before.iter().zip(parameters(&trained.predictor)) {
+        assert_eq!(name.starts_with("head."), *before != after, "{name}");
+    }
+    for factor in [-1.0, f32::NAN, 1001.0] {
+        assert!(AdamWOptions::default().rate_for("*", factor).validate().is_err());
+    }
 }
 
 #[test]

@@ -207,7 +207,50 @@ impl Trainer {
     ///
     /// After that: [`Error::NotFinite`] names the step and the first parameter at fault when a loss or a gradient is not finite,
     /// and [`Error::Io`] says why a checkpoint could not be written. The last checkpoint is intact then.
-    pub fn fit(self, data: &Dataset, callback: impl FnMut(&Progress) -> ControlFlow<()>) -> Result<Trained> {
+    pub fn fit(self, data: &Dataset, mut callback: impl FnMut(&Progress) -> ControlFlow<()>) -> Result<Trained> {
+        self.fit_with(data, None, |progress, _| callback(progress))
+    }
+
+    /// As [`fit`](Self::fit), or with a set of its own to validate on as [`fit_with_validation`](Self::fit_with_validation), with a
+    /// callback that sees the predictor as well: as it is after the batch, or where there is an average of the weights, that. For a metric
+    /// of one's own, for instance.
+    ///
+    /// ```
+    /// use std::ops::ControlFlow;
+    ///
+    /// use hymba::ndarray::Array2;
+    /// use hymba::train::{Dataset, Targets, Trainer, TrainerOptions};
+    /// use hymba::{HymbaOptions, Predictor, Task, argmax};
+    ///
+    /// let task = Task::classify(["a", "b"]);
+    /// let data = Dataset::new(&task, vec![Array2::ones((9, 1)); 4], Targets::Classes(vec![0, 1, 0, 1]))?;
+    /// let predictor = Predictor::build(HymbaOptions::new(1).hidden_size(8).num_layers(1), task)?;
+    /// let mut rates_of_b = Vec::new();
+    /// Trainer::new(predictor, TrainerOptions::default().epochs(2))?.fit_with(&data, None, |progress, predictor| {
+    ///     if progress.finished.is_some()
+    ///         && let Ok((x, lengths)) = data.pad(&[1, 3])
+    ///         && let Ok(logits) = predictor.predict(&x, Some(&lengths))
+    ///     {
+    ///         rates_of_b.push(argmax(&logits).iter().filter(|class| **class == 1).count() as f32 / 2.0);
+    ///     }
+    ///     ControlFlow::Continue(())
+    /// })?;
+    /// assert_eq!(rates_of_b.len(), 2);
+    /// # Ok::<(), hymba::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// Those of [`fit`](Self::fit).
+    pub fn fit_with(
+        self,
+        data: &Dataset,
+        validation: Option<&Dataset>,
+        callback: impl FnMut(&Progress, &Predictor) -> ControlFlow<()>,
+    ) -> Result<Trained> {
+        if let Some(validation) = validation {
+            return self.run(Part::whole(data), Some(Part::whole(validation)), callback);
+        }
         let fraction = self.options.validation_fraction;
         if fraction == 0.0 {
             return self.run(Part::whole(data), None, callback);
@@ -225,16 +268,16 @@ impl Trainer {
         self,
         train: &Dataset,
         validation: &Dataset,
-        callback: impl FnMut(&Progress) -> ControlFlow<()>,
+        mut callback: impl FnMut(&Progress) -> ControlFlow<()>,
     ) -> Result<Trained> {
-        self.run(Part::whole(train), Some(Part::whole(validation)), callback)
+        self.fit_with(train, Some(validation), |progress, _| callback(progress))
     }
 
     fn run(
         self,
         train: Part,
         validation: Option<Part>,
-        mut callback: impl FnMut(&Progress) -> ControlFlow<()>,
+        mut callback: impl FnMut(&Progress, &Predictor) -> ControlFlow<()>,
     ) -> Result<Trained> {
         let Trainer { options, start } = self;
         let predictor = match &start {
@@ -297,7 +340,7 @@ impl Trainer {
             if let Some(checkpoint) = &checkpoint {
                 checkpoint.write(&options, &state, fingerprint)?;
             }
-            if callback(&clock.at(progress)).is_break() {
+            if callback(&clock.at(progress), state.current()).is_break() {
                 break Stopped::Callback;
             }
         };
@@ -343,7 +386,7 @@ impl State {
         options: &TrainerOptions,
         clock: &Clock,
         gradient: &mut Predictor,
-        callback: &mut impl FnMut(&Progress) -> ControlFlow<()>,
+        callback: &mut impl FnMut(&Progress, &Predictor) -> ControlFlow<()>,
     ) -> Result<Option<Progress>> {
         let epoch = self.history.len();
         let mut rng = Rng::seed_from_u64(options.seed);
@@ -404,7 +447,7 @@ impl State {
                 progress.batch += 1;
                 progress.train = totals.metrics(&self.predictor);
                 progress = clock.at(progress);
-                if callback(&progress).is_break() {
+                if callback(&progress, self.current()).is_break() {
                     return Ok(None);
                 }
             }

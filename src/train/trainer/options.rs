@@ -3,7 +3,9 @@
 use std::path::PathBuf;
 
 use ndarray::Array2;
-use serde::{Deserialize, Serialize};
+use serde::de::Error as _;
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use serde_json::{Map, Value};
 
 use crate::train::{AdamWOptions, Augmentation, CrossEntropy, RegressionLoss, Schedule};
 use crate::{Error, Result};
@@ -32,8 +34,7 @@ pub enum Decay {
 /// | `learning_rate` | 0.001 | > 0 | the highest one |
 /// | `warm_up` | 0.1 | 0 ≤ share < 1 | share of all steps in which the rate climbs to it |
 /// | `decay` | cosine | | how it falls after that |
-/// | `weight_decay` | 0.01 | ≥ 0 | decay of the matrices |
-/// | `clip_norm` | 1 | > 0, or none | the largest norm a gradient keeps |
+/// | `adamw` | decay 0.01, gradients clipped to 1 | see [`AdamWOptions`] | how the optimiser steps, but for its schedule |
 /// | `label_smoothing` | 0.1 | 0 to 1 | of the cross-entropy, in a classification |
 /// | `class_weights` | none | ≥ 0, one a class | of the cross-entropy |
 /// | `regression_loss` | mean squared error | | the loss of a regression |
@@ -59,7 +60,7 @@ pub enum Decay {
 /// assert!(options.warm_up(1.0).validate().is_err());
 /// ```
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
+#[serde(remote = "Self", default, deny_unknown_fields)]
 #[non_exhaustive]
 pub struct TrainerOptions {
     /// How often every series is seen.
@@ -74,10 +75,8 @@ pub struct TrainerOptions {
     pub warm_up: f32,
     /// How the learning rate falls after that.
     pub decay: Decay,
-    /// Decay of the matrices.
-    pub weight_decay: f32,
-    /// The largest norm a gradient keeps.
-    pub clip_norm: Option<f32>,
+    /// How the optimiser steps. Its schedule is not used: it follows from `learning_rate`, `warm_up` and `decay`.
+    pub adamw: AdamWOptions,
     /// Label smoothing of the cross-entropy.
     pub label_smoothing: f32,
     /// Class weights of the cross-entropy.
@@ -103,6 +102,28 @@ pub struct TrainerOptions {
     pub checkpoint: Option<PathBuf>,
 }
 
+impl Serialize for TrainerOptions {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        TrainerOptions::serialize(self, serializer)
+    }
+}
+
+impl<'de> Deserialize<'de> for TrainerOptions {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let mut fields = Map::deserialize(deserializer)?;
+        // in old files these two stand outside
+        for name in ["weight_decay", "clip_norm"] {
+            if let Some(old) = fields.remove(name) {
+                let adamw = serde_json::to_value(TrainerOptions::default().adamw).map_err(D::Error::custom)?;
+                if let Value::Object(adamw) = fields.entry("adamw").or_insert(adamw) {
+                    adamw.insert(name.into(), old);
+                }
+            }
+        }
+        TrainerOptions::deserialize(Value::Object(fields)).map_err(D::Error::custom)
+    }
+}
+
 impl Default for TrainerOptions {
     fn default() -> Self {
         TrainerOptions {
@@ -112,8 +133,7 @@ impl Default for TrainerOptions {
             learning_rate: 1e-3,
             warm_up: 0.1,
             decay: Decay::Cosine,
-            weight_decay: 0.01,
-            clip_norm: Some(1.0),
+            adamw: AdamWOptions::default().weight_decay(0.01).clip_norm(1.0),
             label_smoothing: 0.1,
             class_weights: None,
             regression_loss: RegressionLoss::MeanSquaredError,
@@ -171,15 +191,28 @@ impl TrainerOptions {
         self
     }
 
+    /// Sets how the optimiser steps: betas, decay and learning rate by name, and so on. Its schedule is not used.
+    ///
+    /// ```
+    /// use hymba::train::{AdamWOptions, TrainerOptions};
+    ///
+    /// let frozen = AdamWOptions::default().clip_norm(1.0).rate_for("blocks.*", 0.0);
+    /// assert!(TrainerOptions::default().adamw(frozen).validate().is_ok());
+    /// ```
+    pub fn adamw(mut self, adamw: AdamWOptions) -> Self {
+        self.adamw = adamw;
+        self
+    }
+
     /// Sets the decay of the matrices; see [`AdamWOptions::decay_of`] for which these are.
     pub fn weight_decay(mut self, weight_decay: f32) -> Self {
-        self.weight_decay = weight_decay;
+        self.adamw.weight_decay = weight_decay;
         self
     }
 
     /// Sets the largest norm a gradient keeps, or `None` for any.
     pub fn clip_norm(mut self, clip_norm: impl Into<Option<f32>>) -> Self {
-        self.clip_norm = clip_norm.into();
+        self.adamw.clip_norm = clip_norm.into();
         self
     }
 
@@ -338,9 +371,7 @@ impl TrainerOptions {
         };
         let warm_up = (f64::from(self.warm_up) * steps as f64) as u64;
         let schedule = schedule.warm_up(warm_up.min(steps.saturating_sub(1)));
-        AdamWOptions { clip_norm: self.clip_norm, ..AdamWOptions::default() }
-            .schedule(schedule)
-            .weight_decay(self.weight_decay)
+        self.adamw.clone().schedule(schedule)
     }
 
     pub(super) fn cross_entropy(&self) -> CrossEntropy {
