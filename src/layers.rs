@@ -27,6 +27,7 @@ mod rms_norm;
 mod rope;
 mod scan;
 mod state;
+mod stem;
 mod weight;
 
 use ndarray::{ArrayBase, Data, Dimension};
@@ -61,6 +62,8 @@ pub(crate) use rms_norm::RmsNorm;
 pub(crate) use rope::{Angles, Rotary};
 pub(crate) use scan::TimeStep;
 pub(crate) use state::{LayerState, SequenceState, StateGradient};
+pub use stem::Stem;
+pub(crate) use stem::{StemCache, StridedConv};
 pub(crate) use weight::Weight;
 
 /// The generator behind every `seed` of this crate: ChaCha with 8 rounds, the same numbers on every platform.

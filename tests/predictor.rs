@@ -9,8 +9,8 @@ use common::{frame, wave};
 use hymba::ndarray::{Array1, Array2, Array3, ArrayD, Axis, array, s};
 use hymba::train::{Dataset, Progress, Trained, Trainer};
 use hymba::{
-    Error, Hymba, HymbaOptions, Normalization, Pooling, Predictor, PredictorCache, PredictorOptions, PredictorState,
-    Task, argmax, softmax,
+    Differences, Error, Hymba, HymbaOptions, Normalization, Pooling, Predictor, PredictorCache, PredictorOptions,
+    PredictorState, Stem, Task, argmax, softmax,
 };
 use serde_json::{Value, json};
 
@@ -32,17 +32,7 @@ fn options() -> HymbaOptions {
 
 /// Of each task one predictor and of each pooling one, with all the normalizations it can have.
 fn predictors() -> Vec<Predictor> {
-    let numbers = |width: usize, from: f32| Array1::from_shape_fn(width, |i| from + 0.3 * i as f32);
-    let build = |(task, pooling): (Task, Pooling)| {
-        let mut predictor = Predictor::build(PredictorOptions::new(options()).pooling(pooling), task).unwrap();
-        let input = Normalization::new(numbers(5, -0.5), numbers(5, 0.4)).unwrap();
-        predictor.set_input_normalization(Some(input)).unwrap();
-        if !predictor.task().is_classification() {
-            let output = Normalization::new(numbers(OUTPUTS, 1.0), numbers(OUTPUTS, 0.7)).unwrap();
-            predictor.set_output_normalization(Some(output)).unwrap();
-        }
-        predictor
-    };
+    let build = |(task, pooling): (Task, Pooling)| normalized(PredictorOptions::new(options()).pooling(pooling), task);
     let [classify, regress, ..] = tasks();
     let pooled = [
         (classify.clone(), Pooling::Mean),
@@ -51,6 +41,40 @@ fn predictors() -> Vec<Predictor> {
         (regress, Pooling::Attention { queries: 3 }),
     ];
     tasks().map(|task| (task, Pooling::Last)).into_iter().chain(pooled).map(build).collect()
+}
+
+/// A predictor with all the normalizations it can have.
+fn normalized(options: PredictorOptions, task: Task) -> Predictor {
+    let numbers = |width: usize, from: f32| Array1::from_shape_fn(width, |i| from + 0.3 * i as f32);
+    let width = options.features();
+    let mut predictor = Predictor::build(options, task).unwrap();
+    let input = Normalization::new(numbers(width, -0.5), numbers(width, 0.4)).unwrap();
+    predictor.set_input_normalization(Some(input)).unwrap();
+    if !predictor.task().is_classification() {
+        let output = Normalization::new(numbers(OUTPUTS, 1.0), numbers(OUTPUTS, 0.7)).unwrap();
+        predictor.set_output_normalization(Some(output)).unwrap();
+    }
+    predictor
+}
+
+/// Predictors that see whole sequences only.
+fn readers_of_whole_sequences() -> Vec<Predictor> {
+    let [classify, regress, ..] = tasks();
+    let plain = || PredictorOptions::new(options());
+    let stem = || Stem::new(3).widths([3, 4, 7]).channels(4);
+    vec![
+        normalized(plain().stem(stem()), classify.clone()),
+        normalized(plain().stem(stem()).pooling(Pooling::Mean), regress.clone()),
+        normalized(plain().bidirectional(true), regress.clone()),
+        normalized(plain().bidirectional(true).pooling(Pooling::Attention { queries: 2 }), classify.clone()),
+        normalized(plain().differences(Differences::Only), classify.clone()),
+        normalized(plain().differences(Differences::Beside).normalize_series(true), regress.clone()),
+        normalized(plain().normalize_series(true), classify.clone()),
+        normalized(
+            plain().differences(Differences::Beside).stem(stem()).bidirectional(true).pooling(Pooling::Max),
+            classify,
+        ),
+    ]
 }
 
 fn parameters(predictor: &Predictor) -> Vec<(String, ArrayD<f32>)> {
@@ -97,6 +121,7 @@ fn a_saved_predictor_comes_back_to_the_bit() {
     let folder = tempfile::tempdir().unwrap();
     let (path, again) = (folder.path().join("predictor"), folder.path().join("again"));
     let mut all = predictors();
+    all.extend(readers_of_whole_sequences());
     all.push(Predictor::build(options(), Task::Regress { outputs: 1 }).unwrap());
     for predictor in all {
         predictor.save(&path).unwrap();
@@ -163,7 +188,7 @@ fn normalization_is_arithmetic_on_inputs_and_outputs() {
 /// Σ w ⊙ outputs along a direction of all inputs and parameters, against the gradient; and what padding gets.
 #[test]
 fn directional_differences() {
-    for predictor in predictors() {
+    for predictor in predictors().into_iter().chain(readers_of_whole_sequences()) {
         let (x, lengths) = (wave(2, 17, 5), [17, 8]);
         let frame_wise = predictor.task().is_frame_wise();
         // of frames past the end, too: they are not to count
@@ -189,7 +214,7 @@ fn directional_differences() {
         assert!(dx.slice(s![1, 8.., ..]).iter().all(|dx| *dx == 0.0), "padding");
 
         // each of the groups alone: the head's part is small beside the encoder's
-        for group in ["x", "head.", "pooling.", "blocks.", ""] {
+        for group in ["x", "head.", "pooling.", "stem.", "reverse.", "blocks.", ""] {
             let direction = |name: &str, i: usize| match name.starts_with(group) {
                 true => ((i * 7919 % 101) as f32 / 50.0 - 1.0) * 1e-3,
                 false => 0.0,
@@ -207,8 +232,8 @@ fn directional_differences() {
             let mut add = |name: &str, i: usize, g: f32| want += 2.0 * f64::from(g) * f64::from(direction(name, i));
             dx.iter().enumerate().for_each(|(i, &g)| add("x", i, g));
             grads.visit(&mut |name, array| array.iter().enumerate().for_each(|(i, &g)| add(name, i, g)));
-            let task = predictor.task();
-            assert!((slope - want).abs() <= 5e-3 * want.abs().max(1e-2), "{task:?} {group}: {slope} {want}");
+            let what = (predictor.task(), predictor.predictor_options());
+            assert!((slope - want).abs() <= 5e-3 * want.abs().max(1e-2), "{what:?} {group}: {slope} {want}");
         }
     }
 }
@@ -267,6 +292,73 @@ fn streams_of_every_pooling() {
     }
 }
 
+/// Rows do not see each other nor padding; what needs frames to come is refused where there are none.
+#[test]
+fn whole_sequences() {
+    for predictor in readers_of_whole_sequences() {
+        let options = predictor.predictor_options();
+        let mut x = wave(3, 20, 5);
+        let lengths = [20, 1, 13];
+        for (row, &length) in lengths.iter().enumerate() {
+            x.slice_mut(s![row, length.., ..]).fill(f32::NAN);
+        }
+        let y = predictor.predict(&x, Some(&lengths)).unwrap();
+        assert_eq!(predictor.forward_train(&x, Some(&lengths), 0).unwrap().0, y, "{options:?}");
+        for (row, &length) in lengths.iter().enumerate() {
+            let alone = predictor.predict(&x.slice(s![row..row + 1, ..length, ..]), None).unwrap();
+            assert_eq!(alone.row(0), y.row(row), "{options:?}");
+        }
+        // every number of the last frame and of the first one counts
+        for frame in [0, 12] {
+            let mut other = x.clone();
+            other[[2, frame, 0]] += 0.5;
+            assert_ne!(predictor.predict(&other, Some(&lengths)).unwrap().row(2), y.row(2), "{options:?} {frame}");
+        }
+        let mut state = predictor.new_state(1);
+        for error in [
+            predictor.step(&Array2::zeros((1, 5)), &mut state).unwrap_err(),
+            predictor.prefill(&Array3::zeros((1, 4, 5)), &mut state).unwrap_err(),
+            predictor.predict_frames(&Array3::zeros((1, 4, 5))).unwrap_err(),
+            predictor.forward_frames_train(&Array3::zeros((1, 4, 5)), None, 0).unwrap_err(),
+            Predictor::build(options.clone(), Task::RegressFrames { outputs: 1 }).unwrap_err(),
+        ] {
+            assert!(matches!(error, Error::Option { .. }), "{error}");
+        }
+        assert!(matches!(predictor.predict(&Array3::zeros((1, 4, 6)), None), Err(Error::Shape { .. })));
+        assert!(matches!(predictor.predict(&Array3::zeros((1, 4, 5)), Some(&[5])), Err(Error::Lengths(_))));
+    }
+    for stem in [
+        Stem::new(0),
+        Stem::new(4097),
+        Stem::new(3).channels(0),
+        Stem::new(3).widths([]),
+        Stem::new(3).widths([5000]),
+        Stem::new(3).widths([1; 17]),
+    ] {
+        let task = Task::Regress { outputs: 1 };
+        let error = Predictor::build(PredictorOptions::new(options()).stem(stem), task).unwrap_err();
+        assert!(matches!(error, Error::Option { option: "stem", .. }), "{error}");
+    }
+}
+
+/// A second encoder reads what the first would read of sequences turned round.
+#[test]
+fn both_directions() {
+    let options = PredictorOptions::new(options()).bidirectional(true);
+    let mut predictor = Predictor::build(options, Task::Regress { outputs: OUTPUTS }).unwrap();
+    let mut there = std::collections::BTreeMap::new();
+    predictor.visit(&mut |name, array| drop(there.insert(name.to_string(), array.to_owned())));
+    predictor.visit_mut(&mut |name, mut array| match name.strip_prefix("reverse.") {
+        Some(name) => array.assign(&there[name]),
+        None if name == "head.weight" => array.fill(0.1),
+        None => {}
+    });
+    let x = wave(2, 11, 5);
+    let turned = x.slice(s![.., ..;-1, ..]);
+    let difference = predictor.predict(&x, None).unwrap() - predictor.predict(&turned, None).unwrap();
+    assert!(difference.iter().all(|d| d.abs() < 1e-5), "{difference}");
+}
+
 #[test]
 fn poolings_that_are_not_usable() {
     let build = |pooling, task| Predictor::build(PredictorOptions::new(options()).pooling(pooling), task);
@@ -282,7 +374,7 @@ fn poolings_that_are_not_usable() {
 
 #[test]
 fn gradients_add_up() {
-    for predictor in predictors() {
+    for predictor in predictors().into_iter().chain(readers_of_whole_sequences()) {
         let (y, cache) = predictor.forward_train(&wave(2, 9, 5), None, 0).unwrap();
         let (mut once, mut twice) = (predictor.zeros_like(), predictor.zeros_like());
         predictor.backward(&cache, &y, &mut once).unwrap();

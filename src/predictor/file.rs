@@ -5,14 +5,14 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
-use super::{Normalization, Predictor, PredictorOptions, Task};
+use super::{Differences, Normalization, Predictor, PredictorOptions, Task};
 use crate::encoder::{check_size, first_storage};
 use crate::files::saved::{self, entry, fill};
 use crate::files::tensors::{Source, Tensors};
 use crate::files::{Target, header};
 use crate::kernels::matmul::Storage;
 use crate::parameters::{Parameter, ParameterMut};
-use crate::{HymbaOptions, Pooling, Result};
+use crate::{HymbaOptions, Pooling, Result, Stem};
 
 /// In front of `_mean` and `_scale`, in files.
 const INPUT: &str = "input";
@@ -28,6 +28,14 @@ struct Saved {
     storage: Option<Storage>,
     /// Not there in the file of an encoder.
     task: Option<Task>,
+    #[serde(default, skip_serializing_if = "is_default")]
+    normalize_series: bool,
+    #[serde(default, skip_serializing_if = "is_default")]
+    differences: Differences,
+    #[serde(default, skip_serializing_if = "is_default")]
+    stem: Option<Stem>,
+    #[serde(default, skip_serializing_if = "is_default")]
+    bidirectional: bool,
     #[serde(default, skip_serializing_if = "is_default")]
     pooling: Pooling,
 }
@@ -63,9 +71,12 @@ impl Predictor {
     }
 
     fn write(&self, target: Target) -> Result<()> {
-        let PredictorOptions { encoder: options, pooling } = self.options.clone();
-        let (storage, task) = (self.encoder.storage(), Some(self.task.clone()));
-        saved::write(target, &Saved { version: saved::VERSION, options, storage, task, pooling }, self.parameters())
+        let PredictorOptions { encoder: options, normalize_series, differences, stem, bidirectional, pooling } =
+            self.options.clone();
+        let (version, storage, task) = (saved::VERSION, self.encoder().storage(), Some(self.task.clone()));
+        let saved =
+            Saved { version, options, storage, task, normalize_series, differences, stem, bidirectional, pooling };
+        saved::write(target, &saved, self.parameters())
     }
 
     /// What [`save`](Self::save) would write to a file.
@@ -138,8 +149,18 @@ impl Predictor {
 
     fn read(source: Source, asked: Option<Storage>) -> Result<Predictor> {
         let (mut tensors, saved) = header::read(source)?;
-        let Saved { options: encoder, storage: in_file, task, pooling, .. } = entry(saved, &tensors)?;
-        let options = PredictorOptions { encoder, pooling };
+        let Saved {
+            options: encoder,
+            storage: in_file,
+            task,
+            normalize_series,
+            differences,
+            stem,
+            bidirectional,
+            pooling,
+            ..
+        } = entry(saved, &tensors)?;
+        let options = PredictorOptions { encoder, normalize_series, differences, stem, bidirectional, pooling };
         let Some(task) = task else {
             return Err(tensors.error(
                 "it holds an encoder without a head: read it with Hymba::load, and put a head on it with \
@@ -169,9 +190,7 @@ impl Predictor {
 
     /// As [`parameters`](Self::parameters), for reading them.
     fn visit_tensors_mut(&mut self, f: &mut dyn FnMut(&str, ParameterMut<'_>)) {
-        self.encoder.visit_parameters_mut(f);
-        self.pool.visit_mut("pooling", f);
-        self.head.visit_mut("head", f);
+        self.visit_parameters_mut(f);
         for (name, normalization) in [(INPUT, &mut self.input), (OUTPUT, &mut self.output)] {
             let tensors = normalization.iter_mut().flat_map(|normalization| normalization.tensors_mut(name));
             tensors.for_each(|(name, array)| f(&name, ParameterMut::Array(array)));
@@ -190,7 +209,7 @@ impl Predictor {
         check_size(&options.encoder, options.parameters(&task), in_file, tensors)?;
         options.validate(&task).map_err(|error| tensors.error(error.to_string()))?;
         let has = |of: &str| ["mean", "scale"].iter().any(|part| tensors.shape(&format!("{of}_{part}")).is_some());
-        let input = has(INPUT).then(|| Normalization::zeros(options.encoder.embed_dim));
+        let input = has(INPUT).then(|| Normalization::zeros(options.features()));
         let output = (has(OUTPUT) && !task.is_classification()).then(|| Normalization::zeros(task.outputs()));
         Ok(Predictor { input, output, ..Predictor::zeros(options, first_storage(in_file, asked), task) })
     }

@@ -119,9 +119,9 @@ const WEIGHTS: &str = "pooling.weights";
 impl Predictor {
     /// A state for `batch` streams that have seen no frame yet.
     pub fn new_state(&self, batch: usize) -> PredictorState {
-        let initial = self.pool.new_state();
+        let initial = self.reader.pool.new_state();
         let bytes = initial.num_bytes() + size_of::<PoolState>();
-        let encoder = self.encoder.new_state_with(batch, bytes);
+        let encoder = self.reader.encoder.new_state_with(batch, bytes);
         let pools = vec![initial.clone(); encoder.lengths().len()];
         PredictorState { encoder, fingerprint: self.pool_fingerprint(), initial, pools }
     }
@@ -131,7 +131,7 @@ impl Predictor {
     ///
     /// # Errors
     ///
-    /// As [`Hymba::step`](crate::Hymba::step).
+    /// As [`Hymba::step`](crate::Hymba::step); [`Error::Option`] if an option needs frames that are still to come.
     ///
     /// ```
     /// use hymba::ndarray::Array2;
@@ -148,11 +148,12 @@ impl Predictor {
     /// ```
     pub fn step(&self, frame: &ArrayRef2<f32>, state: &mut PredictorState) -> Result<Array2<f32>> {
         let more = self.options().embed_dim + 2 * self.task.outputs() + self.options.head_inputs();
-        self.encoder.check_frame(frame, &state.encoder, more)?;
+        self.options.check_causal()?;
+        self.reader.encoder.check_frame(frame, &state.encoder, more)?;
         self.check_pools(state)?;
-        let hidden = self.encoder.step(&self.normalized(frame), &mut state.encoder)?;
+        let hidden = self.reader.encoder.step(&self.normalized(frame), &mut state.encoder)?;
         for (hidden, pool) in hidden.rows().into_iter().zip(&mut state.pools) {
-            self.pool.add(flat(&hidden), pool);
+            self.reader.pool.add(flat(&hidden), pool);
         }
         Ok(self.read_pools(hidden.view(), state))
     }
@@ -162,7 +163,7 @@ impl Predictor {
     ///
     /// # Errors
     ///
-    /// As [`Hymba::prefill`](crate::Hymba::prefill).
+    /// As [`Hymba::prefill`](crate::Hymba::prefill); [`Error::Option`] if an option needs frames that are still to come.
     ///
     /// ```
     /// use hymba::ndarray::{Array2, Array3};
@@ -177,17 +178,18 @@ impl Predictor {
     /// # Ok::<(), hymba::Error>(())
     /// ```
     pub fn prefill(&self, x: &ArrayRef3<f32>, state: &mut PredictorState) -> Result<Array2<f32>> {
+        self.options.check_causal()?;
         self.check_pools(state)?;
         let x = self.normalized(x);
         if self.options.pooling == Pooling::Last {
-            let hidden = self.encoder.prefill(&x, &mut state.encoder)?;
+            let hidden = self.reader.encoder.prefill(&x, &mut state.encoder)?;
             return Ok(self.read_pools(hidden.view(), state));
         }
         let mut last = Array2::zeros((0, 0));
         let pools = &mut state.pools;
-        self.encoder.prefill_each(&x, &mut state.encoder, &mut |hidden| {
+        self.reader.encoder.prefill_each(&x, &mut state.encoder, &mut |hidden| {
             for (hidden, pool) in hidden.outer_iter().zip(pools.iter_mut()) {
-                hidden.rows().into_iter().for_each(|hidden| self.pool.add(flat(&hidden), pool));
+                hidden.rows().into_iter().for_each(|hidden| self.reader.pool.add(flat(&hidden), pool));
             }
             last = hidden.index_axis(Axis(1), hidden.dim().1 - 1).to_owned();
         })?;
@@ -226,7 +228,7 @@ impl Predictor {
                 }
             }
         }
-        self.encoder.save_state_with(&state.encoder, path.as_ref(), self.pool_fingerprint(), more)
+        self.reader.encoder.save_state_with(&state.encoder, path.as_ref(), self.pool_fingerprint(), more)
     }
 
     /// Reads a state that [`save_state`](Self::save_state) wrote. The file need not be trusted.
@@ -240,7 +242,7 @@ impl Predictor {
         let arrays = [(SUMS, &initial.sums), (WEIGHTS, &initial.weights)];
         let shapes = arrays.into_iter().filter(|(_, array)| !array.is_empty()).map(|(what, array)| (what, array.dim()));
         let shapes: Vec<_> = shapes.collect();
-        let (encoder, more) = self.encoder.load_state_with(path.as_ref(), state.fingerprint, &shapes)?;
+        let (encoder, more) = self.reader.encoder.load_state_with(path.as_ref(), state.fingerprint, &shapes)?;
         let pools = more.into_iter().zip(encoder.lengths()).map(|(arrays, frames)| {
             let mut arrays = arrays.into_iter();
             let mut next =
@@ -252,9 +254,9 @@ impl Predictor {
 
     /// What the pools of all streams come to after the last frames, hidden `[b, h]`: predictions `[b, outputs]`.
     fn read_pools(&self, hidden: ArrayView2<f32>, state: &PredictorState) -> Array2<f32> {
-        let mut pooled = Array2::zeros((hidden.nrows(), self.pool.width()));
+        let mut pooled = Array2::zeros((hidden.nrows(), self.reader.pool.width()));
         for ((hidden, pool), pooled) in hidden.rows().into_iter().zip(&state.pools).zip(pooled.rows_mut()) {
-            self.pool.read(pool, flat(&hidden), pooled.into_slice().expect("a row of a new array"));
+            self.reader.pool.read(pool, flat(&hidden), pooled.into_slice().expect("a row of a new array"));
         }
         self.rescaled(self.head.forward(&Team::alone(), pooled.view()).into_array())
     }
@@ -277,6 +279,6 @@ impl Predictor {
             Pooling::Max => 2.0,
             Pooling::Attention { .. } => 3.0,
         };
-        of_numbers([kind].iter().chain(self.pool.queries()))
+        of_numbers([kind].iter().chain(self.reader.pool.queries()))
     }
 }

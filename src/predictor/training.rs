@@ -1,26 +1,30 @@
 //! The predictor in training: forward and backward pass.
 
+use std::ops::Range;
+
 use ndarray::{Array2, Array3, ArrayRef2, ArrayRef3, ArrayView3, Axis, s};
 
-use super::{Predictor, rows};
-use crate::encoder::{Keeps, frames, padded, sequences};
+use super::front::reversed;
+use super::reader::{ReaderCache, full};
+use super::{FrontCache, Predictor, PredictorOptions, REVERSE, beside, rows};
+use crate::encoder::{Keeps, sequences};
 use crate::kernels::team::Team;
-use crate::layers::{PoolCache, Spans};
-use crate::{Error, Pooling, Result, TrainCache};
+use crate::{Error, HymbaOptions, Result};
 
 /// What [`Predictor::backward`] reads of a forward pass.
 #[derive(Debug)]
 pub struct PredictorCache {
-    encoder: TrainCache,
-    /// Where frames are pooled: the lengths of the sequences, padded to l frames, and what pooling keeps.
-    pooling: Option<(Spans, usize, PoolCache)>,
+    front: FrontCache,
+    reader: ReaderCache,
+    reverse: Option<ReaderCache>,
+    /// Of what the encoder has read.
+    tokens: Option<Vec<usize>>,
     /// Input of the head, `[rows, p]`.
     pooled: Array2<f32>,
     /// `[b, l, c]`, of which l is 1 where only last frames were asked for.
     outputs: (usize, usize, usize),
     /// The frames of each sequence that have an output, if not all have.
     lengths: Option<Vec<usize>>,
-    frame_wise: bool,
 }
 
 impl PredictorCache {
@@ -122,35 +126,22 @@ impl Predictor {
         seed: u64,
         frame_wise: bool,
     ) -> Result<(Array3<f32>, PredictorCache)> {
-        let pools = self.options.pooling != Pooling::Last;
-        if frame_wise && pools {
-            return Err(Error::Option {
-                option: "pooling",
-                given: format!("{:?} where every frame is trained", self.options.pooling),
-                allowed: "each frame is judged by itself: Pooling::Last".into(),
-            });
+        if frame_wise {
+            self.options.check_frame_wise()?;
         }
-        let more = self.options().embed_dim + 2 * self.task.outputs() + self.options.head_inputs();
-        self.encoder.check_batch(x, lengths, Keeps::Cache, more)?;
-        let (batch, l, _) = x.dim();
-        let x = self.normalized(x);
-        let mut pooling = None;
-        let (pooled, encoder) = if pools {
-            let (hidden, encoder) = self.encoder.forward_sequence_train(&x, lengths, seed)?;
-            let lengths = lengths.map_or_else(|| vec![l; batch], <[usize]>::to_vec);
-            let (hidden, spans) = (frames(&hidden, &lengths), Spans::new(lengths));
-            let (pooled, cache) = self.pool.forward_train(&spans, hidden);
-            pooling = Some((spans, l, cache));
-            (pooled, encoder)
-        } else if frame_wise {
-            let (hidden, encoder) = self.encoder.forward_sequence_train(&x, lengths, seed)?;
-            (rows(hidden), encoder)
-        } else {
-            self.encoder.forward_train(&x, lengths, seed)?
-        };
+        let batch = x.dim().0;
+        let (x, tokens, front) = self.enter(x, lengths, Keeps::Cache)?;
+        let (mut pooled, reader) = self.reader.read_train(&x, tokens.as_deref(), seed, frame_wise)?;
+        let mut reverse = None;
+        if let Some(other) = &self.reverse {
+            let tokens = full(&x, tokens.as_deref());
+            let (more, cache) = other.read_train(&reversed(&x, &tokens), Some(&tokens), seed ^ REVERSE, false)?;
+            pooled = beside(&pooled, &more);
+            reverse = Some(cache);
+        }
         let lengths = lengths.filter(|_| frame_wise).map(<[usize]>::to_vec);
         let z = sequences(self.head.forward(&Team::alone(), pooled.view()).into_array(), batch);
-        let cache = PredictorCache { encoder, pooling, pooled, outputs: z.dim(), lengths, frame_wise };
+        let cache = PredictorCache { front, reader, reverse, tokens, pooled, outputs: z.dim(), lengths };
         Ok((z, cache))
     }
 
@@ -162,12 +153,14 @@ impl Predictor {
         grads: &mut Predictor,
     ) -> Result<Array3<f32>> {
         cache.check(dz.view())?;
-        let sizes = |of: &Predictor| (of.options.encoder.hidden_size, of.options.pooling, of.task.outputs());
-        let inputs = cache.pooled.ncols();
-        if sizes(grads) != sizes(self)
+        let shape = |of: &Predictor| {
+            let encoder = HymbaOptions { dropout: 0.0, seed: 0, ..of.options.encoder.clone() };
+            (PredictorOptions { encoder, ..of.options.clone() }, of.task.outputs())
+        };
+        if shape(grads) != shape(self)
             || cache.outputs.2 != self.task.outputs()
-            || inputs != self.options.head_inputs()
-            || cache.pooling.is_some() != (self.options.pooling != Pooling::Last)
+            || cache.pooled.ncols() != self.options.head_inputs()
+            || cache.reverse.is_some() != self.reverse.is_some()
         {
             let advice = "grads or the cache is of a predictor of another size; make grads with zeros_like";
             return Err(Error::State(advice.into()));
@@ -177,25 +170,18 @@ impl Predictor {
         }
         let dz = rows(dz);
         // kept only if the encoder takes its part, too
-        let (mut dhead, mut dpool) = (grads.head.clone(), grads.pool.clone());
+        let mut dhead = grads.head.clone();
         let dpooled = self.head.backward(&Team::alone(), cache.pooled.view(), dz.view(), &mut dhead);
-        let mut dx = match &cache.pooling {
-            Some((spans, l, pooling)) => {
-                let dhidden = self.pool.backward(spans, pooling, dpooled.view(), &mut dpool);
-                let dhidden = padded(&dhidden, spans, *l);
-                self.encoder.backward_sequence(&cache.encoder, &dhidden, &mut grads.encoder)?
-            }
-            None if cache.frame_wise => {
-                let dhidden = sequences(dpooled.into_array(), cache.outputs.0);
-                self.encoder.backward_sequence(&cache.encoder, &dhidden, &mut grads.encoder)?
-            }
-            None => self.encoder.backward(&cache.encoder, &dpooled, &mut grads.encoder)?,
-        };
-        (grads.head, grads.pool) = (dhead, dpool);
-        if let Some(input) = &self.input {
-            input.apply_backward(&mut dx);
+        let width = self.reader.pool.width();
+        let part = |range: Range<usize>| dpooled.slice(s![.., range]).as_standard_layout().into_owned();
+        let mut dx = self.reader.backward(&cache.reader, part(0..width).view(), &mut grads.reader)?;
+        if let (Some(reverse), Some(of_reverse), Some(grad)) = (&self.reverse, &cache.reverse, &mut grads.reverse) {
+            let other = reverse.backward(of_reverse, part(width..2 * width).view(), grad)?;
+            let tokens = full(&dx, cache.tokens.as_deref());
+            dx += &reversed(&other, &tokens);
         }
-        Ok(dx)
+        grads.head = dhead;
+        Ok(self.enter_backward(&cache.front, dx, cache.tokens.as_deref(), grads))
     }
 
     fn rescaled_backward(&self, cache: &PredictorCache, dy: ArrayView3<f32>) -> Result<Array3<f32>> {

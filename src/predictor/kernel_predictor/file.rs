@@ -3,7 +3,7 @@
 use std::io::Write;
 use std::path::Path;
 
-use ndarray::{Array1, Array2, ArrayViewD, ArrayViewMutD};
+use ndarray::{Array1, Array2, ArrayViewMutD};
 use serde::{Deserialize, Serialize};
 
 use super::super::features::Plan;
@@ -12,6 +12,7 @@ use crate::Result;
 use crate::files::saved::{self, entry, fill};
 use crate::files::tensors::{Source, Tensors};
 use crate::files::{Target, header};
+use crate::parameters::{Parameter, ParameterMut};
 
 /// The metadata entry of a saved kernel predictor.
 #[derive(Serialize, Deserialize)]
@@ -72,14 +73,16 @@ impl KernelPredictor {
 
     fn write(&self, target: Target) -> Result<()> {
         let saved = Saved { version: saved::VERSION, kernels: self.plan().clone(), task: self.task.clone() };
-        saved::write(target, &saved, &self.tensors(""))
+        saved::write(target, &saved, self.tensors(""))
     }
 
     fn read(source: Source) -> Result<Self> {
         let (mut tensors, saved) = header::read(source)?;
         let Saved { kernels, task, .. } = entry(saved, &tensors)?;
         let mut predictor = Self::with_room_for(&tensors, "", kernels, task)?;
-        fill(&mut tensors, &mut |f| predictor.visit_tensors_mut("", f))?;
+        fill(&mut tensors, None, &mut |f| {
+            predictor.visit_tensors_mut("", &mut |name, array| f(name, ParameterMut::Array(array)))
+        })?;
         predictor.check(&tensors)?;
         Ok(predictor)
     }
@@ -89,9 +92,9 @@ impl KernelPredictor {
     }
 
     /// What is saved, under names that begin with `prefix`.
-    pub(in crate::predictor) fn tensors(&self, prefix: &str) -> Vec<(String, ArrayViewD<'_, f32>)> {
+    pub(in crate::predictor) fn tensors(&self, prefix: &str) -> Vec<(String, Parameter<'_>)> {
         let [mean, scale] = self.features.input.tensors("kernels.input");
-        let mut all = vec![
+        let all = [
             mean,
             scale,
             ("kernels.biases".into(), self.features.biases.view().into_dyn()),
@@ -99,8 +102,7 @@ impl KernelPredictor {
             ("head.weight".into(), self.ridge.weight.view().into_dyn()),
             ("head.bias".into(), self.ridge.bias.view().into_dyn()),
         ];
-        all.iter_mut().for_each(|(name, _)| name.insert_str(0, prefix));
-        all
+        all.map(|(name, array)| (format!("{prefix}{name}"), Parameter::Array(array))).into()
     }
 
     /// As [`tensors`](Self::tensors), for reading them.
