@@ -22,10 +22,12 @@ mod lazy;
 mod linear;
 mod mamba;
 mod mlp;
+mod pooling;
 mod rms_norm;
 mod rope;
 mod scan;
 mod state;
+mod stem;
 mod weight;
 
 use ndarray::{ArrayBase, Data, Dimension};
@@ -48,12 +50,16 @@ pub(crate) use linear::Linear;
 pub use mamba::MambaBranch;
 pub(crate) use mamba::{MambaCache, MambaConfig};
 pub(crate) use mlp::{Activation, Mlp, MlpCache};
+pub use pooling::Pooling;
+pub(crate) use pooling::{Pool, PoolCache, PoolState};
 #[cfg(feature = "lm")]
 pub(crate) use rms_norm::RmsNorm;
 #[cfg(feature = "lm")]
 pub(crate) use rope::Rotary;
 pub(crate) use scan::TimeStep;
 pub(crate) use state::{LayerState, SequenceState, StateGradient};
+pub use stem::Stem;
+pub(crate) use stem::{StemCache, StridedConv};
 pub(crate) use weight::Weight;
 
 /// The generator behind every `seed` of this crate: ChaCha with 8 rounds, the same numbers on every platform.

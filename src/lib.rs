@@ -35,6 +35,7 @@
 //! | encode sequences | [`Hymba::forward`], [`forward_ragged`](Hymba::forward_ragged) for different lengths, [`forward_sequence`](Hymba::forward_sequence) for every frame |
 //! | stream | [`Hymba::new_state`], [`Hymba::step`], [`Hymba::prefill`]; [`HymbaState`] |
 //! | save and load | [`Hymba::save`], [`Hymba::load`], [`to_bytes`](Hymba::to_bytes), [`from_bytes`](Hymba::from_bytes), [`load_with`](Hymba::load_with) for files made elsewhere, [`load_edifice`](Hymba::load_edifice) |
+//! | classify series, predict numbers | [`Predictor`], [`PredictorOptions`]; [`Pooling`], [`Stem`], [`Differences`] |
 //! | train | [`Predictor`] and [`train::Trainer`]; or by hand [`Hymba::forward_train`], [`Hymba::backward`], [`train::AdamW`] |
 //! | run NVIDIA's language model | `hymba::lm` (feature `lm`; with text, feature `tokenizer`) |
 //! | look inside | [`Hymba::summary`], [`Hymba::inspect`], [`Hymba::visit`] |
@@ -143,12 +144,15 @@ pub mod train;
 
 pub use encoder::{BlockInspection, Hymba, HymbaBlock, HymbaOptions, HymbaState, Inspection, TrainCache, Variant};
 pub use error::{Error, Result};
-pub use layers::{MambaBranch, MetaTokenAttention};
+pub use layers::{MambaBranch, MetaTokenAttention, Pooling, Stem};
 #[cfg(feature = "lm")]
 pub use lm::{GenerateOptions, Generation, HymbaLm, LmState};
 pub use ndarray;
 pub use parameters::{Parameter, StoredMatrix};
-pub use predictor::{KernelFeatures, KernelPredictor, Normalization, Predictor, PredictorCache, Task, argmax, softmax};
+pub use predictor::{
+    Differences, Ensemble, KernelFeatures, KernelPredictor, Normalization, Predictor, PredictorCache, PredictorOptions,
+    PredictorState, Task, argmax, softmax,
+};
 
 /// The instruction set the kernels use on this machine: `"avx512"`, `"avx2"` or `"scalar"` (which is what the compiler
 /// makes of plain code for the target, NEON on aarch64).

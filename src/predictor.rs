@@ -3,31 +3,42 @@
 use std::fmt;
 
 use ndarray::{
-    Array, Array2, Array3, ArrayRef, ArrayRef2, ArrayRef3, ArrayViewD, ArrayViewMutD, Axis, CowArray, Dimension,
+    Array, Array2, Array3, ArrayRef, ArrayRef3, ArrayViewD, ArrayViewMutD, Axis, CowArray, Dimension, Ix2, Ix3, s,
 };
-use rand::SeedableRng;
+use rand::{RngExt, SeedableRng};
 
-use crate::encoder::sequences;
-use crate::encoder::{Keeps, of_numbers};
-use crate::kernels::team::Team;
-use crate::layers::{Linear, Rng};
+use crate::encoder::{Keeps, check_lengths, fits, frames, of_numbers, padded, sequences};
+use crate::kernels::team::{Team, with_team, work};
+use crate::layers::{Linear, Rng, Spans, StemCache, StridedConv};
 use crate::parameters::{Parameter, ParameterMut};
 use crate::train::Parameters;
-use crate::{Error, Hymba, HymbaOptions, HymbaState, Result};
+use crate::{Error, Hymba, HymbaOptions, Pooling, Result};
 
+mod ensemble;
 mod features;
 mod file;
+mod front;
 mod kernel_predictor;
 mod logits;
 mod normalization;
+mod options;
+mod reader;
 mod ridge;
+mod streaming;
 mod task;
 mod training;
 
+use front::{FormCache, reversed};
+use reader::{Reader, full};
+
+pub use ensemble::Ensemble;
 pub use features::KernelFeatures;
+pub use front::Differences;
 pub use kernel_predictor::KernelPredictor;
 pub use logits::{argmax, softmax};
 pub use normalization::Normalization;
+pub use options::PredictorOptions;
+pub use streaming::PredictorState;
 pub use task::Task;
 pub use training::PredictorCache;
 
@@ -35,12 +46,14 @@ pub use training::PredictorCache;
 ///
 /// ```text
 /// x      = (frames − input_mean) / input_scale            [b, l, embed_dim]   where it has an input normalization
-/// hidden = encoder(x)                                      [b, h] or [b, l, h]
-/// z      = hidden · W_headᵀ + b_head                       [b, c] or [b, l, c]   for a classification: logits
+/// hidden = encoder(x)                                      [b, l, h]
+/// pooled = pooling(hidden)                                 [b, p]   the last frame, or what the options say
+/// z      = pooled · W_headᵀ + b_head                       [b, c] or [b, l, c]   for a classification: logits
 /// y      = z · output_scale + output_mean                  where it has an output normalization
 /// ```
 ///
-/// Every call is there for every task: a classifier of sequences also has an opinion at every frame. The task says how many
+/// [`PredictorOptions`] say what else is around the encoder: the form of the input, a convolutional stem, a second encoder that reads
+/// from the end, pooling. Every call is there for every task: a classifier of sequences also has an opinion at every frame. The task says how many
 /// outputs there are, what they are called, and what [`Trainer`](crate::train::Trainer) trains.
 ///
 /// ```
@@ -59,22 +72,34 @@ pub use training::PredictorCache;
 #[derive(Clone)]
 pub struct Predictor {
     task: Task,
-    encoder: Hymba,
+    options: PredictorOptions,
+    stem: Option<StridedConv>,
+    reader: Reader,
+    /// Of frames from the last to the first.
+    reverse: Option<Reader>,
     head: Linear,
     input: Option<Normalization>,
     output: Option<Normalization>,
 }
 
 impl Predictor {
-    /// Builds a predictor with new random weights, as [`Hymba::build`] does.
+    /// Builds a predictor with new random weights, as [`Hymba::build`] does, from [`PredictorOptions`], or from [`HymbaOptions`] for
+    /// their defaults.
     ///
     /// # Errors
     ///
-    /// [`Error::Option`] if an option or the task is not usable; see [`HymbaOptions`] and [`Task::validate`].
-    pub fn build(options: HymbaOptions, task: Task) -> Result<Self> {
-        options.validate()?;
-        check(&options, &task)?;
-        Self::with_encoder(Hymba::build(options)?, task)
+    /// [`Error::Option`] if an option or the task is not usable; see [`PredictorOptions`] and [`Task::validate`].
+    pub fn build(options: impl Into<PredictorOptions>, task: Task) -> Result<Self> {
+        let options = options.into();
+        options.validate(&task)?;
+        let encoder = Hymba::build(options.reader())?;
+        let mut predictor = Self::around(encoder, options, task);
+        if let Some(reverse) = &mut predictor.reverse {
+            let options = reverse.encoder.options().clone();
+            let other = Rng::seed_from_u64(options.seed ^ REVERSE).random();
+            reverse.encoder = Hymba::build(HymbaOptions { seed: other, ..options })?;
+        }
+        Ok(predictor)
     }
 
     /// Puts a new head on a trained encoder. The seed of the encoder's options is that of the head, too.
@@ -92,21 +117,45 @@ impl Predictor {
     /// # Ok::<(), hymba::Error>(())
     /// ```
     pub fn with_encoder(encoder: Hymba, task: Task) -> Result<Self> {
-        check(encoder.options(), &task)?;
-        let mut rng = Rng::seed_from_u64(encoder.options().seed);
-        rng.set_stream(1);
-        let mut head = Linear::zeros(encoder.options().hidden_size, task.outputs(), true);
-        head.init(&mut rng);
-        Ok(Predictor { task, encoder, head, input: None, output: None })
+        let options = PredictorOptions::new(encoder.options().clone());
+        options.validate(&task)?;
+        Ok(Self::around(encoder, options, task))
+    }
+
+    /// New random weights around an encoder, by options that go with both.
+    fn around(encoder: Hymba, options: PredictorOptions, task: Task) -> Self {
+        let seed = options.encoder.seed;
+        let stream = |stream: u64| {
+            let mut rng = Rng::seed_from_u64(seed);
+            rng.set_stream(stream);
+            rng
+        };
+        let mut predictor = Predictor::zeros(options, task);
+        predictor.reader.encoder = encoder;
+        predictor.head.init(&mut stream(1));
+        predictor.reader.pool.init(&mut stream(2));
+        predictor.stem.iter_mut().for_each(|stem| stem.init(&mut stream(3)));
+        predictor.reverse.iter_mut().for_each(|reverse| reverse.pool.init(&mut stream(4)));
+        predictor
     }
 
     /// A predictor of validated options and task whose parameters are all zero.
-    fn zeros(options: HymbaOptions, task: Task) -> Self {
-        let head = Linear::zeros(options.hidden_size, task.outputs(), true);
-        Predictor { task, encoder: Hymba::zeros(options), head, input: None, output: None }
+    fn zeros(options: PredictorOptions, task: Task) -> Self {
+        let head = Linear::zeros(options.head_inputs(), task.outputs(), true);
+        let reader = || Reader::zeros(options.reader(), options.pooling);
+        Predictor {
+            stem: options.stem.as_ref().map(|stem| StridedConv::zeros(stem, options.features())),
+            reader: reader(),
+            reverse: options.bidirectional.then(reader),
+            head,
+            input: None,
+            output: None,
+            task,
+            options,
+        }
     }
 
-    /// Predicts from the last frame of each sequence: x `[b, l, embed_dim]` → `[b, outputs]`; logits in a classification.
+    /// Predicts from the whole of each sequence: x `[b, l, embed_dim]` → `[b, outputs]`; logits in a classification.
     /// With lengths, row i is a sequence of `lengths[i]` frames, and what follows them is ignored.
     ///
     /// # Errors
@@ -116,7 +165,8 @@ impl Predictor {
         Ok(self.rescaled(self.run(x, lengths, false)?).index_axis_move(Axis(1), 0))
     }
 
-    /// Predicts at every frame from the frames up to it: x `[b, l, embed_dim]` → `[b, l, outputs]`.
+    /// Predicts at every frame from the frames up to it, as [`predict`](Self::predict) does from all: x `[b, l, embed_dim]` →
+    /// `[b, l, outputs]`.
     ///
     /// # Errors
     ///
@@ -135,59 +185,122 @@ impl Predictor {
         Ok(self.rescaled(self.run(x, None, true)?))
     }
 
-    /// A state for `batch` streams that have seen no frame yet.
-    pub fn new_state(&self, batch: usize) -> HymbaState {
-        self.encoder.new_state(batch)
-    }
-
-    /// The next frame of each stream: frame `[b, embed_dim]` → `[b, outputs]`, which equals [`predict`](Self::predict) on all
-    /// frames given so far.
-    ///
-    /// # Errors
-    ///
-    /// As [`Hymba::step`].
-    ///
-    /// ```
-    /// use hymba::ndarray::Array2;
-    /// use hymba::{HymbaOptions, Predictor, Task, softmax};
-    ///
-    /// let options = HymbaOptions::new(6).hidden_size(16).num_layers(1);
-    /// let predictor = Predictor::build(options, Task::classify(["walking", "standing"]))?;
-    /// let mut state = predictor.new_state(1);
-    /// for _ in 0..20 {
-    ///     let probabilities = softmax(&predictor.step(&Array2::ones((1, 6)), &mut state)?);
-    ///     assert!((probabilities.sum() - 1.0).abs() < 1e-6);
-    /// }
-    /// # Ok::<(), hymba::Error>(())
-    /// ```
-    pub fn step(&self, frame: &ArrayRef2<f32>, state: &mut HymbaState) -> Result<Array2<f32>> {
-        self.encoder.check_frame(frame, state, self.options().embed_dim + 2 * self.task.outputs())?;
-        let hidden = self.encoder.step(&self.normalized(frame), state)?;
-        Ok(self.rescaled(self.head.forward(&Team::alone(), hidden.view()).into_array()))
-    }
-
-    /// z `[b, l, outputs]` of every frame, or `[b, 1, outputs]` of the last ones.
+    /// z `[b, l, outputs]` of every frame, or `[b, 1, outputs]` of whole sequences.
     pub(crate) fn run(&self, x: &ArrayRef3<f32>, lengths: Option<&[usize]>, frame_wise: bool) -> Result<Array3<f32>> {
-        let keeps = if frame_wise { Keeps::Outputs } else { Keeps::Last };
-        // of a row or a frame: the normalised frames, and what the head makes of it
-        let (_, l, embed_dim) = x.dim();
-        let normalized = if frame_wise { embed_dim } else { embed_dim.saturating_mul(l) };
-        let more = normalized.saturating_add(2 * self.task.outputs());
-        self.encoder.check_batch(x, if frame_wise { None } else { lengths }, keeps, more)?;
-        let x = self.normalized(x);
-        let hidden = match (frame_wise, lengths) {
-            (true, _) => self.encoder.forward_sequence(&x)?,
-            (_, Some(lengths)) => self.encoder.forward_ragged(&x, lengths)?.insert_axis(Axis(1)),
-            (_, None) => self.encoder.forward(&x)?.insert_axis(Axis(1)),
+        let batch = x.dim().0;
+        let keeps = if frame_wise || self.options.pooling != Pooling::Last { Keeps::Outputs } else { Keeps::Last };
+        if frame_wise {
+            self.options.check_causal()?;
+        }
+        let (x, lengths, _) = self.enter(x, lengths.filter(|_| !frame_wise), keeps)?;
+        let pooled = match frame_wise {
+            true => self.reader.read_frames(&x),
+            false => {
+                let pooled = self.reader.read(&x, lengths.as_deref())?;
+                match &self.reverse {
+                    Some(reverse) => {
+                        let lengths = full(&x, lengths.as_deref());
+                        let other = reverse.read(&reversed(&x, &lengths), Some(&lengths))?;
+                        beside(&pooled, &other)
+                    }
+                    None => pooled,
+                }
+            }
         };
-        Ok(self.apply_head(hidden).0)
+        Ok(sequences(self.head.forward(&Team::alone(), pooled.view()).into_array(), batch))
     }
 
-    /// hidden `[b, l, h]` → z `[b, l, outputs]`, and the rows that the head has read.
-    fn apply_head(&self, hidden: Array3<f32>) -> (Array3<f32>, Array2<f32>) {
-        let batch = hidden.dim().0;
-        let hidden = rows(hidden);
-        (sequences(self.head.forward(&Team::alone(), hidden.view()).into_array(), batch), hidden)
+    /// Checks x `[b, l, embed_dim]` and its lengths, and turns frames into what the encoder reads, with the lengths of that.
+    fn enter<'a>(
+        &self,
+        x: &'a ArrayRef3<f32>,
+        lengths: Option<&[usize]>,
+        keeps: Keeps,
+    ) -> Result<(CowArray<'a, f32, Ix3>, Option<Vec<usize>>, FrontCache)> {
+        let (_, l, embed_dim) = x.dim();
+        let outputs = 2 * self.task.outputs();
+        let form = self.options.form();
+        if self.stem.is_none() && form.is_plain() {
+            // of a row or a frame: the normalised frames, and what the head makes of it
+            let normalized = if keeps == Keeps::Last { embed_dim.saturating_mul(l) } else { embed_dim };
+            let more = normalized.saturating_add(outputs).saturating_add(self.options.head_inputs());
+            self.reader.encoder.check_batch(x, lengths, keeps, more)?;
+            let lengths = lengths.map(<[usize]>::to_vec);
+            return Ok((self.normalized(x), lengths, FrontCache::default()));
+        }
+        check_frames(x, lengths, self.options.encoder.embed_dim, &self.options)?;
+        let lengths = full(x, lengths);
+        let (x, form) = match form.is_plain() {
+            true => (x.to_owned(), None),
+            false => {
+                let (x, cache) = form.apply(x, &lengths);
+                (x, Some(cache))
+            }
+        };
+        let mut x = CowArray::from(x);
+        if let Some(input) = &self.input {
+            input.apply(&mut x);
+        }
+        let (mut tokens, mut of_stem) = (lengths.clone(), None);
+        if let Some(stem) = &self.stem {
+            let (spans, rows) = (Spans::new(lengths.iter().copied()), frames(&x, &lengths));
+            let after = stem.token_spans(&spans);
+            let (y, cache) = with_team(work([after.rows(), self.options.token_numbers(), 32]), |team| match keeps {
+                Keeps::Cache => {
+                    let (y, cache) = stem.forward_train(team, &spans, rows);
+                    (y, Some(cache))
+                }
+                _ => (stem.forward(team, &spans, rows.view()), None),
+            });
+            tokens = after.iter().map(|span| span.len()).collect();
+            let longest = tokens.iter().copied().max().unwrap_or(0);
+            x = CowArray::from(padded(&y, &after, longest));
+            of_stem = cache;
+        }
+        self.reader.encoder.check_batch(
+            &x,
+            Some(&tokens),
+            keeps,
+            outputs.saturating_add(self.options.head_inputs()),
+        )?;
+        let cache = FrontCache { form, stem: of_stem, frames: Some((lengths, l)) };
+        Ok((x, Some(tokens), cache))
+    }
+
+    /// The gradient of [`enter`](Self::enter): dx of what the encoder reads → that of the frames.
+    fn enter_backward(
+        &self,
+        cache: &FrontCache,
+        mut dx: Array3<f32>,
+        tokens: Option<&[usize]>,
+        grads: &mut Predictor,
+    ) -> Array3<f32> {
+        if let (Some(stem), Some(of_stem), Some(grad), Some((lengths, l)), Some(tokens)) =
+            (&self.stem, &cache.stem, &mut grads.stem, &cache.frames, tokens)
+        {
+            let (spans, dy) = (Spans::new(lengths.iter().copied()), frames(&dx, tokens));
+            let work = work([dy.nrows(), self.options.token_numbers(), 64]);
+            let dframes = with_team(work, |team| stem.backward(team, &spans, of_stem, dy, grad));
+            dx = padded(&dframes, &spans, *l);
+        }
+        if let Some(input) = &self.input {
+            input.apply_backward(&mut dx);
+        }
+        match (&cache.form, &cache.frames) {
+            (Some(form), Some((lengths, _))) => {
+                self.options.form().backward(form, dx, lengths, self.options.encoder.embed_dim)
+            }
+            _ => dx,
+        }
+    }
+
+    /// A series in the form that an input normalization is fitted to: `[l, embed_dim]` → `[l, features]`.
+    pub(crate) fn formed<'a>(&self, x: &'a Array2<f32>) -> CowArray<'a, f32, Ix2> {
+        let form = self.options.form();
+        if form.is_plain() {
+            return x.view().into();
+        }
+        form.apply(&x.view().insert_axis(Axis(0)), &[x.nrows()]).0.index_axis_move(Axis(0), 0).into()
     }
 
     /// What the encoder sees of x. A width that is not the encoder's is left for the encoder to refuse.
@@ -211,19 +324,24 @@ impl Predictor {
         &self.task
     }
 
-    /// The encoder.
+    /// The encoder, of a bidirectional predictor that which reads from the beginning.
     pub fn encoder(&self) -> &Hymba {
-        &self.encoder
+        &self.reader.encoder
     }
 
     /// The encoder without the head.
     pub fn into_encoder(self) -> Hymba {
-        self.encoder
+        self.reader.encoder
     }
 
     /// The options of the encoder.
     pub fn options(&self) -> &HymbaOptions {
-        self.encoder.options()
+        &self.options.encoder
+    }
+
+    /// All options: of the encoder, and of what is around it.
+    pub fn predictor_options(&self) -> &PredictorOptions {
+        &self.options
     }
 
     /// How the features of a frame are normalized, if they are.
@@ -241,9 +359,10 @@ impl Predictor {
     ///
     /// # Errors
     ///
-    /// [`Error::Shape`] unless it is for `embed_dim` features.
+    /// [`Error::Shape`] unless it is for as many features as frames have in their form: `embed_dim`, unless
+    /// [`PredictorOptions::features`] are more.
     pub fn set_input_normalization(&mut self, normalization: Option<Normalization>) -> Result<()> {
-        check_width(normalization.as_ref(), "embed_dim", self.options().embed_dim)?;
+        check_width(normalization.as_ref(), "embed_dim", self.options.features())?;
         self.input = normalization;
         self.salt_encoder();
         Ok(())
@@ -252,7 +371,8 @@ impl Predictor {
     /// Ties states to what happens to frames before the encoder.
     fn salt_encoder(&mut self) {
         let salt = self.input.as_ref().map_or(0, |input| of_numbers(input.mean().iter().chain(input.scale())));
-        self.encoder.set_salt(salt);
+        self.reader.encoder.set_salt(salt);
+        self.reverse.iter_mut().for_each(|reverse| reverse.encoder.set_salt(salt));
     }
 
     /// Sets the mean and scale of the targets of a regression, so that the head predicts numbers of mean 0 and scale 1.
@@ -282,39 +402,63 @@ impl Predictor {
 
     /// The encoder's table, and what the head adds to it.
     pub fn summary(&self) -> String {
-        let (h, outputs) = (self.options().hidden_size, self.task.outputs());
+        let (h, outputs) = (self.options.head_inputs(), self.task.outputs());
         let what = if self.task.is_classification() { "classes" } else { "numbers" };
-        let when = if self.task.is_frame_wise() { "every frame" } else { "the last frame" };
+        let when = match self.options.pooling {
+            _ if self.task.is_frame_wise() => "every frame".into(),
+            Pooling::Last => "the last frame".into(),
+            Pooling::Mean => "the mean of all frames".into(),
+            Pooling::Max => "the largest of each feature".into(),
+            Pooling::Attention { queries } => format!("attention of {queries} queries to all frames"),
+        };
+        let stem = self.options.stem.as_ref().map(|stem| {
+            format!(
+                "stem: a token of {} features from every {} frames, widths {:?}\n",
+                stem.width(),
+                stem.stride,
+                stem.widths
+            )
+        });
+        let reverse = self.reverse.as_ref().map(|_| "a second encoder of this kind reads from the end\n");
+        let around = format!("{}{}", stem.unwrap_or_default(), reverse.unwrap_or_default());
         format!(
-            "{}head: {outputs} {what} from {when}, weight [{outputs}, {h}] and bias [{outputs}]; {} parameters in all\n",
-            self.encoder.summary(),
+            "{}{around}head: {outputs} {what} from {when}, weight [{outputs}, {h}] and bias [{outputs}]; {} parameters in all\n",
+            self.reader.encoder.summary(),
             self.num_parameters()
         )
     }
 
-    /// Calls `f` with the name and the values of every parameter: those of the encoder, then `head.weight` and `head.bias`.
+    /// Calls `f` with the name and the values of every parameter: those of the encoder, `pooling.queries` where it has them,
+    /// the same of the second encoder behind `reverse.`, those of the stem's convolutions as `stem.0.weight` and so on, then
+    /// `head.weight` and `head.bias`.
     pub fn visit<'a>(&'a self, f: &mut dyn FnMut(&str, ArrayViewD<'a, f32>)) {
-        self.encoder.visit(f);
-        self.head.visit("head", &mut |name, parameter| {
+        let mut arrays = |name: &str, parameter| {
             if let Parameter::Array(array) = parameter {
                 f(name, array);
             }
-        });
+        };
+        self.reader.visit("", &mut arrays);
+        self.reverse.iter().for_each(|reverse| reverse.visit("reverse", &mut arrays));
+        self.stem.iter().for_each(|stem| stem.visit("stem", &mut arrays));
+        self.head.visit("head", &mut arrays);
     }
 
     /// As [`visit`](Self::visit), for changing the parameters. States made before can no longer be used.
     pub fn visit_mut<'a>(&'a mut self, f: &mut dyn FnMut(&str, ArrayViewMutD<'a, f32>)) {
-        self.encoder.visit_mut(f);
-        self.head.visit_mut("head", &mut |name, parameter| {
+        let mut arrays = |name: &str, parameter| {
             if let ParameterMut::Array(array) = parameter {
                 f(name, array);
             }
-        });
+        };
+        self.reader.visit_mut("", &mut arrays);
+        self.reverse.iter_mut().for_each(|reverse| reverse.visit_mut("reverse", &mut arrays));
+        self.stem.iter_mut().for_each(|stem| stem.visit_mut("stem", &mut arrays));
+        self.head.visit_mut("head", &mut arrays);
     }
 
     /// A predictor of the same task and options whose parameters are all zero: where gradients are gathered.
     pub fn zeros_like(&self) -> Predictor {
-        Predictor::zeros(self.options().clone(), self.task.clone())
+        Predictor::zeros(self.options.clone(), self.task.clone())
     }
 }
 
@@ -342,26 +486,40 @@ impl fmt::Debug for Predictor {
     }
 }
 
-/// Checks the task, and that encoder and head together are not too large.
-fn check(options: &HymbaOptions, task: &Task) -> Result<()> {
-    task.validate()?;
-    match parameters(options, task) {
-        Some(count) if count <= HymbaOptions::MAX_PARAMETERS => Ok(()),
-        _ => Err(Error::Option {
-            option: "outputs",
-            given: task.outputs().to_string(),
-            allowed: format!(
-                "with hidden_size {} the model has more than {} parameters; make one of them smaller",
-                options.hidden_size,
-                HymbaOptions::MAX_PARAMETERS
-            ),
-        }),
-    }
+/// What the reverse encoder's seed is told apart by.
+const REVERSE: u64 = 0x7265_7665_7273_6564;
+
+/// What [`Predictor::enter_backward`] reads; nothing where the encoder reads frames as they are.
+#[derive(Debug, Default)]
+struct FrontCache {
+    form: Option<FormCache>,
+    stem: Option<StemCache>,
+    /// The lengths of the sequences, and of padded rows.
+    frames: Option<(Vec<usize>, usize)>,
 }
 
-/// The number of parameters, or `None` where it cannot be counted.
-fn parameters(options: &HymbaOptions, task: &Task) -> Option<usize> {
-    options.parameters()?.checked_add(options.hidden_size.checked_add(1)?.checked_mul(task.outputs())?)
+/// Checks frames and their lengths in front of a stem or a change of form, and that they fit into memory there.
+fn check_frames(
+    x: &ArrayRef3<f32>,
+    lengths: Option<&[usize]>,
+    embed_dim: usize,
+    options: &PredictorOptions,
+) -> Result<()> {
+    let (batch, l, width) = x.dim();
+    let wrong = |expected: String| Err(Error::Shape { argument: "x", expected, given: x.shape().to_vec() });
+    if batch == 0 || l == 0 || width != embed_dim {
+        return wrong(format!("[b, l, embed_dim] with b ≥ 1, l ≥ 1 and embed_dim = {embed_dim}"));
+    }
+    if let Some(lengths) = lengths {
+        check_lengths(lengths, batch, l)?;
+    }
+    let tokens = options.stem.as_ref().map_or(0, |stem| work([batch, stem.tokens(l)]));
+    let form = work([batch, l, options.features().saturating_mul(4)]);
+    let bytes = form.saturating_add(work([tokens, options.token_numbers()])).saturating_mul(size_of::<f32>());
+    match fits(bytes) {
+        true => Ok(()),
+        false => wrong(format!("a smaller batch or shorter sequences: this takes about {} MB of memory", bytes >> 20)),
+    }
 }
 
 fn check_width(normalization: Option<&Normalization>, name: &str, width: usize) -> Result<()> {
@@ -373,6 +531,14 @@ fn check_width(normalization: Option<&Normalization>, name: &str, width: usize) 
         }),
         _ => Ok(()),
     }
+}
+
+/// `[b, p]` and `[b, q]` → `[b, p + q]`
+fn beside(a: &Array2<f32>, b: &Array2<f32>) -> Array2<f32> {
+    let mut both = Array2::zeros((a.nrows(), a.ncols() + b.ncols()));
+    both.slice_mut(s![.., ..a.ncols()]).assign(a);
+    both.slice_mut(s![.., a.ncols()..]).assign(b);
+    both
 }
 
 /// `[b, l, h]` → `[b·l, h]`

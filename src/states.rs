@@ -28,14 +28,34 @@ fn name(row: usize, layer: usize, what: &str) -> String {
     format!("rows.{row}.layers.{layer}.{what}")
 }
 
+/// The name of an array that a model keeps of a row besides its layers.
+pub(crate) fn more_name(row: usize, what: &str) -> String {
+    format!("rows.{row}.{what}")
+}
+
 /// Writes states, with `saved` in the metadata. It takes little memory besides them.
 ///
 /// # Errors
 ///
 /// [`Error::State`] if there are too many for a file; [`Error::Io`] when the file cannot be written; an old file is then untouched.
+#[cfg(feature = "lm")]
 pub(crate) fn write(path: &Path, saved: &impl Serialize, rows: &[SequenceState]) -> Result<()> {
+    write_with(path, saved, rows, Vec::new())
+}
+
+/// As [`write`], with `more` arrays.
+pub(crate) fn write_with(
+    path: &Path,
+    saved: &impl Serialize,
+    rows: &[SequenceState],
+    more: Vec<(String, &Array2<f32>)>,
+) -> Result<()> {
     let mut tensors = Vec::new();
     let mut parts = Vec::new();
+    for (name, array) in more {
+        tensors.push((name, Dtype::F32, array.shape().to_vec()));
+        parts.push((Float::F32, Part::Array(array)));
+    }
     for (r, row) in rows.iter().enumerate() {
         for (l, layer) in row.layers.iter().enumerate() {
             let mamba = &layer.mamba;
@@ -80,12 +100,25 @@ pub(crate) fn write(path: &Path, saved: &impl Serialize, rows: &[SequenceState])
 /// # Errors
 ///
 /// [`Error::Format`] when the file is damaged or hostile, [`Error::Tensors`] when it has other tensors than such states.
+#[cfg(feature = "lm")]
 pub(crate) fn read(
     tensors: &mut Tensors,
     positions: &[usize],
     least: usize,
     empty: &dyn Fn() -> Vec<LayerState>,
 ) -> Result<Vec<SequenceState>> {
+    read_with(tensors, positions, least, empty, &[]).map(|(rows, _)| rows)
+}
+
+/// As [`read`], with `more` arrays of each row, of these shapes: see [`more_name`].
+#[allow(clippy::type_complexity)]
+pub(crate) fn read_with(
+    tensors: &mut Tensors,
+    positions: &[usize],
+    least: usize,
+    empty: &dyn Fn() -> Vec<LayerState>,
+    more: &[(&str, (usize, usize))],
+) -> Result<(Vec<SequenceState>, Vec<Vec<Array2<f32>>>)> {
     let layers = empty();
     let of_a_row: usize = layers.iter().map(|layer| if layer.kv.is_some() { 4 } else { 2 }).sum();
     // one row may be lacking tensors, which are then listed; for a great many the list would fill the memory
@@ -96,6 +129,7 @@ pub(crate) fn read(
     }
     let mut places = Vec::new();
     for (r, &position) in positions.iter().enumerate() {
+        places.extend(more.iter().map(|(what, dim)| (more_name(r, what), vec![dim.0, dim.1])));
         for (l, layer) in layers.iter().enumerate() {
             places.push((name(r, l, "conv"), layer.mamba.conv.shape().to_vec()));
             places.push((name(r, l, "scan"), layer.mamba.scan.shape().to_vec()));
@@ -108,8 +142,15 @@ pub(crate) fn read(
     }
     tensors.check(&places.into_iter().collect(), Vec::new())?;
 
-    let mut rows = Vec::new();
+    let (mut rows, mut others) = (Vec::new(), Vec::new());
     for (r, &position) in positions.iter().enumerate() {
+        let mut arrays = Vec::new();
+        for (what, dim) in more {
+            let mut array = Array2::zeros(*dim);
+            tensors.read_into(&more_name(r, what), array.view_mut().into_dyn())?;
+            arrays.push(array);
+        }
+        others.push(arrays);
         let mut row = SequenceState { position, layers: empty() };
         for (l, layer) in row.layers.iter_mut().enumerate() {
             tensors.read_into(&name(r, l, "conv"), layer.mamba.conv.view_mut().into_dyn())?;
@@ -120,7 +161,7 @@ pub(crate) fn read(
         }
         rows.push(row);
     }
-    Ok(rows)
+    Ok((rows, others))
 }
 
 fn types(storage: KvStorage) -> (Dtype, Float) {

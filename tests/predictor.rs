@@ -8,7 +8,10 @@ use std::path::Path;
 use common::{frame, wave};
 use hymba::ndarray::{Array1, Array2, Array3, ArrayD, Axis, array, s};
 use hymba::train::{Dataset, Progress, Trained, Trainer};
-use hymba::{Error, Hymba, HymbaOptions, Normalization, Predictor, PredictorCache, Task, argmax, softmax};
+use hymba::{
+    Differences, Error, Hymba, HymbaOptions, Normalization, Pooling, Predictor, PredictorCache, PredictorOptions,
+    PredictorState, Stem, Task, argmax, softmax,
+};
 use serde_json::{Value, json};
 
 const OUTPUTS: usize = 3;
@@ -27,20 +30,51 @@ fn options() -> HymbaOptions {
     HymbaOptions::new(5).hidden_size(12).num_heads(3).num_layers(2).state_size(4).window_size(6).seed(2)
 }
 
-/// Of each task one predictor, with all the normalizations it can have.
+/// Of each task one predictor and of each pooling one, with all the normalizations it can have.
 fn predictors() -> Vec<Predictor> {
+    let build = |(task, pooling): (Task, Pooling)| normalized(PredictorOptions::new(options()).pooling(pooling), task);
+    let [classify, regress, ..] = tasks();
+    let pooled = [
+        (classify.clone(), Pooling::Mean),
+        (regress.clone(), Pooling::Max),
+        (classify, Pooling::Attention { queries: 1 }),
+        (regress, Pooling::Attention { queries: 3 }),
+    ];
+    tasks().map(|task| (task, Pooling::Last)).into_iter().chain(pooled).map(build).collect()
+}
+
+/// A predictor with all the normalizations it can have.
+fn normalized(options: PredictorOptions, task: Task) -> Predictor {
     let numbers = |width: usize, from: f32| Array1::from_shape_fn(width, |i| from + 0.3 * i as f32);
-    let build = |task: Task| {
-        let mut predictor = Predictor::build(options(), task).unwrap();
-        let input = Normalization::new(numbers(5, -0.5), numbers(5, 0.4)).unwrap();
-        predictor.set_input_normalization(Some(input)).unwrap();
-        if !predictor.task().is_classification() {
-            let output = Normalization::new(numbers(OUTPUTS, 1.0), numbers(OUTPUTS, 0.7)).unwrap();
-            predictor.set_output_normalization(Some(output)).unwrap();
-        }
-        predictor
-    };
-    tasks().map(build).into()
+    let width = options.features();
+    let mut predictor = Predictor::build(options, task).unwrap();
+    let input = Normalization::new(numbers(width, -0.5), numbers(width, 0.4)).unwrap();
+    predictor.set_input_normalization(Some(input)).unwrap();
+    if !predictor.task().is_classification() {
+        let output = Normalization::new(numbers(OUTPUTS, 1.0), numbers(OUTPUTS, 0.7)).unwrap();
+        predictor.set_output_normalization(Some(output)).unwrap();
+    }
+    predictor
+}
+
+/// Predictors that see whole sequences only.
+fn readers_of_whole_sequences() -> Vec<Predictor> {
+    let [classify, regress, ..] = tasks();
+    let plain = || PredictorOptions::new(options());
+    let stem = || Stem::new(3).widths([3, 4, 7]).channels(4);
+    vec![
+        normalized(plain().stem(stem()), classify.clone()),
+        normalized(plain().stem(stem()).pooling(Pooling::Mean), regress.clone()),
+        normalized(plain().bidirectional(true), regress.clone()),
+        normalized(plain().bidirectional(true).pooling(Pooling::Attention { queries: 2 }), classify.clone()),
+        normalized(plain().differences(Differences::Only), classify.clone()),
+        normalized(plain().differences(Differences::Beside).normalize_series(true), regress.clone()),
+        normalized(plain().normalize_series(true), classify.clone()),
+        normalized(
+            plain().differences(Differences::Beside).stem(stem()).bidirectional(true).pooling(Pooling::Max),
+            classify,
+        ),
+    ]
 }
 
 fn parameters(predictor: &Predictor) -> Vec<(String, ArrayD<f32>)> {
@@ -54,6 +88,7 @@ fn types_cross_threads() {
     fn shared<T: Send + Sync + std::fmt::Debug + 'static>() {}
     shared::<Predictor>();
     shared::<PredictorCache>();
+    shared::<PredictorState>();
     shared::<Normalization>();
     shared::<Dataset>();
     shared::<Trainer>();
@@ -66,7 +101,11 @@ fn parameters_are_those_of_the_encoder_and_the_head() {
     for predictor in predictors() {
         let mut names = Vec::new();
         predictor.encoder().visit(&mut |name, array| names.push((name.to_string(), array.shape().to_vec())));
-        names.push(("head.weight".into(), vec![OUTPUTS, 12]));
+        let pooling = predictor.predictor_options().pooling;
+        if let Pooling::Attention { queries } = pooling {
+            names.push(("pooling.queries".into(), vec![queries, 12]));
+        }
+        names.push(("head.weight".into(), vec![OUTPUTS, pooling.width(12)]));
         names.push(("head.bias".into(), vec![OUTPUTS]));
         let all = parameters(&predictor);
         assert!(all.iter().map(|(name, array)| (name.clone(), array.shape().to_vec())).eq(names));
@@ -82,12 +121,14 @@ fn a_saved_predictor_comes_back_to_the_bit() {
     let folder = tempfile::tempdir().unwrap();
     let (path, again) = (folder.path().join("predictor"), folder.path().join("again"));
     let mut all = predictors();
+    all.extend(readers_of_whole_sequences());
     all.push(Predictor::build(options(), Task::Regress { outputs: 1 }).unwrap());
     for predictor in all {
         predictor.save(&path).unwrap();
         let loaded = Predictor::load(&path).unwrap();
         assert_eq!(parameters(&loaded), parameters(&predictor));
         assert_eq!((loaded.task(), loaded.options()), (predictor.task(), predictor.options()));
+        assert_eq!(loaded.predictor_options(), predictor.predictor_options());
         assert_eq!(loaded.input_normalization(), predictor.input_normalization());
         assert_eq!(loaded.output_normalization(), predictor.output_normalization());
         let x = wave(2, 9, 5);
@@ -120,7 +161,10 @@ fn every_way_to_predict_gives_the_same() {
             assert_eq!(last.row(row), frames.slice(s![row, length - 1, ..]));
         }
         assert_eq!(predictor.forward_train(&padded, Some(&lengths), 0).unwrap().0, last);
-        assert_eq!(predictor.forward_frames_train(&x, None, 0).unwrap().0, frames);
+        match predictor.predictor_options().pooling {
+            Pooling::Last => assert_eq!(predictor.forward_frames_train(&x, None, 0).unwrap().0, frames),
+            _ => assert!(matches!(predictor.forward_frames_train(&x, None, 0), Err(Error::Option { .. }))),
+        }
     }
 }
 
@@ -144,7 +188,7 @@ fn normalization_is_arithmetic_on_inputs_and_outputs() {
 /// Σ w ⊙ outputs along a direction of all inputs and parameters, against the gradient; and what padding gets.
 #[test]
 fn directional_differences() {
-    for predictor in predictors() {
+    for predictor in predictors().into_iter().chain(readers_of_whole_sequences()) {
         let (x, lengths) = (wave(2, 17, 5), [17, 8]);
         let frame_wise = predictor.task().is_frame_wise();
         // of frames past the end, too: they are not to count
@@ -170,7 +214,7 @@ fn directional_differences() {
         assert!(dx.slice(s![1, 8.., ..]).iter().all(|dx| *dx == 0.0), "padding");
 
         // each of the groups alone: the head's part is small beside the encoder's
-        for group in ["x", "head.", "blocks.", ""] {
+        for group in ["x", "head.", "pooling.", "stem.", "reverse.", "blocks.", ""] {
             let direction = |name: &str, i: usize| match name.starts_with(group) {
                 true => ((i * 7919 % 101) as f32 / 50.0 - 1.0) * 1e-3,
                 false => 0.0,
@@ -188,15 +232,149 @@ fn directional_differences() {
             let mut add = |name: &str, i: usize, g: f32| want += 2.0 * f64::from(g) * f64::from(direction(name, i));
             dx.iter().enumerate().for_each(|(i, &g)| add("x", i, g));
             grads.visit(&mut |name, array| array.iter().enumerate().for_each(|(i, &g)| add(name, i, g)));
-            let task = predictor.task();
-            assert!((slope - want).abs() <= 5e-3 * want.abs().max(1e-2), "{task:?} {group}: {slope} {want}");
+            let what = (predictor.task(), predictor.predictor_options());
+            assert!((slope - want).abs() <= 5e-3 * want.abs().max(1e-2), "{what:?} {group}: {slope} {want}");
         }
+    }
+}
+
+/// Streams that join, leave, begin anew and come back from files are the streams they were.
+#[test]
+fn streams_of_every_pooling() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("streams");
+    for predictor in predictors() {
+        let pooling = predictor.predictor_options().pooling;
+        let x = wave(3, 30, 5);
+        let mut state = predictor.new_state(3);
+        let y = predictor.prefill(&x.slice(s![.., ..17, ..]), &mut state).unwrap();
+        let want = predictor.predict(&x.slice(s![.., ..17, ..]), None).unwrap();
+        assert!((y - want).iter().all(|d| d.abs() <= 1e-5), "{pooling:?}");
+
+        predictor.save_state(&state, &path).unwrap();
+        let mut loaded = predictor.load_state(&path).unwrap();
+        assert_eq!((loaded.lengths(), loaded.batch()), (vec![17; 3], 3));
+        let mut picked = state.select(&[2, 0]).unwrap();
+        picked.append(predictor.new_state(1)).unwrap();
+        picked.reset(0).unwrap();
+        let next = frame(&x, 17);
+        let step = predictor.step(&next, &mut state).unwrap();
+        assert_eq!(predictor.step(&next, &mut loaded).unwrap(), step, "{pooling:?}");
+        let step_of_picked = predictor.step(&next.select(Axis(0), &[2, 0, 1]), &mut picked).unwrap();
+        let alone = predictor.predict(&next.clone().insert_axis(Axis(1)), None).unwrap();
+        for (got, want) in [(0, alone.row(2)), (1, step.row(0)), (2, alone.row(1))] {
+            let difference = &step_of_picked.row(got) - &want;
+            assert!(difference.iter().all(|d| d.abs() <= 1e-5), "{pooling:?} {got}");
+        }
+        assert!(matches!(state.reset(3), Err(Error::State(_))) && matches!(state.select(&[3]), Err(Error::State(_))));
+        assert!(state.num_bytes() >= state.encoder().num_bytes());
+
+        // another pooling of the same encoder, and other queries
+        let other = match pooling {
+            Pooling::Mean => Pooling::Max,
+            _ => Pooling::Mean,
+        };
+        let task = Task::Regress { outputs: OUTPUTS };
+        let mut other = Predictor::build(PredictorOptions::new(options()).pooling(other), task).unwrap();
+        other.set_input_normalization(predictor.input_normalization().cloned()).unwrap();
+        assert!(matches!(other.step(&next, &mut state), Err(Error::State(_))), "{pooling:?}");
+        assert!(matches!(other.load_state(&path), Err(Error::State(_))), "{pooling:?}");
+        assert!(matches!(state.append(other.new_state(1)), Err(Error::State(_))), "{pooling:?}");
+        let mut changed = predictor.clone();
+        changed.visit_mut(&mut |name, mut array| {
+            if name == "pooling.queries" {
+                array += 1.0;
+            }
+        });
+        if pooling.width(1) > 1 {
+            assert!(matches!(changed.load_state(&path), Err(Error::State(_))), "{pooling:?}");
+        }
+    }
+}
+
+/// Rows do not see each other nor padding; what needs frames to come is refused where there are none.
+#[test]
+fn whole_sequences() {
+    for predictor in readers_of_whole_sequences() {
+        let options = predictor.predictor_options();
+        let mut x = wave(3, 20, 5);
+        let lengths = [20, 1, 13];
+        for (row, &length) in lengths.iter().enumerate() {
+            x.slice_mut(s![row, length.., ..]).fill(f32::NAN);
+        }
+        let y = predictor.predict(&x, Some(&lengths)).unwrap();
+        assert_eq!(predictor.forward_train(&x, Some(&lengths), 0).unwrap().0, y, "{options:?}");
+        for (row, &length) in lengths.iter().enumerate() {
+            let alone = predictor.predict(&x.slice(s![row..row + 1, ..length, ..]), None).unwrap();
+            assert_eq!(alone.row(0), y.row(row), "{options:?}");
+        }
+        // every number of the last frame and of the first one counts
+        for frame in [0, 12] {
+            let mut other = x.clone();
+            other[[2, frame, 0]] += 0.5;
+            assert_ne!(predictor.predict(&other, Some(&lengths)).unwrap().row(2), y.row(2), "{options:?} {frame}");
+        }
+        let mut state = predictor.new_state(1);
+        for error in [
+            predictor.step(&Array2::zeros((1, 5)), &mut state).unwrap_err(),
+            predictor.prefill(&Array3::zeros((1, 4, 5)), &mut state).unwrap_err(),
+            predictor.predict_frames(&Array3::zeros((1, 4, 5))).unwrap_err(),
+            predictor.forward_frames_train(&Array3::zeros((1, 4, 5)), None, 0).unwrap_err(),
+            Predictor::build(options.clone(), Task::RegressFrames { outputs: 1 }).unwrap_err(),
+        ] {
+            assert!(matches!(error, Error::Option { .. }), "{error}");
+        }
+        assert!(matches!(predictor.predict(&Array3::zeros((1, 4, 6)), None), Err(Error::Shape { .. })));
+        assert!(matches!(predictor.predict(&Array3::zeros((1, 4, 5)), Some(&[5])), Err(Error::Lengths(_))));
+    }
+    for stem in [
+        Stem::new(0),
+        Stem::new(4097),
+        Stem::new(3).channels(0),
+        Stem::new(3).widths([]),
+        Stem::new(3).widths([5000]),
+        Stem::new(3).widths([1; 17]),
+    ] {
+        let task = Task::Regress { outputs: 1 };
+        let error = Predictor::build(PredictorOptions::new(options()).stem(stem), task).unwrap_err();
+        assert!(matches!(error, Error::Option { option: "stem", .. }), "{error}");
+    }
+}
+
+/// A second encoder reads what the first would read of sequences turned round.
+#[test]
+fn both_directions() {
+    let options = PredictorOptions::new(options()).bidirectional(true);
+    let mut predictor = Predictor::build(options, Task::Regress { outputs: OUTPUTS }).unwrap();
+    let mut there = std::collections::BTreeMap::new();
+    predictor.visit(&mut |name, array| drop(there.insert(name.to_string(), array.to_owned())));
+    predictor.visit_mut(&mut |name, mut array| match name.strip_prefix("reverse.") {
+        Some(name) => array.assign(&there[name]),
+        None if name == "head.weight" => array.fill(0.1),
+        None => {}
+    });
+    let x = wave(2, 11, 5);
+    let turned = x.slice(s![.., ..;-1, ..]);
+    let difference = predictor.predict(&x, None).unwrap() - predictor.predict(&turned, None).unwrap();
+    assert!(difference.iter().all(|d| d.abs() < 1e-5), "{difference}");
+}
+
+#[test]
+fn poolings_that_are_not_usable() {
+    let build = |pooling, task| Predictor::build(PredictorOptions::new(options()).pooling(pooling), task);
+    for queries in [0, 65, usize::MAX] {
+        let error = build(Pooling::Attention { queries }, Task::Regress { outputs: 1 }).unwrap_err();
+        assert!(error.to_string().contains("1 to 64 queries"), "{error}");
+    }
+    for task in [Task::classify_frames(["a", "b"]), Task::RegressFrames { outputs: 1 }] {
+        let error = build(Pooling::Mean, task).unwrap_err();
+        assert!(error.to_string().contains("Pooling::Last"), "{error}");
     }
 }
 
 #[test]
 fn gradients_add_up() {
-    for predictor in predictors() {
+    for predictor in predictors().into_iter().chain(readers_of_whole_sequences()) {
         let (y, cache) = predictor.forward_train(&wave(2, 9, 5), None, 0).unwrap();
         let (mut once, mut twice) = (predictor.zeros_like(), predictor.zeros_like());
         predictor.backward(&cache, &y, &mut once).unwrap();
@@ -362,6 +540,17 @@ fn bad_files() {
         ("negative outputs", task(json!({"regress": {"outputs": -1}})), "invalid value"),
         ("outputs past the file", task(json!({"regress": {"outputs": 1_000_000}})), "do not fit in a file"),
         ("outputs without end", task(json!({"regress": {"outputs": u64::MAX}})), "do not fit in a file"),
+        ("an unknown pooling", changed(&classifier, |entry, _| entry["pooling"] = json!("median")), "unknown variant"),
+        (
+            "many queries",
+            changed(&classifier, |entry, _| entry["pooling"] = json!({"attention": {"queries": u64::MAX}})),
+            "do not fit in a file",
+        ),
+        (
+            "queries that are not there",
+            changed(&classifier, |entry, _| entry["pooling"] = json!({"attention": {"queries": 2}})),
+            "\"pooling.queries\": missing, expected shape [2, 12]",
+        ),
         ("another version", changed(&classifier, |entry, _| entry["version"] = json!(9)), "version 9"),
         ("no options", changed(&classifier, |entry, _| *entry = json!({"version": 1})), "missing field `options`"),
         (

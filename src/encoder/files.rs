@@ -6,7 +6,7 @@
 use std::io::Write;
 use std::path::Path;
 
-use ndarray::ArrayViewD;
+use ndarray::{Array2, ArrayViewD};
 use serde::de::IgnoredAny;
 use serde::{Deserialize, Serialize};
 
@@ -207,13 +207,25 @@ impl Hymba {
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     pub fn save_state(&self, state: &HymbaState, path: impl AsRef<Path>) -> Result<()> {
+        self.save_state_with(state, path.as_ref(), 0, Vec::new())
+    }
+
+    /// As [`save_state`](Self::save_state), with `more` arrays that a predictor keeps of its streams; `salt` identifies what it
+    /// makes them of.
+    pub(crate) fn save_state_with(
+        &self,
+        state: &HymbaState,
+        path: &Path,
+        salt: u64,
+        more: Vec<(String, &Array2<f32>)>,
+    ) -> Result<()> {
         self.check_state(state, state.batch(), "it has")?;
         let saved = SavedState {
             version: VERSION,
-            fingerprint: format!("{:016x}", self.fingerprint()),
+            fingerprint: format!("{:016x}", self.fingerprint() ^ salt),
             positions: state.rows.iter().map(|row| row.position).collect(),
         };
-        states::write(path.as_ref(), &saved, &state.rows)
+        states::write_with(path, &saved, &state.rows, more)
     }
 
     /// Reads a state that [`save_state`](Self::save_state) wrote. The file need not be trusted.
@@ -224,14 +236,26 @@ impl Hymba {
     /// hostile, [`Error::Tensors`] when it has other tensors than a state,
     /// [`Error::State`] when it belongs to a model with other weights.
     pub fn load_state(&self, path: impl AsRef<Path>) -> Result<HymbaState> {
-        let (mut tensors, saved) = header::read(Source::open(path.as_ref())?)?;
+        self.load_state_with(path.as_ref(), 0, &[]).map(|(state, _)| state)
+    }
+
+    /// As [`load_state`](Self::load_state), of what [`save_state_with`](Self::save_state_with) wrote: with `more` arrays of these
+    /// shapes for each stream.
+    #[allow(clippy::type_complexity)]
+    pub(crate) fn load_state_with(
+        &self,
+        path: &Path,
+        salt: u64,
+        more: &[(&str, (usize, usize))],
+    ) -> Result<(HymbaState, Vec<Vec<Array2<f32>>>)> {
+        let (mut tensors, saved) = header::read(Source::open(path)?)?;
         let SavedState { fingerprint, positions, .. } = entry(saved, &tensors)?;
-        if fingerprint != format!("{:016x}", self.fingerprint()) {
+        if fingerprint != format!("{:016x}", self.fingerprint() ^ salt) {
             return Err(Error::State("the file holds one of a model with other weights".into()));
         }
-        let least = self.initial().position;
-        let rows = states::read(&mut tensors, &positions, least, &|| self.initial().layers.clone())?;
-        Ok(HymbaState { rows, ..self.new_state(0) })
+        let (least, empty) = (self.initial().position, || self.initial().layers.clone());
+        let (rows, more) = states::read_with(&mut tensors, &positions, least, &empty, more)?;
+        Ok((HymbaState { rows, ..self.new_state(0) }, more))
     }
 }
 

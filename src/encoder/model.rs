@@ -352,6 +352,22 @@ impl Hymba {
         y
     }
 
+    /// As [`forward_sequence`](Self::forward_sequence) of right-padded sequences, one after the other and without padding:
+    /// `[rows, h]`. For callers that have checked x and the lengths.
+    pub(crate) fn encode_frames(&self, x: &ArrayRef3<f32>, lengths: &[usize]) -> Array2<f32> {
+        let h = self.options.hidden_size;
+        let mut y = Array2::zeros((lengths.iter().sum(), h));
+        let mut rest = y.as_slice_mut().expect("a new array");
+        let mut sequences = Vec::with_capacity(lengths.len());
+        for (frames, &length) in x.outer_iter().zip(lengths) {
+            let (out, after) = rest.split_at_mut(length * h);
+            sequences.push(Sequence { frames: frames.slice_move(s![..length, ..]), out });
+            rest = after;
+        }
+        self.encode(sequences, true);
+        y
+    }
+
     /// Sequences through all blocks and the final norm. Which thread does what depends on sizes only, and no number on either.
     fn encode(&self, sequences: Vec<Sequence>, every_frame: bool) {
         let total = sequences.iter().map(|sequence| sequence.frames.nrows()).sum();

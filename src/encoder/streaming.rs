@@ -3,7 +3,7 @@
 use std::fmt;
 use std::sync::Arc;
 
-use ndarray::{Array2, ArrayRef2, ArrayRef3, Axis, s};
+use ndarray::{Array2, ArrayRef2, ArrayRef3, ArrayView3, Axis, s};
 
 use super::memory::{Keeps, fits};
 use super::model::{Hymba, rows};
@@ -108,7 +108,7 @@ impl HymbaState {
     }
 }
 
-fn no_such_row(row: usize, batch: usize) -> Error {
+pub(crate) fn no_such_row(row: usize, batch: usize) -> Error {
     Error::State(format!("it has no stream {row}; it holds {batch}, counted from 0"))
 }
 
@@ -126,8 +126,14 @@ impl Hymba {
     /// bookkeeping; memory for the window is taken 64 frames at a time. A batch whose state, or the first 64 frames of it, does
     /// not fit into memory gives a state that [`step`](Self::step) refuses.
     pub fn new_state(&self, batch: usize) -> HymbaState {
+        self.new_state_with(batch, 0)
+    }
+
+    /// As [`new_state`](Self::new_state), of streams of which so many `more` bytes are kept elsewhere.
+    pub(crate) fn new_state_with(&self, batch: usize, more: usize) -> HymbaState {
         let initial = self.initial();
         let bytes = initial.footprint().max(work([self.state_numbers(FIRST_FRAMES), size_of::<f32>()]));
+        let bytes = bytes.saturating_add(more);
         let fits = fits(work([batch, bytes]));
         let rows = vec![SequenceState::clone(initial); if fits { batch } else { 0 }];
         let missing = batch - rows.len();
@@ -160,7 +166,7 @@ impl Hymba {
     /// ```
     pub fn step(&self, frame: &ArrayRef2<f32>, state: &mut HymbaState) -> Result<Array2<f32>> {
         self.check_frame(frame, state, 0)?;
-        Ok(self.advance(&frame.view().insert_axis(Axis(1)), state))
+        Ok(self.advance(&frame.view().insert_axis(Axis(1)), state, None))
     }
 
     /// The next frames of each stream, the same number for each: x `[b, l, embed_dim]` → the outputs after the last
@@ -188,26 +194,53 @@ impl Hymba {
             self.check_state(state, batch, "x has")?;
         }
         self.check_batch(x, None, Keeps::Last, 0)?;
-        Ok(self.advance(x, state))
+        Ok(self.advance(x, state, None))
     }
 
-    /// Feeds frames, in pieces: between two of them, other work of the pool gets its turn.
-    fn advance(&self, x: &ArrayRef3<f32>, state: &mut HymbaState) -> Array2<f32> {
+    /// As [`prefill`](Self::prefill), with `each` called for the outputs of some frames after the other, `[b, count, h]`.
+    pub(crate) fn prefill_each(
+        &self,
+        x: &ArrayRef3<f32>,
+        state: &mut HymbaState,
+        each: &mut dyn FnMut(ArrayView3<f32>),
+    ) -> Result<()> {
+        let (batch, _, width) = x.dim();
+        if width == self.options.embed_dim {
+            self.check_state(state, batch, "x has")?;
+        }
+        self.check_batch(x, None, Keeps::Last, 0)?;
+        self.advance(x, state, Some(each));
+        Ok(())
+    }
+
+    /// Feeds frames, in pieces: between two of them, other work of the pool gets its turn. Returns the last outputs, or
+    /// calls `each` with all of them.
+    fn advance(
+        &self,
+        x: &ArrayRef3<f32>,
+        state: &mut HymbaState,
+        mut each: Option<&mut dyn FnMut(ArrayView3<f32>)>,
+    ) -> Array2<f32> {
         let (batch, l, _) = x.dim();
         let piece = (PIECE / batch).max(1);
         let mut y = Array2::zeros((0, 0));
         for first in (0..l).step_by(piece) {
             let x = x.slice(s![.., first..l.min(first + piece), ..]);
             let count = x.dim().1;
+            let last_only = count > 1 && each.is_none();
             y = with_team(self.work(batch * count) / 8, |team| {
                 let states = state.rows.iter_mut().map(|state| (state, count));
                 let mut batch = Batch::new(team, states, true, None);
                 let last = batch.spans.last_rows();
-                let only = if count == 1 { None } else { Some(&last[..]) };
+                let only = last_only.then_some(&last[..]);
                 let y = self.run(&mut batch, rows(&x), only);
                 batch.finish();
                 y.into_array()
             });
+            if let Some(each) = &mut each {
+                let all = y.view().into_shape_with_order((state.rows.len(), count, y.ncols()));
+                each(all.expect("the frames of all streams"));
+            }
         }
         y
     }

@@ -101,7 +101,7 @@ impl Hymba {
         let (frames, mut cache) = self.run_train(x, lengths, seed)?;
         let y = self.final_norm.forward(&Team::alone(), frames.view());
         cache.last = frames;
-        Ok((padded(&y, &cache), cache))
+        Ok((padded(&y, &cache.spans(), cache.l), cache))
     }
 
     /// The gradient of [`forward_train`](Self::forward_train): dy `[b, hidden_size]`, the gradient of a loss by the outputs →
@@ -214,7 +214,7 @@ impl Hymba {
                 (Some(input_proj), Some(grad)) => input_proj.backward(team, cache.input.view(), dx.view(), grad),
                 _ => dx,
             };
-            padded(&dinput, cache)
+            padded(&dinput, &spans, cache.l)
         })
     }
 
@@ -255,7 +255,7 @@ impl Hymba {
 }
 
 /// The sequences of a padded batch, one after the other: `[b, l, width]` → `[rows, width]`
-fn frames(x: &ArrayRef3<f32>, lengths: &[usize]) -> Buffer {
+pub(crate) fn frames(x: &ArrayRef3<f32>, lengths: &[usize]) -> Buffer {
     let mut frames = Buffer::uninit((lengths.iter().sum(), x.dim().2));
     let mut first = 0;
     for (x, &length) in x.outer_iter().zip(lengths) {
@@ -266,9 +266,9 @@ fn frames(x: &ArrayRef3<f32>, lengths: &[usize]) -> Buffer {
 }
 
 /// The other way round: zero past the end of each sequence.
-fn padded(frames: &Array2<f32>, cache: &TrainCache) -> Array3<f32> {
-    let mut x = Array3::zeros((cache.lengths.len(), cache.l, frames.ncols()));
-    for (mut x, span) in x.outer_iter_mut().zip(cache.spans().iter()) {
+pub(crate) fn padded(frames: &Array2<f32>, spans: &Spans, l: usize) -> Array3<f32> {
+    let mut x = Array3::zeros((spans.len(), l, frames.ncols()));
+    for (mut x, span) in x.outer_iter_mut().zip(spans.iter()) {
         x.slice_mut(s![..span.len(), ..]).assign(&frames.slice(s![span.clone(), ..]));
     }
     x

@@ -6,13 +6,13 @@ use std::path::Path;
 use ndarray::{ArrayViewD, ArrayViewMutD};
 use serde::{Deserialize, Serialize};
 
-use super::{Normalization, Predictor, Task, parameters};
+use super::{Differences, Normalization, Predictor, PredictorOptions, Task};
 use crate::encoder::check_size;
 use crate::files::saved::{self, entry, fill};
 use crate::files::tensors::{Source, Tensors};
 use crate::files::{Target, header};
 use crate::train::views;
-use crate::{HymbaOptions, Result};
+use crate::{HymbaOptions, Pooling, Result, Stem};
 
 /// In front of `_mean` and `_scale`, in files.
 const INPUT: &str = "input";
@@ -20,11 +20,26 @@ const OUTPUT: &str = "output";
 
 /// The metadata entry of a saved predictor.
 #[derive(Serialize, Deserialize)]
-struct Saved {
+pub(super) struct Saved {
     version: u32,
     options: HymbaOptions,
     /// Not there in the file of an encoder.
     task: Option<Task>,
+    #[serde(default, skip_serializing_if = "is_default")]
+    normalize_series: bool,
+    #[serde(default, skip_serializing_if = "is_default")]
+    differences: Differences,
+    #[serde(default, skip_serializing_if = "is_default")]
+    stem: Option<Stem>,
+    #[serde(default, skip_serializing_if = "is_default")]
+    bidirectional: bool,
+    #[serde(default, skip_serializing_if = "is_default")]
+    pooling: Pooling,
+}
+
+/// What old files do not have is not written where it is as it was.
+fn is_default<T: Default + PartialEq>(value: &T) -> bool {
+    *value == T::default()
 }
 
 impl Predictor {
@@ -52,9 +67,15 @@ impl Predictor {
     }
 
     fn write(&self, target: Target) -> Result<()> {
-        let (options, task) = (self.options().clone(), Some(self.task.clone()));
-        let saved = Saved { version: saved::VERSION, options, task };
-        saved::write(target, &saved, &self.tensors())
+        saved::write(target, &self.saved(), &self.tensors())
+    }
+
+    /// The metadata entry.
+    pub(super) fn saved(&self) -> Saved {
+        let PredictorOptions { encoder: options, normalize_series, differences, stem, bidirectional, pooling } =
+            self.options.clone();
+        let (version, task) = (saved::VERSION, Some(self.task.clone()));
+        Saved { version, options, task, normalize_series, differences, stem, bidirectional, pooling }
     }
 
     /// What [`save`](Self::save) would write to a file.
@@ -108,22 +129,34 @@ impl Predictor {
 
     fn read(source: Source) -> Result<Predictor> {
         let (mut tensors, saved) = header::read(source)?;
-        let Saved { options, task, .. } = entry(saved, &tensors)?;
+        let mut predictor = Self::with_saved(entry(saved, &tensors)?, &tensors)?;
+        fill(&mut tensors, &mut |f| predictor.visit_tensors_mut(f))?;
+        predictor.finish_reading(&tensors)?;
+        Ok(predictor)
+    }
+
+    /// A predictor of zeros for what the file has.
+    pub(super) fn with_saved(saved: Saved, tensors: &Tensors) -> Result<Predictor> {
+        let Saved { options: encoder, task, normalize_series, differences, stem, bidirectional, pooling, .. } = saved;
+        let options = PredictorOptions { encoder, normalize_series, differences, stem, bidirectional, pooling };
         let Some(task) = task else {
             return Err(tensors.error(
                 "it holds an encoder without a head: read it with Hymba::load, and put a head on it with \
                  Predictor::with_encoder",
             ));
         };
-        let mut predictor = Predictor::with_room_for(&tensors, options, task)?;
-        fill(&mut tensors, &mut |f| predictor.visit_tensors_mut(f))?;
-        predictor.check_normalizations(&tensors)?;
-        predictor.salt_encoder();
-        Ok(predictor)
+        Predictor::with_room_for(tensors, options, task)
+    }
+
+    /// Once every tensor has been read.
+    pub(super) fn finish_reading(&mut self, tensors: &Tensors) -> Result<()> {
+        self.check_normalizations(tensors)?;
+        self.salt_encoder();
+        Ok(())
     }
 
     /// What is saved: parameters and normalizations.
-    fn tensors(&self) -> Vec<(String, ArrayViewD<'_, f32>)> {
+    pub(super) fn tensors(&self) -> Vec<(String, ArrayViewD<'_, f32>)> {
         let mut all = views(self);
         for (name, normalization) in [(INPUT, &self.input), (OUTPUT, &self.output)] {
             all.extend(normalization.iter().flat_map(|normalization| normalization.tensors(name)));
@@ -132,7 +165,7 @@ impl Predictor {
     }
 
     /// As [`tensors`](Self::tensors), for reading them.
-    fn visit_tensors_mut(&mut self, f: &mut dyn FnMut(&str, ArrayViewMutD<'_, f32>)) {
+    pub(super) fn visit_tensors_mut(&mut self, f: &mut dyn FnMut(&str, ArrayViewMutD<'_, f32>)) {
         self.visit_mut(f);
         for (name, normalization) in [(INPUT, &mut self.input), (OUTPUT, &mut self.output)] {
             let tensors = normalization.iter_mut().flat_map(|normalization| normalization.tensors_mut(name));
@@ -141,11 +174,12 @@ impl Predictor {
     }
 
     /// A predictor of zeros that has the normalizations of the file.
-    fn with_room_for(tensors: &Tensors, options: HymbaOptions, task: Task) -> Result<Self> {
+    fn with_room_for(tensors: &Tensors, options: PredictorOptions, task: Task) -> Result<Self> {
         task.validate().map_err(|error| tensors.error(error.to_string()))?;
-        check_size(&options, parameters(&options, &task), tensors)?;
+        check_size(&options.encoder, options.parameters(&task), tensors)?;
+        options.validate(&task).map_err(|error| tensors.error(error.to_string()))?;
         let has = |of: &str| ["mean", "scale"].iter().any(|part| tensors.shape(&format!("{of}_{part}")).is_some());
-        let input = has(INPUT).then(|| Normalization::zeros(options.embed_dim));
+        let input = has(INPUT).then(|| Normalization::zeros(options.features()));
         let output = (has(OUTPUT) && !task.is_classification()).then(|| Normalization::zeros(task.outputs()));
         Ok(Predictor { input, output, ..Predictor::zeros(options, task) })
     }

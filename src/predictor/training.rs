@@ -1,23 +1,30 @@
 //! The predictor in training: forward and backward pass.
 
+use std::ops::Range;
+
 use ndarray::{Array2, Array3, ArrayRef2, ArrayRef3, ArrayView3, Axis, s};
 
-use super::{Predictor, rows};
+use super::front::reversed;
+use super::reader::{ReaderCache, full};
+use super::{FrontCache, Predictor, PredictorOptions, REVERSE, beside, rows};
 use crate::encoder::{Keeps, sequences};
 use crate::kernels::team::Team;
-use crate::{Error, Result, TrainCache};
+use crate::{Error, HymbaOptions, Result};
 
 /// What [`Predictor::backward`] reads of a forward pass.
 #[derive(Debug)]
 pub struct PredictorCache {
-    encoder: TrainCache,
-    /// Input of the head, `[rows, h]`.
-    hidden: Array2<f32>,
+    front: FrontCache,
+    reader: ReaderCache,
+    reverse: Option<ReaderCache>,
+    /// Of what the encoder has read.
+    tokens: Option<Vec<usize>>,
+    /// Input of the head, `[rows, p]`.
+    pooled: Array2<f32>,
     /// `[b, l, c]`, of which l is 1 where only last frames were asked for.
     outputs: (usize, usize, usize),
     /// The frames of each sequence that have an output, if not all have.
     lengths: Option<Vec<usize>>,
-    frame_wise: bool,
 }
 
 impl PredictorCache {
@@ -119,18 +126,22 @@ impl Predictor {
         seed: u64,
         frame_wise: bool,
     ) -> Result<(Array3<f32>, PredictorCache)> {
-        let more = self.options().embed_dim + 2 * self.task.outputs();
-        self.encoder.check_batch(x, lengths, Keeps::Cache, more)?;
-        let x = self.normalized(x);
-        let (hidden, encoder) = if frame_wise {
-            self.encoder.forward_sequence_train(&x, lengths, seed)?
-        } else {
-            let (last, cache) = self.encoder.forward_train(&x, lengths, seed)?;
-            (last.insert_axis(Axis(1)), cache)
-        };
+        if frame_wise {
+            self.options.check_frame_wise()?;
+        }
+        let batch = x.dim().0;
+        let (x, tokens, front) = self.enter(x, lengths, Keeps::Cache)?;
+        let (mut pooled, reader) = self.reader.read_train(&x, tokens.as_deref(), seed, frame_wise)?;
+        let mut reverse = None;
+        if let Some(other) = &self.reverse {
+            let tokens = full(&x, tokens.as_deref());
+            let (more, cache) = other.read_train(&reversed(&x, &tokens), Some(&tokens), seed ^ REVERSE, false)?;
+            pooled = beside(&pooled, &more);
+            reverse = Some(cache);
+        }
         let lengths = lengths.filter(|_| frame_wise).map(<[usize]>::to_vec);
-        let (z, hidden) = self.apply_head(hidden);
-        let cache = PredictorCache { encoder, hidden, outputs: z.dim(), lengths, frame_wise };
+        let z = sequences(self.head.forward(&Team::alone(), pooled.view()).into_array(), batch);
+        let cache = PredictorCache { front, reader, reverse, tokens, pooled, outputs: z.dim(), lengths };
         Ok((z, cache))
     }
 
@@ -142,8 +153,15 @@ impl Predictor {
         grads: &mut Predictor,
     ) -> Result<Array3<f32>> {
         cache.check(dz.view())?;
-        let sizes = |of: &Predictor| (of.encoder.options().hidden_size, of.task.outputs());
-        if sizes(grads) != sizes(self) || cache.outputs.2 != self.task.outputs() {
+        let shape = |of: &Predictor| {
+            let encoder = HymbaOptions { dropout: 0.0, seed: 0, ..of.options.encoder.clone() };
+            (PredictorOptions { encoder, ..of.options.clone() }, of.task.outputs())
+        };
+        if shape(grads) != shape(self)
+            || cache.outputs.2 != self.task.outputs()
+            || cache.pooled.ncols() != self.options.head_inputs()
+            || cache.reverse.is_some() != self.reverse.is_some()
+        {
             let advice = "grads or the cache is of a predictor of another size; make grads with zeros_like";
             return Err(Error::State(advice.into()));
         }
@@ -153,22 +171,17 @@ impl Predictor {
         let dz = rows(dz);
         // kept only if the encoder takes its part, too
         let mut dhead = grads.head.clone();
-        let dhidden = self.head.backward(&Team::alone(), cache.hidden.view(), dz.view(), &mut dhead);
-        let mut dx = if cache.frame_wise {
-            let batch = cache.outputs.0;
-            self.encoder.backward_sequence(
-                &cache.encoder,
-                &sequences(dhidden.into_array(), batch),
-                &mut grads.encoder,
-            )?
-        } else {
-            self.encoder.backward(&cache.encoder, &dhidden, &mut grads.encoder)?
-        };
-        grads.head = dhead;
-        if let Some(input) = &self.input {
-            input.apply_backward(&mut dx);
+        let dpooled = self.head.backward(&Team::alone(), cache.pooled.view(), dz.view(), &mut dhead);
+        let width = self.reader.pool.width();
+        let part = |range: Range<usize>| dpooled.slice(s![.., range]).as_standard_layout().into_owned();
+        let mut dx = self.reader.backward(&cache.reader, part(0..width).view(), &mut grads.reader)?;
+        if let (Some(reverse), Some(of_reverse), Some(grad)) = (&self.reverse, &cache.reverse, &mut grads.reverse) {
+            let other = reverse.backward(of_reverse, part(width..2 * width).view(), grad)?;
+            let tokens = full(&dx, cache.tokens.as_deref());
+            dx += &reversed(&other, &tokens);
         }
-        Ok(dx)
+        grads.head = dhead;
+        Ok(self.enter_backward(&cache.front, dx, cache.tokens.as_deref(), grads))
     }
 
     fn rescaled_backward(&self, cache: &PredictorCache, dy: ArrayView3<f32>) -> Result<Array3<f32>> {

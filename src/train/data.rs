@@ -9,7 +9,7 @@ use rand::SeedableRng;
 use rand::seq::SliceRandom;
 
 use crate::layers::Rng;
-use crate::{Error, Normalization, Result, Task};
+use crate::{Error, Normalization, Predictor, Result, Task};
 
 /// Series of any lengths, and what is to be learned of each.
 ///
@@ -210,7 +210,7 @@ impl Dataset {
         Ok((self.subset(&train), self.subset(&validation)))
     }
 
-    pub(super) fn split_indices(&self, fraction: f32, seed: u64) -> Result<(Vec<usize>, Vec<usize>)> {
+    pub(crate) fn split_indices(&self, fraction: f32, seed: u64) -> Result<(Vec<usize>, Vec<usize>)> {
         if !(fraction > 0.0 && fraction < 1.0) {
             return Err(Error::Option {
                 option: "validation_fraction",
@@ -244,7 +244,7 @@ impl Dataset {
         Ok((train, validation))
     }
 
-    fn subset(&self, indices: &[usize]) -> Dataset {
+    pub(crate) fn subset(&self, indices: &[usize]) -> Dataset {
         let pick = |of: &[Array2<f32>]| indices.iter().map(|&i| of[i].clone()).collect();
         let targets = match &self.targets {
             Targets::Classes(all) => Targets::Classes(indices.iter().map(|&i| all[i]).collect()),
@@ -335,9 +335,10 @@ impl Dataset {
         Batch { x: padded(&self.series, indices), lengths, targets, counts }
     }
 
-    /// Fitted to the frames of some series.
-    pub(super) fn input_normalization(&self, indices: &[usize]) -> Normalization {
-        Normalization::fit(self.width(), indices.iter().map(|&i| self.series[i].view()))
+    /// Fitted to the frames of some series, in the form in which `predictor` sees them.
+    pub(super) fn input_normalization(&self, indices: &[usize], predictor: &Predictor) -> Normalization {
+        let formed: Vec<_> = indices.iter().map(|&i| predictor.formed(&self.series[i])).collect();
+        Normalization::fit(predictor.predictor_options().features(), formed.iter().map(|series| series.view()))
     }
 
     /// Fitted to the targets of some series; `None` for a classification.

@@ -307,7 +307,8 @@ impl Trainer {
 impl State {
     fn new(mut predictor: Predictor, train: &Part, options: &TrainerOptions, steps: u64) -> Result<Self> {
         if options.normalize && predictor.input_normalization().is_none() {
-            predictor.set_input_normalization(Some(train.data.input_normalization(&train.indices)))?;
+            let normalization = train.data.input_normalization(&train.indices, &predictor);
+            predictor.set_input_normalization(Some(normalization))?;
         }
         if options.normalize && predictor.output_normalization().is_none() {
             predictor.set_output_normalization(train.data.output_normalization(&train.indices))?;

@@ -112,7 +112,7 @@ impl AdamWOptions {
     }
 
     /// The decay of a parameter. Without a pattern that fits its name, it is `weight_decay` for matrices and 0 for biases,
-    /// norms and all else of a single axis, for meta tokens, meta keys and meta values, and for `a_log`, whose 0 is no neutral
+    /// norms and all else of a single axis, for meta tokens, meta keys, meta values and queries of pooling, and for `a_log`, whose 0 is no neutral
     /// value.
     ///
     /// ```
@@ -128,7 +128,7 @@ impl AdamWOptions {
             return *decay;
         }
         let last = name.rsplit('.').next().unwrap_or(name);
-        let decays = shape.len() >= 2 && !["meta_tokens", "meta_k", "meta_v", "a_log"].contains(&last);
+        let decays = shape.len() >= 2 && !["meta_tokens", "meta_k", "meta_v", "a_log", "queries"].contains(&last);
         if decays { self.weight_decay } else { 0.0 }
     }
 
