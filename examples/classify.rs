@@ -22,8 +22,8 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use hymba::ndarray::Array2;
-use hymba::train::{Dataset, EpochMetrics, Progress, Targets, Trained, Trainer, TrainerOptions};
-use hymba::{Error as HymbaError, HymbaOptions, Predictor, Task, argmax};
+use hymba::train::{Augmentation, Dataset, EpochMetrics, Progress, Targets, Trained, Trainer, TrainerOptions};
+use hymba::{Differences, Error as HymbaError, Pooling, Predictor, PredictorOptions, Stem, Task, argmax};
 use indicatif::{ProgressBar, ProgressStyle};
 
 #[path = "support/classes.rs"]
@@ -39,28 +39,32 @@ mod ts;
 
 use confusion::Confusion;
 
-/// Steps of the optimiser that a training takes unless `--epochs` says something else, within these epochs.
-const STEPS: usize = 1000;
-/// Frames, padding not included, after which it is enough all the same: about ten minutes of the default model on two cores.
-const FRAMES: usize = 4_000_000;
-const FEWEST_EPOCHS: usize = 20;
-const MOST_EPOCHS: usize = 300;
-/// Frames of a batch, padding included. Batches of longer series are computed in pieces.
-const BATCH_FRAMES: usize = 8192;
 /// Series predicted together.
 const BATCH: usize = 32;
 
 const USAGE: &str = "usage: classify [TRAIN.ts TEST.ts] [options]
+What no option sets follows from the training series: see PredictorOptions and TrainerOptions::recommended_for.
   --seed N            of weights, dropout and order (0)
-  --epochs N          how often each series is seen (20 to 300: for 1000 steps, or 4 million frames)
-  --hidden N          hidden_size (256)
-  --layers N          num_layers (4)
-  --heads N           num_heads (4)
-  --window N          window_size (the longest series of both files)
-  --dropout X         between blocks (0.1)
-  --learning-rate X   the highest one (0.001)
-  --batch N           series in a step (16)
+  --epochs N          how often each series is seen
+  --hidden N          hidden_size
+  --layers N          num_layers
+  --heads N           num_heads
+  --window N          window_size
+  --dropout X         of what branches and FFN add
+  --pooling P         last, mean, max, or a number of attention queries
+  --stride N          frames to a token of the stem; 0 for no stem
+  --widths N,N,...    frames that the stem's convolutions look at
+  --channels N        features of each convolution of the stem
+  --directions N      1, or 2 for a second encoder that reads from the end
+  --differences D     none, only, or beside: of each frame to the one before
+  --normalize-series  each series to mean 0 and variance 1
+  --learning-rate X   the highest one
+  --weight-decay X    decay of the matrices
+  --batch N           series in a step
+  --average X         what a moving average of the weights keeps in a step; 0 for none
+  --slice X --jitter X --scale X --warp X --mixup X     augmentations by their numbers; 0 for none
   --validation X      share of the training series that only picks the best epoch (0)
+  --folds K           K times trains on all but one in K of the training series, and measures on these; no test
   --out DIR           for model, pictures and checkpoint (target/classify/<name of the data>)
   --resume            goes on where a training with the same options was interrupted
   --restart           begins anew although there is one to go on with";
@@ -102,9 +106,11 @@ fn run() -> Result<bool, Box<dyn Error>> {
     let out = arguments.out.clone().unwrap_or_else(|| default_folder(&name, &arguments.train));
     std::fs::create_dir_all(&out).map_err(|error| format!("{}: {error}", out.display()))?;
 
+    if let Some(folds) = arguments.folds {
+        return cross_validate(&arguments, &task, &train, folds);
+    }
     let start = Instant::now();
-    let longest = train.longest().max(test.longest());
-    let model = arguments.model(train.width(), longest);
+    let model = arguments.model(&train);
     let trained = fit(&arguments, model, &task, &train, &out.join("checkpoint"))?;
     println!(
         "trained for {} ({}), kept epoch {} of {}",
@@ -140,9 +146,20 @@ struct Arguments {
     heads: Option<usize>,
     window: Option<usize>,
     dropout: Option<f32>,
+    pooling: Option<Pooling>,
+    stride: Option<usize>,
+    widths: Option<Vec<usize>>,
+    channels: Option<usize>,
+    directions: Option<usize>,
+    differences: Option<Differences>,
+    normalize_series: bool,
     learning_rate: Option<f32>,
+    weight_decay: Option<f32>,
     batch: Option<usize>,
+    average: Option<f32>,
+    augmentations: Vec<(String, f32)>,
     validation: f32,
+    folds: Option<usize>,
     out: Option<PathBuf>,
     resume: bool,
     restart: bool,
@@ -167,6 +184,33 @@ impl Arguments {
                 "--heads" => parsed.heads = Some(number(&argument, &value()?)?),
                 "--window" => parsed.window = Some(number(&argument, &value()?)?),
                 "--dropout" => parsed.dropout = Some(number(&argument, &value()?)?),
+                "--pooling" => parsed.pooling = Some(pooling(&value()?)?),
+                "--stride" => parsed.stride = Some(number(&argument, &value()?)?),
+                "--widths" => {
+                    let widths = value()?.split(',').map(|width| number(&argument, width)).collect::<Result<_, _>>()?;
+                    parsed.widths = Some(widths);
+                }
+                "--channels" => parsed.channels = Some(number(&argument, &value()?)?),
+                "--directions" => match number(&argument, &value()?)? {
+                    directions @ 1..=2 => parsed.directions = Some(directions),
+                    other => return Err(format!("--directions is 1 or 2, found {other}")),
+                },
+                "--differences" => {
+                    parsed.differences = Some(match value()?.as_str() {
+                        "none" => Differences::None,
+                        "only" => Differences::Only,
+                        "beside" => Differences::Beside,
+                        other => return Err(format!("--differences is none, only or beside, found {other:?}")),
+                    });
+                }
+                "--normalize-series" => parsed.normalize_series = true,
+                "--weight-decay" => parsed.weight_decay = Some(number(&argument, &value()?)?),
+                "--average" => parsed.average = Some(number(&argument, &value()?)?),
+                "--slice" | "--jitter" | "--scale" | "--warp" | "--mixup" => {
+                    let amount = number(&argument, &value()?)?;
+                    parsed.augmentations.push((argument, amount));
+                }
+                "--folds" => parsed.folds = Some(number(&argument, &value()?)?),
                 "--learning-rate" => parsed.learning_rate = Some(number(&argument, &value()?)?),
                 "--batch" => parsed.batch = Some(number(&argument, &value()?)?),
                 "--validation" => parsed.validation = number(&argument, &value()?)?,
@@ -185,35 +229,101 @@ impl Arguments {
         Ok(Some(parsed))
     }
 
-    fn model(&self, width: usize, longest: usize) -> HymbaOptions {
-        let mut options = HymbaOptions::recommended(width).window_size(longest).seed(self.seed);
-        options.hidden_size = self.hidden.unwrap_or(options.hidden_size);
-        options.num_layers = self.layers.unwrap_or(options.num_layers);
-        options.num_heads = self.heads.unwrap_or(options.num_heads);
-        options.window_size = self.window.unwrap_or(options.window_size);
-        options.dropout = self.dropout.unwrap_or(options.dropout);
+    fn model(&self, train: &Dataset) -> PredictorOptions {
+        let mut options = PredictorOptions::recommended_for(train);
+        let encoder = &mut options.encoder;
+        encoder.seed = self.seed;
+        encoder.hidden_size = self.hidden.unwrap_or(encoder.hidden_size);
+        encoder.num_layers = self.layers.unwrap_or(encoder.num_layers);
+        encoder.num_heads = self.heads.unwrap_or(encoder.num_heads);
+        encoder.window_size = self.window.unwrap_or(encoder.window_size);
+        encoder.dropout = self.dropout.unwrap_or(encoder.dropout);
+        match self.stride {
+            Some(0) => options.stem = None,
+            Some(stride) => options.stem = Some(Stem::new(stride)),
+            None => {}
+        }
+        if let Some(stem) = &mut options.stem {
+            stem.widths = self.widths.clone().unwrap_or_else(|| stem.widths.clone());
+            stem.channels = self.channels.unwrap_or(stem.channels);
+        }
+        options.pooling = self.pooling.unwrap_or(options.pooling);
+        options.bidirectional = self.directions.map_or(options.bidirectional, |directions| directions == 2);
+        options.differences = self.differences.unwrap_or(options.differences);
+        options.normalize_series |= self.normalize_series;
         options
     }
 
-    fn training(&self, train: &Dataset, checkpoint: &Path) -> TrainerOptions {
-        let usual = TrainerOptions::default();
-        let wanted = self.batch.unwrap_or(usual.batch_size);
-        let fitting = (BATCH_FRAMES / train.longest()).max(1);
-        let pieces =
-            (1..=wanted).find(|pieces| wanted.is_multiple_of(*pieces) && wanted / pieces <= fitting).unwrap_or(1);
-        let steps = train.num_series().div_ceil(wanted.max(1));
-        let frames = train.series().iter().map(|series| series.nrows()).sum::<usize>();
-        let epochs = STEPS.div_ceil(steps).min(FRAMES / frames.max(1)).clamp(FEWEST_EPOCHS, MOST_EPOCHS);
-        let learning_rate = self.learning_rate.unwrap_or(usual.learning_rate);
-        usual
+    fn training(&self, train: &Dataset) -> TrainerOptions {
+        let usual = TrainerOptions::recommended_for(train);
+        let epochs = usual.epochs;
+        let (rate, average) = (usual.learning_rate, self.average.or(usual.average).filter(|average| *average != 0.0));
+        let mut options = usual
             .epochs(self.epochs.unwrap_or(epochs))
-            .batch_size(wanted / pieces)
-            .accumulation(pieces)
-            .learning_rate(learning_rate)
+            .learning_rate(self.learning_rate.unwrap_or(rate))
+            .average(average)
             .validation_fraction(self.validation)
-            .seed(self.seed)
-            .checkpoint(checkpoint)
+            .seed(self.seed);
+        if let Some(decay) = self.weight_decay {
+            options = options.weight_decay(decay);
+        }
+        if let Some(batch) = self.batch {
+            options = options.batch_size(batch).accumulation(1);
+        }
+        for (name, amount) in &self.augmentations {
+            let (amount, same): (f32, fn(&Augmentation) -> bool) = (
+                *amount,
+                match name.as_str() {
+                    "--slice" => |augmentation| matches!(augmentation, Augmentation::Slice { .. }),
+                    "--jitter" => |augmentation| matches!(augmentation, Augmentation::Jitter { .. }),
+                    "--scale" => |augmentation| matches!(augmentation, Augmentation::Scale { .. }),
+                    "--warp" => |augmentation| matches!(augmentation, Augmentation::TimeWarp { .. }),
+                    _ => |augmentation| matches!(augmentation, Augmentation::Mixup { .. }),
+                },
+            );
+            options.augmentations.retain(|augmentation| !same(augmentation));
+            if amount != 0.0 {
+                options.augmentations.push(match name.as_str() {
+                    "--slice" => Augmentation::Slice { fraction: amount },
+                    "--jitter" => Augmentation::Jitter { deviation: amount },
+                    "--scale" => Augmentation::Scale { deviation: amount },
+                    "--warp" => Augmentation::TimeWarp { strength: amount },
+                    _ => Augmentation::Mixup { alpha: amount },
+                });
+            }
+        }
+        options
     }
+}
+
+fn pooling(text: &str) -> Result<Pooling, String> {
+    Ok(match text {
+        "last" => Pooling::Last,
+        "mean" => Pooling::Mean,
+        "max" => Pooling::Max,
+        queries => Pooling::Attention { queries: number("--pooling", queries)? },
+    })
+}
+
+/// Trains on some of the training series and measures on the others, `folds` times. Prints each accuracy and the mean.
+fn cross_validate(arguments: &Arguments, task: &Task, train: &Dataset, folds: usize) -> Result<bool, Box<dyn Error>> {
+    let (model, training) = (arguments.model(train), arguments.training(train));
+    let mut accuracies = Vec::new();
+    for fold in 0..folds as u64 {
+        let start = Instant::now();
+        let (part, rest) = train.split(1.0 / folds as f32, fold)?;
+        let seed = arguments.seed + fold;
+        let mut model = model.clone();
+        model.encoder.seed = seed;
+        let predictor = Predictor::build(model, task.clone())?;
+        let trained =
+            Trainer::new(predictor, training.clone().seed(seed))?.fit(&part, |_| ControlFlow::Continue(()))?;
+        let accuracy = test_with(&trained.predictor, &rest)?.accuracy();
+        println!("fold {fold}: {accuracy:.4} of {} in {}", rest.num_series(), time(start.elapsed()));
+        accuracies.push(accuracy);
+    }
+    println!("mean of {folds} folds: {:.4}", accuracies.iter().sum::<f32>() / folds.max(1) as f32);
+    Ok(true)
 }
 
 fn number<T: std::str::FromStr>(option: &str, text: &str) -> Result<T, String> {
@@ -242,12 +352,12 @@ fn read(path: &Path) -> Result<ts::Dataset, Box<dyn Error>> {
 /// Trains, from the start or from a checkpoint.
 fn fit(
     arguments: &Arguments,
-    model: HymbaOptions,
+    model: PredictorOptions,
     task: &Task,
     train: &Dataset,
     checkpoint: &Path,
 ) -> Result<Trained, Box<dyn Error>> {
-    let options = arguments.training(train, checkpoint);
+    let options = arguments.training(train).checkpoint(checkpoint);
     if arguments.restart && checkpoint.exists() {
         std::fs::remove_dir_all(checkpoint).map_err(|error| format!("{}: {error}", checkpoint.display()))?;
     }
@@ -295,7 +405,7 @@ fn fit(
         .into()),
         other => {
             let trained = other?;
-            if *trained.predictor.options() != model {
+            if *trained.predictor.predictor_options() != model {
                 println!("the model has the options it began with, not those given now");
             }
             Ok(trained)

@@ -12,7 +12,7 @@ use crate::kernels::team::{Team, with_team, work};
 use crate::layers::{Linear, Rng, Spans, StemCache, StridedConv};
 use crate::parameters::{Parameter, ParameterMut};
 use crate::train::Parameters;
-use crate::{Error, Hymba, HymbaOptions, Pooling, Result};
+use crate::{Error, Hymba, HymbaOptions, Inspection, Pooling, Result};
 
 mod ensemble;
 mod features;
@@ -317,6 +317,17 @@ impl Predictor {
             output.undo(&mut z);
         }
         z
+    }
+
+    /// What every block of the encoder does to x `[b, l, embed_dim]`: [`Hymba::inspect`] of what it reads of these frames, normalized and,
+    /// behind a stem, as tokens. Of both directions, that from the beginning.
+    ///
+    /// # Errors
+    ///
+    /// As [`Hymba::inspect`].
+    pub fn inspect(&self, x: &ArrayRef3<f32>) -> Result<Inspection> {
+        let (x, ..) = self.enter(x, None, Keeps::Inspection)?;
+        self.reader.encoder.inspect(&x)
     }
 
     /// What to predict.

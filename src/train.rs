@@ -30,12 +30,15 @@ use ndarray::{ArrayViewD, ArrayViewMutD};
 
 use crate::Hymba;
 
+mod augment;
 mod data;
 mod loss;
 mod optimizer;
+mod recommend;
 mod schedule;
 mod trainer;
 
+pub use augment::Augmentation;
 use data::cut;
 pub use data::{Dataset, Targets};
 pub use loss::{CrossEntropy, Loss, RegressionLoss};

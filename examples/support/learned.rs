@@ -4,7 +4,7 @@ use std::error::Error;
 use std::path::Path;
 
 use hymba::Predictor;
-use hymba::ndarray::{Array2, ArrayView2, Axis, s};
+use hymba::ndarray::{Array2, Axis, s};
 use hymba::train::{Dataset, EpochMetrics, Trained};
 
 use crate::picture::{self, BLUE, Chart, Charts, Corner, GREY, HeatMaps, ORANGE, Panel, Scale, Series, Shape};
@@ -85,25 +85,16 @@ fn inspect(predictor: &Predictor, test: &Dataset) -> Result<Seen, Box<dyn Error>
     let series = chosen.len();
     for frames in chosen {
         let frames = frames.slice(s![..frames.nrows().min(INSPECTED_FRAMES), ..]);
-        let frames = normalized(predictor, frames);
-        let inspection = predictor.encoder().inspect(&frames.view().insert_axis(Axis(0)))?;
+        let inspection = predictor.inspect(&frames.insert_axis(Axis(0)))?;
         for (i, block) in inspection.blocks.iter().enumerate() {
             let gate = block.gate.index_axis(Axis(0), 0);
             let weights = block.attention_weights.slice(s![0, .., .., ..k]); // [a, l, k]
-            let share = 1.0 / (series * frames.nrows()) as f32;
+            let share = 1.0 / (series * gate.nrows()) as f32;
             gates.row_mut(i).scaled_add(share, &gate.sum_axis(Axis(0)));
             meta[i].scaled_add(share, &weights.sum_axis(Axis(1)));
         }
     }
     Ok(Seen { series, gates, meta })
-}
-
-/// What the encoder of `predictor` sees of frames.
-fn normalized(predictor: &Predictor, frames: ArrayView2<f32>) -> Array2<f32> {
-    match predictor.input_normalization() {
-        Some(normalization) => (&frames - normalization.mean()) / normalization.scale(),
-        None => frames.to_owned(),
-    }
 }
 
 fn draw_gates(seen: &Seen, path: &Path) -> Result<(), Box<dyn Error>> {

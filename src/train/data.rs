@@ -8,6 +8,7 @@ use ndarray::{Array2, Array3, Axis, s};
 use rand::SeedableRng;
 use rand::seq::SliceRandom;
 
+use super::augment::{Augmentation, augmented, mix, share};
 use crate::layers::Rng;
 use crate::{Error, Normalization, Predictor, Result, Task};
 
@@ -57,6 +58,13 @@ pub(super) struct Batch {
     pub targets: BatchTargets,
     /// How many targets of each row count.
     pub counts: Vec<usize>,
+}
+
+/// Targets of which a batch has a part, too: those of the series that its own are mixed with.
+pub(super) struct Mixed {
+    /// What is left to the own targets.
+    pub share: f32,
+    pub targets: BatchTargets,
 }
 
 /// Targets of every frame, or of one.
@@ -333,6 +341,30 @@ impl Dataset {
         };
         let counts = if self.task.is_frame_wise() { lengths.clone() } else { vec![1; lengths.len()] };
         Batch { x: padded(&self.series, indices), lengths, targets, counts }
+    }
+
+    /// As [`batch`](Self::batch), with series that are changed at random, and the targets of those they are mixed with.
+    pub(super) fn augmented_batch(
+        &self,
+        indices: &[usize],
+        augmentations: &[Augmentation],
+        rng: &mut Rng,
+    ) -> (Batch, Option<Mixed>) {
+        let batch = self.batch(indices);
+        if augmentations.is_empty() {
+            return (batch, None);
+        }
+        let mut series: Vec<_> = indices.iter().map(|&i| augmented(&self.series[i], augmentations, rng)).collect();
+        let mixed = share(augmentations, rng).map(|share| {
+            let mut others: Vec<_> = (0..indices.len()).collect();
+            others.shuffle(rng);
+            series = mix(&series, &others, share);
+            let others: Vec<_> = others.into_iter().map(|other| indices[other]).collect();
+            Mixed { share, targets: self.batch(&others).targets }
+        });
+        let all: Vec<_> = (0..series.len()).collect();
+        let lengths = series.iter().map(Array2::nrows).collect();
+        (Batch { x: padded(&series, &all), lengths, ..batch }, mixed)
     }
 
     /// Fitted to the frames of some series, in the form in which `predictor` sees them.

@@ -185,11 +185,13 @@ impl<P: Parameters> AdamW<P> {
         let pieces =
             tensors.flat_map(|((((name, parameter), (_, gradient)), (_, first)), (_, second))| {
                 let decay = self.options.decay_of(&name, parameter.shape());
-                let keep = (1.0 - f64::from(learning_rate) * f64::from(decay)) as f32;
+                let factor = self.options.factor_of(&name);
+                let keep = (1.0 - f64::from(learning_rate * factor) * f64::from(decay)) as f32;
+                let rate = update.rate * factor;
                 let [parameter, gradient, first, second] = [parameter, gradient, first, second]
                     .map(|array| array.into_slice().expect("checked above").chunks_mut(GROUP));
                 parameter.zip(gradient).zip(first).zip(second).map(move |(((parameter, gradient), first), second)| {
-                    Piece { keep, parameter, gradient, first, second }
+                    Piece { keep, rate, parameter, gradient, first, second }
                 })
             });
         let groups = groups(pieces, |piece| piece.parameter.len());
@@ -391,6 +393,8 @@ fn groups<T>(pieces: impl Iterator<Item = T>, len: impl Fn(&T) -> usize) -> Vec<
 struct Piece<'a> {
     /// What the decay leaves of the parameter.
     keep: f32,
+    /// η / (1 − β₁ᵗ), times the parameter's own factor.
+    rate: f32,
     parameter: &'a mut [f32],
     gradient: &'a mut [f32],
     first: &'a mut [f32],
@@ -425,13 +429,13 @@ impl Update {
 
     /// Everything in one pass: it is memory that takes the time.
     fn apply(&self, piece: Piece) {
-        let &Update { scale, beta1, beta2, epsilon, rate, root } = self;
+        let &Update { scale, beta1, beta2, epsilon, root, .. } = self;
         let moments = piece.first.iter_mut().zip(piece.second);
         for ((p, gradient), (m, v)) in piece.parameter.iter_mut().zip(piece.gradient).zip(moments) {
             let g = *gradient * scale;
             *m = beta1 * *m + (1.0 - beta1) * g;
             *v = beta2 * *v + (1.0 - beta2) * (g * g);
-            *p = *p * piece.keep - rate * *m / (v.sqrt() * root + epsilon);
+            *p = *p * piece.keep - piece.rate * *m / (v.sqrt() * root + epsilon);
             *gradient = 0.0;
         }
     }

@@ -4,10 +4,11 @@ use std::ops::ControlFlow;
 use std::path::Path;
 use std::time::Duration;
 
+use ndarray::Array3;
 use rand::{RngExt, SeedableRng};
 
-use super::data::Batch;
-use super::{AdamW, Dataset, Parameters, StepInfo, cut, views};
+use super::data::{Batch, Mixed};
+use super::{AdamW, Dataset, Parameters, StepInfo, cut, views, views_mut};
 use crate::layers::Rng;
 use crate::{Error, Predictor, Result};
 
@@ -79,6 +80,8 @@ enum Start {
 #[derive(Debug)]
 struct State {
     predictor: Predictor,
+    /// The moving average of its weights, if there is one: what is measured and kept.
+    average: Option<Predictor>,
     /// The predictor after the best epoch; the one at the start before there is any.
     best: Predictor,
     optimizer: AdamW<Predictor>,
@@ -166,7 +169,7 @@ impl Trainer {
     ///
     /// [`Error::Option`] if an option is outside its range; if there are no more `epochs` than are done; or if one of those differs
     /// that decide which series are validated on and what is measured: `seed`, `validation_fraction`, `label_smoothing`,
-    /// `class_weights` and `regression_loss`. Epochs could not be compared then.
+    /// `class_weights`, `regression_loss` and whether there is an `average`. Epochs could not be compared then.
     pub fn prolong(mut self, options: TrainerOptions) -> Result<Self> {
         options.validate()?;
         let Start::Resumed { state, prolonged, .. } = &mut self.start else {
@@ -204,7 +207,50 @@ impl Trainer {
     ///
     /// After that: [`Error::NotFinite`] names the step and the first parameter at fault when a loss or a gradient is not finite,
     /// and [`Error::Io`] says why a checkpoint could not be written. The last checkpoint is intact then.
-    pub fn fit(self, data: &Dataset, callback: impl FnMut(&Progress) -> ControlFlow<()>) -> Result<Trained> {
+    pub fn fit(self, data: &Dataset, mut callback: impl FnMut(&Progress) -> ControlFlow<()>) -> Result<Trained> {
+        self.fit_with(data, None, |progress, _| callback(progress))
+    }
+
+    /// As [`fit`](Self::fit), or with a set of its own to validate on as [`fit_with_validation`](Self::fit_with_validation), with a
+    /// callback that sees the predictor as well: as it is after the batch, or where there is an average of the weights, that. For a metric
+    /// of one's own, for instance.
+    ///
+    /// ```
+    /// use std::ops::ControlFlow;
+    ///
+    /// use hymba::ndarray::Array2;
+    /// use hymba::train::{Dataset, Targets, Trainer, TrainerOptions};
+    /// use hymba::{HymbaOptions, Predictor, Task, argmax};
+    ///
+    /// let task = Task::classify(["a", "b"]);
+    /// let data = Dataset::new(&task, vec![Array2::ones((9, 1)); 4], Targets::Classes(vec![0, 1, 0, 1]))?;
+    /// let predictor = Predictor::build(HymbaOptions::new(1).hidden_size(8).num_layers(1), task)?;
+    /// let mut rates_of_b = Vec::new();
+    /// Trainer::new(predictor, TrainerOptions::default().epochs(2))?.fit_with(&data, None, |progress, predictor| {
+    ///     if progress.finished.is_some()
+    ///         && let Ok((x, lengths)) = data.pad(&[1, 3])
+    ///         && let Ok(logits) = predictor.predict(&x, Some(&lengths))
+    ///     {
+    ///         rates_of_b.push(argmax(&logits).iter().filter(|class| **class == 1).count() as f32 / 2.0);
+    ///     }
+    ///     ControlFlow::Continue(())
+    /// })?;
+    /// assert_eq!(rates_of_b.len(), 2);
+    /// # Ok::<(), hymba::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// Those of [`fit`](Self::fit).
+    pub fn fit_with(
+        self,
+        data: &Dataset,
+        validation: Option<&Dataset>,
+        callback: impl FnMut(&Progress, &Predictor) -> ControlFlow<()>,
+    ) -> Result<Trained> {
+        if let Some(validation) = validation {
+            return self.run(Part::whole(data), Some(Part::whole(validation)), callback);
+        }
         let fraction = self.options.validation_fraction;
         if fraction == 0.0 {
             return self.run(Part::whole(data), None, callback);
@@ -222,16 +268,16 @@ impl Trainer {
         self,
         train: &Dataset,
         validation: &Dataset,
-        callback: impl FnMut(&Progress) -> ControlFlow<()>,
+        mut callback: impl FnMut(&Progress) -> ControlFlow<()>,
     ) -> Result<Trained> {
-        self.run(Part::whole(train), Some(Part::whole(validation)), callback)
+        self.fit_with(train, Some(validation), |progress, _| callback(progress))
     }
 
     fn run(
         self,
         train: Part,
         validation: Option<Part>,
-        mut callback: impl FnMut(&Progress) -> ControlFlow<()>,
+        mut callback: impl FnMut(&Progress, &Predictor) -> ControlFlow<()>,
     ) -> Result<Trained> {
         let Trainer { options, start } = self;
         let predictor = match &start {
@@ -289,17 +335,17 @@ impl Trainer {
             let Some(progress) = state.epoch(&train, &options, &clock, &mut gradient, &mut callback)? else {
                 break Stopped::Callback;
             };
-            let validation = validation.as_ref().map(|part| part.measure(&state.predictor, &options)).transpose()?;
+            let validation = validation.as_ref().map(|part| part.measure(state.current(), &options)).transpose()?;
             let progress = state.finish(progress, validation)?;
             if let Some(checkpoint) = &checkpoint {
                 checkpoint.write(&options, &state, fingerprint)?;
             }
-            if callback(&clock.at(progress)).is_break() {
+            if callback(&clock.at(progress), state.current()).is_break() {
                 break Stopped::Callback;
             }
         };
         let best_epoch = best_epoch(&state.history);
-        let predictor = if best_epoch == 0 { state.predictor } else { state.best };
+        let predictor = if best_epoch == 0 { state.average.unwrap_or(state.predictor) } else { state.best };
         Ok(Trained { predictor, best_epoch, history: state.history, stopped })
     }
 }
@@ -314,7 +360,23 @@ impl State {
             predictor.set_output_normalization(train.data.output_normalization(&train.indices))?;
         }
         let optimizer = AdamW::new(&predictor, options.optimizer(steps))?;
-        Ok(State { best: predictor.clone(), predictor, optimizer, history: Vec::new(), before_schedule: 0 })
+        let average = options.average.map(|_| predictor.clone());
+        Ok(State { best: predictor.clone(), predictor, average, optimizer, history: Vec::new(), before_schedule: 0 })
+    }
+
+    /// What is measured and kept.
+    fn current(&self) -> &Predictor {
+        self.average.as_ref().unwrap_or(&self.predictor)
+    }
+
+    /// Brings the average up to date after a step: average = keep · average + (1 − keep) · weights.
+    fn update_average(&mut self, decay: Option<f32>) {
+        let (Some(average), Some(decay)) = (&mut self.average, decay) else { return };
+        let steps = self.optimizer.steps() as f32;
+        let keep = decay.min((1.0 + steps) / (10.0 + steps));
+        for ((_, mut average), (_, weights)) in views_mut(average).into_iter().zip(views(&self.predictor)) {
+            average.zip_mut_with(&weights, |average, weight| *average += (1.0 - keep) * (weight - *average));
+        }
     }
 
     /// Learns from every series once. Returns where it stands, or `None` if the callback said stop.
@@ -324,7 +386,7 @@ impl State {
         options: &TrainerOptions,
         clock: &Clock,
         gradient: &mut Predictor,
-        callback: &mut impl FnMut(&Progress) -> ControlFlow<()>,
+        callback: &mut impl FnMut(&Progress, &Predictor) -> ControlFlow<()>,
     ) -> Result<Option<Progress>> {
         let epoch = self.history.len();
         let mut rng = Rng::seed_from_u64(options.seed);
@@ -356,12 +418,20 @@ impl State {
                 let learned = match left_out {
                     true => Ok(None),
                     false => self
-                        .learn(train.data.batch(&step[piece]), divisor, seed, options, &mut totals, gradient)
+                        .learn(
+                            train.augmented(&step[piece], options, &mut rng),
+                            divisor,
+                            seed,
+                            options,
+                            &mut totals,
+                            gradient,
+                        )
                         .and_then(|()| last.then(|| self.optimizer.step(&mut self.predictor, gradient)).transpose()),
                 };
                 match learned {
                     Ok(None) => {}
                     Ok(Some(StepInfo { learning_rate, gradient_norm, .. })) => {
+                        self.update_average(options.average);
                         norms += gradient_norm;
                         taken += 1;
                         progress.learning_rate = learning_rate;
@@ -377,7 +447,7 @@ impl State {
                 progress.batch += 1;
                 progress.train = totals.metrics(&self.predictor);
                 progress = clock.at(progress);
-                if callback(&progress).is_break() {
+                if callback(&progress, self.current()).is_break() {
                     return Ok(None);
                 }
             }
@@ -392,7 +462,7 @@ impl State {
     /// Adds the losses of a batch to `totals`, and the gradient of their sum divided by `divisor` to `gradient`.
     fn learn(
         &self,
-        batch: Batch,
+        (batch, mixed): (Batch, Option<Mixed>),
         divisor: f64,
         seed: u64,
         options: &TrainerOptions,
@@ -401,7 +471,16 @@ impl State {
     ) -> Result<()> {
         let frame_wise = self.predictor.task().is_frame_wise();
         let (z, cache) = self.predictor.run_train(&batch.x, Some(&batch.lengths), seed, frame_wise)?;
-        let (of_batch, dz) = score(&self.predictor, z, batch, options, Some(divisor))?;
+        let other = mixed.map(|Mixed { share, targets }| {
+            let Batch { counts, .. } = &batch;
+            let other = Batch { x: Array3::zeros((0, 0, 0)), lengths: Vec::new(), targets, counts: counts.clone() };
+            score(&self.predictor, z.clone(), other, options, Some(divisor)).map(|scored| (share, scored))
+        });
+        let (mut of_batch, mut dz) = score(&self.predictor, z, batch, options, Some(divisor))?;
+        if let Some((share, (of_other, dz_of_other))) = other.transpose()? {
+            of_batch = of_batch.mixed(&of_other, share);
+            dz.zip_mut_with(&dz_of_other, |dz, other| *dz = *dz * share + other * (1.0 - share));
+        }
         let loss = of_batch.metrics(&self.predictor).loss;
         if !loss.is_finite() {
             return Err(self.not_finite(&format!("the loss is {loss}")));
@@ -423,7 +502,7 @@ impl State {
         }
         self.history.push(epoch.clone());
         if best_epoch(&self.history) == self.history.len() {
-            self.best = self.predictor.clone();
+            self.best = self.current().clone();
         }
         Ok(Progress { finished: Some(epoch), ..progress })
     }

@@ -14,6 +14,7 @@ use crate::{Error, Result};
 /// | `epsilon` | 1e-8 | > 0 | keeps small gradients from large steps |
 /// | `weight_decay` | 0.01 | ≥ 0 | decay of the matrices: a step multiplies by 1 − rate·decay |
 /// | `weight_decay_for` | none | ≥ 0, at most 256 of them | decay of parameters by name |
+/// | `rate_for` | none | 0 to 1000, at most 256 of them | factor of the learning rate of parameters by name; 0 freezes them |
 /// | `clip_norm` | none | > 0 | the largest norm a gradient keeps |
 ///
 /// Nothing is checked until [`validate`](Self::validate), which [`AdamW::new`](super::AdamW::new) calls.
@@ -40,6 +41,9 @@ pub struct AdamWOptions {
     pub weight_decay: f32,
     /// Pattern and decay, the last that fits wins.
     pub weight_decay_for: Vec<(String, f32)>,
+    /// Pattern and factor of the learning rate, the last that fits wins.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub rate_for: Vec<(String, f32)>,
     /// The largest norm a gradient keeps.
     pub clip_norm: Option<f32>,
 }
@@ -52,13 +56,14 @@ impl Default for AdamWOptions {
             epsilon: 1e-8,
             weight_decay: 0.01,
             weight_decay_for: Vec::new(),
+            rate_for: Vec::new(),
             clip_norm: None,
         }
     }
 }
 
 impl AdamWOptions {
-    /// Most patterns of [`weight_decay_for`](Self::weight_decay_for), and most bytes of one. They may come from a file.
+    /// Most patterns of [`weight_decay_for`](Self::weight_decay_for) and [`rate_for`](Self::rate_for), and most bytes of one. They may come from a file.
     const MAX_PATTERNS: usize = 256;
 
     /// Sets a constant learning rate.
@@ -103,6 +108,27 @@ impl AdamWOptions {
     pub fn weight_decay_for(mut self, pattern: impl Into<String>, weight_decay: f32) -> Self {
         self.weight_decay_for.push((pattern.into(), weight_decay));
         self
+    }
+
+    /// Sets a factor of the learning rate of the parameters whose names fit `pattern`, in which `*` stands for any text. A factor of 0
+    /// freezes them: they stay as they are, to the bit. Of several patterns that fit, the last one counts.
+    ///
+    /// ```
+    /// use hymba::train::AdamWOptions;
+    ///
+    /// // a new head on a trained encoder: the encoder is left alone, but for its last norm
+    /// let options = AdamWOptions::default().rate_for("*", 0.0).rate_for("head.*", 1.0).rate_for("final_norm.*", 0.1);
+    /// assert_eq!(options.factor_of("blocks.0.gate.weight"), 0.0);
+    /// assert_eq!((options.factor_of("head.weight"), options.factor_of("final_norm.bias")), (1.0, 0.1));
+    /// ```
+    pub fn rate_for(mut self, pattern: impl Into<String>, factor: f32) -> Self {
+        self.rate_for.push((pattern.into(), factor));
+        self
+    }
+
+    /// The factor of a parameter's learning rate: 1 without a pattern that fits its name.
+    pub fn factor_of(&self, name: &str) -> f32 {
+        self.rate_for.iter().rfind(|(pattern, _)| fits(pattern, name)).map_or(1.0, |(_, factor)| *factor)
     }
 
     /// Sets the largest norm a gradient keeps: a longer one, all parameters taken together, is scaled down to it.
@@ -169,6 +195,18 @@ impl AdamWOptions {
             if !(*decay >= 0.0 && decay.is_finite()) {
                 let given = format!("({pattern:?}, {decay})");
                 return bad("weight_decay_for", given, "each decay must be finite and 0 or more");
+            }
+        }
+        if self.rate_for.len() > Self::MAX_PATTERNS {
+            return bad("rate_for", format!("{} patterns", self.rate_for.len()), "at most 256 are allowed");
+        }
+        for (pattern, factor) in &self.rate_for {
+            if pattern.len() > Self::MAX_PATTERNS {
+                return bad("rate_for", "a long pattern".into(), "a pattern has at most 256 bytes");
+            }
+            if !(0.0..=1000.0).contains(factor) {
+                let given = format!("({pattern:?}, {factor})");
+                return bad("rate_for", given, "each factor must be from 0 to 1000; 0 freezes");
             }
         }
         match self.clip_norm {

@@ -1,6 +1,7 @@
 //! A training in a folder: `training.json`, and the files of predictors and of the optimiser that it goes with.
 //!
-//! The predictor after epoch e is `model-e.safetensors`, the optimiser `optimizer-e.safetensors`. `training.json` is written
+//! The predictor after epoch e is `model-e.safetensors`, the optimiser `optimizer-e.safetensors`, the moving average of the weights,
+//! if there is one, `average-e.safetensors`. `training.json` is written
 //! last and replaced in a single step: until then the files of the epoch before are what counts, and only after that they
 //! are removed. Of models the last and the best are kept.
 
@@ -63,6 +64,7 @@ impl<'a> Checkpoint<'a> {
         let (epoch, best) = (state.history.len(), best_epoch(&state.history));
         state.predictor.save(self.model(epoch))?;
         state.optimizer.save(self.optimizer(epoch))?;
+        state.average.as_ref().map_or(Ok(()), |average| average.save(self.average(epoch)))?;
         let State { history, before_schedule, .. } = state;
         let saved = Saved { version: VERSION, options, data, history, before_schedule: *before_schedule };
         let path = self.folder.join(FILE);
@@ -71,7 +73,8 @@ impl<'a> Checkpoint<'a> {
             file.write_all(b"\n")
         })
         .map_err(|source| Error::io(&path, source))?;
-        self.clean(&[self.model(epoch), self.model(best), self.optimizer(epoch)]);
+        let [kept, best] = [epoch, best].map(|epoch| self.kept(options, epoch));
+        self.clean(&[self.model(epoch), self.optimizer(epoch), kept, best]);
         Ok(())
     }
 
@@ -124,15 +127,31 @@ impl<'a> Checkpoint<'a> {
         let (epoch, best) = (history.len(), best_epoch(&history));
         let predictor = Predictor::load(self.model(epoch))?;
         let optimizer = AdamW::load(self.optimizer(epoch), &predictor)?;
-        let best = if best == epoch { predictor.clone() } else { Predictor::load(self.model(best))? };
-        if (best.task(), best.options()) != (predictor.task(), predictor.options()) {
+        let average = options.average.map(|_| Predictor::load(self.average(epoch))).transpose()?;
+        let best = match best == epoch {
+            true => average.as_ref().unwrap_or(&predictor).clone(),
+            false => Predictor::load(self.kept(&options, best))?,
+        };
+        let same = |other: &Predictor| {
+            (other.task(), other.predictor_options()) == (predictor.task(), predictor.predictor_options())
+        };
+        if !same(&best) || !average.as_ref().is_none_or(same) {
             return Err(unusable("its models have different tasks or options"));
         }
-        Ok((options, State { predictor, best, optimizer, history, before_schedule }, data))
+        Ok((options, State { predictor, average, best, optimizer, history, before_schedule }, data))
     }
 
     fn model(&self, epoch: usize) -> PathBuf {
         self.folder.join(format!("model-{epoch}.safetensors"))
+    }
+
+    fn average(&self, epoch: usize) -> PathBuf {
+        self.folder.join(format!("average-{epoch}.safetensors"))
+    }
+
+    /// What would be the result if this were the best epoch.
+    fn kept(&self, options: &TrainerOptions, epoch: usize) -> PathBuf {
+        if options.average.is_some() { self.average(epoch) } else { self.model(epoch) }
     }
 
     fn optimizer(&self, epoch: usize) -> PathBuf {
@@ -140,10 +159,10 @@ impl<'a> Checkpoint<'a> {
     }
 }
 
-/// The e of `model-e.safetensors` or `optimizer-e.safetensors`; `None` for files that are not ours.
+/// The e of `model-e.safetensors`, `optimizer-e.safetensors` or `average-e.safetensors`; `None` for files that are not ours.
 fn epoch_of(path: &Path) -> Option<usize> {
     let name = name_of(path).strip_suffix(".safetensors")?;
-    let epoch = name.strip_prefix("model-").or_else(|| name.strip_prefix("optimizer-"))?;
+    let epoch = ["model-", "optimizer-", "average-"].iter().find_map(|prefix| name.strip_prefix(prefix))?;
     if epoch.bytes().all(|byte| byte.is_ascii_digit()) { epoch.parse().ok() } else { None }
 }
 

@@ -3,7 +3,8 @@
 use ndarray::{Array3, s};
 
 use super::{Metrics, TrainerOptions};
-use crate::train::data::{Batch, BatchTargets};
+use crate::layers::Rng;
+use crate::train::data::{Batch, BatchTargets, Mixed};
 use crate::train::{Dataset, cut};
 use crate::{Error, Predictor, Result, argmax};
 
@@ -55,6 +56,7 @@ impl<'a> Part<'a> {
                 "its frames have width {width}, and the predictor has embed_dim {embed_dim}"
             )));
         }
+        options.augmentations.iter().try_for_each(|augmentation| augmentation.check(self.data.task()))?;
         let batch = self.data.batch(&self.indices[..1]);
         let z = Array3::zeros((1, batch.counts[0], predictor.task().outputs()));
         score(predictor, z, batch, options, None)?;
@@ -66,6 +68,11 @@ impl<'a> Part<'a> {
             });
         }
         Ok(())
+    }
+
+    /// Some series as they are learned from.
+    pub fn augmented(&self, indices: &[usize], options: &TrainerOptions, rng: &mut Rng) -> (Batch, Option<Mixed>) {
+        self.data.augmented_batch(indices, &options.augmentations, rng)
     }
 
     /// The mean class weight of the targets; 1 without class weights.
@@ -107,6 +114,18 @@ impl Totals {
         self.plain_loss += other.plain_loss;
         self.right += other.right;
         self.count += other.count;
+    }
+
+    /// Of targets that are one's own by a share, and another's for the rest.
+    pub fn mixed(self, other: &Totals, share: f32) -> Totals {
+        let share = f64::from(share);
+        let mix = |own: f64, other: f64| own * share + other * (1.0 - share);
+        Totals {
+            loss: mix(self.loss, other.loss),
+            weight: mix(self.weight, other.weight),
+            plain_loss: mix(self.plain_loss, other.plain_loss),
+            ..self
+        }
     }
 
     pub fn metrics(&self, predictor: &Predictor) -> Metrics {

@@ -3,9 +3,11 @@
 use std::path::PathBuf;
 
 use ndarray::Array2;
-use serde::{Deserialize, Serialize};
+use serde::de::Error as _;
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use serde_json::{Map, Value};
 
-use crate::train::{AdamWOptions, CrossEntropy, RegressionLoss, Schedule};
+use crate::train::{AdamWOptions, Augmentation, CrossEntropy, RegressionLoss, Schedule};
 use crate::{Error, Result};
 
 /// How the learning rate falls after the warm-up.
@@ -32,11 +34,12 @@ pub enum Decay {
 /// | `learning_rate` | 0.001 | > 0 | the highest one |
 /// | `warm_up` | 0.1 | 0 ≤ share < 1 | share of all steps in which the rate climbs to it |
 /// | `decay` | cosine | | how it falls after that |
-/// | `weight_decay` | 0.01 | ≥ 0 | decay of the matrices |
-/// | `clip_norm` | 1 | > 0, or none | the largest norm a gradient keeps |
+/// | `adamw` | decay 0.01, gradients clipped to 1 | see [`AdamWOptions`] | how the optimiser steps, but for its schedule |
 /// | `label_smoothing` | 0.1 | 0 to 1 | of the cross-entropy, in a classification |
 /// | `class_weights` | none | ≥ 0, one a class | of the cross-entropy |
 /// | `regression_loss` | mean squared error | | the loss of a regression |
+/// | `augmentations` | none | see [`Augmentation`], at most 16 | what is done to series each time they are seen |
+/// | `average` | none | 0 < decay < 1, or none | exponential moving average of the weights |
 /// | `normalize` | yes | | fit input and output normalization to the training part where the predictor has none |
 /// | `skip_not_finite` | 0 | any | steps with a loss or gradient that is not finite to leave out before it is an error |
 /// | `validation_fraction` | 0 | 0 ≤ fraction < 1 | share of the series that is only measured on |
@@ -57,7 +60,7 @@ pub enum Decay {
 /// assert!(options.warm_up(1.0).validate().is_err());
 /// ```
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
+#[serde(remote = "Self", default, deny_unknown_fields)]
 #[non_exhaustive]
 pub struct TrainerOptions {
     /// How often every series is seen.
@@ -72,16 +75,18 @@ pub struct TrainerOptions {
     pub warm_up: f32,
     /// How the learning rate falls after that.
     pub decay: Decay,
-    /// Decay of the matrices.
-    pub weight_decay: f32,
-    /// The largest norm a gradient keeps.
-    pub clip_norm: Option<f32>,
+    /// How the optimiser steps. Its schedule is not used: it follows from `learning_rate`, `warm_up` and `decay`.
+    pub adamw: AdamWOptions,
     /// Label smoothing of the cross-entropy.
     pub label_smoothing: f32,
     /// Class weights of the cross-entropy.
     pub class_weights: Option<Vec<f32>>,
     /// The loss of a regression.
     pub regression_loss: RegressionLoss,
+    /// What is done to series each time they are seen.
+    pub augmentations: Vec<Augmentation>,
+    /// How much the moving average of the weights keeps in a step.
+    pub average: Option<f32>,
     /// Whether to fit input and output normalization on the training part where the predictor has none.
     pub normalize: bool,
     /// How many steps with a loss or gradient that is not finite to leave out before it is an error.
@@ -97,6 +102,28 @@ pub struct TrainerOptions {
     pub checkpoint: Option<PathBuf>,
 }
 
+impl Serialize for TrainerOptions {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        TrainerOptions::serialize(self, serializer)
+    }
+}
+
+impl<'de> Deserialize<'de> for TrainerOptions {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let mut fields = Map::deserialize(deserializer)?;
+        // in old files these two stand outside
+        for name in ["weight_decay", "clip_norm"] {
+            if let Some(old) = fields.remove(name) {
+                let adamw = serde_json::to_value(TrainerOptions::default().adamw).map_err(D::Error::custom)?;
+                if let Value::Object(adamw) = fields.entry("adamw").or_insert(adamw) {
+                    adamw.insert(name.into(), old);
+                }
+            }
+        }
+        TrainerOptions::deserialize(Value::Object(fields)).map_err(D::Error::custom)
+    }
+}
+
 impl Default for TrainerOptions {
     fn default() -> Self {
         TrainerOptions {
@@ -106,11 +133,12 @@ impl Default for TrainerOptions {
             learning_rate: 1e-3,
             warm_up: 0.1,
             decay: Decay::Cosine,
-            weight_decay: 0.01,
-            clip_norm: Some(1.0),
+            adamw: AdamWOptions::default().weight_decay(0.01).clip_norm(1.0),
             label_smoothing: 0.1,
             class_weights: None,
             regression_loss: RegressionLoss::MeanSquaredError,
+            augmentations: Vec::new(),
+            average: None,
             normalize: true,
             skip_not_finite: 0,
             validation_fraction: 0.0,
@@ -163,15 +191,28 @@ impl TrainerOptions {
         self
     }
 
+    /// Sets how the optimiser steps: betas, decay and learning rate by name, and so on. Its schedule is not used.
+    ///
+    /// ```
+    /// use hymba::train::{AdamWOptions, TrainerOptions};
+    ///
+    /// let frozen = AdamWOptions::default().clip_norm(1.0).rate_for("blocks.*", 0.0);
+    /// assert!(TrainerOptions::default().adamw(frozen).validate().is_ok());
+    /// ```
+    pub fn adamw(mut self, adamw: AdamWOptions) -> Self {
+        self.adamw = adamw;
+        self
+    }
+
     /// Sets the decay of the matrices; see [`AdamWOptions::decay_of`] for which these are.
     pub fn weight_decay(mut self, weight_decay: f32) -> Self {
-        self.weight_decay = weight_decay;
+        self.adamw.weight_decay = weight_decay;
         self
     }
 
     /// Sets the largest norm a gradient keeps, or `None` for any.
     pub fn clip_norm(mut self, clip_norm: impl Into<Option<f32>>) -> Self {
-        self.clip_norm = clip_norm.into();
+        self.adamw.clip_norm = clip_norm.into();
         self
     }
 
@@ -199,6 +240,21 @@ impl TrainerOptions {
     /// Sets the loss of a regression. With normalized targets its unit is their standard deviation.
     pub fn regression_loss(mut self, regression_loss: RegressionLoss) -> Self {
         self.regression_loss = regression_loss;
+        self
+    }
+
+    /// Sets what is done to the series of the training part each time they are seen, in this order. The loss on the training
+    /// part is then that on changed series.
+    pub fn augmentations(mut self, augmentations: impl Into<Vec<Augmentation>>) -> Self {
+        self.augmentations = augmentations.into();
+        self
+    }
+
+    /// Sets how much an exponential moving average of the weights keeps in a step, or `None` for no such average. The average is what
+    /// is validated and returned: it lies in the middle of what the last steps went back and forth between, and is often
+    /// better. After t steps no more than (1 + t) / (10 + t) is kept, so that it forgets the start.
+    pub fn average(mut self, decay: impl Into<Option<f32>>) -> Self {
+        self.average = decay.into();
         self
     }
 
@@ -267,6 +323,15 @@ impl TrainerOptions {
             let given = self.validation_fraction.to_string();
             return bad("validation_fraction", given, "it must be at least 0 and below 1; 0.2 is usual");
         }
+        // written so that NaN fails
+        if self.average.is_some_and(|decay| !(decay > 0.0 && decay < 1.0)) {
+            let given = format!("{:?}", self.average);
+            return bad("average", given, "it must be above 0 and below 1; 0.99 is usual for some hundred steps");
+        }
+        if self.augmentations.len() > Augmentation::MOST {
+            return bad("augmentations", self.augmentations.len().to_string(), "at most 16 are allowed");
+        }
+        self.augmentations.iter().try_for_each(Augmentation::validate)?;
         if self.patience == Some(0) {
             return bad("patience", "0".into(), "it must be at least 1; leave it out to train all epochs");
         }
@@ -291,6 +356,7 @@ impl TrainerOptions {
                 ("label_smoothing", format!("{:?}", options.label_smoothing)),
                 ("class_weights", format!("{:?}", options.class_weights)),
                 ("regression_loss", format!("{:?}", options.regression_loss)),
+                ("average", format!("{:?}", options.average.is_some())),
             ]
         };
         all(self).into_iter().zip(all(other)).find(|(own, other)| own != other).map(|(own, _)| own)
@@ -305,9 +371,7 @@ impl TrainerOptions {
         };
         let warm_up = (f64::from(self.warm_up) * steps as f64) as u64;
         let schedule = schedule.warm_up(warm_up.min(steps.saturating_sub(1)));
-        AdamWOptions { clip_norm: self.clip_norm, ..AdamWOptions::default() }
-            .schedule(schedule)
-            .weight_decay(self.weight_decay)
+        self.adamw.clone().schedule(schedule)
     }
 
     pub(super) fn cross_entropy(&self) -> CrossEntropy {

@@ -1,0 +1,105 @@
+//! Options that suit a data set: the defaults of the example `classify`.
+
+use super::{Augmentation, Dataset, TrainerOptions};
+use crate::{HymbaOptions, Pooling, PredictorOptions, Stem};
+
+/// Frames or tokens that an encoder reads of the longest series, at most.
+const TOKENS: usize = 64;
+/// The widest attention window.
+const WINDOW: usize = 256;
+/// Fewer features than this say little in a single frame: shapes have to be seen.
+const FEW_FEATURES: usize = 4;
+/// Steps of the optimiser, and epochs that they are kept within.
+const STEPS: usize = 600;
+const FEWEST_EPOCHS: usize = 20;
+const MOST_EPOCHS: usize = 300;
+/// Tokens that are learned from in all, at most: it is enough then.
+const MOST_TOKENS: usize = 2_000_000;
+/// Tokens of a batch, padding included. Larger batches are computed in pieces.
+const BATCH_TOKENS: usize = 8192;
+
+impl PredictorOptions {
+    /// Options that suit a data set, by its number of series, their lengths and widths:
+    ///
+    /// | of | rule |
+    /// |---|---|
+    /// | series of single vectors with fewer than 4 features, or longer than 64 frames | a [`Stem`] of stride ⌈longest / 64⌉ with three widths: 1, 3 and 7 strides, at least 3, 9 and 21 frames; 24 channels |
+    /// | any | hidden size 64, 2 blocks, 4 heads, states of 8, dropout 0.2; 1 block below 50 series |
+    /// | any | a window of all tokens, at most 256 |
+    /// | targets of whole series | attention pooling of 4 queries; both directions below 4 features |
+    /// | targets of every frame | the encoder alone: the last frame, no stem |
+    ///
+    /// So 18,000 frames ask for a stride of 282 and a window of 64 tokens. The rule was chosen on training data alone.
+    ///
+    /// ```
+    /// use hymba::ndarray::Array2;
+    /// use hymba::train::{Dataset, Targets, TrainerOptions};
+    /// use hymba::{Predictor, PredictorOptions, Task};
+    ///
+    /// let task = Task::classify(["maple", "oak"]);
+    /// let data = Dataset::new(&task, vec![Array2::ones((427, 1)); 20], Targets::Classes((0..20).map(|i| i % 2).collect()))?;
+    /// let options = PredictorOptions::recommended_for(&data);
+    /// assert_eq!(options.stem.as_ref().unwrap().tokens(427), 61);
+    /// let trainer = hymba::train::Trainer::new(Predictor::build(options, task)?, TrainerOptions::recommended_for(&data))?;
+    /// assert!(trainer.options().epochs >= 20);
+    /// # Ok::<(), hymba::Error>(())
+    /// ```
+    pub fn recommended_for(data: &Dataset) -> Self {
+        let (longest, features) = (data.longest(), data.width());
+        let whole = !data.task().is_frame_wise();
+        let few = features < FEW_FEATURES;
+        let stride = longest.div_ceil(TOKENS).min(Stem::MAX_SIZE);
+        let stem = (whole && (few || stride > 1)).then(|| {
+            let widths = [1, 3, 7].map(|strides| (strides * stride).max(3 * strides).min(Stem::MAX_SIZE));
+            Stem::new(stride).widths(widths).channels(24)
+        });
+        let tokens = stem.as_ref().map_or(longest, |stem| stem.tokens(longest));
+        let encoder = HymbaOptions::new(features)
+            .hidden_size(64)
+            .num_layers(if data.num_series() < 50 { 1 } else { 2 })
+            .state_size(8)
+            .dropout(0.2)
+            .window_size(tokens.clamp(1, WINDOW));
+        let options = PredictorOptions::new(encoder);
+        if !whole {
+            return options;
+        }
+        options.stem(stem).bidirectional(few).pooling(Pooling::Attention { queries: 4 })
+    }
+}
+
+impl TrainerOptions {
+    /// Options that suit a data set and the predictor of [`PredictorOptions::recommended_for`]:
+    ///
+    /// | option | rule |
+    /// |---|---|
+    /// | `batch_size` · `accumulation` | 16, in pieces of at most 8192 tokens |
+    /// | `epochs` | those of 600 steps, 20 to 300, and fewer where that is more than 2 million tokens |
+    /// | `learning_rate`, `weight_decay` | 0.002, 0.05 |
+    /// | `average` | 0.98 |
+    /// | `augmentations` | slices of 0.9 and jitter of 0.05 for targets of whole series of 20 frames or more |
+    pub fn recommended_for(data: &Dataset) -> Self {
+        let model = PredictorOptions::recommended_for(data);
+        let tokens = |frames: usize| model.stem.as_ref().map_or(frames, |stem| stem.tokens(frames));
+        let usual = TrainerOptions::default();
+        let batch = usual.batch_size.min(data.num_series().div_ceil(2));
+        let fitting = (BATCH_TOKENS / tokens(data.longest())).max(1);
+        let pieces = (1..=batch).find(|pieces| batch.is_multiple_of(*pieces) && batch / pieces <= fitting).unwrap_or(1);
+        let steps = data.num_series().div_ceil(batch);
+        let all: usize = data.series().iter().map(|series| tokens(series.nrows())).sum();
+        let epochs = STEPS.div_ceil(steps).clamp(FEWEST_EPOCHS, MOST_EPOCHS).min((MOST_TOKENS / all).max(1));
+        let long = data.series().iter().all(|series| series.nrows() >= 20) && !data.task().is_frame_wise();
+        let augmentations = match long {
+            true => vec![Augmentation::Slice { fraction: 0.9 }, Augmentation::Jitter { deviation: 0.05 }],
+            false => Vec::new(),
+        };
+        usual
+            .epochs(epochs)
+            .batch_size(batch / pieces)
+            .accumulation(pieces)
+            .learning_rate(2e-3)
+            .weight_decay(0.05)
+            .average(0.98)
+            .augmentations(augmentations)
+    }
+}
