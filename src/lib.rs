@@ -165,7 +165,7 @@ pub use lm::{GenerateOptions, Generation, HymbaLm, LmState};
 pub use ndarray;
 pub use parameters::{Parameter, StoredMatrix};
 pub use predictor::{
-    Differences, KernelFeatures, KernelPredictor, Normalization, Predictor, PredictorCache, PredictorOptions,
+    Differences, Ensemble, KernelFeatures, KernelPredictor, Normalization, Predictor, PredictorCache, PredictorOptions,
     PredictorState, Task, argmax, softmax,
 };
 

@@ -15,6 +15,7 @@ use crate::parameters::{Parameter, ParameterMut};
 use crate::train::Parameters;
 use crate::{Error, Hymba, HymbaOptions, Inspection, Pooling, Result};
 
+mod ensemble;
 mod features;
 mod file;
 mod front;
@@ -31,6 +32,7 @@ mod training;
 use front::{FormCache, reversed};
 use reader::{Reader, full};
 
+pub use ensemble::Ensemble;
 pub use features::KernelFeatures;
 pub use front::Differences;
 pub use kernel_predictor::KernelPredictor;

@@ -20,12 +20,12 @@ const OUTPUT: &str = "output";
 
 /// The metadata entry of a saved predictor.
 #[derive(Serialize, Deserialize)]
-struct Saved {
+pub(super) struct Saved {
     version: u32,
     options: HymbaOptions,
     /// How the large matrices are stored; not there where they can be trained.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    storage: Option<Storage>,
+    pub storage: Option<Storage>,
     /// Not there in the file of an encoder.
     task: Option<Task>,
     #[serde(default, skip_serializing_if = "is_default")]
@@ -71,12 +71,15 @@ impl Predictor {
     }
 
     fn write(&self, target: Target) -> Result<()> {
+        saved::write(target, &self.saved(), self.parameters())
+    }
+
+    /// The metadata entry.
+    pub(super) fn saved(&self) -> Saved {
         let PredictorOptions { encoder: options, normalize_series, differences, stem, bidirectional, pooling } =
             self.options.clone();
         let (version, storage, task) = (saved::VERSION, self.encoder().storage(), Some(self.task.clone()));
-        let saved =
-            Saved { version, options, storage, task, normalize_series, differences, stem, bidirectional, pooling };
-        saved::write(target, &saved, self.parameters())
+        Saved { version, options, storage, task, normalize_series, differences, stem, bidirectional, pooling }
     }
 
     /// What [`save`](Self::save) would write to a file.
@@ -149,6 +152,19 @@ impl Predictor {
 
     fn read(source: Source, asked: Option<Storage>) -> Result<Predictor> {
         let (mut tensors, saved) = header::read(source)?;
+        let saved: Saved = entry(saved, &tensors)?;
+        let in_file = saved.storage;
+        let mut predictor = Self::with_saved(saved, &tensors, asked)?;
+        fill(&mut tensors, in_file, &mut |f| predictor.visit_tensors_mut(f))?;
+        if let Some(asked) = asked {
+            predictor.store_as(asked)?;
+        }
+        predictor.finish_reading(&tensors)?;
+        Ok(predictor)
+    }
+
+    /// A predictor of zeros for what the file has, into which its matrices can be read if they are to be stored as `asked`.
+    pub(super) fn with_saved(saved: Saved, tensors: &Tensors, asked: Option<Storage>) -> Result<Predictor> {
         let Saved {
             options: encoder,
             storage: in_file,
@@ -159,7 +175,7 @@ impl Predictor {
             bidirectional,
             pooling,
             ..
-        } = entry(saved, &tensors)?;
+        } = saved;
         let options = PredictorOptions { encoder, normalize_series, differences, stem, bidirectional, pooling };
         let Some(task) = task else {
             return Err(tensors.error(
@@ -167,18 +183,18 @@ impl Predictor {
                  Predictor::with_encoder",
             ));
         };
-        let mut predictor = Predictor::with_room_for(&tensors, options, in_file, asked, task)?;
-        fill(&mut tensors, in_file, &mut |f| predictor.visit_tensors_mut(f))?;
-        if let Some(asked) = asked {
-            predictor.store_as(asked)?;
-        }
-        predictor.check_normalizations(&tensors)?;
-        predictor.salt_encoder();
-        Ok(predictor)
+        Predictor::with_room_for(tensors, options, in_file, asked, task)
+    }
+
+    /// Once every tensor has been read.
+    pub(super) fn finish_reading(&mut self, tensors: &Tensors) -> Result<()> {
+        self.check_normalizations(tensors)?;
+        self.salt_encoder();
+        Ok(())
     }
 
     /// What is saved: parameters and normalizations.
-    fn parameters(&self) -> Vec<(String, Parameter<'_>)> {
+    pub(super) fn parameters(&self) -> Vec<(String, Parameter<'_>)> {
         let mut all = Vec::new();
         self.visit_parameters(&mut |name, parameter| all.push((name.to_string(), parameter)));
         for (name, normalization) in [(INPUT, &self.input), (OUTPUT, &self.output)] {
@@ -189,7 +205,7 @@ impl Predictor {
     }
 
     /// As [`parameters`](Self::parameters), for reading them.
-    fn visit_tensors_mut(&mut self, f: &mut dyn FnMut(&str, ParameterMut<'_>)) {
+    pub(super) fn visit_tensors_mut(&mut self, f: &mut dyn FnMut(&str, ParameterMut<'_>)) {
         self.visit_parameters_mut(f);
         for (name, normalization) in [(INPUT, &mut self.input), (OUTPUT, &mut self.output)] {
             let tensors = normalization.iter_mut().flat_map(|normalization| normalization.tensors_mut(name));

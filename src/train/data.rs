@@ -218,7 +218,7 @@ impl Dataset {
         Ok((self.subset(&train), self.subset(&validation)))
     }
 
-    pub(super) fn split_indices(&self, fraction: f32, seed: u64) -> Result<(Vec<usize>, Vec<usize>)> {
+    pub(crate) fn split_indices(&self, fraction: f32, seed: u64) -> Result<(Vec<usize>, Vec<usize>)> {
         if !(fraction > 0.0 && fraction < 1.0) {
             return Err(Error::Option {
                 option: "validation_fraction",
@@ -252,7 +252,7 @@ impl Dataset {
         Ok((train, validation))
     }
 
-    fn subset(&self, indices: &[usize]) -> Dataset {
+    pub(crate) fn subset(&self, indices: &[usize]) -> Dataset {
         let pick = |of: &[Array2<f32>]| indices.iter().map(|&i| of[i].clone()).collect();
         let targets = match &self.targets {
             Targets::Classes(all) => Targets::Classes(indices.iter().map(|&i| all[i]).collect()),

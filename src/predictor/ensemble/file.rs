@@ -1,0 +1,130 @@
+//! Both views in one file.
+
+use std::io::Write;
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+
+use super::super::features::Plan;
+use super::super::file;
+use super::{Ensemble, KernelPredictor, Mix, Predictor, Task};
+use crate::Result;
+use crate::files::saved::{self, entry, fill};
+use crate::files::tensors::Source;
+use crate::files::{Target, header};
+use crate::parameters::ParameterMut;
+
+/// In front of the names of the tensors of the kernels.
+const KERNELS: &str = "features.";
+
+/// The metadata entry of a saved ensemble.
+#[derive(Serialize, Deserialize)]
+struct Saved {
+    version: u32,
+    task: Task,
+    kernels: Plan,
+    encoder: Option<SavedEncoder>,
+}
+
+#[derive(Serialize, Deserialize)]
+struct SavedEncoder {
+    share: f32,
+    factor: f32,
+    predictor: file::Saved,
+}
+
+impl Ensemble {
+    /// Writes both views to one safetensors file: the kernels under names that begin with `features.`, the encoder as
+    /// [`Predictor::save`] does, the rest in the metadata.
+    ///
+    /// # Errors
+    ///
+    /// As [`Hymba::save`](crate::Hymba::save).
+    pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
+        self.write(Target::File(path.as_ref()))
+    }
+
+    /// What [`save`](Self::save) would write to a file.
+    ///
+    /// # Errors
+    ///
+    /// As [`Hymba::to_bytes`](crate::Hymba::to_bytes).
+    pub fn to_bytes(&self) -> Result<Vec<u8>> {
+        let mut bytes = Vec::new();
+        self.write(Target::Writer(&mut bytes))?;
+        Ok(bytes)
+    }
+
+    /// As [`save`](Self::save), to anything that can be written to.
+    ///
+    /// # Errors
+    ///
+    /// As [`save`](Self::save).
+    pub fn write_to(&self, mut writer: impl Write) -> Result<()> {
+        self.write(Target::Writer(&mut writer))
+    }
+
+    /// Reads an ensemble that [`save`](Self::save) wrote. The file need not be trusted, as in
+    /// [`Hymba::load`](crate::Hymba::load).
+    ///
+    /// # Errors
+    ///
+    /// As [`Hymba::load`](crate::Hymba::load).
+    pub fn load(path: impl AsRef<Path>) -> Result<Self> {
+        Self::read(Source::open(path.as_ref())?)
+    }
+
+    /// As [`load`](Self::load), from what [`save`](Self::save) or [`to_bytes`](Self::to_bytes) wrote.
+    ///
+    /// # Errors
+    ///
+    /// As [`load`](Self::load).
+    pub fn from_bytes(bytes: &[u8]) -> Result<Self> {
+        Self::read(Source::memory(bytes))
+    }
+
+    fn write(&self, target: Target) -> Result<()> {
+        let encoder = self.encoder.as_ref().map(|(predictor, Mix { share, factor })| SavedEncoder {
+            share: *share,
+            factor: *factor,
+            predictor: predictor.saved(),
+        });
+        let (version, task, kernels) = (saved::VERSION, self.task().clone(), self.kernels.plan().clone());
+        let mut tensors = self.kernels.tensors(KERNELS);
+        tensors.extend(self.encoder().map_or(Vec::new(), Predictor::parameters));
+        saved::write(target, &Saved { version, task, kernels, encoder }, tensors)
+    }
+
+    fn read(source: Source) -> Result<Self> {
+        let (mut tensors, saved) = header::read(source)?;
+        let Saved { task, kernels, encoder, .. } = entry(saved, &tensors)?;
+        let kernels = KernelPredictor::with_room_for(&tensors, KERNELS, kernels, task)?;
+        let in_file = encoder.as_ref().and_then(|encoder| encoder.predictor.storage);
+        let encoder = match encoder {
+            Some(SavedEncoder { share, factor, predictor }) => {
+                if !(0.0..=1.0).contains(&share) || !factor.is_finite() {
+                    return Err(tensors.error(format!("its encoder has the share {share} and the factor {factor}")));
+                }
+                Some((Predictor::with_saved(predictor, &tensors, None)?, Mix { share, factor }))
+            }
+            None => None,
+        };
+        let mut ensemble = Ensemble { kernels, encoder };
+        if ensemble.encoder().is_some_and(|predictor| predictor.task() != ensemble.task()) {
+            return Err(tensors.error("its encoder has another task than its kernels"));
+        }
+        fill(&mut tensors, in_file, &mut |f| ensemble.visit_tensors_mut(f))?;
+        ensemble.kernels.check(&tensors)?;
+        if let Some((predictor, _)) = &mut ensemble.encoder {
+            predictor.finish_reading(&tensors)?;
+        }
+        Ok(ensemble)
+    }
+
+    fn visit_tensors_mut(&mut self, f: &mut dyn FnMut(&str, ParameterMut<'_>)) {
+        self.kernels.visit_tensors_mut(KERNELS, &mut |name, array| f(name, ParameterMut::Array(array)));
+        if let Some((predictor, _)) = &mut self.encoder {
+            predictor.visit_tensors_mut(f);
+        }
+    }
+}
