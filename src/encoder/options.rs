@@ -240,6 +240,24 @@ impl HymbaOptions {
         self.hidden_size
     }
 
+    /// The number of parameters of a model with these options, without building it: to compare sizes, or to choose one. `None` where
+    /// they cannot be counted, or an option is not usable.
+    ///
+    /// ```
+    /// use hymba::{Hymba, HymbaOptions};
+    ///
+    /// // the widest Zamba of at most a million parameters
+    /// let of = |width| HymbaOptions::zamba(12).hidden_size(width);
+    /// let width = (4..=256).step_by(4).rev().find(|&width| of(width).num_parameters().is_some_and(|count| count <= 1_000_000));
+    /// let model = Hymba::build(of(width.unwrap()))?;
+    /// assert_eq!(Some(model.num_parameters()), model.options().num_parameters());
+    /// # Ok::<(), hymba::Error>(())
+    /// ```
+    pub fn num_parameters(&self) -> Option<usize> {
+        self.validate().ok()?;
+        self.parameters()
+    }
+
     /// Checks every option.
     ///
     /// # Errors

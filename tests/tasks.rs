@@ -1,0 +1,158 @@
+//! The tasks of the `compare` example can be solved from what a model sees, and not by guessing.
+
+#[path = "../examples/compare/tasks.rs"]
+mod tasks;
+
+use std::collections::HashSet;
+
+use rand::SeedableRng;
+use rand::rngs::ChaCha8Rng;
+use tasks::{Example, Generated, POSITION};
+
+const ALL: [&str; 6] =
+    ["mqar-4-64", "mqar-16-256", "mqar-64-256-8192", "copying-16-128", "copying-1-3", "induction-256"];
+
+fn task(name: &str) -> Generated {
+    Generated::parse(name).unwrap()
+}
+
+fn examples(task: Generated, count: usize, seed: u64) -> Vec<Example> {
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    (0..count).map(|_| task.example(&mut rng)).collect()
+}
+
+/// How many answers, and how many of them were right, where `answer` says the answer to the tokens so far.
+fn score(examples: &[Example], mut answer: impl FnMut(&[usize]) -> usize) -> (usize, usize) {
+    let (mut all, mut right) = (0, 0);
+    for Example { tokens, answers } in examples {
+        for (t, wanted) in answers.iter().enumerate().filter_map(|(t, wanted)| Some((t, (*wanted)?))) {
+            all += 1;
+            right += usize::from(answer(&tokens[..=t]) == wanted);
+        }
+    }
+    (all, right)
+}
+
+/// The value that followed the key the first time.
+fn recall(tokens: &[usize], vocabulary: usize) -> usize {
+    let (query, past) = tokens.split_last().unwrap();
+    let first = past.iter().step_by(2).position(|key| key == query).unwrap();
+    tokens[2 * first + 1] - vocabulary / 2
+}
+
+/// The token that is not noise whose turn it is.
+fn copy(tokens: &[usize]) -> usize {
+    let marks = tokens.iter().filter(|&&token| token == 17).count();
+    *tokens.iter().filter(|&&token| token < 16).nth(marks - 1).unwrap()
+}
+
+/// What followed the special token the first time.
+fn look_up(tokens: &[usize]) -> usize {
+    tokens[tokens.iter().position(|&token| token == 16).unwrap() + 1]
+}
+
+fn solve(task: Generated, tokens: &[usize]) -> usize {
+    match task {
+        Generated::Mqar { vocabulary, .. } => recall(tokens, vocabulary),
+        Generated::Copying { .. } => copy(tokens),
+        Generated::Induction { .. } => look_up(tokens),
+    }
+}
+
+#[test]
+fn a_solution_made_by_hand_is_always_right() {
+    for name in ALL {
+        let task = task(name);
+        for length in task.test_lengths() {
+            let (all, right) = score(&examples(task.of_length(length), 50, 1), |tokens| solve(task, tokens));
+            assert!(all >= 50 && right == all, "{name} at {length}: {right} of {all}");
+        }
+    }
+}
+
+#[test]
+fn guesses_are_right_as_often_as_chance_has_it() {
+    for name in ALL {
+        let task = task(name);
+        let mut guess = 0;
+        let examples = examples(task, 4000, 2);
+        // every class in turn
+        let (all, right) = score(&examples, |_| {
+            guess += 1;
+            guess % task.classes()
+        });
+        let expected = all as f64 / task.classes() as f64;
+        // five standard deviations
+        assert!((right as f64 - expected).abs() < 5.0 * expected.sqrt(), "{name}: {right}, not {expected}");
+        // and the answers are spread: no class is right much more often than others
+        let mut counts = vec![0; task.classes()];
+        examples.iter().flat_map(|example| &example.answers).flatten().for_each(|&class| counts[class] += 1);
+        let most = *counts.iter().max().unwrap() as f64;
+        assert!(most < expected + 6.0 * expected.sqrt() + 6.0, "{name}: {most}, not {expected}");
+    }
+}
+
+#[test]
+fn sequences_are_what_they_are_said_to_be() {
+    for name in ALL {
+        let task = task(name);
+        assert_ne!(examples(task, 20, 3), examples(task, 20, 4));
+        assert_eq!(examples(task, 20, 3), examples(task, 20, 3));
+        let examples = examples(task, 20, 3);
+        for example in &examples {
+            assert_eq!((example.tokens.len(), example.answers.len()), (task.length(), task.length()));
+            assert!(example.tokens.iter().all(|&token| token < task.tokens()));
+            let answers = example.answers.iter().flatten().count();
+            let expected = match task {
+                Generated::Mqar { pairs, .. } => pairs,
+                Generated::Copying { copies, .. } => copies,
+                Generated::Induction { .. } => 1,
+            };
+            assert_eq!(answers, expected, "{name}");
+        }
+        let x = task.frames(&examples);
+        assert_eq!(x.dim(), (20, task.length(), task.tokens() + POSITION));
+        for (i, token) in examples[7].tokens.iter().enumerate() {
+            assert_eq!(x[[7, i, *token]], 1.0);
+            assert_eq!(x.slice(hymba::ndarray::s![7, i, ..task.tokens()]).sum(), 1.0);
+        }
+    }
+    // keys, and values, are different ones
+    for example in examples(task("mqar-16-256"), 50, 5) {
+        let distinct = |from: usize| example.tokens[from..32].iter().step_by(2).collect::<HashSet<_>>().len();
+        assert_eq!((distinct(0), distinct(1)), (16, 16));
+    }
+}
+
+/// Small gaps are drawn more often, as (gap + 1)^−0.99.
+#[test]
+fn gaps_follow_the_power_law() {
+    let mut counts = [0usize; 28];
+    for example in examples(task("mqar-1-58"), 40_000, 6) {
+        let t = example.answers.iter().position(Option::is_some).unwrap();
+        counts[(t - 2) / 2] += 1;
+    }
+    let weights: Vec<f64> = (1..=28).map(|gap| (gap as f64).powf(-0.99)).collect();
+    let sum: f64 = weights.iter().sum();
+    for (gap, (count, weight)) in counts.iter().zip(&weights).enumerate() {
+        let expected = 40_000.0 * weight / sum;
+        assert!((*count as f64 - expected).abs() < 5.0 * expected.sqrt(), "gap {gap}: {count}, not {expected}");
+    }
+}
+
+#[test]
+fn tasks_that_cannot_be() {
+    for name in [
+        "",
+        "mqar",
+        "mqar-0-64",
+        "mqar-20-64",
+        "mqar-80-640-128",
+        "copying-16-40",
+        "induction-2",
+        "other-3",
+        "mqar-1-x",
+    ] {
+        assert!(Generated::parse(name).is_err(), "{name}");
+    }
+}
