@@ -377,7 +377,7 @@ fn test_with(predictor: &Predictor, test: &Dataset) -> Result<Confusion, Box<dyn
     let Targets::Classes(classes) = test.targets() else { return Err("the test series have no classes".into()) };
     // those of the test series may be more
     let mut confusion = Confusion::new(test.task().labels());
-    for (&class, predicted) in classes.iter().zip(argmax(&predict(predictor, test)?)) {
+    for (&class, predicted) in classes.iter().zip(argmax(&predict(predictor, test)?)?) {
         confusion.count(class, predicted);
     }
     Ok(confusion)

@@ -16,7 +16,7 @@ mod variant;
 pub(crate) use block::sequences;
 pub use block::{BlockInspection, HymbaBlock};
 pub(crate) use fingerprint::of_numbers;
-pub(crate) use memory::{Keeps, check_size};
+pub(crate) use memory::{Keeps, check_fits, check_size};
 pub(crate) use model::check_lengths;
 pub use model::{Hymba, Inspection};
 pub use options::{HymbaOptions, Variant};

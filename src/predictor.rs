@@ -47,7 +47,7 @@ pub use training::PredictorCache;
 /// let predictor = Predictor::build(options, Task::classify(["walking", "standing", "sitting"]))?;
 /// let logits = predictor.predict(&Array3::ones((2, 50, 6)), Some(&[50, 31]))?;
 /// assert_eq!(logits.dim(), (2, 3));
-/// for class in argmax(&logits) {
+/// for class in argmax(&logits)? {
 ///     println!("{}", predictor.task().labels()[class]);
 /// }
 /// # Ok::<(), hymba::Error>(())
@@ -151,7 +151,7 @@ impl Predictor {
     /// let predictor = Predictor::build(options, Task::classify(["walking", "standing"]))?;
     /// let mut state = predictor.new_state(1);
     /// for _ in 0..20 {
-    ///     let probabilities = softmax(&predictor.step(&Array2::ones((1, 6)), &mut state)?);
+    ///     let probabilities = softmax(&predictor.step(&Array2::ones((1, 6)), &mut state)?)?;
     ///     assert!((probabilities.sum() - 1.0).abs() < 1e-6);
     /// }
     /// # Ok::<(), hymba::Error>(())

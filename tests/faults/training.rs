@@ -254,7 +254,7 @@ fn weighted_smoothed_and_plain_losses_by_definition() {
     let predictor = small(data.task());
     let Targets::Classes(classes) = data.targets() else { panic!("a classification") };
     let (x, lengths) = data.pad(&Vec::from_iter(0..20)).unwrap();
-    let probabilities = hymba::softmax(&predictor.predict(&x, Some(&lengths)).unwrap());
+    let probabilities = hymba::softmax(&predictor.predict(&x, Some(&lengths)).unwrap()).unwrap();
     let of = |row: usize| -> f64 { -f64::from(probabilities[[row, classes[row]]]).ln() };
     let weight = |row: usize| [1.0, 9.0][classes[row]];
     let weighted = (0..20).map(|row| weight(row) * of(row)).sum::<f64>() / 36.0;

@@ -134,7 +134,7 @@ pub(super) fn score(
     let mut right = 0;
     let sums = match batch.targets {
         BatchTargets::Classes(classes) => {
-            let predicted = argmax(&z);
+            let predicted = argmax(&z)?;
             for (row, &count) in counts.iter().enumerate() {
                 let [given, wanted] = [&predicted, &classes].map(|of| of.slice(s![row, ..count]));
                 right += given.iter().zip(wanted).filter(|(given, wanted)| given == wanted).count();
