@@ -24,7 +24,7 @@ pub use block::{BlockInspection, HymbaBlock};
 pub use blocks::Block;
 pub use fed::FedBlock;
 pub(crate) use fingerprint::of_numbers;
-pub(crate) use memory::{Keeps, check_size, fits};
+pub(crate) use memory::{Keeps, check_fits, check_size, fits};
 pub(crate) use model::check_lengths;
 pub use model::{Hymba, Inspection};
 pub use options::{HymbaOptions, Variant};

@@ -36,9 +36,10 @@
 //! | stream | [`Hymba::new_state`], [`Hymba::step`], [`Hymba::prefill`]; [`HymbaState`] |
 //! | save and load | [`Hymba::save`], [`Hymba::load`], [`to_bytes`](Hymba::to_bytes), [`from_bytes`](Hymba::from_bytes), [`load_with`](Hymba::load_with) for files made elsewhere, [`load_edifice`](Hymba::load_edifice) |
 //! | classify series, predict numbers | [`Predictor`], [`PredictorOptions`]; [`Pooling`], [`Stem`], [`Differences`] |
+//! | take less memory | [`Hymba::store_as`], [`Hymba::load_as`] and [`Storage`]: bf16, f16, 8 or 4 bits, for inference |
 //! | train | [`Predictor`] and [`train::Trainer`]; or by hand [`Hymba::forward_train`], [`Hymba::backward`], [`train::AdamW`] |
 //! | run NVIDIA's language model | `hymba::lm` (feature `lm`; with text, feature `tokenizer`) |
-//! | look inside | [`Hymba::summary`], [`Hymba::inspect`], [`Hymba::visit`] |
+//! | look inside | [`Hymba::summary`], [`Hymba::inspect`], [`Hymba::visit`], [`Hymba::visit_parameters`] |
 //!
 //! # Letters
 //!

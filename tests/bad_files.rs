@@ -11,8 +11,13 @@ use hymba::{Error, Hymba, HymbaOptions, Predictor, Task};
 use serde_json::{Value, json};
 
 #[cfg(feature = "lm")]
+#[path = "bad_files/image.rs"]
+mod image;
+#[cfg(feature = "lm")]
 #[path = "bad_files/lm.rs"]
 mod lm;
+#[path = "bad_files/storage.rs"]
+mod storage;
 
 /// Memory that reading may take beyond twice the file.
 const A_LITTLE: usize = 4 << 20;

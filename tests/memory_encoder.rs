@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use hymba::ndarray::Array2;
 use hymba::train::{Dataset, Targets, Trainer, TrainerOptions};
-use hymba::{Error, Hymba, HymbaOptions, Predictor, Task};
+use hymba::{Error, Hymba, HymbaOptions, Predictor, Storage, Task};
 use serde_json::{Map, Value, json};
 
 /// What reading may take beyond twice the file.
@@ -181,6 +181,42 @@ fn files_of_half_precision_keep_to_it() {
     });
     write(&path, &Value::from(header).to_string(), end);
     within("load_with", length(&path), || Hymba::load_with(&path, options)).unwrap();
+}
+
+/// A narrow model takes the memory that it says, and reading it no wide copy.
+#[test]
+fn narrow_models_are_small() {
+    /// Lists, names and norms.
+    const BOOKKEEPING: usize = 64 << 10;
+    let folder = tempfile::tempdir().unwrap();
+    let [path, narrow] = ["wide", "narrow"].map(|name| folder.path().join(name));
+    // one block: a wide copy of a block would be a copy of the model
+    Hymba::build(HymbaOptions::new(30).hidden_size(512).num_layers(1)).unwrap().save(&path).unwrap();
+    let wide = length(&path);
+    for (storage, share) in [(Storage::F32, 1.0), (Storage::Bf16, 0.53), (Storage::Q8, 0.31), (Storage::Q4, 0.19)] {
+        let before = NOW.get();
+        PEAK.set(before);
+        let model = Hymba::load_as(&path, storage).unwrap();
+        let (taken, most) = (NOW.get() - before, PEAK.get() - before);
+        assert!(taken.abs_diff(model.num_bytes()) < BOOKKEEPING, "{storage:?}: {taken}, not {}", model.num_bytes());
+        assert!((model.num_bytes() as f64) < share * wide as f64, "{storage:?}: {} of {wide}", model.num_bytes());
+        assert!(most < taken + (1 << 20), "{storage:?}: {most} for {taken}");
+
+        model.save(&narrow).unwrap();
+        assert!(length(&narrow).abs_diff(model.num_bytes()) < BOOKKEEPING, "{storage:?}");
+        drop(model);
+        let model = within("load", length(&narrow), || Hymba::load(&narrow)).unwrap();
+        // a matrix at a time, when it is built already
+        let largest = 4 * 4 * 512 * 512;
+        let before = NOW.get();
+        PEAK.set(before);
+        let mut model = model;
+        model.make_trainable().unwrap();
+        assert!(PEAK.get() - before < wide + largest, "{storage:?}");
+        let before = NOW.get();
+        model.store_as(storage).unwrap();
+        assert!(before - NOW.get() > wide - (share * wide as f64) as usize - BOOKKEEPING || storage == Storage::F32);
+    }
 }
 
 /// Writes the file of an Edifice model of zeros. What tensors a block has is what is missing in an empty file.

@@ -31,6 +31,16 @@ pub(crate) fn fits(bytes: usize) -> bool {
     bytes <= FEW || Vec::<u8>::new().try_reserve_exact(bytes).is_ok()
 }
 
+/// Checks, before memory is taken, that so many bytes can be had for what a call makes of an argument of this shape: a view that
+/// repeats itself takes none.
+pub(crate) fn check_fits(argument: &'static str, given: &[usize], bytes: usize) -> Result<()> {
+    if fits(bytes) {
+        return Ok(());
+    }
+    let expected = format!("a smaller array: this takes about {} MB of memory, more than there is", bytes >> 20);
+    Err(Error::Shape { argument, expected, given: given.to_vec() })
+}
+
 /// Bytes of a model with these options and this storage of its large matrices, before its first call.
 pub(crate) fn model_bytes(options: &HymbaOptions, storage: Option<Storage>) -> usize {
     /// What the allocator adds to the arrays of a block.

@@ -7,7 +7,7 @@
 use ndarray::{Array, Array3, ArrayRef2, ArrayRef3, ArrayView1, ArrayView2, ArrayView3, Axis, Dimension, Ix2, Ix3, s};
 use serde::{Deserialize, Serialize};
 
-use crate::encoder::check_lengths;
+use crate::encoder::{check_fits, check_lengths};
 use crate::{Error, Result};
 
 /// The value of a loss, and what [`backward`](crate::Hymba::backward) starts from.
@@ -84,11 +84,11 @@ impl RegressionLoss {
     ///
     /// # Errors
     ///
-    /// [`Error::Shape`] if b or c is 0 or the shapes differ, [`Error::Targets`] if a target is not finite, and
+    /// [`Error::Shape`] if b or c is 0, the shapes differ, or the gradient does not fit into memory, [`Error::Targets`] if a target is not finite, and
     /// [`Error::Option`] if `delta` is not above 0.
     pub fn evaluate(&self, predictions: &ArrayRef2<f32>, targets: &ArrayRef2<f32>) -> Result<Loss<Ix2>> {
         self.validate()?;
-        check_not_empty("predictions", predictions.shape())?;
+        check_usable("predictions", predictions.shape())?;
         check_shape("targets", targets.shape(), predictions.shape())?;
         if let Some(((row, i), target)) = targets.indexed_iter().find(|(_, target)| !target.is_finite()) {
             return Err(bad_target(&[row, i], *target));
@@ -137,7 +137,7 @@ impl RegressionLoss {
         divisor: Option<f64>,
     ) -> Result<Sums> {
         self.validate()?;
-        check_not_empty("predictions", predictions.shape())?;
+        check_usable("predictions", predictions.shape())?;
         check_shape("targets", targets.shape(), predictions.shape())?;
         let lengths = counting(lengths, predictions.shape())?;
         let bad = |&((row, frame, _), target): &(_, &f32)| frame < lengths[row] && !target.is_finite();
@@ -256,12 +256,12 @@ impl CrossEntropy {
     ///
     /// # Errors
     ///
-    /// [`Error::Shape`] if b or c is 0 or there are not b labels, [`Error::Targets`] if a label is not below c, and
+    /// [`Error::Shape`] if b or c is 0, there are not b labels, or the gradient does not fit into memory, [`Error::Targets`] if a label is not below c, and
     /// [`Error::Option`] if the label smoothing is not from 0 to 1, or if there are not c class weights that are finite, 0 or
     /// more, and not all 0.
     pub fn evaluate(&self, logits: &ArrayRef2<f32>, labels: &[usize]) -> Result<Loss<Ix2>> {
         let (b, classes) = logits.dim();
-        check_not_empty("logits", logits.shape())?;
+        check_usable("logits", logits.shape())?;
         self.validate(classes)?;
         check_shape("labels", &[labels.len()], &[b])?;
         if let Some(row) = labels.iter().position(|&label| label >= classes) {
@@ -306,7 +306,7 @@ impl CrossEntropy {
         divisor: Option<f64>,
     ) -> Result<Sums> {
         let (b, l, classes) = logits.dim();
-        check_not_empty("logits", logits.shape())?;
+        check_usable("logits", logits.shape())?;
         self.validate(classes)?;
         check_shape("labels", labels.shape(), &[b, l])?;
         let lengths = counting(lengths, logits.shape())?;
@@ -395,12 +395,19 @@ fn single_frames(loss: Loss<Ix3>) -> Loss<Ix2> {
     Loss { value, gradient: gradient.index_axis_move(Axis(1), 0), weight }
 }
 
-fn check_not_empty(argument: &'static str, given: &[usize]) -> Result<()> {
+/// Checks that there is something, and that there is room for a gradient of that shape.
+fn check_usable(argument: &'static str, given: &[usize]) -> Result<()> {
+    /// Of the length of a row, and of what is kept of a class.
+    const ROW_BYTES: usize = 16;
+    const CLASS_BYTES: usize = 48;
     if given.contains(&0) {
         let expected = "at least one row, one frame and one number in it".into();
         return Err(Error::Shape { argument, expected, given: given.to_vec() });
     }
-    Ok(())
+    let count = |sizes: &[usize]| sizes.iter().fold(1, |product: usize, size| product.saturating_mul(*size));
+    let (rows, classes) = (given.first().copied().unwrap_or(1), given.last().copied().unwrap_or(1));
+    let lists = count(&[rows, ROW_BYTES]).saturating_add(count(&[classes, CLASS_BYTES]));
+    check_fits(argument, given, count(&[count(given), size_of::<f32>()]).saturating_add(lists))
 }
 
 fn check_shape(argument: &'static str, given: &[usize], expected: &[usize]) -> Result<()> {

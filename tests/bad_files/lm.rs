@@ -11,7 +11,7 @@ const INDEX: &str = "model.safetensors.index.json";
 const SHARDS: [&str; 2] = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"];
 
 /// With windows, meta tokens, and keys and values that are shared.
-fn small_lm() -> HymbaLm {
+pub fn small_lm() -> HymbaLm {
     let mut config = HymbaLmConfig::hymba_1_5b();
     (config.hidden_size, config.intermediate_size, config.vocab_size) = (8, 4, 10);
     (config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads) = (3, 2, 1);

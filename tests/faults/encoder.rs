@@ -1,6 +1,7 @@
 //! The encoder: numbers, memory, threads, platforms.
 
 use hymba::ndarray::{Array1, Array2, Array3};
+use hymba::train::{CrossEntropy, RegressionLoss};
 use hymba::{Error, Hymba, HymbaOptions, Normalization, Predictor, Task};
 
 fn small() -> HymbaOptions {
@@ -112,6 +113,23 @@ fn views_without_end_are_refused() {
     let mut grads = predictor.zeros_like();
     let error = predictor.backward(&cache, &dy.broadcast((MANY, 3)).unwrap(), &mut grads).unwrap_err();
     assert!(matches!(error, Error::Shape { argument: "dy", .. }), "{error}");
+}
+
+/// So do the losses of such a view.
+#[test]
+fn predictions_without_end_are_refused() {
+    let one = Array1::<f32>::zeros(4);
+    let (few, many) = (one.broadcast((MANY, 4)).unwrap(), one.broadcast((2, MANY, 4)).unwrap());
+    for loss in [RegressionLoss::MeanSquaredError, RegressionLoss::Huber { delta: 1.0 }] {
+        is_refused(loss.evaluate(&few, &few), "evaluate");
+        is_refused(loss.evaluate_sequences(&many, &many, None), "evaluate_sequences");
+        is_refused(loss.evaluate_sequences(&many, &many, Some(&[1, 2])), "evaluate_sequences");
+    }
+    let label = Array1::<usize>::zeros(1);
+    let labels = label.broadcast((2, MANY)).unwrap();
+    is_refused(CrossEntropy::new().evaluate_sequences(&many, &labels, None), "cross-entropy");
+    let wide = Array1::<f32>::zeros(1);
+    is_refused(CrossEntropy::new().evaluate(&wide.broadcast((1, MANY)).unwrap(), &[0]), "classes");
 }
 
 #[cfg(all(target_os = "linux", any(target_arch = "x86_64", target_arch = "x86")))]
