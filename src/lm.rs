@@ -34,6 +34,7 @@ mod converse;
 mod files;
 mod generate;
 mod image;
+mod load_options;
 mod loss;
 mod model;
 mod names;
@@ -52,8 +53,9 @@ pub use crate::layers::KvStorage;
 pub use config::{HymbaLmConfig, KeyQueryNorm, MlpActivation, Quantization, RopeType, TorchDtype};
 #[cfg(feature = "tokenizer")]
 pub use converse::{Chat, TextGeneration};
-pub use files::{Arithmetic, LoadOptions, Loading};
+pub use files::Loading;
 pub use generate::{FinishReason, Generation, LogLikelihood, RowOptions};
+pub use load_options::{Arithmetic, LoadOptions};
 pub use loss::LmLoss;
 pub use model::{HymbaLm, LmInspection};
 pub(crate) use python_json::python_json;

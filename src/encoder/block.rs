@@ -1,6 +1,6 @@
 //! One block: Mamba and attention side by side, mixed by a gate, then a feed-forward network.
 
-use ndarray::{Array2, Array3, Array4};
+use ndarray::{Array2, Array3, Array4, ArrayRef3};
 
 use super::options::HymbaOptions;
 use crate::kernels::matmul::Storage;
@@ -282,6 +282,12 @@ impl HymbaBlock {
         self.ffn_norm.visit_mut(&join(name, "ffn_norm"), f);
         self.ffn.visit_mut(&join(name, "ffn"), f);
     }
+}
+
+/// `[b, l, width]` → `[b·l, width]`
+pub(super) fn rows(x: &ArrayRef3<f32>) -> Buffer {
+    let (batch, l, width) = x.dim();
+    x.to_shape((batch * l, width)).expect("the same numbers").into_owned().into()
 }
 
 /// `[b·l, h]` → `[b, l, h]`

@@ -2,9 +2,8 @@
 
 use std::fmt;
 
-use super::block::{BlockCache, BlockInspection, HymbaBlock};
+use super::block::{BlockCache, BlockInspection, HymbaBlock, rows};
 use super::fed::{FedBlock, FedCache, Shared};
-use super::model::rows;
 use super::options::HymbaOptions;
 use super::pattern::BlockKind;
 use super::serial::{SerialBlock, SerialCache};

@@ -5,9 +5,10 @@ use std::path::Path;
 
 use ndarray::{Axis, Slice};
 
-use super::memory::{fits, model_bytes};
 use super::model::Hymba;
-use super::options::{HymbaOptions, Variant};
+use super::options::HymbaOptions;
+use super::size::{fits, model_bytes};
+use super::variant::Variant;
 use crate::Result;
 use crate::files::comparison::Comparison;
 use crate::files::tensors::{Source, Tensors};

@@ -10,9 +10,9 @@ use ndarray::Array2;
 use serde::de::IgnoredAny;
 use serde::{Deserialize, Serialize};
 
-use super::memory::check_size;
 use super::model::Hymba;
 use super::options::HymbaOptions;
+use super::size::check_size;
 use super::storage::first_storage;
 use super::streaming::HymbaState;
 use crate::files::saved::{VERSION, entry, fill, origin, write};

@@ -2,52 +2,12 @@
 
 use ndarray::ArrayRef3;
 
-use super::blocks::Block;
-use super::model::{GROUP, Hymba, PIECE, check_lengths};
+use super::model::Hymba;
 use super::options::HymbaOptions;
 use super::pattern::BlockKind;
-use super::storage::{self, parameter_bytes};
-use crate::files::tensors::Tensors;
-use crate::kernels::matmul::Storage;
+use super::size::{GROUP, Keeps, PIECE, check_lengths, fits};
 use crate::kernels::team::{threads, work};
 use crate::{Error, Result};
-
-/// What a call keeps of its frames until it returns.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Keeps {
-    /// The last output of each sequence.
-    Last,
-    /// The output at every frame.
-    Outputs,
-    /// What [`Hymba::backward`] reads.
-    Cache,
-    /// What [`Hymba::inspect`] returns.
-    Inspection,
-}
-
-/// Whether so many bytes are to be had at once. Few are taken for granted: to ask for them costs some microseconds.
-pub(crate) fn fits(bytes: usize) -> bool {
-    const FEW: usize = 16 << 20;
-    bytes <= FEW || Vec::<u8>::new().try_reserve_exact(bytes).is_ok()
-}
-
-/// Checks, before memory is taken, that so many bytes can be had for what a call makes of an argument of this shape: a view that
-/// repeats itself takes none.
-pub(crate) fn check_fits(argument: &'static str, given: &[usize], bytes: usize) -> Result<()> {
-    if fits(bytes) {
-        return Ok(());
-    }
-    let expected = format!("a smaller array: this takes about {} MB of memory, more than there is", bytes >> 20);
-    Err(Error::Shape { argument, expected, given: given.to_vec() })
-}
-
-/// Bytes of a model with these options and this storage of its large matrices, before its first call.
-pub(crate) fn model_bytes(options: &HymbaOptions, storage: Option<Storage>) -> usize {
-    /// What the allocator adds to the arrays of a block.
-    const BLOCK_ARRAYS: usize = 1 << 10;
-    let blocks = work([options.num_layers, size_of::<Block>() + BLOCK_ARRAYS]);
-    parameter_bytes(options, storage).saturating_add(blocks)
-}
 
 impl Hymba {
     /// Checks x `[b, l, embed_dim]` and the lengths of its rows, and that the call fits into memory together with
@@ -172,39 +132,4 @@ impl Hymba {
         let kinds = self.options.pattern.kinds(self.options.num_layers);
         kinds.fold(0, |sum: usize, (kind, count)| sum.saturating_add(work([count, numbers(kind)])))
     }
-}
-
-/// Checks, before memory is taken, that the file holds enough for a model of these options with so many `parameters`, of
-/// which there may be too many to count, and with its large matrices stored as in the file.
-pub(crate) fn check_size(
-    options: &HymbaOptions,
-    parameters: Option<usize>,
-    in_file: Option<Storage>,
-    tensors: &Tensors,
-) -> Result<()> {
-    /// So much any file may ask for: a small model is built although tensors are missing, and then all are listed.
-    const SMALL: usize = 1 << 20;
-    const FEW_BLOCKS: usize = 16;
-    let (blocks, held) = (options.num_layers, tensors.names().len());
-    let per_block = options.tensors_per_block();
-    if blocks > (held / per_block).max(FEW_BLOCKS) {
-        return Err(tensors.error(format!(
-            "the options ask for {blocks} blocks of {per_block} tensors, and it has {held} tensors: a file cannot hold \
-             more blocks than tensors"
-        )));
-    }
-    let twice_the_file = usize::try_from(tensors.file_length()).unwrap_or(usize::MAX).saturating_mul(2);
-    storage::check(options, in_file).map_err(|error| tensors.error(error.to_string()))?;
-    let parameters = parameters.unwrap_or(usize::MAX);
-    let saved = parameter_bytes(options, None).saturating_sub(parameter_bytes(options, in_file));
-    if work([parameters, size_of::<f32>()]).saturating_sub(saved) <= twice_the_file.max(SMALL) {
-        return match fits(model_bytes(options, in_file)) {
-            true => Ok(()),
-            false => Err(tensors.error("its model does not fit into memory")),
-        };
-    }
-    Err(tensors.error(format!(
-        "the options ask for {parameters} parameters, which do not fit in a file of {} bytes",
-        tensors.file_length()
-    )))
 }

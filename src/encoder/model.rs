@@ -6,16 +6,16 @@ use std::sync::Arc;
 use ndarray::{Array2, Array3, ArrayRef3, ArrayView2, ArrayViewD, ArrayViewMut, ArrayViewMutD, Axis, Dimension, s};
 use rand::SeedableRng;
 
-use super::block::BlockInspection;
+use super::block::{BlockInspection, rows};
 use super::blocks::{Block, Blocks};
-use super::memory::{Keeps, fits, model_bytes};
 use super::options::HymbaOptions;
 use super::shared::SharedBlock;
+use super::size::{GROUP, Keeps, PIECE, fits, model_bytes};
+use crate::Result;
 use crate::kernels::matmul::Storage;
 use crate::kernels::team::{Team, with_team, work};
 use crate::layers::{Batch, Buffer, LayerNorm, Lazy, Linear, Rng, SequenceState, flat, init_meta_tokens};
 use crate::parameters::{Parameter, ParameterMut, Visitor, VisitorMut, next_id};
-use crate::{Error, Result};
 
 /// A Hymba encoder: sequences of frames in, one vector (or one a frame) out. Its blocks are Hymba's, or those of another
 /// [`Pattern`](crate::Pattern).
@@ -493,35 +493,9 @@ fn whole<D: Dimension>(rows: ArrayViewMut<'_, f32, D>) -> &mut [f32] {
     rows.into_slice().expect("the numbers of a new array lie side by side")
 }
 
-/// Frames that go through the blocks together on one thread: 128 rows of width 4h are half a megabyte at h = 256.
-pub(super) const GROUP: usize = 128;
-/// Frames of a sequence that go through the blocks together: more come in pieces, so that memory does not grow with them.
-pub(super) const PIECE: usize = 8192;
-
 impl fmt::Debug for Hymba {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut f = f.debug_struct("Hymba");
         f.field("options", &self.options).field("parameters", &self.num_parameters()).finish()
     }
-}
-
-/// `[b, l, width]` → `[b·l, width]`
-pub(super) fn rows(x: &ArrayRef3<f32>) -> Buffer {
-    let (batch, l, width) = x.dim();
-    x.to_shape((batch * l, width)).expect("the same numbers").into_owned().into()
-}
-
-/// One length for each row, from 1 to l.
-pub(crate) fn check_lengths(lengths: &[usize], batch: usize, l: usize) -> Result<()> {
-    if lengths.len() != batch {
-        let advice = format!("{} lengths for a batch of {batch}; give one for each row", lengths.len());
-        return Err(Error::Lengths(advice));
-    }
-    if let Some(row) = lengths.iter().position(|length| !(1..=l).contains(length)) {
-        let length = lengths[row];
-        return Err(Error::Lengths(format!(
-            "lengths[{row}] = {length}, but it must be from 1 to {l}, the padded length"
-        )));
-    }
-    Ok(())
 }

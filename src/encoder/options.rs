@@ -2,22 +2,10 @@
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-use super::parts::sum;
 use super::pattern::Pattern;
+use super::variant::Variant;
 use crate::layers::{LayerNorm, Linear};
 use crate::{Error, Result};
-
-/// Which arithmetic the layers use. See [`HymbaOptions::edifice`].
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-#[non_exhaustive]
-pub enum Variant {
-    /// The model this crate documents: meta tokens travel through every block.
-    #[default]
-    Hymba,
-    /// The arithmetic of `Edifice.SSM.Hymba` 0.2.0 (Elixir, Axon), to the letter.
-    Edifice,
-}
 
 /// How to build a [`Hymba`](crate::Hymba).
 ///
@@ -375,4 +363,9 @@ impl HymbaOptions {
             LayerNorm::count(h),
         ])
     }
+}
+
+/// Adds counts, of which one may be too large to be counted.
+pub(super) fn sum(counts: &[Option<usize>]) -> Option<usize> {
+    counts.iter().try_fold(0usize, |sum, count| sum.checked_add((*count)?))
 }

@@ -1,17 +1,12 @@
 //! The layers that blocks of all kinds are made of, and how many parameters a block has.
 
-use super::options::HymbaOptions;
+use super::options::{HymbaOptions, sum};
 use super::pattern::BlockKind;
 use super::variant::Differences;
 use crate::kernels::matmul::Storage;
 use crate::layers::{
     Activation, AttentionConfig, Gate, KvShape, LayerNorm, Linear, MambaBranch, MambaConfig, MetaTokenAttention, Mlp,
 };
-
-/// Adds counts, of which one may be too large to be counted.
-pub(super) fn sum(counts: &[Option<usize>]) -> Option<usize> {
-    counts.iter().try_fold(0usize, |sum, count| sum.checked_add((*count)?))
-}
 
 impl HymbaOptions {
     pub(super) fn new_norm(&self, width: usize) -> LayerNorm {

@@ -1,9 +1,8 @@
 //! Models whose large matrices are stored for inference only, in fewer bits.
 
-use super::memory::fits;
 use super::model::Hymba;
-use super::options::HymbaOptions;
-use crate::kernels::matmul::{Matrix, Storage};
+use super::size::{check_storage, fits, parameter_bytes};
+use crate::kernels::matmul::Storage;
 use crate::{Error, Result};
 
 impl Hymba {
@@ -71,7 +70,7 @@ impl Hymba {
         if storage == self.storage {
             return Ok(());
         }
-        check(&self.options, storage)?;
+        check_storage(&self.options, storage)?;
         let bytes = parameter_bytes(&self.options, storage);
         if bytes > self.num_bytes() && !fits(bytes) {
             return Err(Error::Option {
@@ -113,23 +112,6 @@ impl Hymba {
     }
 }
 
-/// Refuses models that would take more memory than in f32: rows are filled up to panels of 32 outputs.
-pub(crate) fn check(options: &HymbaOptions, storage: Option<Storage>) -> Result<()> {
-    /// So that a model takes at most twice what its file has.
-    const LEAST_HIDDEN_SIZE: usize = 16;
-    match storage {
-        Some(storage) if options.hidden_size < LEAST_HIDDEN_SIZE => Err(Error::Option {
-            option: "storage",
-            given: format!("{storage:?}"),
-            allowed: format!(
-                "with hidden_size {} it saves nothing, as outputs are filled up to 32; it is for {LEAST_HIDDEN_SIZE} and more",
-                options.hidden_size
-            ),
-        }),
-        _ => Ok(()),
-    }
-}
-
 /// The storage to read matrices into that are in a file as `in_file` says and are to be stored as `asked`: whole numbers and
 /// scales come out of the file as they are, before they become something else.
 pub(crate) fn first_storage(in_file: Option<Storage>, asked: Option<Storage>) -> Option<Storage> {
@@ -139,31 +121,10 @@ pub(crate) fn first_storage(in_file: Option<Storage>, asked: Option<Storage>) ->
     }
 }
 
-/// Bytes of the parameters of a model with these options, before its first call. At most `usize::MAX`.
-pub(super) fn parameter_bytes(options: &HymbaOptions, storage: Option<Storage>) -> usize {
-    let count = || {
-        let parameters = options.parameters()?.checked_mul(size_of::<f32>())?;
-        let Some(storage) = storage else { return Some(parameters) };
-        let (mut narrowed, mut stored) = (0usize, 0usize);
-        let blocks =
-            options.pattern.kinds(options.num_layers).map(|(kind, count)| (options.large_matrices(kind), count));
-        let shared = options.pattern.shares().then(|| (options.large_shared_matrices(), 1));
-        for (matrices, count) in blocks.chain(shared) {
-            for [n, k] in matrices {
-                let numbers = n.checked_mul(k)?.checked_mul(count)?;
-                narrowed = narrowed.checked_add(numbers.checked_mul(size_of::<f32>())?)?;
-                stored = stored.checked_add(Matrix::bytes(n, k, storage)?.checked_mul(count)?)?;
-            }
-        }
-        parameters.checked_sub(narrowed)?.checked_add(stored)
-    };
-    count().unwrap_or(usize::MAX)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::Pattern;
+    use crate::{HymbaOptions, Pattern};
 
     #[test]
     fn bytes_are_counted_beforehand_as_they_are_taken() {

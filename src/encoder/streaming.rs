@@ -5,8 +5,9 @@ use std::sync::Arc;
 
 use ndarray::{Array2, ArrayRef2, ArrayRef3, ArrayView3, Axis, s};
 
-use super::memory::{Keeps, fits};
-use super::model::{Hymba, rows};
+use super::block::rows;
+use super::model::Hymba;
+use super::size::{Keeps, fits};
 use crate::kernels::team::{with_team, work};
 use crate::layers::{Batch, SequenceState};
 use crate::{Error, Result};

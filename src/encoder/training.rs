@@ -5,9 +5,10 @@ use std::fmt;
 use ndarray::{Array2, Array3, ArrayRef2, ArrayRef3, s};
 
 use super::blocks::{BlockDropout, DepthCache};
-use super::memory::Keeps;
 use super::model::Hymba;
-use super::options::{HymbaOptions, Variant};
+use super::options::HymbaOptions;
+use super::size::Keeps;
+use super::variant::Variant;
 use crate::kernels::team::{Team, with_team};
 use crate::layers::{Batch, Buffer, Dropout, SequenceState, Spans, StateGradient};
 use crate::{Error, Result};

@@ -1,8 +1,21 @@
 //! What the variants of the model do differently.
 
-use super::options::Variant;
+use serde::{Deserialize, Serialize};
+
 use crate::kernels::norm::SmallVariance;
 use crate::layers::TimeStep;
+
+/// Which arithmetic the layers use. See [`HymbaOptions::edifice`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+#[non_exhaustive]
+pub enum Variant {
+    /// The model this crate documents: meta tokens travel through every block.
+    #[default]
+    Hymba,
+    /// The arithmetic of `Edifice.SSM.Hymba` 0.2.0 (Elixir, Axon), to the letter.
+    Edifice,
+}
 
 /// Everything that differs between the two variants.
 #[derive(Debug, Clone, Copy)]

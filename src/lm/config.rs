@@ -15,6 +15,8 @@ mod raw;
 mod rope_parameters;
 #[cfg(test)]
 mod tests;
+mod value;
+mod words;
 mod write;
 
 /// Longest `config.json` that is read. The published one has 3 kB.

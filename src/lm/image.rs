@@ -6,7 +6,8 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 
 use super::config::{HymbaLmConfig, MAX_CONFIG};
-use super::files::{LoadOptions, Loading};
+use super::files::Loading;
+use super::load_options::LoadOptions;
 use super::model::HymbaLm;
 use crate::files::folder::Folder;
 use crate::files::header::{self, OPTIONS_KEY};

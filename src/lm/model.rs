@@ -8,7 +8,7 @@ use ndarray::{Array2, Array3, ArrayRef, ArrayRef2, ArrayViewMutD, Dimension, s};
 use super::arrays::{dim_of, rows_of, zeros};
 use super::block::Block;
 use super::config::HymbaLmConfig;
-use super::files::{Arithmetic, LoadOptions};
+use super::load_options::{Arithmetic, LoadOptions};
 use super::names::{EMBEDDING, FINAL_NORM, HEAD, META_TOKENS};
 use super::size::fits;
 use super::state::LmState;

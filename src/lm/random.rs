@@ -3,7 +3,7 @@
 use rand::{RngExt, SeedableRng};
 
 use super::config::{HymbaLmConfig, TorchDtype};
-use super::files::LoadOptions;
+use super::load_options::LoadOptions;
 use super::model::HymbaLm;
 use super::size::fits;
 use crate::layers::Rng;

@@ -15,7 +15,8 @@ use serde::de::{Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
 
 use super::RopeType;
 use super::check::refused;
-use super::raw::{Given, ROPES};
+use super::value::Value;
+use super::words::ROPES;
 use crate::Result;
 use crate::files::tensors::quoted;
 
@@ -28,12 +29,12 @@ pub(super) struct RopeParameters {
     is_object: bool,
     /// Where it is something else than an object or null.
     is_other: bool,
-    rope_theta: Given,
-    rope_type: Given,
+    rope_theta: Value,
+    rope_type: Value,
     /// The earlier name of `rope_type`.
-    type_: Given,
-    partial_rotary_factor: Given,
-    factor: Given,
+    type_: Value,
+    partial_rotary_factor: Value,
+    factor: Value,
     /// Those of a kind of layers each.
     kinds: Vec<(String, RopeParameters)>,
 }
@@ -53,11 +54,11 @@ impl<'de> Deserialize<'de> for RopeParameters {
         const OTHER: RopeParameters = RopeParameters {
             is_object: false,
             is_other: true,
-            rope_theta: Given::Null,
-            rope_type: Given::Null,
-            type_: Given::Null,
-            partial_rotary_factor: Given::Null,
-            factor: Given::Null,
+            rope_theta: Value::Null,
+            rope_type: Value::Null,
+            type_: Value::Null,
+            partial_rotary_factor: Value::Null,
+            factor: Value::Null,
             kinds: Vec::new(),
         };
 
@@ -124,7 +125,7 @@ impl<'de> Deserialize<'de> for RopeParameters {
 }
 
 /// What the two keys say. Where nothing is rotated they are ignored.
-pub(super) fn read(scaling: RopeParameters, parameters: RopeParameters, partial: Given, rope: bool) -> Result<Rope> {
+pub(super) fn read(scaling: RopeParameters, parameters: RopeParameters, partial: Value, rope: bool) -> Result<Rope> {
     if !rope {
         return Ok(Rope::default());
     }
@@ -141,17 +142,17 @@ impl RopeParameters {
     fn read(self, key: &'static str) -> Result<Rope> {
         whole("partial_rotary_factor", self.partial_rotary_factor)?;
         let rope_theta = match self.rope_theta {
-            Given::Null => None,
+            Value::Null => None,
             given => Some(given.number("rope_theta", 0.0)?),
         };
-        let given = if matches!(self.rope_type, Given::Null) { self.type_ } else { self.rope_type };
-        if matches!(given, Given::Null) && !matches!(self.factor, Given::Null) {
+        let given = if matches!(self.rope_type, Value::Null) { self.type_ } else { self.rope_type };
+        if matches!(given, Value::Null) && !matches!(self.factor, Value::Null) {
             return refused(key, format!("{{\"factor\": {}, …}}", self.factor), "its rope_type must be there");
         }
         let rope_type = match &given {
-            Given::Null => None,
-            Given::Text(text) if text == "default" => None,
-            Given::Text(text) => match ROPES.iter().find(|(word, _)| word == text) {
+            Value::Null => None,
+            Value::Text(text) if text == "default" => None,
+            Value::Text(text) => match ROPES.iter().find(|(word, _)| word == text) {
                 Some((_, rope_type)) => Some(*rope_type),
                 None => {
                     return refused(
@@ -175,9 +176,9 @@ impl RopeParameters {
     }
 }
 
-fn whole(key: &'static str, factor: Given) -> Result<()> {
+fn whole(key: &'static str, factor: Value) -> Result<()> {
     factor.read(key, Some(()), "1: queries and keys are rotated in all their width", |given| {
-        let is_one = matches!(given, Given::Int(1)) || matches!(given, Given::Float(factor) if *factor == 1.0);
+        let is_one = matches!(given, Value::Int(1)) || matches!(given, Value::Float(factor) if *factor == 1.0);
         is_one.then_some(())
     })
 }

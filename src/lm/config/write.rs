@@ -4,7 +4,7 @@ use serde::ser::SerializeMap;
 use serde::{Serialize, Serializer};
 use serde_json::{Value, json};
 
-use super::raw::{ACTIVATIONS, DTYPES, NORMS, ROPES};
+use super::words::{ACTIVATIONS, DTYPES, NORMS, ROPES};
 use super::{HymbaLmConfig, Quantization, TorchDtype};
 use crate::kernels::matmul::BLOCK;
 
