@@ -21,8 +21,6 @@ const HYMBA: &str = include_str!("hymba.jinja");
 const NAME: &str = "chat template";
 /// About so many instructions, or 96 MB of text that is made: a chat of 10 MB, and about a second.
 const FUEL: u64 = 1_500_000;
-/// Longest prompt in bytes.
-pub(super) const MAX_PROMPT: usize = 16 << 20;
 /// Of minijinja's own, those that take no fuel for what they make.
 const NO_FILTERS: [&str; 8] = ["batch", "chain", "format", "groupby", "pprint", "slice", "sum", "zip"];
 const NO_FUNCTIONS: [&str; 1] = ["debug"];

@@ -7,7 +7,6 @@ use minijinja::{Error, ErrorKind, State, Value};
 use serde::Serialize;
 use serde_json::ser::{CharEscape, Formatter, PrettyFormatter, Serializer};
 
-use super::chat::MAX_PROMPT;
 use super::values;
 
 /// Methods of texts, lists and dicts.
