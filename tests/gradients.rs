@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 
 use common::{HYBRIDS, data, frames, model, patterns, tensors, wave};
 use hymba::ndarray::{Array2, Array3, ArrayD, Axis, s};
-use hymba::{Error, Hymba, HymbaOptions, Pattern};
+use hymba::{Error, Hymba, HymbaOptions};
 
 fn by_name(model: &Hymba) -> BTreeMap<String, ArrayD<f32>> {
     let mut all = BTreeMap::new();
@@ -195,6 +195,7 @@ fn a_batch_is_the_sum_of_its_rows_and_gradients_add_up() {
 #[test]
 fn any_number_of_threads() {
     let options = HymbaOptions::recommended(20).hidden_size(128).num_layers(2).window_size(30);
+    use hymba::Pattern;
     let alternating = Pattern::Alternating { attention_every: 2 };
     let shared = Pattern::SharedAttention { attention_every: 1 };
     for pattern in [Pattern::Parallel, alternating, shared] {

@@ -1,13 +1,29 @@
-//! The tasks of the `compare` example can be solved from what a model sees, and not by guessing.
+//! The `compare` example: its tasks can be solved from what a model sees, and not by guessing; its models are of one size, and learn;
+//! its results are kept and summed up as they should.
 
+#[path = "../examples/support/classes.rs"]
+mod classes;
+#[path = "../examples/support/picture.rs"]
+mod picture;
+#[path = "../examples/compare/results.rs"]
+mod results;
+#[path = "../examples/compare/table.rs"]
+mod table;
 #[path = "../examples/compare/tasks.rs"]
 mod tasks;
+#[path = "../examples/compare/trial.rs"]
+mod trial;
+#[path = "../examples/support/ts.rs"]
+mod ts;
 
 use std::collections::HashSet;
+use std::path::Path;
 
 use rand::SeedableRng;
 use rand::rngs::ChaCha8Rng;
+use results::{Record, append, is_done, load};
 use tasks::{Example, Generated, POSITION};
+use trial::{Outcome, PATTERNS, Settings, Trial, Work, pattern};
 
 const ALL: [&str; 6] =
     ["mqar-4-64", "mqar-16-256", "mqar-64-256-8192", "copying-16-128", "copying-1-3", "induction-256"];
@@ -155,4 +171,112 @@ fn tasks_that_cannot_be() {
     ] {
         assert!(Generated::parse(name).is_err(), "{name}");
     }
+}
+
+// ---- trials ----
+
+const SETTINGS: Settings = Settings { parameters: 100_000, layers: 4, every: 2, heads: 2, steps: 1000, frames: 4096 };
+
+#[test]
+fn models_are_of_one_size() {
+    for name in ["mqar-4-64", "copying-16-128", "JapaneseVowels"] {
+        let work = Work::read(name, Path::new(".")).unwrap();
+        for name in PATTERNS {
+            let (options, count) = work.fitted(pattern(name, 2).unwrap(), &SETTINGS).unwrap();
+            assert!(count.abs_diff(100_000) < 5_000, "{name}: {count}");
+            assert_eq!((options.num_layers, options.hidden_size % 2), (4, 0));
+        }
+    }
+    let work = Work::read("mqar-4-64", Path::new(".")).unwrap();
+    let impossible = Settings { every: 5, ..SETTINGS };
+    let error = work.fitted(pattern("jamba", 5).unwrap(), &impossible).unwrap_err();
+    assert!(error.contains("attention_every"), "{error}");
+    assert!(Work::read("absent", Path::new(".")).is_err() && pattern("lstm", 2).is_err());
+}
+
+/// To say again the one token that was no noise, of two.
+#[test]
+fn every_pattern_learns_what_is_easy() {
+    let settings = Settings { parameters: 8000, layers: 2, steps: 250, frames: 192, ..SETTINGS };
+    let work = Work::read("copying-1-3", Path::new(".")).unwrap();
+    for pattern in PATTERNS {
+        let trial = Trial { task: "copying-1-3".into(), pattern: pattern.into(), rate: 0.01, seed: 1 };
+        let outcome = work.run(&trial, &settings).unwrap();
+        assert!(
+            outcome.scores == [(3, 1.0)] && outcome.validation == 1.0 && !outcome.diverged,
+            "{pattern}: {outcome:?}"
+        );
+        assert!(outcome.steps > 20 && outcome.state_bytes > 0);
+        if pattern == "zamba" {
+            let again = work.run(&trial, &settings).unwrap();
+            assert_eq!((again.steps, again.scores), (outcome.steps, outcome.scores));
+        }
+    }
+}
+
+// ---- results ----
+
+fn record(pattern: &str, rate: f32, seed: u64, validation: f64, score: f64) -> Record {
+    let trial = Trial { task: "mqar-4-64".into(), pattern: pattern.into(), rate, seed };
+    let outcome = Outcome {
+        hidden_size: 32,
+        parameters: 99_000,
+        steps: 10,
+        diverged: false,
+        validation,
+        scores: vec![(64, score)],
+        step_ms: 1.0,
+        stream_us: 2.0,
+        state_bytes: 3,
+    };
+    Record { trial, settings: SETTINGS, outcome, seconds: 1.0, simd: "scalar".into(), note: "here".into() }
+}
+
+#[test]
+fn a_killed_comparison_goes_on() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("results.jsonl");
+    assert_eq!(load(&path).unwrap().0.len(), 0);
+    let (first, second) = (record("hymba", 1e-3, 0, 0.5, 0.5), record("hymba", 1e-3, 1, 0.5, 0.5));
+    append(&path, &first).unwrap();
+    let whole = std::fs::read(&path).unwrap();
+    // the second line was cut short
+    append(&path, &second).unwrap();
+    let bytes = std::fs::read(&path).unwrap();
+    std::fs::write(&path, &bytes[..whole.len() + 40]).unwrap();
+    let (records, none) = load(&path).unwrap();
+    assert_eq!((records.len(), none), (1, 1));
+    assert!(is_done(&records, &first.trial, &SETTINGS) && !is_done(&records, &second.trial, &SETTINGS));
+    assert!(!is_done(&records, &first.trial, &Settings { steps: 7, ..SETTINGS }));
+    append(&path, &second).unwrap();
+    let (records, none) = load(&path).unwrap();
+    assert_eq!((records.len(), none), (2, 1));
+    assert!(is_done(&records, &second.trial, &SETTINGS));
+}
+
+#[test]
+fn the_table_chooses_rates_by_validation_and_shows_the_spread() {
+    let mut records = Vec::new();
+    // the test would choose 0.01, validation chooses 0.001
+    for seed in 0..3 {
+        let score = 0.6 + 0.1 * seed as f64;
+        records.push(record("hymba", 1e-3, seed, 0.8, score));
+        records.push(record("hymba", 1e-2, seed, 0.7, 0.95));
+        records.push(record("jamba", 1e-3, seed, 0.9, 0.65));
+        records.push(record("mamba", 1e-3, seed, 0.9, 0.1));
+    }
+    records.push(records[0].clone());
+    let text = table::table(&records);
+    let line = text.lines().find(|line| line.starts_with("| mqar-4-64 | 64 |")).unwrap();
+    for cell in
+        ["**0.700** (0.600 to 0.800; 3 × 1e-3)", "= 0.650 (0.650 to 0.650; 3 × 1e-3)", "| 0.100 (0.100 to 0.100"]
+    {
+        assert!(line.contains(cell), "{cell}: {line}");
+    }
+    assert!(text.contains("| mqar-4-64 | hymba | 32 | 99000 | 100000 | 1.0 | 2 | 3 |"), "{text}");
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("table.svg");
+    table::draw(&records, &path).unwrap();
+    let svg = std::fs::read_to_string(path).unwrap();
+    assert!(svg.contains("mqar-4-64") && svg.contains("jamba"));
 }

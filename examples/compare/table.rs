@@ -21,21 +21,23 @@ pub struct Cell {
     pub seeds: usize,
 }
 
+/// The trials of one rate, by seed.
+type Seeds<'a> = BTreeMap<u64, &'a Record>;
 /// A task at one of its test lengths.
 type Column = (String, usize);
 
 /// Cells by task and pattern. Of several rates that one counts whose mean on validation data is best; the lower of equals. A trial
 /// that is there twice counts once.
 pub fn cells(records: &[Record]) -> BTreeMap<Column, BTreeMap<String, Cell>> {
-    let mut by_rate: BTreeMap<(&str, &str), BTreeMap<u32, BTreeMap<u64, &Record>>> = BTreeMap::new();
+    let mut by_rate: BTreeMap<(&str, &str), BTreeMap<u32, Seeds>> = BTreeMap::new();
     for record in records {
         let of = by_rate.entry((&record.trial.task, &record.trial.pattern)).or_default();
         of.entry(record.trial.rate.to_bits()).or_default().insert(record.trial.seed, record);
     }
     let mut cells: BTreeMap<Column, BTreeMap<String, Cell>> = BTreeMap::new();
     for ((task, pattern), rates) in by_rate {
-        let validation = |seeds: &BTreeMap<u64, &Record>| mean(seeds.values().map(|record| record.outcome.validation));
-        let mut best: Option<(f64, u32, &BTreeMap<u64, &Record>)> = None;
+        let validation = |seeds: &Seeds| mean(seeds.values().map(|record| record.outcome.validation));
+        let mut best: Option<(f64, u32, &Seeds)> = None;
         for (rate, seeds) in &rates {
             if best.as_ref().is_none_or(|(most, ..)| validation(seeds) > *most) {
                 best = Some((validation(seeds), *rate, seeds));

@@ -75,7 +75,7 @@ pub fn pattern(name: &str, every: usize) -> Result<Pattern, String> {
 /// What is to be learned.
 pub enum Work {
     Generated(Generated),
-    Series { train: Dataset, test: Dataset },
+    Series(Box<[Dataset; 2]>),
 }
 
 impl Work {
@@ -94,7 +94,7 @@ impl Work {
                 let task = classes::task(&train, &train_file)?;
                 let train = classes::training(&task, train, &train_file)?;
                 let (test, _) = classes::test(&task, classes::read(&test_file)?, &test_file)?;
-                Ok(Work::Series { train, test })
+                Ok(Work::Series(Box::new([train, test])))
             }
             (Err(reason), ..) => {
                 Err(format!("{reason}; nor is there a {name}_TRAIN.ts and a {name}_TEST.ts: see --data").into())
@@ -111,7 +111,8 @@ impl Work {
                 let labels = (0..=task.classes()).map(|class| class.to_string());
                 (HymbaOptions::new(task.tokens() + POSITION).window_size(longest), Task::classify_frames(labels))
             }
-            Work::Series { train, test } => {
+            Work::Series(data) => {
+                let [train, test] = &**data;
                 let longest = train.longest().max(test.longest());
                 (HymbaOptions::recommended(train.width()).window_size(longest), train.task().clone())
             }
@@ -147,7 +148,7 @@ impl Work {
         let predictor = Predictor::build(options.clone().seed(trial.seed), self.model().1)?;
         let learned = match self {
             Work::Generated(task) => learn(*task, predictor, trial, settings)?,
-            Work::Series { train, test } => learn_series(train, test, predictor, trial)?,
+            Work::Series(data) => learn_series(data, predictor, trial)?,
         };
         let (stream_us, state_bytes) = stream(&learned.predictor)?;
         Ok(Outcome {
@@ -271,12 +272,7 @@ fn measure(task: Generated, predictor: &Predictor, seed: u64) -> hymba::Result<f
 }
 
 /// As `TrainerOptions` has it, but for the rate, and a fifth of the series to choose the rate by.
-fn learn_series(
-    train: &Dataset,
-    test: &Dataset,
-    predictor: Predictor,
-    trial: &Trial,
-) -> Result<Learned, Box<dyn Error>> {
+fn learn_series([train, test]: &[Dataset; 2], predictor: Predictor, trial: &Trial) -> Result<Learned, Box<dyn Error>> {
     let start = predictor.clone();
     let options = TrainerOptions::default().learning_rate(trial.rate).seed(trial.seed).validation_fraction(0.2);
     let (mut steps, mut first) = (0, None);
