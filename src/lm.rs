@@ -32,6 +32,7 @@ mod config;
 mod converse;
 mod files;
 mod generate;
+mod lora;
 mod loss;
 mod model;
 mod names;
@@ -52,6 +53,8 @@ pub use config::{HymbaLmConfig, KeyQueryNorm, MlpActivation, Quantization, RopeT
 pub use converse::{Chat, TextGeneration};
 pub use files::{Arithmetic, LoadOptions, Loading};
 pub use generate::{FinishReason, Generation, LogLikelihood, RowOptions};
+pub(crate) use lora::is_lora;
+pub use lora::{LoraCoverage, LoraOptions};
 pub use loss::LmLoss;
 pub use model::{HymbaLm, LmInspection};
 pub(crate) use python_json::python_json;

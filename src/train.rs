@@ -31,6 +31,8 @@ use ndarray::{ArrayViewD, ArrayViewMutD};
 use crate::Hymba;
 
 mod data;
+#[cfg(feature = "lm")]
+mod lm;
 mod loss;
 mod optimizer;
 mod schedule;
@@ -38,6 +40,8 @@ mod trainer;
 
 use data::cut;
 pub use data::{Dataset, Targets};
+#[cfg(feature = "lm")]
+pub use lm::{LmEpoch, LmProgress, LmTrained, LmTrainer, LmTrainerOptions, TokenRows};
 pub use loss::{CrossEntropy, Loss, RegressionLoss};
 pub use optimizer::{AdamW, AdamWOptions, StepInfo};
 pub use schedule::Schedule;
@@ -124,7 +128,10 @@ impl Parameters for Hymba {
 impl Parameters for crate::HymbaLm {
     fn visit<'a>(&'a self, f: &mut dyn FnMut(&str, ArrayViewD<'a, f32>)) {
         self.visit(&mut |name, parameter| {
-            if let crate::Parameter::Array(array) = parameter {
+            // with low-rank parts, nothing else is trained
+            if let crate::Parameter::Array(array) = parameter
+                && (!self.has_lora() || crate::lm::is_lora(name))
+            {
                 f(name, array);
             }
         });

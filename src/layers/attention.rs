@@ -159,6 +159,7 @@ impl MetaTokenAttention {
     pub(crate) fn init(&mut self, rng: &mut Rng) {
         self.linears_mut().for_each(|linear| linear.init(rng));
         self.own_meta.iter_mut().flatten().for_each(|meta| init_meta_tokens(meta, rng));
+        self.norms.iter_mut().flatten().for_each(|norm| norm.fill(1.0));
     }
 
     /// Parameters of a branch with maps of its own.
