@@ -197,6 +197,17 @@ fn one_call_gives_what_two_give() {
     }
 }
 
+#[test]
+fn activations_that_are_computed_again_are_the_same() {
+    let (folder, rows) = small();
+    let mut lm = trainable(folder.path());
+    let (mut kept, mut again) = (lm.zeros_like(), lm.zeros_like());
+    let loss = lm.accumulate(&rows, None, &mut kept).unwrap();
+    lm.recompute_activations(true);
+    assert_eq!(lm.accumulate(&rows, None, &mut again).unwrap(), loss);
+    assert!(by_name(&again) == by_name(&kept));
+}
+
 #[cfg(feature = "rayon")]
 #[test]
 fn any_number_of_threads() {

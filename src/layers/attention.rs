@@ -86,6 +86,11 @@ impl SharedKv {
         self.packed = Vec::new();
     }
 
+    /// The same, not packed.
+    pub(crate) fn copy(&self) -> Self {
+        SharedKv { keys: Buffer::copy_of(&self.keys), values: Buffer::copy_of(&self.values), packed: Vec::new() }
+    }
+
     pub(crate) fn rows(&self) -> [Rows<'_>; 2] {
         [all_rows(&self.keys), all_rows(&self.values)]
     }

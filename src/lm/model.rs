@@ -62,6 +62,8 @@ pub struct HymbaLm {
     pub(super) head: Option<Linear>,
     pub(super) rotary: Option<Rotary>,
     kv_storage: KvStorage,
+    /// Whether training keeps less and computes more.
+    pub(super) recompute: bool,
     /// Of the low-rank parts of its maps, if there are any; nothing else is trained then.
     pub(super) lora: Option<LoraOptions>,
     /// The `config.json` it was read with.
@@ -119,6 +121,7 @@ impl HymbaLm {
             head: (!config.tie_word_embeddings).then(|| Linear::with_weight(Weight::new(v, h, storage(HEAD)), false)),
             rotary: config.rope_base().map(|base| Rotary::new(config.key_width(), base)),
             kv_storage: options.kv_storage,
+            recompute: false,
             lora: None,
             source: None,
             num_parameters: 0,
@@ -520,6 +523,7 @@ impl HymbaLm {
             blocks: self.blocks.iter().map(Block::zeros_like).collect(),
             final_norm: self.final_norm.zeros_like(),
             head: self.head.as_ref().map(Linear::zeros_like),
+            recompute: self.recompute,
             lora: self.lora.clone(),
             rotary: self.rotary.clone(),
             kv_storage: self.kv_storage,
