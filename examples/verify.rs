@@ -51,6 +51,10 @@
 //! [4]` and the weights `final.NAME` of three steps of AdamW at a rate of 0.001, betas 0.9 and 0.95 and a decay of 0.1. The loss is
 //! compared with `forward_train`, gradients with `backward`. Losses may differ by 1e-5, and so may weights in the mean.
 //!
+//! One with low-rank adapters holds the model in `base`, what the PEFT library wrote in `adapter`, and in `expected.safetensors` the
+//! same as above with the adapter, `base_logits` without it, and `grad.NAME` by its tensors; `logits` merged and apart may differ by
+//! 1e-5 of the largest.
+//!
 //! # Exit status
 //!
 //! The exit status is 0 if all agree, 1 if any does not or a folder cannot be read, 2 if the arguments make no sense.
@@ -68,6 +72,9 @@ mod compare;
 #[cfg(feature = "lm")]
 #[path = "support/verify_lm.rs"]
 mod language_model;
+#[cfg(feature = "lm")]
+#[path = "support/verify_lora.rs"]
+mod lora;
 #[cfg(feature = "lm")]
 #[path = "support/published.rs"]
 mod published;
@@ -246,6 +253,10 @@ fn verify(folder: &Path, tolerance: Option<Tolerance>) -> Result<Vec<Comparison>
     #[cfg(feature = "lm")]
     if folder.join(training::TRAINING).exists() {
         return training::verify(folder, tolerance);
+    }
+    #[cfg(feature = "lm")]
+    if folder.join(lora::ADAPTER).is_dir() {
+        return lora::verify(folder, tolerance);
     }
     if says_language_model(folder) {
         return language_model::verify(folder, tolerance);

@@ -20,6 +20,8 @@ mod kv_cache;
 mod layer_norm;
 mod lazy;
 mod linear;
+#[cfg_attr(not(feature = "lm"), allow(dead_code))]
+mod low_rank;
 mod mamba;
 mod mlp;
 mod pooling;
@@ -49,6 +51,9 @@ pub(crate) use kv_cache::{KvCache, KvShape};
 pub(crate) use layer_norm::LayerNorm;
 pub(crate) use lazy::Lazy;
 pub(crate) use linear::Linear;
+#[cfg(feature = "lm")]
+pub(crate) use low_rank::LORA_NAMES;
+pub(crate) use low_rank::LowRank;
 #[cfg(feature = "lm")]
 pub(crate) use mamba::InnerCache;
 pub use mamba::MambaBranch;

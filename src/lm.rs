@@ -10,7 +10,8 @@
 //! | run your own loop | [`HymbaLm::new_state`], [`prefill`](HymbaLm::prefill), [`step`](HymbaLm::step), and a [`Sampler`] |
 //! | fork, save, continue | `state.clone()`, [`HymbaLm::save_state`], [`HymbaLm::load_state`] |
 //! | score | [`HymbaLm::log_likelihood`] |
-//! | train | [`LoadOptions::trainable`], [`HymbaLm::forward_train`], [`backward`](HymbaLm::backward), [`AdamW`](crate::train::AdamW) |
+//! | fine-tune | [`HymbaLm::add_lora`], [`load_lora`](HymbaLm::load_lora), [`save_lora`](HymbaLm::save_lora), [`merge_lora`](HymbaLm::merge_lora) |
+//! | train | [`HymbaLm::build`] or [`LoadOptions::trainable`], [`LmTrainer`](crate::train::LmTrainer); or by hand: [`HymbaLm::forward_train`], [`backward`](HymbaLm::backward), [`AdamW`](crate::train::AdamW) |
 //! | compare with other implementations | [`HymbaLm::forward`], [`inspect`](HymbaLm::inspect), [`LmState::layer`] |
 //!
 //! Every layer runs attention and Mamba side by side between two shared projections. With the letters of the published
@@ -35,6 +36,7 @@ mod files;
 mod generate;
 mod image;
 mod load_options;
+mod lora;
 mod loss;
 mod model;
 mod names;
@@ -56,6 +58,8 @@ pub use converse::{Chat, TextGeneration};
 pub use files::Loading;
 pub use generate::{FinishReason, Generation, LogLikelihood, RowOptions};
 pub use load_options::{Arithmetic, LoadOptions};
+pub(crate) use lora::is_lora;
+pub use lora::{LoraCoverage, LoraOptions};
 pub use loss::LmLoss;
 pub use model::{HymbaLm, LmInspection};
 pub(crate) use python_json::python_json;

@@ -32,6 +32,8 @@ use crate::Hymba;
 
 mod augment;
 mod data;
+#[cfg(feature = "lm")]
+mod lm;
 mod loss;
 mod optimizer;
 mod recommend;
@@ -41,6 +43,8 @@ mod trainer;
 pub use augment::Augmentation;
 use data::cut;
 pub use data::{Dataset, Targets};
+#[cfg(feature = "lm")]
+pub use lm::{LmEpoch, LmProgress, LmTrained, LmTrainer, LmTrainerOptions, TokenRows};
 pub use loss::{CrossEntropy, Loss, RegressionLoss};
 pub use optimizer::{AdamW, AdamWOptions, StepInfo};
 pub use schedule::Schedule;
@@ -141,7 +145,10 @@ impl Parameters for Hymba {
 impl Parameters for crate::HymbaLm {
     fn visit<'a>(&'a self, f: &mut dyn FnMut(&str, ArrayViewD<'a, f32>)) {
         self.visit(&mut |name, parameter| {
-            if let crate::Parameter::Array(array) = parameter {
+            // with low-rank parts, nothing else is trained
+            if let crate::Parameter::Array(array) = parameter
+                && (!self.has_lora() || crate::lm::is_lora(name))
+            {
                 f(name, array);
             }
         });

@@ -5,16 +5,17 @@
 mod common;
 
 use std::collections::BTreeMap;
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
 use common::{data, tensors};
-use hymba::lm::{HymbaLmConfig, LmLoss, LoadOptions, Quantization, TorchDtype};
+use hymba::lm::{HymbaLmConfig, LmLoss, LoadOptions, LoraOptions, Quantization, TorchDtype};
 use hymba::ndarray::{Array2, ArrayD};
-use hymba::train::{AdamW, AdamWOptions, Parameters};
+use hymba::train::{AdamW, AdamWOptions, LmProgress, LmTrainer, LmTrainerOptions, Parameters, Stopped, TokenRows};
 use hymba::{Error, HymbaLm};
 
 /// Token rows, and which tokens of each are predicted.
-type TokenRows = (Vec<Vec<u32>>, Option<Vec<Vec<bool>>>);
+type IdsAndMasks = (Vec<Vec<u32>>, Option<Vec<Vec<bool>>>);
 
 fn folder(case: &str) -> PathBuf {
     data("hymba_lm_train").join(case)
@@ -24,7 +25,7 @@ fn trainable(folder: &Path) -> HymbaLm {
     HymbaLm::from_dir_with(folder, &LoadOptions::default().trainable(true), |_| {}).unwrap()
 }
 
-fn token_rows(given: &BTreeMap<String, ArrayD<f64>>) -> TokenRows {
+fn token_rows(given: &BTreeMap<String, ArrayD<f64>>) -> IdsAndMasks {
     let lengths: Vec<usize> = given["lengths"].iter().map(|length| *length as usize).collect();
     let rows = |name: &str| {
         let array: Array2<f64> = given.get(name)?.clone().into_dimensionality().unwrap();
@@ -196,6 +197,17 @@ fn one_call_gives_what_two_give() {
     }
 }
 
+#[test]
+fn activations_that_are_computed_again_are_the_same() {
+    let (folder, rows) = small();
+    let mut lm = trainable(folder.path());
+    let (mut kept, mut again) = (lm.zeros_like(), lm.zeros_like());
+    let loss = lm.accumulate(&rows, None, &mut kept).unwrap();
+    lm.recompute_activations(true);
+    assert_eq!(lm.accumulate(&rows, None, &mut again).unwrap(), loss);
+    assert!(by_name(&again) == by_name(&kept));
+}
+
 #[cfg(feature = "rayon")]
 #[test]
 fn any_number_of_threads() {
@@ -270,4 +282,172 @@ fn bad_input() {
     let options = LoadOptions::default().quantize(Quantization::Bits4).trainable(true);
     let refused = HymbaLm::from_dir_with(folder.path(), &options, |_| {});
     assert!(matches!(refused, Err(Error::Option { option: "trainable", .. })));
+}
+
+/// A model that has everything and learns quickly.
+fn tiny() -> HymbaLm {
+    let mut config = HymbaLmConfig::hymba_1_5b();
+    (config.hidden_size, config.intermediate_size, config.vocab_size) = (32, 48, 20);
+    (config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads) = (3, 4, 2);
+    (config.global_attn_idx, config.kv_reuse_group) = (Some(vec![0]), Some(vec![vec![1, 2]]));
+    (config.sliding_window, config.num_memory_tokens, config.mamba_dt_rank) = (Some(9), 3, Some(2));
+    HymbaLm::build(config, 3).unwrap()
+}
+
+fn periodic(length: u32) -> TokenRows {
+    let stream: Vec<u32> = (0..length).map(|i| (i * i / 3) % 11).collect();
+    TokenRows::packed(&stream, 30).unwrap().bytes(length as usize - 1)
+}
+
+#[test]
+fn build_draws_the_same_from_the_same_seed() {
+    let (one, two) = (by_name(&tiny()), by_name(&tiny()));
+    assert!(one == two);
+    assert!(one["model.embed_tokens.weight"].iter().any(|x| *x != 0.0));
+    assert!(one["model.layers.0.input_layernorm.weight"].iter().all(|x| *x == 1.0));
+}
+
+/// A step in several passes is a step; a training that is killed and goes on is the one that was not.
+#[test]
+fn a_training_goes_on_where_it_was_killed() {
+    let (train, validation) = (periodic(400), periodic(100));
+    let options = LmTrainerOptions::default().epochs(4).batch_size(4).pass_size(3).learning_rate(5e-3);
+    let go_on = |_: &LmProgress| ControlFlow::Continue(());
+    let whole = LmTrainer::new(tiny(), options.clone()).unwrap().fit(&train, Some(&validation), go_on).unwrap();
+    assert_eq!((whole.history.len(), whole.stopped), (4, Stopped::Finished));
+    let of = |epoch: usize| whole.history[epoch].validation.unwrap();
+    assert!(of(3).mean() < 0.8 * of(0).mean(), "{} {}", of(0).mean(), of(3).mean());
+    let bits = of(3).sum / 99.0 / std::f64::consts::LN_2;
+    assert!((whole.history[3].bits_per_byte.unwrap() - bits).abs() < 1e-12);
+
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path().join("run");
+    let options = options.checkpoint(&folder);
+    let mut epochs = 0;
+    let stopped = LmTrainer::new(tiny(), options.clone()).unwrap().fit(&train, Some(&validation), |progress| {
+        epochs += usize::from(progress.finished.is_some());
+        if epochs == 2 && progress.finished.is_none() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+    });
+    assert_eq!(stopped.unwrap().stopped, Stopped::Callback);
+    let again = LmTrainer::new(tiny(), options).unwrap().fit(&train, Some(&validation), go_on);
+    assert!(matches!(again, Err(Error::Checkpoint { .. })));
+    let other = LmTrainer::resume(tiny(), &folder).unwrap().fit(&validation, None, go_on);
+    assert!(matches!(other, Err(Error::Data(_))));
+    let resumed = LmTrainer::resume(tiny(), &folder).unwrap().fit(&train, Some(&validation), go_on).unwrap();
+    assert_eq!(resumed.history, whole.history);
+    assert!(by_name(&resumed.lm) == by_name(&whole.lm));
+}
+
+#[test]
+fn bad_rows_and_options() {
+    assert!(matches!(TokenRows::packed(&[1], 10), Err(Error::Data(_))));
+    assert!(matches!(TokenRows::new(vec![vec![1], vec![2]], None), Err(Error::Data(_))));
+    assert!(matches!(TokenRows::new(vec![vec![1, 2], vec![]], None), Err(Error::Data(_))));
+    assert!(matches!(TokenRows::new(vec![vec![1, 2]], Some(vec![vec![true]])), Err(Error::Data(_))));
+    let options = [
+        LmTrainerOptions::default().epochs(0),
+        LmTrainerOptions::default().batch_size(0),
+        LmTrainerOptions::default().warm_up(1.0),
+        LmTrainerOptions::default().learning_rate(f32::NAN),
+        LmTrainerOptions::default().floor(2.0),
+    ];
+    assert!(options.iter().all(|options| matches!(options.validate(), Err(Error::Option { .. }))));
+    let rows = TokenRows::packed(&[1, 2, 3, 500], 4).unwrap();
+    let trained = LmTrainer::new(tiny(), LmTrainerOptions::default()).unwrap();
+    assert!(matches!(trained.fit(&rows, None, |_| ControlFlow::Continue(())), Err(Error::Tokens(_))));
+}
+
+/// Low-rank parts alone are trained; merged, apart, saved and read again they give the same, and removed, what was before.
+#[test]
+fn low_rank_parts() {
+    let (folder, rows) = small();
+    let rows = &rows[..3];
+    let mut lm = HymbaLm::from_dir(folder.path()).unwrap();
+    let ids = Array2::from_shape_fn((2, 30), |(i, j)| ((i * 31 + j * 7) % 300) as u32);
+    let before = lm.forward(&ids).unwrap();
+    let options = LoraOptions::default().rank(3).alpha(6.0).maps(["in_proj", "*.x_proj.0", "down_proj", "lm_head"]);
+    let covered = lm.add_lora(&options, 1).unwrap();
+    assert_eq!(covered.maps.len(), 3 * 5 + 1);
+    assert!(lm.forward(&ids).unwrap() == before, "B is zero");
+    assert_eq!(covered.parameters, Parameters::zeros_like(&lm).count());
+
+    let mut optimizer = AdamW::new(&lm, AdamWOptions::default().learning_rate(1e-2)).unwrap();
+    let (mut gradient, mut losses) = (lm.zeros_like(), Vec::new());
+    for _ in 0..5 {
+        let loss = lm.accumulate(rows, None, &mut gradient).unwrap();
+        optimizer.step_accumulated(&mut lm, &mut gradient, loss.tokens as f64).unwrap();
+        losses.push(loss.mean());
+    }
+    assert!(losses[4] < losses[0], "{losses:?}");
+    let apart = lm.forward(&ids).unwrap();
+    let difference = |a: &hymba::ndarray::Array3<f32>, b: &hymba::ndarray::Array3<f32>| {
+        a.iter().zip(b).fold(0f32, |m, (a, b)| m.max((a - b).abs()))
+    };
+    assert!(difference(&apart, &before) > 1e-2);
+
+    let saved = tempfile::tempdir().unwrap();
+    lm.save_lora(saved.path()).unwrap();
+    let mut other = trainable(folder.path());
+    assert_eq!(other.load_lora(saved.path()).unwrap().parameters, covered.parameters);
+    assert!(other.forward(&ids).unwrap() == apart);
+    other.merge_lora();
+    let largest = apart.iter().fold(0f32, |m, x| m.max(x.abs()));
+    assert!(difference(&other.forward(&ids).unwrap(), &apart) <= 1e-5 * largest);
+    lm.remove_lora();
+    assert!(lm.forward(&ids).unwrap() == before);
+    assert!(matches!(lm.save_lora(saved.path()), Err(Error::State(_))));
+}
+
+#[test]
+fn bad_adapters() {
+    let (folder, _) = small();
+    let mut lm = HymbaLm::from_dir(folder.path()).unwrap();
+    for options in [
+        LoraOptions::default().rank(0),
+        LoraOptions::default().rank(5000),
+        LoraOptions::default().alpha(f64::NAN),
+        LoraOptions::default().maps(["in_proj", "q_proj"]),
+    ] {
+        assert!(matches!(lm.add_lora(&options, 0), Err(Error::Option { .. })), "{options:?}");
+        assert!(!lm.has_lora());
+    }
+    lm.add_lora(&LoraOptions::default().rank(2).maps(["out_proj"]), 0).unwrap();
+    let saved = tempfile::tempdir().unwrap();
+    lm.save_lora(saved.path()).unwrap();
+    lm.remove_lora();
+    let config = saved.path().join("adapter_config.json");
+    let text = std::fs::read_to_string(&config).unwrap();
+    for (from, to) in [
+        ("\"use_dora\": false", "\"use_dora\": true"),
+        ("\"LORA\"", "\"IA3\""),
+        ("\"r\": 2", "\"r\": 3"),
+        ("\"r\": 2", "\"r\": 0"),
+        ("\"r\": 2", "\"r\": -1"),
+        ("\"bias\": \"none\"", "\"bias\": \"all\""),
+        ("\"rank_pattern\": {}", "\"rank_pattern\": {\"out_proj\": 4}"),
+        ("{", ""),
+    ] {
+        assert!(text.contains(from), "{from}");
+        std::fs::write(&config, text.replacen(from, to, 1)).unwrap();
+        assert!(matches!(lm.load_lora(saved.path()), Err(Error::Format { .. })), "{to}");
+        assert!(!lm.has_lora());
+    }
+    std::fs::write(&config, &text).unwrap();
+    // of a smaller model
+    assert!(tiny().load_lora(saved.path()).is_err());
+    std::fs::write(saved.path().join("adapter_model.safetensors"), [0; 100]).unwrap();
+    assert!(matches!(lm.load_lora(saved.path()), Err(Error::Format { .. })));
+}
+
+/// Numbers that are trained.
+trait Count {
+    fn count(&self) -> usize;
+}
+
+impl<P: Parameters> Count for P {
+    fn count(&self) -> usize {
+        let mut count = 0;
+        self.visit(&mut |_, array| count += array.len());
+        count
+    }
 }

@@ -18,8 +18,8 @@ pub const TRAINING: &str = "train.safetensors";
 /// Losses and weights of three steps.
 const STEPS: &str = "adamw.safetensors";
 
-const LOSS: Tolerance = Tolerance { absolute: 1e-5, relative: 0.0 };
-const LOGITS: Tolerance = Tolerance { absolute: 3e-4, relative: 0.0 };
+pub const LOSS: Tolerance = Tolerance { absolute: 1e-5, relative: 0.0 };
+pub const LOGITS: Tolerance = Tolerance { absolute: 3e-4, relative: 0.0 };
 /// Of the mean over a tensor: weights with next to no gradient go either way.
 const WEIGHTS: Tolerance = Tolerance { absolute: 1e-5, relative: 0.0 };
 
@@ -144,7 +144,7 @@ fn in_shape(given: &ArrayD<f32>, expected: &ArrayD<f64>) -> Option<ArrayD<f32>> 
     given.to_shape(IxDyn(expected.shape())).ok().map(|given| given.to_owned())
 }
 
-fn of_numbers(what: &str, given: &[f64], expected: &ArrayD<f64>, tolerance: Tolerance) -> Comparison {
+pub fn of_numbers(what: &str, given: &[f64], expected: &ArrayD<f64>, tolerance: Tolerance) -> Comparison {
     if given.len() != expected.len() {
         return Comparison::failed(what.into(), &format!("has shape {:?}", expected.shape()));
     }
@@ -163,7 +163,7 @@ fn mean_of(what: &str, given: Option<&ArrayD<f32>>, expected: &ArrayD<f64>) -> C
     Comparison::new(format!("{what}, mean"), &mean, &ArrayD::zeros(IxDyn(&[])), |_| false, WEIGHTS)
 }
 
-fn by_name(model: &impl Parameters) -> BTreeMap<String, ArrayD<f32>> {
+pub fn by_name(model: &impl Parameters) -> BTreeMap<String, ArrayD<f32>> {
     let mut all = BTreeMap::new();
     model.visit(&mut |name, array| {
         all.insert(name.to_string(), array.to_owned());

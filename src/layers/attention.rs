@@ -89,6 +89,11 @@ impl SharedKv {
         self.packed = Vec::new();
     }
 
+    /// The same, not packed.
+    pub(crate) fn copy(&self) -> Self {
+        SharedKv { keys: Buffer::copy_of(&self.keys), values: Buffer::copy_of(&self.values), packed: Vec::new() }
+    }
+
     pub(crate) fn rows(&self) -> [Rows<'_>; 2] {
         [all_rows(&self.keys), all_rows(&self.values)]
     }
@@ -177,6 +182,7 @@ impl MetaTokenAttention {
     pub(crate) fn init(&mut self, rng: &mut Rng) {
         self.linears_mut().for_each(|linear| linear.init(rng));
         self.own_meta.iter_mut().flatten().for_each(|meta| init_meta_tokens(meta, rng));
+        self.norms.iter_mut().flatten().for_each(|norm| norm.fill(1.0));
     }
 
     /// Parameters of a branch with maps of its own, whose heads are `inner` wide together.

@@ -1,6 +1,6 @@
 //! The vectors of token ids, which may serve as the output map as well.
 
-use ndarray::ArrayView2;
+use ndarray::{ArrayView2, ArrayViewMut2};
 
 use super::batch::for_rows;
 use super::{Buffer, Weight, flat, flat_mut};
@@ -22,6 +22,16 @@ impl Embedding {
     /// A gradient of this embedding, zero.
     pub(crate) fn zeros_like(&self) -> Self {
         Embedding { weight: self.weight.zeros_like() }
+    }
+
+    /// From now on the vectors cannot be trained.
+    pub(crate) fn freeze(&mut self) {
+        self.weight.freeze();
+    }
+
+    /// The vectors `[v, h]`, if they can be trained.
+    pub(crate) fn rows_mut(&mut self) -> Option<ArrayViewMut2<'_, f32>> {
+        self.weight.rows_mut()
     }
 
     /// The vectors of some tokens → `[ids, h]`

@@ -1,19 +1,20 @@
 //! A linear map: y = x·Wᵀ + b.
 
-use ndarray::{Array1, Array2, ArrayView2};
+use ndarray::{Array1, Array2, ArrayView2, ArrayViewMut2};
 
-use super::{Buffer, Rng, Weight, flat, flat_mut};
+use super::{Buffer, LowRank, Rng, Weight, flat, flat_mut};
 use crate::kernels::clock::{Part, Work, timed};
-use crate::kernels::matmul::Storage;
+use crate::kernels::matmul::{Packed, Storage};
 use crate::kernels::rows::{Out, Rows};
 use crate::kernels::team::Team;
 use crate::parameters::{Parameter, ParameterMut, Visitor, VisitorMut, join};
 
-/// W `[out, in]` and, where there is one, b `[out]`.
+/// W `[out, in]` and, where there is one, b `[out]`; W may have a low-rank part.
 #[derive(Clone)]
 pub(crate) struct Linear {
     weight: Weight,
     bias: Option<Array1<f32>>,
+    low_rank: Option<Box<LowRank>>,
 }
 
 impl Linear {
@@ -35,17 +36,32 @@ impl Linear {
     /// With this weight, and a bias of zero if there is one.
     pub(crate) fn with_weight(weight: Weight, bias: bool) -> Self {
         let (outputs, _) = weight.dim();
-        Linear { weight, bias: bias.then(|| Array1::zeros(outputs)) }
+        Linear { weight, bias: bias.then(|| Array1::zeros(outputs)), low_rank: None }
     }
 
     /// A gradient of this map, zero.
     pub(crate) fn zeros_like(&self) -> Self {
-        Self::with_weight(self.weight.zeros_like(), self.bias.is_some())
+        Linear {
+            low_rank: self.low_rank.as_ref().map(|low_rank| Box::new(low_rank.zeros_like())),
+            ..Self::with_weight(self.weight.zeros_like(), self.bias.is_some())
+        }
     }
 
     /// Weights uniform in ±1/√in, bias zero.
     pub(crate) fn init(&mut self, rng: &mut Rng) {
         self.weight.init(rng);
+    }
+
+    /// W, if it can be trained.
+    #[cfg_attr(not(feature = "lm"), allow(dead_code))]
+    pub(crate) fn rows_mut(&mut self) -> Option<ArrayViewMut2<'_, f32>> {
+        self.weight.rows_mut()
+    }
+
+    /// Multiplies the weights, if they can be trained.
+    #[cfg_attr(not(feature = "lm"), allow(dead_code))]
+    pub(crate) fn scale(&mut self, factor: f32) {
+        self.weight.rows_mut().into_iter().for_each(|mut rows| rows *= factor);
     }
 
     /// Sets each number of the bias.
@@ -78,16 +94,60 @@ impl Linear {
 
     fn multiply(&self, team: &Team, x: Rows, m: usize, y: &mut [f32], mode: Out) {
         self.weight.multiply(team, x, m, self.bias.as_ref().map(flat), y, mode);
+        if let Some(low_rank) = &self.low_rank {
+            low_rank.add_to(team, x, m, y);
+        }
     }
 
     /// The gradient of [`forward`](Self::forward) at x: dy `[rows, out]` → dx `[rows, in]`.
     ///
     /// dx = dy·W, dW += dyᵀ·x, db += Σ_rows dy
     pub(crate) fn backward(&self, team: &Team, x: ArrayView2<f32>, dy: ArrayView2<f32>, grad: &mut Linear) -> Buffer {
+        self.backward_by(team, x, dy, &self.across(team), grad)
+    }
+
+    /// W in the order in which products with dy read it.
+    pub(crate) fn across(&self, team: &Team) -> Packed {
+        self.weight.across(team)
+    }
+
+    /// As [`backward`](Self::backward), with what [`across`](Self::across) gave.
+    pub(crate) fn backward_by(
+        &self,
+        team: &Team,
+        x: ArrayView2<f32>,
+        dy: ArrayView2<f32>,
+        across: &Packed,
+        grad: &mut Linear,
+    ) -> Buffer {
         if let Some(bias) = &mut grad.bias {
             add_rows(team, flat(&dy), flat_mut(bias));
         }
-        self.weight.backward(team, rows(&x), dy, &mut grad.weight)
+        let mut dx = self.weight.backward_by(team, rows(&x), dy, across, &mut grad.weight);
+        if let (Some(low_rank), Some(grad)) = (&self.low_rank, &mut grad.low_rank) {
+            low_rank.backward(team, rows(&x), dy, &mut dx, grad);
+        }
+        dx
+    }
+
+    /// Sets or removes the low-rank part.
+    #[cfg_attr(not(feature = "lm"), allow(dead_code))]
+    pub(crate) fn set_low_rank(&mut self, low_rank: Option<LowRank>) {
+        self.low_rank = low_rank.map(Box::new);
+    }
+
+    /// Adds the low-rank part to W, row by row, and removes it.
+    #[cfg_attr(not(feature = "lm"), allow(dead_code))]
+    pub(crate) fn merge(&mut self) {
+        if let Some(low_rank) = self.low_rank.take() {
+            self.weight.change_rows(|output, row| low_rank.add_row(output, row));
+        }
+    }
+
+    /// From now on W is for products only, and has no gradient.
+    #[cfg_attr(not(feature = "lm"), allow(dead_code))]
+    pub(crate) fn freeze(&mut self) {
+        self.weight.freeze();
     }
 
     pub(crate) fn visit<'a>(&'a self, name: &str, f: &mut Visitor<'_, 'a>) {
@@ -95,12 +155,18 @@ impl Linear {
         if let Some(bias) = &self.bias {
             f(&join(name, "bias"), Parameter::Array(bias.view().into_dyn()));
         }
+        if let Some(low_rank) = &self.low_rank {
+            low_rank.visit(name, f);
+        }
     }
 
     pub(crate) fn visit_mut<'a>(&'a mut self, name: &str, f: &mut VisitorMut<'_, 'a>) {
         self.weight.visit_mut(&join(name, "weight"), f);
         if let Some(bias) = &mut self.bias {
             f(&join(name, "bias"), ParameterMut::Array(bias.view_mut().into_dyn()));
+        }
+        if let Some(low_rank) = &mut self.low_rank {
+            low_rank.visit_mut(name, f);
         }
     }
 }

@@ -144,6 +144,12 @@ impl MambaBranch {
         counts.into_iter().try_fold(0, usize::checked_add)
     }
 
+    /// W_x and W_dt.
+    #[cfg_attr(not(feature = "lm"), allow(dead_code))]
+    pub(crate) fn inner_linears_mut(&mut self) -> [&mut Linear; 2] {
+        [&mut self.x_proj, &mut self.dt_proj]
+    }
+
     /// A state of a sequence that has seen nothing.
     pub(crate) fn new_state(&self) -> MambaState {
         let (d, n) = self.scan.dim();

@@ -3,6 +3,7 @@
 use ndarray::{Array2, ArrayView2, ArrayViewMut2};
 use rand::RngExt;
 
+use super::batch::for_rows;
 use super::{Buffer, Lazy, Rng, flat, flat_mut};
 use crate::kernels::clock::{Part, Work, timed};
 use crate::kernels::matmul::{Matrix, Packed, Storage, matmul, matmul_gradient};
@@ -137,8 +138,8 @@ impl Weight {
             Weight::Trainable { rows, .. } => transposed(team, rows.view()),
             _ => {
                 let mut rows = Buffer::uninit((outputs, inputs));
-                rows.rows_mut().into_iter().enumerate().for_each(|(output, mut row)| {
-                    self.row(output, row.as_slice_mut().expect("a row of an array in standard layout"));
+                for_rows(team, flat_mut(&mut rows), inputs, |first, rows| {
+                    rows.chunks_exact_mut(inputs).enumerate().for_each(|(i, row)| self.row(first + i, row));
                 });
                 transposed(team, rows.view())
             }
@@ -172,6 +173,33 @@ impl Weight {
         match self {
             Weight::Trainable { rows, .. } => Some(rows.view_mut()),
             _ => None,
+        }
+    }
+
+    /// Changes every row by `f`, which is told which it is.
+    #[cfg_attr(not(feature = "lm"), allow(dead_code))]
+    pub(crate) fn change_rows(&mut self, f: impl Fn(usize, &mut [f32])) {
+        self.forget();
+        let (outputs, inputs) = self.dim();
+        let mut numbers = vec![0.0; inputs];
+        for output in 0..outputs {
+            self.row(output, &mut numbers);
+            f(output, &mut numbers);
+            match self {
+                Weight::Trainable { rows, .. } => rows.row_mut(output).assign(&ndarray::ArrayView1::from(&numbers)),
+                Weight::Stored(matrix) => matrix.set_row(output, &numbers),
+                Weight::Absent { .. } => {}
+            }
+        }
+    }
+
+    /// Stores what could be trained for products only, in f32.
+    #[cfg_attr(not(feature = "lm"), allow(dead_code))]
+    pub(crate) fn freeze(&mut self) {
+        if let Weight::Trainable { rows, .. } = self {
+            let mut matrix = Matrix::zeros(rows.nrows(), rows.ncols(), Storage::F32);
+            rows.rows().into_iter().enumerate().for_each(|(i, row)| matrix.set_row(i, flat(&row)));
+            *self = Weight::Stored(matrix);
         }
     }
 

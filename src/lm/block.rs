@@ -12,7 +12,7 @@ use crate::kernels::rows::{Out, Rows};
 use crate::kernels::team::Team;
 use crate::layers::{
     Activation, Angles, AttentionConfig, Batch, Buffer, Depth, HeadNorms, InnerCache, KvShape, KvStorage, LayerState,
-    Linear, MambaBranch, MambaConfig, MetaTokenAttention, Mlp, MlpCache, RmsNorm, SequenceState, SharedKv, Spans,
+    Linear, MambaBranch, MambaConfig, MetaTokenAttention, Mlp, MlpCache, RmsNorm, Rng, SequenceState, SharedKv, Spans,
     StateGradient, TimeStep, Weight, flat,
 };
 use crate::parameters::{Parameter, ParameterMut, Visitor, VisitorMut};
@@ -145,6 +145,24 @@ impl Block {
         }
     }
 
+    /// Calls `f` with the large maps and their names in files.
+    pub(super) fn visit_maps<'a>(&'a mut self, f: &mut dyn FnMut(String, &'a mut Linear)) {
+        let layer = self.depth.layer;
+        let [x_proj, dt_proj] = self.mamba.inner_linears_mut();
+        f(in_files(layer, "mamba.in_proj"), &mut self.in_proj);
+        f(in_files(layer, "mamba.x_proj.0"), x_proj);
+        f(in_files(layer, "mamba.dt_proj.0"), dt_proj);
+        f(in_files(layer, "mamba.out_proj"), &mut self.out_proj);
+        let names = ["gate_proj", "up_proj", "down_proj"];
+        if let Some((_, mlp)) = &mut self.mlp {
+            let maps: Vec<_> = mlp.linears_mut().collect();
+            // without a gate the first name has no map
+            for (name, map) in names.iter().skip(names.len() - maps.len()).zip(maps) {
+                f(in_files(layer, &format!("moe.experts.0.{name}")), map);
+            }
+        }
+    }
+
     /// A gradient of this layer, zero.
     pub(super) fn zeros_like(&self) -> Self {
         Block {
@@ -159,6 +177,22 @@ impl Block {
             mlp: self.mlp.as_ref().map(|(norm, mlp)| (norm.zeros_like(), mlp.zeros_like())),
             heads: self.heads,
             widths: self.widths,
+        }
+    }
+
+    /// As a model of so many layers starts: what ends a branch is smaller, so that the residual stream does not grow with depth.
+    pub(super) fn init(&mut self, layers: usize, rng: &mut Rng) {
+        let smaller = 1.0 / (2.0 * layers as f32).sqrt();
+        [&mut self.norm, &mut self.attention_norm, &mut self.mamba_norm].into_iter().for_each(RmsNorm::init);
+        self.in_proj.init(rng);
+        self.attention.init(rng);
+        self.mamba.init(rng);
+        self.out_proj.init(rng);
+        self.out_proj.scale(smaller);
+        if let Some((norm, mlp)) = &mut self.mlp {
+            norm.init();
+            mlp.init(rng);
+            mlp.linears_mut().last().into_iter().for_each(|down| down.scale(smaller));
         }
     }
 

@@ -21,7 +21,8 @@ use crate::layers::{Buffer, flat_mut};
 /// assert_eq!((loss.mean(), loss.tokens), (1.75, 4));
 /// assert_eq!(loss.perplexity(), 1.75f64.exp());
 /// ```
-#[derive(Debug, Clone, Copy, PartialEq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Default, serde::Serialize, serde::Deserialize)]
+#[serde(deny_unknown_fields)]
 #[non_exhaustive]
 pub struct LmLoss {
     /// The sum over the tokens, in nats.
@@ -85,19 +86,24 @@ impl HymbaLm {
         const LOGITS: usize = 8 << 20;
         /// But no fewer tokens than are worth reading the head for.
         const FEWEST: usize = 24;
-        let head = self.head.as_ref().unwrap_or(&self.embedding);
-        let across: Option<Packed> = gradient.as_ref().map(|_| head.across(team));
+        let across: Option<Packed> = gradient.as_ref().map(|_| match &self.head {
+            Some(head) => head.across(team),
+            None => self.embedding.across(team),
+        });
         let mut sum = 0.0;
         for targets in targets.chunks((LOGITS / self.config().vocab_size).max(FEWEST)) {
             let places: Vec<usize> = targets.iter().map(|(row, _)| *row).collect();
             let x = x.rows_at(&places);
             let normal = self.final_norm.apply(team, x.view());
-            let mut logits = head.logits(team, normal.view());
+            let mut logits = self.head_logits(team, normal.view());
             let scale = gradient.as_ref().map(|gradient| gradient.scale);
             sum += row_losses(team, &mut logits, targets, scale).into_iter().sum::<f64>();
             let (Some(HeadGradient { grads, dx, .. }), Some(across)) = (&mut gradient, &across) else { continue };
-            let head_grad = grads.head.as_mut().unwrap_or(&mut grads.embedding);
-            let mut dnormal = head.logits_backward(team, normal.view(), logits.view(), across, head_grad);
+            let (normal, logits) = (normal.view(), logits.view());
+            let mut dnormal = match (&self.head, &mut grads.head) {
+                (Some(head), Some(grad)) => head.backward_by(team, normal, logits, across, grad),
+                _ => self.embedding.logits_backward(team, normal, logits, across, &mut grads.embedding),
+            };
             self.final_norm.backward(team, x.view(), 1.0, &mut dnormal, &mut grads.final_norm);
             for (place, dnormal) in places.into_iter().zip(dnormal.rows()) {
                 dx.row_mut(place).assign(&dnormal);

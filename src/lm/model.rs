@@ -3,19 +3,20 @@
 use std::fmt;
 use std::ops::ControlFlow;
 
-use ndarray::{Array2, Array3, ArrayRef, ArrayRef2, ArrayViewMutD, Dimension, s};
+use ndarray::{Array2, Array3, ArrayRef, ArrayRef2, ArrayView2, ArrayViewMutD, Dimension, s};
 
 use super::arrays::{dim_of, rows_of, zeros};
 use super::block::Block;
 use super::config::HymbaLmConfig;
 use super::load_options::{Arithmetic, LoadOptions};
-use super::names::{EMBEDDING, FINAL_NORM, HEAD, META_TOKENS};
+use super::lora::{LoraOptions, is_lora};
+use super::names::{EMBEDDING, FINAL_NORM, HEAD, HEAD_MAP, META_TOKENS};
 use super::size::fits;
 use super::state::LmState;
 use crate::kernels::matmul::Storage;
 use crate::kernels::rows::Out;
 use crate::kernels::team::{Team, with_team};
-use crate::layers::{Batch, Buffer, Embedding, KvStorage, Lazy, RmsNorm, Rotary, SequenceState, Weight};
+use crate::layers::{Batch, Buffer, Embedding, KvStorage, Lazy, Linear, RmsNorm, Rotary, SequenceState, Weight};
 use crate::parameters::{Parameter, ParameterMut, Visitor, VisitorMut, next_id};
 use crate::{Error, Result};
 
@@ -59,9 +60,13 @@ pub struct HymbaLm {
     pub(super) blocks: Vec<Block>,
     pub(super) final_norm: RmsNorm,
     /// `[V, H]`; without it the embedding serves.
-    pub(super) head: Option<Embedding>,
+    pub(super) head: Option<Linear>,
     pub(super) rotary: Option<Rotary>,
     kv_storage: KvStorage,
+    /// Whether training keeps less and computes more.
+    pub(super) recompute: bool,
+    /// Of the low-rank parts of its maps, if there are any; nothing else is trained then.
+    pub(super) lora: Option<LoraOptions>,
     /// The `config.json` it was read with.
     pub(super) source: Option<String>,
     /// Counted once: every step asks for it.
@@ -114,9 +119,11 @@ impl HymbaLm {
             meta_tokens: Array2::zeros((config.num_memory_tokens, h)),
             blocks: (0..config.num_hidden_layers).map(|layer| Block::zeros(&config, layer, storage)).collect(),
             final_norm: RmsNorm::zeros(h, config.rms_norm_eps as f32),
-            head: (!config.tie_word_embeddings).then(|| Embedding::new(Weight::new(v, h, storage(HEAD)))),
+            head: (!config.tie_word_embeddings).then(|| Linear::with_weight(Weight::new(v, h, storage(HEAD)), false)),
             rotary: config.rope_base().map(|base| Rotary::new(config.key_width(), base)),
             kv_storage: options.kv_storage,
+            recompute: false,
+            lora: None,
             source: None,
             num_parameters: 0,
             prefix: Lazy::new(),
@@ -458,7 +465,15 @@ impl HymbaLm {
         let x = x.rows_at(&places);
         let mut normal = Buffer::uninit(x.dim());
         self.final_norm.forward(team, x.view(), 1.0, &mut normal, Out::Set);
-        self.head.as_ref().unwrap_or(&self.embedding).logits(team, normal.view())
+        self.head_logits(team, normal.view())
+    }
+
+    /// The logits `[tokens, vocab_size]` of the output of the final norm.
+    pub(super) fn head_logits(&self, team: &Team, normal: ArrayView2<f32>) -> Buffer {
+        match &self.head {
+            Some(head) => head.forward(team, normal),
+            None => self.embedding.logits(team, normal),
+        }
     }
 
     /// Sends tokens through all layers → `[tokens, H]`, before the final norm. `trace` gets the input of each layer.
@@ -546,17 +561,18 @@ impl HymbaLm {
         self.blocks.iter().for_each(|block| block.visit(f));
         self.final_norm.visit(FINAL_NORM, f);
         if let Some(head) = &self.head {
-            head.visit(HEAD, f);
+            head.visit(HEAD_MAP, f);
         }
     }
 
     /// Calls `f` with the name and the values of every parameter that can be trained, for changing them: all of a model that was
-    /// loaded with [`LoadOptions::trainable`](super::LoadOptions::trainable), all but the big matrices of another. States made before are then of another model.
+    /// loaded with [`LoadOptions::trainable`](super::LoadOptions::trainable), all but the big matrices of another, and of one with
+    /// low-rank parts only these ([`add_lora`](Self::add_lora)). States made before are then of another model.
     pub fn visit_mut<'a>(&'a mut self, f: &mut dyn FnMut(&str, ArrayViewMutD<'a, f32>)) {
-        self.walk_mut(&mut |name, parameter| {
-            if let ParameterMut::Array(array) = parameter {
-                f(name, array);
-            }
+        let all = self.lora.is_none();
+        self.walk_mut(&mut |name, parameter| match parameter {
+            ParameterMut::Array(array) if all || is_lora(name) => f(name, array),
+            _ => {}
         });
     }
 
@@ -569,7 +585,9 @@ impl HymbaLm {
             meta_tokens: Array2::zeros(self.meta_tokens.dim()),
             blocks: self.blocks.iter().map(Block::zeros_like).collect(),
             final_norm: self.final_norm.zeros_like(),
-            head: self.head.as_ref().map(Embedding::zeros_like),
+            head: self.head.as_ref().map(Linear::zeros_like),
+            recompute: self.recompute,
+            lora: self.lora.clone(),
             rotary: self.rotary.clone(),
             kv_storage: self.kv_storage,
             source: None,
@@ -590,7 +608,7 @@ impl HymbaLm {
         self.blocks.iter_mut().for_each(|block| block.visit_mut(f));
         self.final_norm.visit_mut(FINAL_NORM, f);
         if let Some(head) = &mut self.head {
-            head.visit_mut(HEAD, f);
+            head.visit_mut(HEAD_MAP, f);
         }
     }
 }

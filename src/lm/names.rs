@@ -1,5 +1,8 @@
 //! The names that parameters of a layer have in published files.
 
+use crate::layers::LORA_NAMES;
+use crate::parameters::join;
+
 /// What layers call their parameters, and the name in files under `model.layers.{i}`, in the order of the walk.
 pub(super) const LAYER: [(&str, &str); 23] = [
     ("norm.weight", "input_layernorm.weight"),
@@ -31,6 +34,8 @@ pub(super) const EMBEDDING: &str = "model.embed_tokens.weight";
 pub(super) const META_TOKENS: &str = "model.memory_tokens";
 pub(super) const FINAL_NORM: &str = "model.final_layernorm";
 pub(super) const HEAD: &str = "lm_head.weight";
+/// The head as a map.
+pub(super) const HEAD_MAP: &str = "lm_head";
 
 /// The name in files of a parameter of a layer.
 pub(super) fn in_files(layer: usize, published: &str) -> String {
@@ -40,8 +45,17 @@ pub(super) fn in_files(layer: usize, published: &str) -> String {
 /// Calls `f` with the parameters that a layer has, under their published names and in their order.
 pub(super) fn visit_published<P>(layer: usize, mut parameters: Vec<(String, P)>, f: &mut dyn FnMut(&str, P)) {
     for (ours, published) in LAYER {
-        if let Some(i) = parameters.iter().position(|(name, _)| name == ours) {
-            f(&in_files(layer, published), parameters.swap_remove(i).1);
+        let mut take = |ours: &str, published: &str| {
+            if let Some(i) = parameters.iter().position(|(name, _)| name == ours) {
+                f(&in_files(layer, published), parameters.swap_remove(i).1);
+            }
+        };
+        take(ours, published);
+        // a low-rank part stands under the name of its map
+        if let (Some(ours), Some(published)) = (ours.strip_suffix(".weight"), published.strip_suffix(".weight")) {
+            for part in LORA_NAMES {
+                take(&join(ours, part), &join(published, part));
+            }
         }
     }
     debug_assert!(parameters.is_empty(), "parameters without a name in files");

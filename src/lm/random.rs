@@ -1,12 +1,15 @@
-//! Models with random weights.
+//! Models with random weights: to be measured, and to be trained.
 
+use ndarray::ArrayViewMut2;
 use rand::{RngExt, SeedableRng};
+use rand_distr::{Distribution, Normal};
 
-use super::config::{HymbaLmConfig, TorchDtype};
+use super::config::{HymbaLmConfig, Quantization, TorchDtype};
 use super::load_options::LoadOptions;
 use super::model::HymbaLm;
 use super::size::fits;
-use crate::layers::Rng;
+use crate::kernels::matmul::Storage;
+use crate::layers::{Linear, Rng};
 use crate::parameters::ParameterMut;
 use crate::{Error, Result};
 
@@ -39,17 +42,7 @@ impl HymbaLm {
         let quantization = config.quantization;
         let storage = config.torch_dtype.unwrap_or(TorchDtype::BF16).storage();
         let storage = |name: &str| quantization.storage(name).unwrap_or(storage);
-        /// For the threads that fill it.
-        const A_LITTLE: usize = 16 << 20;
-        let bytes = config.memory(&storage);
-        if bytes.and_then(|bytes| bytes.checked_add(A_LITTLE)).is_none_or(|bytes| !fits(bytes)) {
-            let bytes = bytes.map_or("more bytes than can be counted".into(), |bytes| format!("{bytes} bytes"));
-            return Err(Error::Option {
-                option: "num_hidden_layers",
-                given: config.num_hidden_layers.to_string(),
-                allowed: format!("the model takes {bytes}, which do not fit into memory; make it smaller"),
-            });
-        }
+        check_memory(&config, &storage)?;
         let mut lm = Self::zeros(config, options, &|name| Some(storage(name)));
         let mut rng = Rng::seed_from_u64(seed);
         lm.walk_mut(&mut |name, parameter| match parameter {
@@ -80,4 +73,66 @@ impl HymbaLm {
         });
         Ok(lm)
     }
+    /// A model to be trained, whose weights are drawn from `seed`: maps uniform in ±1/√inputs, those that end a branch smaller by
+    /// 1/√(2·layers), embedding, head and meta tokens normal with a deviation of 0.02, norms 1, and Mamba's parts as Mamba starts.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`HymbaLmConfig::validate`], and [`Error::Option`] if the configuration is of a quantised model, which cannot be
+    /// trained, or the model does not fit into memory.
+    ///
+    /// ```
+    /// use hymba::HymbaLm;
+    /// use hymba::lm::HymbaLmConfig;
+    ///
+    /// let mut config = HymbaLmConfig::hymba_1_5b();
+    /// (config.hidden_size, config.intermediate_size, config.vocab_size) = (100, 64, 50);
+    /// let lm = HymbaLm::build(config, 0)?;
+    /// let (loss, _) = lm.forward_train(&[vec![1, 2, 3, 4]], None)?;
+    /// assert!((loss.mean() - 50f64.ln()).abs() < 1.0); // it knows nothing yet
+    /// # Ok::<(), hymba::Error>(())
+    /// ```
+    pub fn build(mut config: HymbaLmConfig, seed: u64) -> Result<Self> {
+        config.validate()?;
+        if config.quantization != Quantization::None {
+            return Err(Error::Option {
+                option: "quantization",
+                given: format!("{:?}", config.quantization),
+                allowed: "a model to be trained is not quantised; use Quantization::None".into(),
+            });
+        }
+        config.torch_dtype = Some(TorchDtype::F32);
+        check_memory(&config, &|_| Storage::F32)?;
+        let mut lm = Self::zeros(config, &LoadOptions::default().trainable(true), &|_| None);
+        let mut rng = Rng::seed_from_u64(seed);
+        let normal = Normal::new(0.0, DEVIATION).expect("the deviation is positive");
+        let draw = |rows: Option<ArrayViewMut2<f32>>, rng: &mut Rng| {
+            rows.into_iter().for_each(|mut rows| rows.mapv_inplace(|_| normal.sample(rng)));
+        };
+        draw(lm.embedding.rows_mut(), &mut rng);
+        draw(Some(lm.meta_tokens.view_mut()), &mut rng);
+        let layers = lm.blocks.len();
+        lm.blocks.iter_mut().for_each(|block| block.init(layers, &mut rng));
+        lm.final_norm.init();
+        draw(lm.head.as_mut().and_then(Linear::rows_mut), &mut rng);
+        Ok(lm)
+    }
+}
+
+/// Standard deviation of new vectors.
+const DEVIATION: f32 = 0.02;
+
+fn check_memory(config: &HymbaLmConfig, storage: &dyn Fn(&str) -> Storage) -> Result<()> {
+    /// For the threads that fill it.
+    const A_LITTLE: usize = 16 << 20;
+    let bytes = config.memory(storage);
+    if bytes.and_then(|bytes| bytes.checked_add(A_LITTLE)).is_none_or(|bytes| !fits(bytes)) {
+        let bytes = bytes.map_or("more bytes than can be counted".into(), |bytes| format!("{bytes} bytes"));
+        return Err(Error::Option {
+            option: "num_hidden_layers",
+            given: config.num_hidden_layers.to_string(),
+            allowed: format!("the model takes {bytes}, which do not fit into memory; make it smaller"),
+        });
+    }
+    Ok(())
 }

@@ -2,8 +2,9 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::ops::Deref;
 
-use super::block::{BlockCache, Pass, PassGradient};
+use super::block::{Block, BlockCache, Pass, PassGradient};
 use super::config::HymbaLmConfig;
 use super::loss::{HeadGradient, LmLoss};
 use super::model::HymbaLm;
@@ -34,8 +35,15 @@ pub struct LmTrainCache {
 struct Layers {
     spans: Spans,
     angles: Vec<Angles>,
-    blocks: Vec<BlockCache>,
+    blocks: Vec<Kept>,
     shared: BTreeMap<usize, SharedKv>,
+}
+
+/// What the backward pass of a layer reads: all of it, or what it is computed from once more.
+enum Kept {
+    Cache(Box<BlockCache>),
+    /// `[tokens, H]`
+    Input(Buffer),
 }
 
 impl fmt::Debug for LmTrainCache {
@@ -128,6 +136,12 @@ impl HymbaLm {
         Ok(LmLoss::new(sum, cache.targets.len()))
     }
 
+    /// Whether training computes what the backward pass reads once more, layer by layer, in place of keeping it: it then takes the
+    /// memory of one layer and of the inputs of all, and about a third longer. Gradients are the same, to the bit.
+    pub fn recompute_activations(&mut self, recompute: bool) {
+        self.recompute = recompute;
+    }
+
     fn backward_scaled(&self, cache: &LmTrainCache, scale: f32, grads: &mut HymbaLm) -> Result<()> {
         if cache.model != self.id {
             let advice = "another model made it, or the parameters have changed since; run the forward pass again";
@@ -158,7 +172,7 @@ impl HymbaLm {
             let mut states = vec![initial.clone(); lengths.len()];
             let sequences = states.iter_mut().zip(lengths.iter().copied());
             let batch = Batch::new(team, sequences, false, self.rotary.as_ref());
-            let (last, tokens) = self.run_layers(batch, self.embedding.forward(team, &ids));
+            let (last, tokens) = self.run_layers(batch, self.embedding.forward(team, &ids), self.recompute);
             LmTrainCache { model: self.id, ids, lengths, targets, initial, meta, tokens, last }
         })
     }
@@ -170,16 +184,18 @@ impl HymbaLm {
             return (state, None);
         }
         let batch = Batch::new(team, [(&mut state, self.meta_tokens.nrows())], true, self.rotary.as_ref());
-        let (_, layers) = self.run_layers(batch, Buffer::copy_of(&self.meta_tokens));
+        let (_, layers) = self.run_layers(batch, Buffer::copy_of(&self.meta_tokens), false);
         (state, Some(layers))
     }
 
-    fn run_layers(&self, mut batch: Batch, mut x: Buffer) -> (Buffer, Layers) {
+    /// Takes tokens through all layers, of which only the input is kept if they are to `recompute` what the backward pass reads.
+    fn run_layers(&self, mut batch: Batch, mut x: Buffer, recompute: bool) -> (Buffer, Layers) {
         let mut blocks = Vec::with_capacity(self.blocks.len());
         if batch.spans.rows() > 0 {
             for block in &self.blocks {
+                let input = recompute.then(|| Buffer::copy_of(&x));
                 let (y, cache) = block.forward_train(&mut batch, x);
-                blocks.push(cache);
+                blocks.push(input.map_or_else(|| Kept::Cache(Box::new(cache)), Kept::Input));
                 x = y;
             }
         }
@@ -202,16 +218,19 @@ impl HymbaLm {
             let sum = self.head_loss(team, &cache.last, &cache.targets, Some(head));
 
             let empty = self.empty_row(KvStorage::F32);
+            let mut states = vec![cache.initial.clone(); if self.recompute { cache.lengths.len() } else { 0 }];
             let mut of_tokens = PassGradient::zeros(&cache.initial);
             let mut of_meta = PassGradient::zeros(&empty);
             let mut dmeta = cache.meta.as_ref().map(|_| Buffer::zeros(self.meta_tokens.dim()));
             for (i, block) in self.blocks.iter().enumerate().rev() {
                 let grad = &mut grads.blocks[i];
                 let pass = cache.tokens.pass(team, &cache.initial);
-                dx = block.backward(pass, &cache.tokens.blocks[i], dx, None, grad, &mut of_tokens);
+                let of_block = cache.tokens.cache_of(block, i, team, &mut states);
+                dx = block.backward(pass, &of_block, dx, None, grad, &mut of_tokens);
                 if let (Some(meta), Some(dy)) = (&cache.meta, dmeta.take()) {
                     let (pass, dfinal) = (meta.pass(team, &empty), Some(&of_tokens.initial[i]));
-                    dmeta = Some(block.backward(pass, &meta.blocks[i], dy, dfinal, grad, &mut of_meta));
+                    let of_block = meta.cache_of(block, i, team, &mut []);
+                    dmeta = Some(block.backward(pass, &of_block, dy, dfinal, grad, &mut of_meta));
                 }
             }
             if let Some(dmeta) = dmeta {
@@ -255,7 +274,7 @@ impl HymbaLm {
                 return Err(Error::Tokens(format!("row {i} has {length}, and its mask {} marks", mask.len())));
             }
         }
-        let bytes = self.config().train_bytes(lengths().sum(), rows.len());
+        let bytes = self.config().train_bytes(lengths().sum(), rows.len(), self.recompute);
         if !fits(bytes) {
             return Err(Error::Tokens(format!(
                 "this batch takes about {} MB of memory, more than there is; give fewer at a time",
@@ -283,7 +302,39 @@ impl HymbaLm {
     }
 }
 
+/// A cache that was kept, or computed again.
+enum CacheOf<'a> {
+    Kept(&'a BlockCache),
+    Again(Box<BlockCache>),
+}
+
+impl Deref for CacheOf<'_> {
+    type Target = BlockCache;
+
+    fn deref(&self) -> &BlockCache {
+        match self {
+            CacheOf::Kept(cache) => cache,
+            CacheOf::Again(cache) => cache,
+        }
+    }
+}
+
 impl Layers {
+    /// What the backward pass of layer i reads. `states` are what every row began with, if it is computed again.
+    fn cache_of<'a>(&'a self, block: &Block, i: usize, team: &Team, states: &mut [SequenceState]) -> CacheOf<'a> {
+        match &self.blocks[i] {
+            Kept::Cache(cache) => CacheOf::Kept(cache),
+            Kept::Input(x) => {
+                let sequences = states.iter_mut().zip(self.spans.iter().map(|span| span.len()));
+                let mut batch = Batch::new(team, sequences, false, None);
+                batch.angles = self.angles.clone();
+                let shared = self.shared.iter().filter(|(layer, _)| **layer < i);
+                batch.shared = shared.map(|(layer, kv)| (*layer, kv.copy())).collect();
+                CacheOf::Again(Box::new(block.forward_train(&mut batch, Buffer::copy_of(x)).1))
+            }
+        }
+    }
+
     fn pass<'a>(&'a self, team: &'a Team, initial: &'a SequenceState) -> Pass<'a> {
         Pass { team, spans: &self.spans, angles: &self.angles, initial, shared: &self.shared }
     }
@@ -291,13 +342,18 @@ impl Layers {
 
 impl HymbaLmConfig {
     /// Bytes that a training step of so many tokens in so many rows takes, at most.
-    fn train_bytes(&self, tokens: usize, rows: usize) -> usize {
+    fn train_bytes(&self, tokens: usize, rows: usize, recompute: bool) -> usize {
         let (h, e, f) = (self.hidden_size, self.inner_size(), self.intermediate_size);
         let (n, heads) = (self.mamba_d_state, self.num_attention_heads);
         let projected = self.in_proj_rows(0);
         let per_layer = 2 * h + projected + 2 * h + 4 * e + 2 * (self.dt_rank() + 2 * n) + e * n / 16 + heads + 2 * f;
         let passing = 4 * h + 2 * projected + 8 * e + 4 * f;
-        let per_token = work([self.num_hidden_layers, per_layer]).saturating_add(passing);
+        let kept = if recompute {
+            work([self.num_hidden_layers, h]) + per_layer
+        } else {
+            work([self.num_hidden_layers, per_layer])
+        };
+        let per_token = kept.saturating_add(passing);
         let kept =
             self.num_memory_tokens.saturating_mul(self.num_key_value_heads * (self.key_width() + self.value_width()));
         let per_row = work([self.num_hidden_layers, e * (n + TAPS) + kept]);

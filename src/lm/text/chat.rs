@@ -11,8 +11,9 @@ use minijinja::value::{Kwargs, Serde};
 use minijinja::{AutoEscape, Environment, State, Value};
 use serde::{Deserialize, Serialize};
 
+use super::python::{self, MAX_PROMPT};
 use super::values::{self, Budget};
-use super::{date, python, sandbox};
+use super::{date, sandbox};
 use crate::files::tensors::quoted;
 use crate::{Error, Result};
 

@@ -9,6 +9,9 @@ use serde_json::ser::{CharEscape, Formatter, PrettyFormatter, Serializer};
 
 use super::values;
 
+/// Longest prompt in bytes.
+pub(super) const MAX_PROMPT: usize = 16 << 20;
+
 /// Methods of texts, lists and dicts.
 pub(super) fn method(state: &mut State, value: &Value, name: &str, args: &[Value]) -> Result<Value, Error> {
     let plain = |args: &[Value]| args.is_empty() || (args.len() == 1 && args[0].is_none());

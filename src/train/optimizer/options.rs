@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::parameters::fits;
 use crate::train::Schedule;
 use crate::{Error, Result};
 
@@ -221,19 +222,6 @@ impl AdamWOptions {
             _ => Ok(()),
         }
     }
-}
-
-/// Whether `name` is `pattern` with some text in place of each `*`.
-fn fits(pattern: &str, name: &str) -> bool {
-    let Some((start, rest)) = pattern.split_once('*') else { return pattern == name };
-    let Some(mut name) = name.strip_prefix(start) else { return false };
-    let (middle, end) = rest.rsplit_once('*').unwrap_or(("", rest));
-    for part in middle.split('*') {
-        // the first place is the best: it leaves the most for what follows
-        let Some(at) = name.find(part) else { return false };
-        name = &name[at + part.len()..];
-    }
-    name.ends_with(end)
 }
 
 #[cfg(test)]

@@ -1,0 +1,84 @@
+//! A low-rank part beside the matrix of a linear map (LoRA, arXiv 2106.09685).
+
+use ndarray::ArrayView2;
+
+use super::{Buffer, Rng, Weight, flat, flat_mut};
+use crate::kernels::rows::{Out, Rows};
+use crate::kernels::team::Team;
+use crate::parameters::{Visitor, VisitorMut, join};
+
+/// scale · B·A beside W `[out, in]`, with A `[r, in]` and B `[out, r]`.
+#[derive(Clone)]
+pub(crate) struct LowRank {
+    pub a: Weight,
+    pub b: Weight,
+    scale: f32,
+}
+
+impl LowRank {
+    pub(crate) fn zeros(inputs: usize, outputs: usize, rank: usize, scale: f32) -> Self {
+        LowRank { a: Weight::zeros(rank, inputs), b: Weight::zeros(outputs, rank), scale }
+    }
+
+    /// A gradient of it, zero.
+    pub(crate) fn zeros_like(&self) -> Self {
+        LowRank { a: self.a.zeros_like(), b: self.b.zeros_like(), scale: self.scale }
+    }
+
+    /// A as a linear map starts, and B zero: so it changes nothing yet.
+    pub(crate) fn init(&mut self, rng: &mut Rng) {
+        self.a.init(rng);
+    }
+
+    /// y `[m, out]` += scale · (x·Aᵀ)·Bᵀ for x `[m, in]`
+    pub(crate) fn add_to(&self, team: &Team, x: Rows, m: usize, y: &mut [f32]) {
+        let down = self.down(team, x, m);
+        self.b.multiply(team, rows(&down), m, None, y, Out::Add);
+    }
+
+    /// scale · x·Aᵀ `[m, r]`
+    fn down(&self, team: &Team, x: Rows, m: usize) -> Buffer {
+        let mut down = Buffer::uninit((m, self.a.dim().0));
+        self.a.multiply(team, x, m, None, flat_mut(&mut down), Out::Set);
+        *down *= self.scale;
+        down
+    }
+
+    /// The gradient of [`add_to`](Self::add_to) at x: for dy `[m, out]`, adds to dx `[m, in]`.
+    pub(crate) fn backward(&self, team: &Team, x: Rows, dy: ArrayView2<f32>, dx: &mut Buffer, grad: &mut LowRank) {
+        let down = self.down(team, x, dy.nrows());
+        let mut ddown = self.b.backward(team, rows(&down), dy, &mut grad.b);
+        *ddown *= self.scale;
+        **dx += &*self.a.backward(team, x, ddown.view(), &mut grad.a);
+    }
+
+    /// Adds row `output` of scale · B·A to `numbers` `[in]`.
+    pub(crate) fn add_row(&self, output: usize, numbers: &mut [f32]) {
+        let (rank, inputs) = self.a.dim();
+        let (mut of_b, mut of_a) = (vec![0.0; rank], vec![0.0; inputs]);
+        self.b.row(output, &mut of_b);
+        let mut sum = vec![0.0; inputs];
+        for (i, b) in of_b.into_iter().enumerate() {
+            self.a.row(i, &mut of_a);
+            sum.iter_mut().zip(&of_a).for_each(|(sum, a)| *sum += b * a);
+        }
+        numbers.iter_mut().zip(sum).for_each(|(number, sum)| *number += self.scale * sum);
+    }
+
+    pub(crate) fn visit<'a>(&'a self, name: &str, f: &mut Visitor<'_, 'a>) {
+        self.a.visit(&join(name, LORA_NAMES[0]), f);
+        self.b.visit(&join(name, LORA_NAMES[1]), f);
+    }
+
+    pub(crate) fn visit_mut<'a>(&'a mut self, name: &str, f: &mut VisitorMut<'_, 'a>) {
+        self.a.visit_mut(&join(name, LORA_NAMES[0]), f);
+        self.b.visit_mut(&join(name, LORA_NAMES[1]), f);
+    }
+}
+
+/// What A and B are called behind the name of their map.
+pub(crate) const LORA_NAMES: [&str; 2] = ["lora_A.weight", "lora_B.weight"];
+
+fn rows(x: &Buffer) -> Rows<'_> {
+    Rows { data: flat(x), stride: x.ncols() }
+}

@@ -1,0 +1,382 @@
+//! Low-rank adapters (LoRA) of the linear maps, in files as the PEFT library has them.
+
+use std::fs;
+use std::io::Write;
+use std::path::Path;
+
+use ndarray::ArrayViewMutD;
+use rand::SeedableRng;
+use serde::Deserialize;
+use serde_json::{Map, Value, json};
+
+use super::model::HymbaLm;
+use super::names::HEAD_MAP;
+use super::size::fits as fits_memory;
+use crate::files::header::{self, printable};
+use crate::files::saved::fill;
+use crate::files::tensors::Source;
+use crate::files::{Target, replace, stored};
+use crate::layers::{LORA_NAMES, Linear, LowRank, Rng};
+use crate::parameters::{Parameter, ParameterMut, fits};
+use crate::{Error, Result};
+
+const CONFIG: &str = "adapter_config.json";
+const WEIGHTS: &str = "adapter_model.safetensors";
+/// What PEFT puts in front of the names of a checkpoint.
+const PREFIX: &str = "base_model.model.";
+/// Longest configuration that is read.
+const MAX_CONFIG: u64 = 1 << 20;
+
+/// Which maps get a low-rank part, y = W·x + scale · B·(A·x), and which.
+///
+/// | option | default | |
+/// |---|---|---|
+/// | `rank` | 8 | r, rows of A: from 1 to 4096 |
+/// | `alpha` | 16 | scale is alpha/r |
+/// | `rslora` | `false` | scale is alpha/√r instead |
+/// | `maps` | `*_proj*` | patterns of names, in which `*` stands for any text; one without fits the end of a name, too |
+///
+/// Maps are called as in the checkpoint, such as `model.layers.0.mamba.in_proj`, without `.weight`: in every layer
+/// `mamba.in_proj`, `mamba.x_proj.0`, `mamba.dt_proj.0` and `mamba.out_proj`, `moe.experts.0.gate_proj` (in a gated MLP), `up_proj` and `down_proj`, and of
+/// an untied model `lm_head`.
+#[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
+pub struct LoraOptions {
+    /// Rows of A.
+    pub rank: usize,
+    /// The scale is alpha/r, or alpha/√r.
+    pub alpha: f64,
+    /// Whether it is alpha/√r.
+    pub rslora: bool,
+    /// Patterns of the names of maps.
+    pub maps: Vec<String>,
+}
+
+impl Default for LoraOptions {
+    fn default() -> Self {
+        LoraOptions { rank: 8, alpha: 16.0, rslora: false, maps: vec!["*_proj*".into()] }
+    }
+}
+
+impl LoraOptions {
+    /// Largest rank.
+    const MAX_RANK: usize = 4096;
+
+    /// Sets the rank.
+    pub fn rank(mut self, rank: usize) -> Self {
+        self.rank = rank;
+        self
+    }
+
+    /// Sets alpha.
+    pub fn alpha(mut self, alpha: f64) -> Self {
+        self.alpha = alpha;
+        self
+    }
+
+    /// Sets whether the scale is alpha/√r.
+    pub fn rslora(mut self, rslora: bool) -> Self {
+        self.rslora = rslora;
+        self
+    }
+
+    /// Sets the patterns of the names of maps.
+    pub fn maps<T: Into<String>>(mut self, patterns: impl IntoIterator<Item = T>) -> Self {
+        self.maps = patterns.into_iter().map(Into::into).collect();
+        self
+    }
+
+    fn scale(&self) -> f32 {
+        let rank = self.rank as f64;
+        (self.alpha / if self.rslora { rank.sqrt() } else { rank }) as f32
+    }
+
+    fn validate(&self) -> Result<()> {
+        let bad = |option, given: String, allowed: &str| Err(Error::Option { option, given, allowed: allowed.into() });
+        if !(1..=Self::MAX_RANK).contains(&self.rank) {
+            return bad("rank", self.rank.to_string(), "it must be from 1 to 4096");
+        }
+        if !self.scale().is_finite() {
+            return bad("alpha", self.alpha.to_string(), "it must be finite; 16 is usual");
+        }
+        Ok(())
+    }
+}
+
+/// What low-rank parts cover.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct LoraCoverage {
+    /// The names of the maps that have one, and their shapes `[out, in]`.
+    pub maps: Vec<(String, [usize; 2])>,
+    /// Numbers in all A and B.
+    pub parameters: usize,
+}
+
+/// Whether it is the name of an A or a B.
+pub(crate) fn is_lora(name: &str) -> bool {
+    LORA_NAMES.iter().any(|end| name.ends_with(end))
+}
+
+/// What PEFT's configuration must say, and what it may not: what a key that changes the arithmetic holds where it does nothing.
+#[derive(Deserialize)]
+struct Config {
+    peft_type: String,
+    r: usize,
+    lora_alpha: f64,
+    #[serde(default)]
+    use_rslora: bool,
+    #[serde(flatten)]
+    others: Map<String, Value>,
+}
+
+/// Keys of other kinds of adapters, which are refused unless they hold nothing.
+const UNSUPPORTED: [&str; 16] = [
+    "use_dora",
+    "use_qalora",
+    "use_bdlora",
+    "lora_bias",
+    "fan_in_fan_out",
+    "rank_pattern",
+    "alpha_pattern",
+    "modules_to_save",
+    "layer_replication",
+    "trainable_token_indices",
+    "target_parameters",
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "monteclora_config",
+    "velora_config",
+];
+
+fn holds_nothing(value: &Value) -> bool {
+    match value {
+        Value::Null | Value::Bool(false) => true,
+        Value::Array(list) => list.is_empty(),
+        Value::Object(map) => map.is_empty(),
+        _ => false,
+    }
+}
+
+impl HymbaLm {
+    /// Adds new low-rank parts to the maps whose names fit, in place of those there are. From now on only these are trained, and the
+    /// weights themselves, narrow ones too, stay as they are. B is zero, so nothing changes yet; A is drawn from `seed`.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Option`] if the rank or alpha is out of range, a pattern fits no map, or the parts do not fit into memory. Nothing is
+    /// changed then.
+    ///
+    /// ```
+    /// use hymba::HymbaLm;
+    /// use hymba::lm::{HymbaLmConfig, LoadOptions, LoraOptions};
+    ///
+    /// # let mut config = HymbaLmConfig::hymba_1_5b();
+    /// # (config.hidden_size, config.intermediate_size, config.vocab_size) = (100, 64, 50);
+    /// let mut lm = HymbaLm::random(config, 0, &LoadOptions::default())?;
+    /// let covered = lm.add_lora(&LoraOptions::default().rank(4).maps(["in_proj", "out_proj"]), 0)?;
+    /// assert_eq!(covered.maps.len(), 2 * 32);
+    /// println!("{:.1} % of the parameters", 100.0 * covered.parameters as f64 / lm.num_parameters() as f64);
+    /// assert!(lm.add_lora(&LoraOptions::default().maps(["q_proj"]), 0).is_err()); // that is a part of in_proj here
+    /// # Ok::<(), hymba::Error>(())
+    /// ```
+    pub fn add_lora(&mut self, options: &LoraOptions, seed: u64) -> Result<LoraCoverage> {
+        options.validate()?;
+        let mut maps = Vec::new();
+        self.visit_maps(&mut |name, map| maps.push((name, map.dim())));
+        let does_fit = |pattern: &str, name: &str| fits(pattern, name) || fits(&format!("*.{pattern}"), name);
+        if let Some(pattern) = options.maps.iter().find(|pattern| !maps.iter().any(|(name, _)| does_fit(pattern, name)))
+        {
+            let some: Vec<_> = maps.iter().take(7).map(|(name, _)| &name[..]).collect();
+            return Err(Error::Option {
+                option: "maps",
+                given: pattern.clone(),
+                allowed: format!("no map has such a name; there are {}, …", some.join(", ")),
+            });
+        }
+        maps.retain(|(name, _)| options.maps.iter().any(|pattern| does_fit(pattern, name)));
+        let mut rng = Rng::seed_from_u64(seed);
+        let parts = maps.into_iter().map(|(name, dim)| {
+            check_memory(dim, options.rank)?;
+            let mut part = LowRank::zeros(dim.1, dim.0, options.rank, options.scale());
+            part.init(&mut rng);
+            Ok((name, part))
+        });
+        let parts = parts.collect::<Result<_>>()?;
+        Ok(self.set_lora(options.clone(), parts))
+    }
+
+    /// Reads low-rank parts from a folder that the PEFT library or [`save_lora`](Self::save_lora) wrote, `adapter_config.json` and
+    /// `adapter_model.safetensors`, and uses them in place of those there are. Its `lora_dropout` is not applied in training here.
+    ///
+    /// The folder need not be trusted.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Io`] when a file cannot be read; [`Error::Format`] when one is damaged, or says that it is another kind of adapter,
+    /// such as DoRA; [`Error::Tensors`] when it has none for maps of this model, others, or in other shapes. Nothing is changed then.
+    pub fn load_lora(&mut self, folder: impl AsRef<Path>) -> Result<LoraCoverage> {
+        let folder = folder.as_ref();
+        let mut source = Source::open(&folder.join(CONFIG))?;
+        let text = source.text(MAX_CONFIG)?;
+        let config: Config = serde_json::from_str(&text).map_err(|error| {
+            source.error(format!("not a usable adapter_config.json: {}", printable(&error.to_string())))
+        })?;
+        if config.peft_type != "LORA" {
+            return Err(source.error(format!("peft_type is {:?}; only \"LORA\" is supported", config.peft_type)));
+        }
+        let other_bias = config.others.get("bias").is_some_and(|bias| bias != "none");
+        let unsupported =
+            UNSUPPORTED.into_iter().find(|key| config.others.get(*key).is_some_and(|value| !holds_nothing(value)));
+        if let Some(key) = unsupported.or(other_bias.then_some("bias")) {
+            let value = printable(&config.others[key].to_string());
+            return Err(
+                source.error(format!("{key} is {value}: only plain LoRA is supported, in which it does nothing"))
+            );
+        }
+        let options =
+            LoraOptions { rank: config.r, alpha: config.lora_alpha, rslora: config.use_rslora, maps: Vec::new() };
+        options.validate().map_err(|error| source.error(error.to_string()))?;
+
+        let (mut tensors, _) = header::read(Source::open(&folder.join(WEIGHTS))?)?;
+        let mut maps = Vec::new();
+        self.visit_maps(&mut |name, map| maps.push((name, map.dim())));
+        // before memory is taken
+        let is_there = |name: &str, dim: (usize, usize)| {
+            let shapes = [[options.rank, dim.1], [dim.0, options.rank]];
+            let [a, b] = in_files(name).map(|name| tensors.shape(&name).map(<[usize]>::to_vec));
+            a.is_some_and(|a| a == shapes[0]) && b.is_some_and(|b| b == shapes[1])
+        };
+        maps.retain(|(name, dim)| is_there(name, *dim));
+        let parts = maps.into_iter().map(|(name, (outputs, inputs))| {
+            check_memory((outputs, inputs), options.rank)?;
+            Ok((name, LowRank::zeros(inputs, outputs, options.rank, options.scale())))
+        });
+        let mut parts: Vec<(String, LowRank)> = parts.collect::<Result<_>>()?;
+        if parts.is_empty() {
+            return Err(tensors.error(format!("it has no tensors of rank {} for a map of this model", options.rank)));
+        }
+        fill(&mut tensors, None, &mut |place| {
+            for (name, part) in &mut parts {
+                let [a, b] = in_files(name);
+                let mut put = |name: &str, array: Option<ArrayViewMutD<f32>>| {
+                    array.into_iter().for_each(|array| place(name, ParameterMut::Array(array)))
+                };
+                put(&a, part.a.rows_mut().map(|rows| rows.into_dyn()));
+                put(&b, part.b.rows_mut().map(|rows| rows.into_dyn()));
+            }
+        })?;
+        let options = LoraOptions { maps: parts.iter().map(|(name, _)| name.clone()).collect(), ..options };
+        Ok(self.set_lora(options, parts))
+    }
+
+    /// Writes the low-rank parts to a folder, which is made if there is none, as the PEFT library reads them.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::State`] if there are none, and [`Error::Io`] when a file cannot be written.
+    pub fn save_lora(&self, folder: impl AsRef<Path>) -> Result<()> {
+        let folder = folder.as_ref();
+        let Some(options) = &self.lora else {
+            return Err(Error::State("the model has no low-rank parts; add some by add_lora".into()));
+        };
+        fs::create_dir_all(folder).map_err(|source| Error::io(folder, source))?;
+        let mut arrays = Vec::new();
+        self.visit(&mut |name, parameter| match parameter {
+            Parameter::Array(_) if is_lora(name) => {
+                arrays.push((format!("{PREFIX}{name}"), parameter.shape(), parameter))
+            }
+            _ => {}
+        });
+        stored::write(Target::File(&folder.join(WEIGHTS)), &[("format", "pt")], &arrays)?;
+        let maps: Vec<_> =
+            arrays.iter().filter_map(|(name, ..)| name.strip_prefix(PREFIX)?.strip_suffix(".lora_A.weight")).collect();
+        let config = json!({
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": null,
+            "inference_mode": true,
+            "r": options.rank,
+            "lora_alpha": options.alpha,
+            "use_rslora": options.rslora,
+            "use_dora": false,
+            "lora_dropout": 0.0,
+            "bias": "none",
+            "fan_in_fan_out": false,
+            "target_modules": maps,
+            "modules_to_save": null,
+            "rank_pattern": {},
+            "alpha_pattern": {},
+        });
+        let path = folder.join(CONFIG);
+        let text = serde_json::to_string_pretty(&config).map_err(|error| Error::format(&path, error.to_string()))?;
+        replace(&path, |file| file.write_all(text.as_bytes())).map_err(|source| Error::io(&path, source))
+    }
+
+    /// Adds the low-rank parts to the weights, row by row, so that they cost nothing any more. Weights in f32 then give what the parts
+    /// gave apart, to rounding; narrower ones are rounded again.
+    pub fn merge_lora(&mut self) {
+        self.visit_maps(&mut |_, map| map.merge());
+        self.lora_changed(None);
+    }
+
+    /// Removes the low-rank parts: the model is again as it was without.
+    pub fn remove_lora(&mut self) {
+        self.visit_maps(&mut |_, map| map.set_low_rank(None));
+        self.lora_changed(None);
+    }
+
+    /// Whether maps have low-rank parts.
+    pub fn has_lora(&self) -> bool {
+        self.lora.is_some()
+    }
+
+    /// Sets the parts of these maps, and removes all others.
+    fn set_lora(&mut self, options: LoraOptions, mut parts: Vec<(String, LowRank)>) -> LoraCoverage {
+        let mut covered = LoraCoverage { maps: Vec::new(), parameters: 0 };
+        self.embedding.freeze();
+        self.visit_maps(&mut |name, map| {
+            map.freeze();
+            let part = parts.iter().position(|(of, _)| *of == name).map(|i| parts.swap_remove(i).1);
+            if let Some(part) = &part {
+                let ((outputs, inputs), (rank, _)) = (map.dim(), part.a.dim());
+                covered.parameters += rank * (outputs + inputs);
+                covered.maps.push((name, [outputs, inputs]));
+            }
+            map.set_low_rank(part);
+        });
+        self.lora_changed(Some(options));
+        covered
+    }
+
+    fn lora_changed(&mut self, options: Option<LoraOptions>) {
+        self.lora = options;
+        self.walk_mut(&mut |_, _: ParameterMut| {}); // states and what follows from the weights are forgotten
+    }
+
+    /// Calls `f` with every map that may have a part, and its name in files.
+    fn visit_maps<'a>(&'a mut self, f: &mut dyn FnMut(String, &'a mut Linear)) {
+        self.blocks.iter_mut().for_each(|block| block.visit_maps(f));
+        if let Some(head) = &mut self.head {
+            f(HEAD_MAP.into(), head);
+        }
+    }
+}
+
+/// What A and B of a map are called in files.
+fn in_files(map: &str) -> [String; 2] {
+    LORA_NAMES.map(|part| format!("{PREFIX}{map}.{part}"))
+}
+
+fn check_memory((outputs, inputs): (usize, usize), rank: usize) -> Result<()> {
+    let bytes = outputs.saturating_add(inputs).saturating_mul(rank).saturating_mul(size_of::<f32>());
+    match fits_memory(bytes) {
+        true => Ok(()),
+        false => Err(Error::Option {
+            option: "rank",
+            given: rank.to_string(),
+            allowed: "the low-rank parts do not fit into memory; make it smaller".into(),
+        }),
+    }
+}

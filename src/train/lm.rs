@@ -1,0 +1,295 @@
+//! Training of language models on rows of tokens.
+
+use std::ops::ControlFlow;
+use std::path::Path;
+
+use rand::SeedableRng;
+use rand::seq::SliceRandom;
+use serde::{Deserialize, Serialize};
+
+use super::{AdamW, Parameters, Stopped, cut, views};
+use crate::layers::Rng;
+use crate::lm::LmLoss;
+use crate::{Error, HymbaLm, Result};
+
+mod checkpoint;
+mod data;
+mod options;
+
+pub use data::TokenRows;
+pub use options::LmTrainerOptions;
+
+/// Trains a language model on rows of tokens: what of it can be trained, which is all of [`HymbaLm::build`].
+///
+/// A step adds up the gradients of its rows, in as many passes as [`pass_size`](LmTrainerOptions::pass_size) makes of them, and
+/// divides by the number of predicted tokens. The same seed and rows give the same weights, bit for bit, for any number of threads,
+/// and over killing and resuming.
+///
+/// ```
+/// use std::ops::ControlFlow;
+///
+/// use hymba::HymbaLm;
+/// use hymba::lm::HymbaLmConfig;
+/// use hymba::train::{LmTrainer, LmTrainerOptions, TokenRows};
+///
+/// # let mut config = HymbaLmConfig::hymba_1_5b();
+/// # (config.hidden_size, config.intermediate_size, config.vocab_size) = (100, 64, 50);
+/// # (config.num_hidden_layers, config.global_attn_idx, config.kv_reuse_group) = (1, None, None);
+/// # config.num_memory_tokens = 2;
+/// let text: Vec<u32> = (0..400).map(|i| i % 7).collect();
+/// let rows = TokenRows::packed(&text, 50)?;
+/// let options = LmTrainerOptions::default().epochs(3).batch_size(2).learning_rate(3e-3);
+/// let trained = LmTrainer::new(HymbaLm::build(config, 0)?, options)?
+///     .fit(&rows, Some(&rows), |_| ControlFlow::Continue(()))?;
+/// let [first, .., last] = &trained.history[..] else { panic!() };
+/// assert!(last.validation.unwrap().mean() < first.validation.unwrap().mean());
+/// # Ok::<(), hymba::Error>(())
+/// ```
+#[derive(Debug)]
+pub struct LmTrainer {
+    options: LmTrainerOptions,
+    start: Start,
+}
+
+#[derive(Debug)]
+enum Start {
+    New(Box<HymbaLm>),
+    /// And the fingerprint of the data.
+    Resumed(Box<State>, u64),
+}
+
+/// Everything that changes from epoch to epoch.
+struct State {
+    lm: HymbaLm,
+    optimizer: AdamW<HymbaLm>,
+    history: Vec<LmEpoch>,
+    /// The weights of the best epoch.
+    best: Vec<Vec<f32>>,
+}
+
+impl std::fmt::Debug for State {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("State").field("lm", &self.lm).field("history", &self.history).finish()
+    }
+}
+
+/// What an epoch came to.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[non_exhaustive]
+pub struct LmEpoch {
+    /// The loss of the batches, each before its step.
+    pub train: LmLoss,
+    /// The loss of the validation rows after the epoch.
+    pub validation: Option<LmLoss>,
+    /// Bits per byte of the validation rows, if these say how many [`bytes`](TokenRows::bytes) they are.
+    pub bits_per_byte: Option<f64>,
+}
+
+/// Where a training stands.
+#[derive(Debug, Clone, Copy)]
+#[non_exhaustive]
+pub struct LmProgress<'a> {
+    /// The model as it is, to be asked for a sample.
+    pub lm: &'a HymbaLm,
+    /// Epochs that are done.
+    pub epoch: usize,
+    /// Steps that are done, and all there are.
+    pub step: u64,
+    /// All steps.
+    pub steps: u64,
+    /// Tokens predicted in the last step, and their loss.
+    pub loss: LmLoss,
+    /// The learning rate of the last step.
+    pub learning_rate: f32,
+    /// At the end of an epoch, what it came to.
+    pub finished: Option<LmEpoch>,
+}
+
+/// The result of a training.
+#[derive(Debug)]
+#[non_exhaustive]
+pub struct LmTrained {
+    /// The model of the best epoch by validation loss, or of the last where nothing was validated.
+    pub lm: HymbaLm,
+    /// The best epoch, from 1; 0 if none was finished.
+    pub best_epoch: usize,
+    /// What every epoch came to.
+    pub history: Vec<LmEpoch>,
+    /// Why it ended.
+    pub stopped: Stopped,
+}
+
+impl LmTrainer {
+    /// A training of `lm` that begins when [`fit`](Self::fit) is called.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Option`] if an option is outside its range.
+    pub fn new(lm: HymbaLm, options: LmTrainerOptions) -> Result<Self> {
+        options.validate()?;
+        Ok(LmTrainer { options, start: Start::New(Box::new(lm)) })
+    }
+
+    /// Goes on with a training that was killed or stopped, from the last epoch that its checkpoint folder holds. `lm` is a model of
+    /// the same configuration; the weights that are trained are those of the folder. The rows must be the same.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Io`], [`Error::Format`] and [`Error::Tensors`] when a file cannot be read, is not what it should be, or is of a
+    /// model with other weights.
+    pub fn resume(lm: HymbaLm, folder: impl AsRef<Path>) -> Result<Self> {
+        let (options, state, data) = checkpoint::read(folder.as_ref(), lm)?;
+        let options = options.checkpoint(folder.as_ref());
+        Ok(LmTrainer { options, start: Start::Resumed(Box::new(state), data) })
+    }
+
+    /// The options, those in the checkpoint of a resumed training.
+    pub fn options(&self) -> &LmTrainerOptions {
+        &self.options
+    }
+
+    /// Trains, and calls `callback` after every step and at the end of every epoch.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Tokens`] if rows do not go with the model: an id is not in the vocabulary, or they are too long or too many for the
+    /// memory; [`Error::Data`] if they are not those that a resumed training began with; [`Error::Checkpoint`] if the folder has a
+    /// training in it already; [`Error::NotFinite`] when a gradient is not finite; and [`Error::Io`] says why a checkpoint could not
+    /// be written. The last checkpoint is intact then.
+    pub fn fit(
+        self,
+        train: &TokenRows,
+        validation: Option<&TokenRows>,
+        mut callback: impl FnMut(&LmProgress) -> ControlFlow<()>,
+    ) -> Result<LmTrained> {
+        let LmTrainer { options, start } = self;
+        let fingerprint = train.fingerprint() ^ validation.map_or(0, TokenRows::fingerprint).rotate_left(1);
+        let steps = train.len().div_ceil(options.batch_size) as u64 * options.epochs as u64;
+        let mut state = match start {
+            Start::Resumed(_, data) if data != fingerprint => {
+                return Err(Error::Data("they are not the rows that the resumed training began with".into()));
+            }
+            Start::Resumed(state, _) => *state,
+            Start::New(lm) => {
+                let optimizer = AdamW::new(&*lm, options.optimizer(steps))?;
+                let state = State { best: copy_of(&lm), lm: *lm, optimizer, history: Vec::new() };
+                if let Some(folder) = &options.checkpoint {
+                    checkpoint::create(folder)?;
+                    checkpoint::write(folder, &options, &state, fingerprint)?;
+                }
+                state
+            }
+        };
+        let mut gradient = state.lm.zeros_like();
+        let stopped = loop {
+            let epoch = state.history.len();
+            if epoch >= options.epochs {
+                break Stopped::Finished;
+            } else if options.patience.is_some_and(|patience| epoch - best_epoch(&state.history) >= patience) {
+                break Stopped::NoImprovement;
+            }
+            let Some(last) = state.epoch(train, &options, steps, &mut gradient, &mut callback)? else {
+                break Stopped::Callback;
+            };
+            let validation =
+                validation.map(|rows| Ok::<_, Error>((measure(&state.lm, rows, options.pass_size)?, rows.bytes)));
+            let validation = validation.transpose()?;
+            let finished = LmEpoch {
+                train: last.1,
+                validation: validation.map(|(loss, _)| loss),
+                bits_per_byte: validation.and_then(|(loss, bytes)| Some(loss.bits_per_byte(bytes?))),
+            };
+            state.history.push(finished);
+            if best_epoch(&state.history) == state.history.len() {
+                state.best = copy_of(&state.lm);
+            }
+            if let Some(folder) = &options.checkpoint {
+                checkpoint::write(folder, &options, &state, fingerprint)?;
+            }
+            let (loss, learning_rate) = (last.0.0, last.0.1);
+            let (epoch, step) = (state.history.len(), state.optimizer.steps());
+            let progress =
+                LmProgress { lm: &state.lm, epoch, step, steps, loss, learning_rate, finished: Some(finished) };
+            if callback(&progress).is_break() {
+                break Stopped::Callback;
+            }
+        };
+        let State { mut lm, history, best, .. } = state;
+        let best_epoch = best_epoch(&history);
+        if best_epoch > 0 {
+            let mut best = best.into_iter();
+            Parameters::visit_mut(&mut lm, &mut |_, mut array| {
+                array.iter_mut().zip(best.next().unwrap_or_default()).for_each(|(x, best)| *x = best);
+            });
+        }
+        Ok(LmTrained { lm, best_epoch, history, stopped })
+    }
+}
+
+impl State {
+    /// Learns from every row once. Returns the loss and the rate of the last step, and the loss of all, or `None` if the callback
+    /// said stop.
+    fn epoch(
+        &mut self,
+        train: &TokenRows,
+        options: &LmTrainerOptions,
+        steps: u64,
+        gradient: &mut HymbaLm,
+        callback: &mut impl FnMut(&LmProgress) -> ControlFlow<()>,
+    ) -> Result<Option<((LmLoss, f32), LmLoss)>> {
+        let epoch = self.history.len();
+        let mut rng = Rng::seed_from_u64(options.seed);
+        rng.set_stream(epoch as u64 + 1);
+        let mut order: Vec<usize> = (0..train.len()).collect();
+        order.shuffle(&mut rng);
+        let (mut of_epoch, mut last) = (LmLoss::default(), (LmLoss::default(), 0.0));
+        for step in cut(order.len(), options.batch_size) {
+            let mut loss = LmLoss::default();
+            for pass in order[step].chunks(options.pass_size) {
+                let (rows, masks) = train.select(pass);
+                loss += self.lm.accumulate(&rows, masks.as_deref(), gradient)?;
+            }
+            if loss.tokens > 0 {
+                let info = self.optimizer.step_accumulated(&mut self.lm, gradient, loss.tokens as f64)?;
+                last = (loss, info.learning_rate);
+            }
+            of_epoch += loss;
+            let (loss, learning_rate) = last;
+            let step = self.optimizer.steps();
+            let progress = LmProgress { lm: &self.lm, epoch, step, steps, loss, learning_rate, finished: None };
+            if callback(&progress).is_break() {
+                return Ok(None);
+            }
+        }
+        Ok(Some((last, of_epoch)))
+    }
+}
+
+/// The loss of rows, some at a time.
+fn measure(lm: &HymbaLm, rows: &TokenRows, at_a_time: usize) -> Result<LmLoss> {
+    let all: Vec<usize> = (0..rows.len()).collect();
+    let mut loss = LmLoss::default();
+    for some in all.chunks(at_a_time) {
+        let (rows, masks) = rows.select(some);
+        loss += lm.forward_train(&rows, masks.as_deref())?.0;
+    }
+    Ok(loss)
+}
+
+/// The weights that are trained.
+fn copy_of(lm: &HymbaLm) -> Vec<Vec<f32>> {
+    views(lm).into_iter().map(|(_, array)| array.iter().copied().collect()).collect()
+}
+
+/// From 1: the one of the lowest validation loss, the first of equals; without validation the last. 0 if there is none.
+fn best_epoch(history: &[LmEpoch]) -> usize {
+    let mut best: Option<(usize, f64)> = None;
+    for (i, epoch) in history.iter().enumerate() {
+        let Some(loss) = epoch.validation.map(|loss| loss.mean()) else { return history.len() };
+        if best.is_none_or(|(_, lowest)| loss < lowest) {
+            best = Some((i + 1, loss));
+        }
+    }
+    best.map_or(0, |(epoch, _)| epoch)
+}
