@@ -143,9 +143,8 @@ impl Predictor {
             return Err(Error::Option { option: "output", given: output.to_string(), allowed });
         }
         let mut plain = self.clone();
-        let without = |reader: Reader| Reader { encoder: reader.encoder.without_dropout(), ..reader };
-        plain.reader = without(plain.reader);
-        plain.reverse = plain.reverse.map(without);
+        plain.reader = plain.reader.without_dropout();
+        plain.reverse = plain.reverse.map(Reader::without_dropout);
         let (_, cache) = plain.forward_train(&x.view().insert_axis(Axis(0)), None, 0)?;
         let mut dy = Array2::zeros((1, outputs));
         dy[[0, output]] = 1.0;
