@@ -9,9 +9,9 @@
 //!
 //! The files are those of the UEA and UCR time series archives (<https://www.timeseriesclassification.com>). It prints the
 //! accuracy and the confusion matrix of the test file, and writes into the folder of `--out` the model
-//! (`model.safetensors`, for `Predictor::load`) and pictures: how loss and accuracy went (`curves.svg`), how much each
-//! block leans on its Mamba branch (`gate.svg`), how much of its attention goes to the meta tokens (`meta.svg`), and which frames of a
-//! series its class was read from (`saliency.svg`).
+//! (`model.safetensors`, for `Ensemble::load`) and, where an encoder is part of it, pictures: how loss and accuracy went
+//! (`curves.svg`), how much each block leans on its Mamba branch (`gate.svg`), how much of its attention goes to the meta tokens
+//! (`meta.svg`), and which frames of a series its class was read from (`saliency.svg`).
 //!
 //! Nothing but the classes, widths and lengths of the test file is looked at before the model is trained.
 
@@ -22,9 +22,11 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use hymba::ndarray::Array2;
 use hymba::train::{Augmentation, Dataset, EpochMetrics, Progress, Targets, Trained, Trainer, TrainerOptions};
-use hymba::{Differences, Error as HymbaError, Pooling, Predictor, PredictorOptions, Stem, Task, argmax};
+use hymba::{
+    Differences, Ensemble, Error as HymbaError, KernelPredictor, Pooling, Predictor, PredictorOptions, Stem, Task,
+    argmax,
+};
 use indicatif::{ProgressBar, ProgressStyle};
 
 #[path = "support/classes.rs"]
@@ -40,12 +42,11 @@ mod ts;
 
 use confusion::Confusion;
 
-/// Series predicted together.
-const BATCH: usize = 32;
-
 const USAGE: &str = "usage: classify [TRAIN.ts TEST.ts] [options]
 What no option sets follows from the training series: see PredictorOptions and TrainerOptions::recommended_for.
-  --seed N            of weights, dropout and order (0)
+  --views V           kernels: ridge regression on features of fixed kernels; encoder: a Hymba encoder; both: the kernels, and the
+                      encoder with the share that training series say (both)
+  --seed N            of kernels, weights, dropout and order (0)
   --epochs N          how often each series is seen
   --hidden N          hidden_size
   --layers N          num_layers
@@ -111,35 +112,74 @@ fn run() -> Result<bool, Box<dyn Error>> {
         return cross_validate(&arguments, &task, &train, folds);
     }
     let start = Instant::now();
-    let model = arguments.model(&train);
-    let trained = fit(&arguments, model, &task, &train, &out.join("checkpoint"))?;
-    println!(
-        "trained for {} ({}), kept epoch {} of {}",
-        time(start.elapsed()),
-        trained.stopped,
-        trained.best_epoch,
-        trained.history.len()
-    );
+    let checkpoint = out.join("checkpoint");
+    let (model, trained) = fit(&arguments, &task, &train, Some(&checkpoint))?;
+    println!("fitted in {:.1} s", start.elapsed().as_secs_f64());
 
     let start = Instant::now();
-    let confusion = test_with(&trained.predictor, &test)?;
+    let confusion = test_with(&model, &test)?;
     let spent = start.elapsed().as_secs_f64();
     println!("predicted {} test series, {:.1} ms a series", test.num_series(), 1e3 * spent / test.num_series() as f64);
     print!("\nconfusion matrix of the test series:\n{confusion}");
 
-    let model = out.join("model.safetensors");
-    trained.predictor.save(&model)?;
-    learned::draw(&trained, &test, confusion.accuracy(), &out)?;
-    println!("model and pictures are in {}", out.display());
+    let file = out.join("model.safetensors");
+    model.save(&file)?;
+    if let Some(trained) = &trained {
+        learned::draw(trained, &test, confusion.accuracy(), &out)?;
+    }
+    println!("the model is in {}", out.display());
     // the model is safe now
-    std::fs::remove_dir_all(out.join("checkpoint")).map_err(|error| format!("checkpoint: {error}"))?;
-    report(&model, &test, &confusion, name == "JapaneseVowels")
+    if checkpoint.exists() {
+        std::fs::remove_dir_all(&checkpoint).map_err(|error| format!("checkpoint: {error}"))?;
+    }
+    report(&Model::load(&file, arguments.views)?, &test, &confusion, name == "JapaneseVowels")
 }
 
-#[derive(Default)]
+/// What series are told apart by.
+#[derive(Default, Clone, Copy, PartialEq)]
+enum Views {
+    #[default]
+    Both,
+    Kernels,
+    Encoder,
+}
+
+/// What is saved.
+enum Model {
+    Ensemble(Ensemble),
+    Encoder(Predictor),
+}
+
+impl Model {
+    fn save(&self, path: &Path) -> hymba::Result<()> {
+        match self {
+            Model::Ensemble(ensemble) => ensemble.save(path),
+            Model::Encoder(predictor) => predictor.save(path),
+        }
+    }
+
+    fn load(path: &Path, views: Views) -> hymba::Result<Model> {
+        Ok(match views {
+            Views::Encoder => Model::Encoder(Predictor::load(path)?),
+            Views::Both | Views::Kernels => Model::Ensemble(Ensemble::load(path)?),
+        })
+    }
+
+    /// The class of each series.
+    fn classes(&self, data: &Dataset) -> hymba::Result<Vec<usize>> {
+        Ok(match self {
+            Model::Ensemble(ensemble) => argmax(&ensemble.predict(data.series())?),
+            Model::Encoder(predictor) => argmax(&predictor.predict_series(data.series())?),
+        }
+        .to_vec())
+    }
+}
+
+#[derive(Default, Clone)]
 struct Arguments {
     train: PathBuf,
     test: PathBuf,
+    views: Views,
     seed: u64,
     epochs: Option<usize>,
     hidden: Option<usize>,
@@ -177,6 +217,14 @@ impl Arguments {
                 "--help" | "-h" => return Ok(None),
                 "--resume" => parsed.resume = true,
                 "--restart" => parsed.restart = true,
+                "--views" => {
+                    parsed.views = match value()?.as_str() {
+                        "both" => Views::Both,
+                        "kernels" => Views::Kernels,
+                        "encoder" => Views::Encoder,
+                        other => return Err(format!("--views is both, kernels or encoder, found {other:?}")),
+                    }
+                }
                 "--out" => parsed.out = Some(value()?.into()),
                 "--seed" => parsed.seed = number(&argument, &value()?)?,
                 "--epochs" => parsed.epochs = Some(number(&argument, &value()?)?),
@@ -306,25 +354,60 @@ fn pooling(text: &str) -> Result<Pooling, String> {
     })
 }
 
-/// Trains on some of the training series and measures on the others, `folds` times. Prints each accuracy and the mean.
+/// Fits to some of the training series and measures on the others, `folds` times. Prints each accuracy and the mean.
 fn cross_validate(arguments: &Arguments, task: &Task, train: &Dataset, folds: usize) -> Result<bool, Box<dyn Error>> {
-    let (model, training) = (arguments.model(train), arguments.training(train));
     let mut accuracies = Vec::new();
     for fold in 0..folds as u64 {
         let start = Instant::now();
         let (part, rest) = train.split(1.0 / folds as f32, fold)?;
-        let seed = arguments.seed + fold;
-        let mut model = model.clone();
-        model.encoder.seed = seed;
-        let predictor = Predictor::build(model, task.clone())?;
-        let trained =
-            Trainer::new(predictor, training.clone().seed(seed))?.fit(&part, |_| ControlFlow::Continue(()))?;
-        let accuracy = test_with(&trained.predictor, &rest)?.accuracy();
+        let arguments = Arguments { seed: arguments.seed + fold, ..arguments.clone() };
+        let (model, _) = fit(&arguments, task, &part, None)?;
+        let accuracy = test_with(&model, &rest)?.accuracy();
         println!("fold {fold}: {accuracy:.4} of {} in {}", rest.num_series(), time(start.elapsed()));
         accuracies.push(accuracy);
     }
     println!("mean of {folds} folds: {:.4}", accuracies.iter().sum::<f32>() / folds.max(1) as f32);
     Ok(true)
+}
+
+/// Fits the views that are asked for; with the training of the encoder, if one was trained with all series and has a checkpoint.
+fn fit(
+    arguments: &Arguments,
+    task: &Task,
+    data: &Dataset,
+    checkpoint: Option<&Path>,
+) -> Result<(Model, Option<Trained>), Box<dyn Error>> {
+    let train = |part: &Dataset, checkpoint: Option<&Path>| match checkpoint {
+        Some(checkpoint) => train_encoder(arguments, task, part, checkpoint),
+        None => {
+            let predictor = Predictor::build(arguments.model(part), task.clone())?;
+            Ok(Trainer::new(predictor, arguments.training(part))?.fit(part, |_| ControlFlow::Continue(()))?)
+        }
+    };
+    let mut trained = None;
+    let model = match arguments.views {
+        Views::Encoder => {
+            let encoder = trained.insert(train(data, checkpoint)?);
+            Model::Encoder(encoder.predictor.clone())
+        }
+        Views::Kernels => Model::Ensemble(Ensemble::new(KernelPredictor::fit(data, arguments.seed)?, None)?),
+        Views::Both => {
+            let ensemble = Ensemble::fit(data, arguments.seed, |part| -> Result<Predictor, Box<dyn Error>> {
+                let whole = part.num_series() == data.num_series();
+                println!("trains an encoder with {} of {} series", part.num_series(), data.num_series());
+                let encoder = train(part, checkpoint.filter(|_| whole))?;
+                let predictor = encoder.predictor.clone();
+                trained = whole.then_some(encoder);
+                Ok(predictor)
+            })?;
+            match ensemble.encoder() {
+                Some(_) => println!("the encoder has a share of {:.1} beside the kernels", ensemble.share()),
+                None => println!("kernels alone: an encoder promises nothing more"),
+            }
+            Model::Ensemble(ensemble)
+        }
+    };
+    Ok((model, trained))
 }
 
 fn number<T: std::str::FromStr>(option: &str, text: &str) -> Result<T, String> {
@@ -350,14 +433,14 @@ fn read(path: &Path) -> Result<ts::Dataset, Box<dyn Error>> {
     Ok(data)
 }
 
-/// Trains, from the start or from a checkpoint.
-fn fit(
+/// Trains an encoder, from the start or from a checkpoint.
+fn train_encoder(
     arguments: &Arguments,
-    model: PredictorOptions,
     task: &Task,
     train: &Dataset,
     checkpoint: &Path,
 ) -> Result<Trained, Box<dyn Error>> {
+    let model = arguments.model(train);
     let options = arguments.training(train).checkpoint(checkpoint);
     if arguments.restart && checkpoint.exists() {
         std::fs::remove_dir_all(checkpoint).map_err(|error| format!("{}: {error}", checkpoint.display()))?;
@@ -470,33 +553,19 @@ fn time(time: Duration) -> String {
     }
 }
 
-/// Predicts every series of `test`, those of like length together.
-fn predict(predictor: &Predictor, test: &Dataset) -> hymba::Result<Array2<f32>> {
-    let mut order: Vec<usize> = (0..test.num_series()).collect();
-    order.sort_by_key(|&i| test.series()[i].nrows());
-    let mut logits = Array2::zeros((test.num_series(), predictor.task().outputs()));
-    for indices in order.chunks(BATCH) {
-        let (x, lengths) = test.pad(indices)?;
-        for (&i, row) in indices.iter().zip(predictor.predict(&x, Some(&lengths))?.rows()) {
-            logits.row_mut(i).assign(&row);
-        }
-    }
-    Ok(logits)
-}
-
-fn test_with(predictor: &Predictor, test: &Dataset) -> Result<Confusion, Box<dyn Error>> {
+fn test_with(model: &Model, test: &Dataset) -> Result<Confusion, Box<dyn Error>> {
     let Targets::Classes(classes) = test.targets() else { return Err("the test series have no classes".into()) };
     // those of the test series may be more
     let mut confusion = Confusion::new(test.task().labels());
-    for (&class, predicted) in classes.iter().zip(argmax(&predict(predictor, test)?)) {
+    for (&class, predicted) in classes.iter().zip(model.classes(test)?) {
         confusion.count(class, predicted);
     }
     Ok(confusion)
 }
 
-/// Prints what success looks like, and whether it was reached.
-fn report(model: &Path, test: &Dataset, confusion: &Confusion, shipped: bool) -> Result<bool, Box<dyn Error>> {
-    let read_again = test_with(&Predictor::load(model)?, test)? == *confusion;
+/// Prints what success looks like, and whether it was reached by the model that was read again.
+fn report(model: &Model, test: &Dataset, confusion: &Confusion, shipped: bool) -> Result<bool, Box<dyn Error>> {
+    let read_again = test_with(model, test)? == *confusion;
     let most_frequent = confusion.share_of_most_frequent();
     let learned = confusion.accuracy() > most_frequent;
     println!();

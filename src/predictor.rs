@@ -25,6 +25,7 @@ mod normalization;
 mod options;
 mod reader;
 mod ridge;
+mod series;
 mod streaming;
 mod task;
 mod training;

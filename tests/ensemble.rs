@@ -23,23 +23,30 @@ fn encoder(task: Task) -> Predictor {
 
 #[test]
 fn no_encoder_is_trained_where_the_kernels_leave_nothing_to_gain() {
-    let ensemble = Ensemble::fit(&data(40), 0, |_| panic!("trained")).unwrap();
+    let ensemble = Ensemble::fit::<Error>(&data(120), 0, |_| panic!("trained")).unwrap();
     assert!(ensemble.encoder().is_none() && ensemble.share() == 0.0);
-    let classes = argmax(&ensemble.predict(&waves(60)[40..]).unwrap());
+    let classes = argmax(&ensemble.predict(&waves(140)[120..]).unwrap());
     assert!(classes.iter().enumerate().all(|(i, class)| i % 2 == *class), "{classes}");
+}
+
+#[test]
+fn of_few_series_no_encoder_is_trained() {
+    let classes = (0..40).map(|i| i * i % 7 % 2).collect();
+    let noise = Dataset::new(&task(), waves(40), Targets::Classes(classes)).unwrap();
+    assert!(Ensemble::fit::<Error>(&noise, 0, |_| panic!("trained")).unwrap().encoder().is_none());
 }
 
 #[test]
 fn an_encoder_without_merit_is_left_out() {
     // classes that have nothing to do with the series
-    let classes = (0..40).map(|i| i * i % 7 % 2).collect();
-    let noise = Dataset::new(&task(), waves(40), Targets::Classes(classes)).unwrap();
+    let classes = (0..120).map(|i| i * i % 7 % 2).collect();
+    let noise = Dataset::new(&task(), waves(120), Targets::Classes(classes)).unwrap();
     let mut seen = Vec::new();
     let ensemble = Ensemble::fit(&noise, 0, |part| {
         seen.push(part.num_series());
-        Ok(encoder(task()))
+        Ok::<_, Error>(encoder(task()))
     });
-    assert_eq!(seen[0], 30, "three quarters");
+    assert_eq!(seen[0], 90, "three quarters");
     assert_eq!(seen.len(), 1 + usize::from(ensemble.unwrap().encoder().is_some()));
 }
 

@@ -1,6 +1,6 @@
 //! Two views of a series: kernel features, and an encoder that was trained.
 
-use ndarray::{Array2, Array3, ArrayView1, ArrayView2, Axis, s};
+use ndarray::{Array2, ArrayView1, ArrayView2, Axis};
 
 use super::{KernelPredictor, Predictor, Task, softmax};
 use crate::train::{Dataset, Targets};
@@ -15,8 +15,8 @@ mod file;
 /// numbers:  y = (1 − share) · kernels + share · encoder
 /// ```
 ///
-/// Share and factor are chosen on training series only, see [`fit`](Self::fit). Few series give an encoder little to learn from:
-/// then the share is 0, and there is no encoder.
+/// Share and factor are chosen on training series only, see [`fit`](Self::fit). Few series give an encoder little to learn from, and little
+/// to judge it by: below about a hundred, or where it does not make the kernels better, there is none.
 ///
 /// ```
 /// use std::ops::ControlFlow;
@@ -32,7 +32,7 @@ mod file;
 ///
 /// let ensemble = Ensemble::fit(&data, 0, |part| {
 ///     let predictor = Predictor::build(HymbaOptions::recommended(1).hidden_size(8).num_layers(1), task.clone())?;
-///     Ok(Trainer::new(predictor, TrainerOptions::default().epochs(2))?.fit(part, |_| ControlFlow::Continue(()))?.predictor)
+///     Ok::<_, hymba::Error>(Trainer::new(predictor, TrainerOptions::default().epochs(2))?.fit(part, |_| ControlFlow::Continue(()))?.predictor)
 /// })?;
 /// assert_eq!(argmax(&ensemble.predict(&[wave(20), wave(21)])?).to_vec(), [0, 1]);
 /// # Ok::<(), hymba::Error>(())
@@ -55,12 +55,11 @@ const SHARES: [f32; 6] = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6];
 const FACTORS: [f32; 5] = [0.25, 0.5, 1.0, 1.5, 2.0];
 /// The part of the series that share and factor are chosen with.
 const HELD_OUT: f32 = 0.25;
+/// Of fewer series nobody can say whether an encoder makes anything better.
+const FEWEST_HELD_OUT: usize = 24;
 /// How much the loss of all held out series together must fall for an encoder, which is two numbers to choose: as in Akaike's
 /// criterion, one for each.
 const LEAST_GAIN: f64 = 2.0;
-/// Series, and frames with padding, that are predicted together.
-const BATCH: usize = 32;
-const BATCH_FRAMES: usize = 1 << 15;
 
 impl Ensemble {
     /// Fits both views. `train` trains an encoder on the series it is given, and is called twice at most: with three quarters of the series, to
@@ -70,7 +69,11 @@ impl Ensemble {
     /// # Errors
     ///
     /// As [`KernelPredictor::fit`], and those of `train`; [`Error::Data`] if what it trained has another task.
-    pub fn fit(data: &Dataset, seed: u64, mut train: impl FnMut(&Dataset) -> Result<Predictor>) -> Result<Self> {
+    pub fn fit<E: From<Error>>(
+        data: &Dataset,
+        seed: u64,
+        mut train: impl FnMut(&Dataset) -> Result<Predictor, E>,
+    ) -> Result<Self, E> {
         let (kernels, rows, left_out) = KernelPredictor::fit_left_out(data, seed)?;
         let none = Ensemble { kernels, encoder: None };
         // one series of each class cannot be split
@@ -78,14 +81,20 @@ impl Ensemble {
         // places in rows, which ascend
         let (held_out, places): (Vec<usize>, Vec<usize>) =
             held_out.into_iter().filter_map(|i| Some((i, rows.binary_search(&i).ok()?))).unzip();
+        if held_out.is_empty() {
+            return Ok(none);
+        }
         let held_out = data.subset(&held_out);
         let left_out = left_out.select(Axis(0), &places);
         // no loss of classes is below 0
-        if data.task().is_classification() && loss(left_out.view(), held_out.targets()) <= LEAST_GAIN {
+        let least = if data.task().is_classification() { 0.0 } else { f64::NEG_INFINITY };
+        if places.len() < FEWEST_HELD_OUT || loss(left_out.view(), held_out.targets()) - LEAST_GAIN <= least {
             return Ok(none);
         }
         let predictor = checked(train(&data.subset(&learned))?, data.task())?;
-        let Some(mix) = choose(&left_out, &encoded(&predictor, held_out.series())?, &held_out) else { return Ok(none) };
+        let Some(mix) = choose(&left_out, &predictor.predict_series(held_out.series())?, &held_out) else {
+            return Ok(none);
+        };
         let predictor = checked(train(data)?, data.task())?;
         Ok(Ensemble { encoder: Some((predictor, mix)), ..none })
     }
@@ -113,7 +122,7 @@ impl Ensemble {
     pub fn predict(&self, series: &[Array2<f32>]) -> Result<Array2<f32>> {
         let kernels = self.kernels.predict(series)?;
         match &self.encoder {
-            Some((predictor, mix)) => Ok(mix.apply(self.task(), &kernels, &encoded(predictor, series)?)),
+            Some((predictor, mix)) => Ok(mix.apply(self.task(), &kernels, &predictor.predict_series(series)?)),
             None => Ok(kernels),
         }
     }
@@ -187,30 +196,6 @@ fn checked(predictor: Predictor, task: &Task) -> Result<Predictor> {
         true => Ok(predictor),
         false => Err(Error::Data("the encoder was trained for another task than the kernels".into())),
     }
-}
-
-/// What the encoder predicts of series of any lengths; like lengths together.
-fn encoded(predictor: &Predictor, series: &[Array2<f32>]) -> Result<Array2<f32>> {
-    let mut order: Vec<usize> = (0..series.len()).collect();
-    order.sort_by_key(|&i| series[i].nrows());
-    let mut predicted = Array2::zeros((series.len(), predictor.task().outputs()));
-    let mut rest = order.as_slice();
-    while let Some(&first) = rest.first() {
-        // the last one is the longest
-        let fits = |count: &usize| series[rest[count - 1]].nrows().saturating_mul(*count) <= BATCH_FRAMES;
-        let count = (1..=BATCH.min(rest.len())).rev().find(fits).unwrap_or(1);
-        let (batch, others) = rest.split_at(count);
-        rest = others;
-        let lengths: Vec<usize> = batch.iter().map(|&i| series[i].nrows()).collect();
-        let mut x = Array3::zeros((count, lengths[count - 1], series[first].ncols()));
-        for (row, &i) in batch.iter().enumerate() {
-            x.slice_mut(s![row, ..lengths[row], ..]).assign(&series[i]);
-        }
-        for (&i, row) in batch.iter().zip(predictor.predict(&x, Some(&lengths))?.rows()) {
-            predicted.row_mut(i).assign(&row);
-        }
-    }
-    Ok(predicted)
 }
 
 #[cfg(test)]
