@@ -28,8 +28,9 @@ pub(crate) trait Simd: Copy {
     type V: Copy;
     /// Sixteen whole numbers of 32 bits, or sixteen times four of 8.
     type I: Copy;
-    /// Rows of the product tile that fit the register file beside two vectors of weights.
+    /// Rows and vectors of the product tile whose sums fit the register file beside what is multiplied. The rows divide 12.
     const TILE_ROWS: usize;
+    const TILE_LINES: usize;
 
     fn splat(self, x: f32) -> Self::V;
     fn load(self, x: &[f32; LANES]) -> Self::V;
@@ -60,8 +61,29 @@ pub(crate) trait Simd: Copy {
     fn dot_bf16(self, a: Self::I, b: Self::I, c: Self::V) -> Self::V {
         dot_bf16(self, a, b, c)
     }
-    /// In each lane, the sum of the products of four bytes of `a`, from 0 to 255, and four of `b`, from −128 to 127, and `c`.
+    /// What sums of [`dot`](Self::dot) begin with if they are to begin with `start`, and `a` is 128 too high.
+    #[inline(always)]
+    fn begin(self, start: Self::I) -> Self::I {
+        start
+    }
+    /// In each lane, the sum of the products of four bytes of `a`, from 0 to 255, and four of `b`, from −127 to 127, and `c`; of
+    /// `a` less 128 where [`begin`](Self::begin) takes no heed of where it is told to start.
     fn dot(self, a: Self::I, b: Self::I, c: Self::I) -> Self::I;
+    /// As [`begin`](Self::begin), for [`dot_nibbles`](Self::dot_nibbles) and `a` 8 too high.
+    #[inline(always)]
+    fn begin_nibbles(self, start: Self::I) -> Self::I {
+        start
+    }
+    /// As [`dot`](Self::dot) for bytes of `a` from 0 to 15, at most eight times before [`end_nibbles`](Self::end_nibbles).
+    #[inline(always)]
+    fn dot_nibbles(self, a: Self::I, b: Self::I, c: Self::I) -> Self::I {
+        self.dot(a, b, c)
+    }
+    /// The sums that [`dot_nibbles`](Self::dot_nibbles) made.
+    #[inline(always)]
+    fn end_nibbles(self, sums: Self::I, _start: Self::I) -> Self::I {
+        sums
+    }
     /// The low four bits of each byte.
     fn low_nibbles(self, x: Self::I) -> Self::I;
     /// The high four bits of each byte, moved down.
@@ -197,6 +219,7 @@ impl Simd for Scalar {
     type V = [f32; LANES];
     type I = [u32; LANES];
     const TILE_ROWS: usize = 2;
+    const TILE_LINES: usize = 2;
 
     #[inline(always)]
     fn splat(self, x: f32) -> Self::V {

@@ -28,9 +28,9 @@ impl Weights<[f32; 2]> for PairRow {
     const AHEAD: usize = 4096;
 
     #[inline(always)]
-    fn load<S: Simd>(&self, s: S, step: usize) -> [S::V; 2] {
-        let [low, high] = [s.load_whole(&self.0[0]), s.load_whole(&self.0[1])];
-        if step == 0 { [s.low_bf16(low), s.low_bf16(high)] } else { [s.high_bf16(low), s.high_bf16(high)] }
+    fn load<S: Simd>(&self, s: S, step: usize, half: usize) -> S::V {
+        let pairs = s.load_whole(&self.0[half & 1]);
+        if step == 0 { s.low_bf16(pairs) } else { s.high_bf16(pairs) }
     }
 }
 
@@ -40,8 +40,8 @@ impl Weights<[u16; 2]> for PairRow {
     const AHEAD: usize = 1024;
 
     #[inline(always)]
-    fn load<S: Simd>(&self, s: S, _step: usize) -> [S::I; 2] {
-        [s.load_whole(&self.0[0]), s.load_whole(&self.0[1])]
+    fn load<S: Simd>(&self, s: S, _step: usize, half: usize) -> S::I {
+        s.load_whole(&self.0[half & 1])
     }
 }
 
@@ -207,9 +207,11 @@ mod tiles {
                 let panel = &self.w.panels[(self.first + column) / PANEL * pairs..][..pairs];
                 sums.fill([[0.0; LANES]; 2]);
                 tiles.multiply(self.x, panel, &mut sums);
-                for (i, [low, high]) in sums.iter().enumerate() {
+                for (i, sums) in sums.iter().enumerate() {
                     let out = self.out.row_mut(i).into_slice().expect("numbers side by side");
-                    finish(s, [s.load(low), s.load(high)], &mut out[column..], None, self.mode);
+                    for (sums, out) in sums.iter().zip(out[column..].chunks_mut(LANES)) {
+                        finish(s, s.load(sums), out, None, self.mode);
+                    }
                 }
             }
         }

@@ -16,6 +16,8 @@ const FEW_ROWS: usize = 24;
 const MANY_ROWS: usize = 480;
 /// Bytes of weights that stay in a near cache.
 const NEAR: usize = 2 << 20;
+/// Bytes of rows that stay in the second cache, which is smaller on most CPUs without AVX-512, beside the weights they pass over.
+const ROWS_NEAR: usize = 256 << 10;
 
 /// out `[m, n]` = x `[m, k]` · Wᵀ + bias, or added to it, block by block among the team.
 pub(crate) fn multiply<X, W, const N: usize>(
@@ -29,7 +31,11 @@ pub(crate) fn multiply<X, W, const N: usize>(
     X: LeftRows + Sync,
     W: Weights<X::Inputs> + Sync,
 {
-    let rows = if size_of_val(&*w.panels) <= NEAR { FEW_ROWS } else { MANY_ROWS };
+    let rows = match size_of_val(&*w.panels) <= NEAR {
+        true if level == Level::Avx2 => (ROWS_NEAR / (4 * w.k.max(1))).clamp(FEW_ROWS, MANY_ROWS),
+        true => FEW_ROWS,
+        false => MANY_ROWS,
+    };
     team.for_each(blocks(team, out, rows), |Block { row, column, out }| {
         let outputs = column..column + out.ncols();
         timed_product(out.nrows(), outputs.len(), w.k, || {

@@ -5,57 +5,96 @@ use std::cell::Cell;
 use ndarray::ArrayViewMut2;
 
 use super::blocks::{Block, blocks};
-use super::packed::{PANEL, Packed, PanelRow};
+use super::packed::{Packed, PanelRow, arrange};
 use super::product::{Left, LeftTile, Product, Weights};
 use crate::kernels::clock::timed_product;
 use crate::kernels::rows::{Out, Rows};
-use crate::kernels::simd::{LANES, Simd, dispatch};
+use crate::kernels::simd::{Simd, dispatch};
 use crate::kernels::team::Team;
+
+/// Rows that pass over a panel together.
+const ROWS: usize = 120;
+/// Frames that are brought into order and summed before their sums are added to the gradient: they stay in near caches.
+const FRAMES: usize = 256;
+/// Columns of the left operand that lie side by side: a multiple of the rows of every tile.
+const STRIP: usize = 12;
+
+type StripRow = [f32; STRIP];
 
 /// grad `[n, k]` += dyᵀ·x for dy `[m, n]` and x `[m, k]`: the gradient of a matrix from those of its outputs.
 pub(crate) fn matmul_gradient(team: &Team, dy: Rows, n: usize, x: Rows, k: usize, m: usize, grad: &mut [f32]) {
     thread_local! {
-        static SCRATCH: [Cell<Vec<PanelRow>>; 2] = const { [Cell::new(Vec::new()), Cell::new(Vec::new())] };
+        static STRIPS: Cell<Vec<StripRow>> = const { Cell::new(Vec::new()) };
+        static PANELS: Cell<Vec<PanelRow>> = const { Cell::new(Vec::new()) };
     }
-    let [for_dy, for_x] = SCRATCH.with(|scratch| [scratch[0].take(), scratch[1].take()]);
-    let dy = Packed::refill_from_columns(team, n, m, |i| dy.row(i, n), for_dy);
-    let x = Packed::refill_from_columns(team, k, m, |i| x.row(i, k), for_x);
-    let grad = ArrayViewMut2::from_shape((n, k), grad).expect("room for n rows");
-    team.for_each(blocks(team, grad, ROWS), |Block { row, column, out }| {
-        let (n, outputs, inputs) = (out.nrows(), column..column + out.ncols(), 0..x.k);
-        timed_product(n, outputs.len(), x.k, || {
-            dispatch(Product { x: Columns(&dy, row), w: &x, outputs, inputs, out, mode: Out::Add });
+    let (mut strips, mut panels) = (STRIPS.take(), PANELS.take());
+    let mut grad = ArrayViewMut2::from_shape((n, k), grad).expect("room for n rows");
+    for first in (0..m).step_by(FRAMES) {
+        let frames = FRAMES.min(m - first);
+        let (dy, x) = (dy.skip_rows(first), x.skip_rows(first));
+        strips.resize(n.div_ceil(STRIP) * frames, [0.0; STRIP]);
+        arrange(team, n, frames, STRIP, |i| dy.row(i, n), strip_row, &mut strips);
+        let x = Packed::refill_from_columns(team, k, frames, |i| x.row(i, k), panels);
+        team.for_each(blocks(team, grad.view_mut(), ROWS), |Block { row, column, out }| {
+            let (n, outputs, inputs) = (out.nrows(), column..column + out.ncols(), 0..frames);
+            let columns = Columns { strips: &strips, frames, first: row };
+            timed_product(n, outputs.len(), frames, || {
+                dispatch(Product { x: columns, w: &x, outputs, inputs, out, mode: Out::Add });
+            });
         });
-    });
-    SCRATCH.with(|scratch| {
-        scratch[0].set(dy.panels);
-        scratch[1].set(x.panels);
-    });
+        panels = x.panels;
+    }
+    STRIPS.set(strips);
+    PANELS.set(panels);
 }
 
-/// Rows that pass over a panel together.
-const ROWS: usize = 120;
+/// At most [`STRIP`] numbers, filled up with zeros.
+fn strip_row(numbers: &[f32]) -> StripRow {
+    numbers.first_chunk().copied().unwrap_or_else(|| {
+        let mut row = [0.0; STRIP];
+        row[..numbers.len()].copy_from_slice(numbers);
+        row
+    })
+}
 
-/// The columns of a packed matrix `[m, k]` from this one on: it is read transposed.
+/// The columns of a matrix in strips, from `first` on: it is read transposed.
 #[derive(Clone, Copy)]
-struct Columns<'a>(&'a Packed, usize);
-
-/// Columns of a panel that are the rows of one tile.
-const COLUMN_TILE: usize = 8;
-
-/// Eight columns of a panel, as rows.
-#[derive(Clone, Copy)]
-struct PanelColumns<'a> {
-    panel: &'a [PanelRow],
+struct Columns<'a> {
+    strips: &'a [StripRow],
+    frames: usize,
     first: usize,
 }
 
-impl LeftTile<[f32; 1]> for PanelColumns<'_> {
+/// R columns of a strip, as rows.
+#[derive(Clone, Copy)]
+struct StripColumns<'a, const R: usize> {
+    strip: &'a [StripRow],
+    first: usize,
+}
+
+impl<const R: usize> LeftTile<[f32; 1]> for StripColumns<'_, R> {
     #[inline(always)]
     fn at(self, row: usize, i: usize) -> [f32; 1] {
-        let (line, lane) = (self.first / LANES, self.first % LANES);
-        let (tiles, _): (&[[f32; COLUMN_TILE]], _) = self.panel[i][line].0.as_chunks();
-        [tiles[lane / COLUMN_TILE][row]]
+        let (tiles, _): (&[[f32; R]], _) = self.strip[i].as_chunks();
+        [tiles[self.first / R][row]]
+    }
+}
+
+impl Columns<'_> {
+    #[inline(always)]
+    fn tiles<S: Simd, W: Weights<[f32; 1]>, const N: usize, const R: usize, const L: usize>(
+        self,
+        s: S,
+        product: &mut Product<Self, W, N>,
+        line: usize,
+    ) {
+        let m = product.out.nrows();
+        for row in (0..m).step_by(R) {
+            let column = self.first + row;
+            let strip = &self.strips[column / STRIP * self.frames..][product.inputs.clone()];
+            let columns = StripColumns::<R> { strip, first: column % STRIP };
+            product.tile::<S, R, L>(s, columns, row, R.min(m - row), line);
+        }
     }
 }
 
@@ -63,19 +102,22 @@ impl Left for Columns<'_> {
     type Inputs = [f32; 1];
 
     #[inline(always)]
-    fn by_panels<S: Simd, W: Weights<[f32; 1]>, const N: usize>(
+    fn lines<S: Simd, W: Weights<[f32; 1]>>(_rows: usize) -> usize {
+        S::TILE_LINES
+    }
+
+    #[inline(always)]
+    fn by_lines<S: Simd, W: Weights<[f32; 1]>, const N: usize>(
         s: S,
         product: &mut Product<Self, W, N>,
-        panel: usize,
-        panels: usize,
+        line: usize,
+        _lines: usize,
     ) {
-        let (Columns(x, first), m) = (product.x, product.out.nrows());
-        for panel in panel..panel + panels {
-            for row in (0..m).step_by(COLUMN_TILE) {
-                let column = first + row;
-                let columns = PanelColumns { panel: &x.panels[column / PANEL * x.k..][..x.k], first: column % PANEL };
-                product.tile::<S, COLUMN_TILE, 1>(s, columns, row, COLUMN_TILE.min(m - row), panel);
-            }
+        let columns = product.x;
+        match (S::TILE_ROWS, S::TILE_LINES) {
+            (12, 2) => columns.tiles::<S, W, N, 12, 2>(s, product, line),
+            (6, 1) => columns.tiles::<S, W, N, 6, 1>(s, product, line),
+            _ => columns.tiles::<S, W, N, 2, 2>(s, product, line),
         }
     }
 }

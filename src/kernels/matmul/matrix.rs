@@ -54,8 +54,8 @@ impl Weights<[f32; 1]> for HalfRow {
     const AHEAD: usize = 4096;
 
     #[inline(always)]
-    fn load<S: Simd>(&self, s: S, _step: usize) -> [S::V; 2] {
-        [s.load_f16(&self.0[0]), s.load_f16(&self.0[1])]
+    fn load<S: Simd>(&self, s: S, _step: usize, half: usize) -> S::V {
+        s.load_f16(&self.0[half & 1])
     }
 }
 

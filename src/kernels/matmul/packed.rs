@@ -34,12 +34,23 @@ pub(crate) struct Packed<W = PanelRow, const N: usize = 1> {
 impl Packed {
     /// Packs the matrix with these n rows of k numbers, and the bias `[n]`, if any.
     pub(crate) fn from_rows<'a>(n: usize, k: usize, row: impl Fn(usize) -> &'a [f32], bias: Option<&[f32]>) -> Self {
-        let mut panels = vec![ZERO_ROW; n.div_ceil(PANEL) * k];
-        for output in 0..n {
-            let panel = &mut panels[output / PANEL * k..][..k];
-            let (line, lane) = (output % PANEL / LANES, output % LANES);
-            for (to, &weight) in panel.iter_mut().zip(row(output)) {
-                to[line].0[lane] = weight;
+        /// Inputs at a time: what is read and written for them stays in the nearest cache.
+        const INPUTS: usize = 32;
+        let mut panels = Vec::with_capacity(n.div_ceil(PANEL) * k);
+        for first in (0..n).step_by(PANEL) {
+            let mut rows: [&[f32]; PANEL] = [&[]; PANEL];
+            let count = PANEL.min(n - first);
+            rows.iter_mut().enumerate().take(count).for_each(|(i, to)| *to = &row(first + i)[..k]);
+            for begin in (0..k).step_by(INPUTS) {
+                let mut block = [ZERO_ROW; INPUTS];
+                let inputs = begin..k.min(begin + INPUTS);
+                for (output, row) in rows.iter().enumerate().take(count) {
+                    let (line, lane) = (output / LANES, output % LANES);
+                    for (to, &weight) in block.iter_mut().zip(&row[inputs.clone()]) {
+                        to[line].0[lane] = weight;
+                    }
+                }
+                panels.extend_from_slice(&block[..inputs.len()]);
             }
         }
         let bias = bias.map_or(Vec::new(), |bias| bias.chunks(PANEL).map(panel_row).collect());
@@ -65,17 +76,40 @@ impl Packed {
         mut panels: Vec<PanelRow>,
     ) -> Self {
         panels.resize(n.div_ceil(PANEL) * k, ZERO_ROW);
-        let work = Work::numbers(2 * k * PANEL);
-        team.for_each(panels.chunks_mut(k.max(1)).enumerate(), |(panel, to)| {
-            let outputs = panel * PANEL..n.min((panel + 1) * PANEL);
-            timed(Part::Packing, work, || {
-                for (input, to) in to.iter_mut().enumerate() {
-                    *to = panel_row(&column(input)[outputs.clone()]);
-                }
-            });
-        });
+        arrange(team, n, k, PANEL, column, panel_row, &mut panels);
         Packed { n, k, panels, bias: Vec::new() }
     }
+}
+
+/// Strips of `width` of n numbers `[n / width, k]`, of k columns, by several threads. `narrow` fills up a strip's numbers of a column.
+pub(super) fn arrange<'a, T: Send>(
+    team: &Team,
+    n: usize,
+    k: usize,
+    width: usize,
+    column: impl Fn(usize) -> &'a [f32] + Sync,
+    narrow: impl Fn(&[f32]) -> T + Sync,
+    strips: &mut [T],
+) {
+    /// Numbers of a column that are read one after the other: the CPU fetches them ahead.
+    const NUMBERS: usize = 256;
+    /// Columns at a time, whose places in all strips stay in a near cache.
+    const COLUMNS: usize = 16;
+    let group = (NUMBERS / width).max(1);
+    team.for_each(strips.chunks_mut((group * k).max(1)).enumerate(), |(i, strips)| {
+        let first = i * group * width;
+        timed(Part::Packing, Work::numbers(2 * width * strips.len()), || {
+            for begin in (0..k).step_by(COLUMNS) {
+                let columns = begin..k.min(begin + COLUMNS);
+                for (i, strip) in strips.chunks_exact_mut(k).enumerate() {
+                    let numbers = first + i * width..n.min(first + (i + 1) * width);
+                    for (to, input) in strip[columns.clone()].iter_mut().zip(columns.clone()) {
+                        *to = narrow(&column(input)[numbers.clone()]);
+                    }
+                }
+            }
+        });
+    });
 }
 
 /// At most [`PANEL`] numbers, filled up with zeros.

@@ -1,8 +1,9 @@
-//! The product itself, in tiles that stay in registers: some rows of x by a panel or a few of W.
+//! The product itself, in tiles that stay in registers: some rows of x by some lines of W, a line being the sixteen outputs of
+//! half a panel. How many depends on the registers there are, the order of a sum does not.
 
 use ndarray::ArrayViewMut2;
 
-use super::packed::{Line, PANEL, Packed, PanelRow};
+use super::packed::{Line, Packed, PanelRow};
 use crate::kernels::rows::{Out, Rows};
 use crate::kernels::simd::{Kernel, LANES, Simd};
 
@@ -41,8 +42,8 @@ pub(crate) trait Weights<X: Inputs>: Copy {
     const PANELS: usize;
     /// How many bytes ahead they are fetched for few rows: 0 if that is left to the CPU.
     const AHEAD: usize;
-    /// Those of a step, for either half of the panel.
-    fn load<S: Simd>(&self, s: S, step: usize) -> [X::Wide<S>; 2];
+    /// Those of a step, for the first or the second half of the panel.
+    fn load<S: Simd>(&self, s: S, step: usize, half: usize) -> X::Wide<S>;
 }
 
 impl Weights<[f32; 1]> for PanelRow {
@@ -51,20 +52,22 @@ impl Weights<[f32; 1]> for PanelRow {
     const AHEAD: usize = 0;
 
     #[inline(always)]
-    fn load<S: Simd>(&self, s: S, _step: usize) -> [S::V; 2] {
-        [s.load(&self[0].0), s.load(&self[1].0)]
+    fn load<S: Simd>(&self, s: S, _step: usize, half: usize) -> S::V {
+        s.load(&self[half & 1].0)
     }
 }
 
 /// The left operand of a product.
 pub(crate) trait Left: Copy {
     type Inputs: Inputs;
-    /// Computes some panels of the product, side by side where there are rows few enough.
-    fn by_panels<S: Simd, W: Weights<Self::Inputs>, const N: usize>(
+    /// Lines of W that all rows pass over together.
+    fn lines<S: Simd, W: Weights<Self::Inputs>>(rows: usize) -> usize;
+    /// Computes so many lines of the product.
+    fn by_lines<S: Simd, W: Weights<Self::Inputs>, const N: usize>(
         s: S,
         product: &mut Product<Self, W, N>,
-        panel: usize,
-        panels: usize,
+        line: usize,
+        lines: usize,
     );
 }
 
@@ -122,17 +125,17 @@ pub(crate) struct Product<'a, X, W, const N: usize> {
 impl<X: Left, W: Weights<X::Inputs>, const N: usize> Kernel for Product<'_, X, W, N> {
     type Output = ();
 
-    /// Panels outside, rows inside: a panel is fetched once and stays in a near cache while all rows pass.
+    /// Lines outside, rows inside: weights are fetched once and stay in a near cache while all rows pass.
     #[inline(always)]
     fn run<S: Simd>(mut self, s: S) {
-        const { assert!((W::PANELS == 1 || W::PANELS == 4) && W::MAX_ROWS <= 12) };
-        let panels = self.outputs.end.div_ceil(PANEL);
-        let mut panel = self.outputs.start / PANEL;
-        let wide = if self.out.nrows() <= 2 { W::PANELS } else { 1 };
-        while panel < panels {
-            let width = if panel + wide <= panels { wide } else { 1 };
-            X::by_panels(s, &mut self, panel, width);
-            panel += width;
+        let wide = X::lines::<S, W>(self.out.nrows());
+        let end = self.outputs.end.div_ceil(LANES);
+        let mut line = self.outputs.start / LANES;
+        while line < end {
+            // a whole panel is there even if the matrix ends in its first half
+            let lines = if line + wide <= end { wide } else { wide.min(2) };
+            X::by_lines(s, &mut self, line, lines);
+            line += lines;
         }
     }
 }
@@ -141,31 +144,55 @@ impl<X: LeftRows> Left for X {
     type Inputs = X::Inputs;
 
     #[inline(always)]
-    fn by_panels<S: Simd, W: Weights<X::Inputs>, const N: usize>(
+    fn lines<S: Simd, W: Weights<X::Inputs>>(rows: usize) -> usize {
+        const { assert!((W::PANELS == 1 || W::PANELS == 4) && W::MAX_ROWS <= 12) };
+        match rows {
+            ..=2 => {
+                let fit = S::TILE_ROWS * S::TILE_LINES / rows.max(1);
+                (1 << fit.ilog2()).min(2 * W::PANELS)
+            }
+            // few rows wait for memory, which is read fastest from one end to the other
+            3..=6 => 2,
+            _ => S::TILE_LINES,
+        }
+    }
+
+    #[inline(always)]
+    fn by_lines<S: Simd, W: Weights<X::Inputs>, const N: usize>(
         s: S,
         product: &mut Product<Self, W, N>,
-        panel: usize,
-        panels: usize,
+        line: usize,
+        lines: usize,
     ) {
         let m = product.out.nrows();
+        // the sums of three rows by two lines would fit the registers of AVX2, too, but not with what they are made of
+        let most = if lines > S::TILE_LINES { S::TILE_ROWS.div_ceil(4) } else { S::TILE_ROWS.min(W::MAX_ROWS) };
         let mut row = 0;
         while row < m {
-            let rows = (m - row).min(S::TILE_ROWS).min(W::MAX_ROWS);
-            match (rows, panels) {
-                (1, 4) => product.rows::<S, 1, 4>(s, row, panel),
-                (2, 4) => product.rows::<S, 2, 4>(s, row, panel),
-                (1, _) => product.rows::<S, 1, 1>(s, row, panel),
-                (2, _) => product.rows::<S, 2, 1>(s, row, panel),
-                (3, _) => product.rows::<S, 3, 1>(s, row, panel),
-                (4, _) => product.rows::<S, 4, 1>(s, row, panel),
-                (5, _) => product.rows::<S, 5, 1>(s, row, panel),
-                (6, _) => product.rows::<S, 6, 1>(s, row, panel),
-                (7, _) => product.rows::<S, 7, 1>(s, row, panel),
-                (8, _) => product.rows::<S, 8, 1>(s, row, panel),
-                (9, _) => product.rows::<S, 9, 1>(s, row, panel),
-                (10, _) => product.rows::<S, 10, 1>(s, row, panel),
-                (11, _) => product.rows::<S, 11, 1>(s, row, panel),
-                _ => product.rows::<S, 12, 1>(s, row, panel),
+            // as even as can be: a tile of one row would wait for its own sums
+            let rows = (m - row).div_ceil((m - row).div_ceil(most));
+            match (rows, lines) {
+                (1, 8) => product.rows::<S, 1, 8>(s, row, line),
+                (_, 8) => product.rows::<S, 2, 8>(s, row, line),
+                (_, 4) => product.rows::<S, 1, 4>(s, row, line),
+                (1, 1) => product.rows::<S, 1, 1>(s, row, line),
+                (2, 1) => product.rows::<S, 2, 1>(s, row, line),
+                (3, 1) => product.rows::<S, 3, 1>(s, row, line),
+                (4, 1) => product.rows::<S, 4, 1>(s, row, line),
+                (5, 1) => product.rows::<S, 5, 1>(s, row, line),
+                (_, 1) => product.rows::<S, 6, 1>(s, row, line),
+                (1, _) => product.rows::<S, 1, 2>(s, row, line),
+                (2, _) => product.rows::<S, 2, 2>(s, row, line),
+                (3, _) => product.rows::<S, 3, 2>(s, row, line),
+                (4, _) => product.rows::<S, 4, 2>(s, row, line),
+                (5, _) => product.rows::<S, 5, 2>(s, row, line),
+                (6, _) => product.rows::<S, 6, 2>(s, row, line),
+                (7, _) => product.rows::<S, 7, 2>(s, row, line),
+                (8, _) => product.rows::<S, 8, 2>(s, row, line),
+                (9, _) => product.rows::<S, 9, 2>(s, row, line),
+                (10, _) => product.rows::<S, 10, 2>(s, row, line),
+                (11, _) => product.rows::<S, 11, 2>(s, row, line),
+                _ => product.rows::<S, 12, 2>(s, row, line),
             }
             row += rows;
         }
@@ -173,81 +200,85 @@ impl<X: LeftRows> Left for X {
 }
 
 impl<X: LeftRows, W: Weights<X::Inputs>, const N: usize> Product<'_, X, W, N> {
-    /// R rows of x from `row` on by P panels from `panel` on.
+    /// R rows of x from `row` on by L lines from `line` on.
     #[inline(always)]
-    fn rows<S: Simd, const R: usize, const P: usize>(&mut self, s: S, row: usize, panel: usize) {
+    fn rows<S: Simd, const R: usize, const L: usize>(&mut self, s: S, row: usize, line: usize) {
         let (x, count) = (self.x, self.inputs.len());
         let mut tile: [&[X::Inputs]; R] = [&[]; R];
         for (r, tile) in tile.iter_mut().enumerate() {
             *tile = x.inputs(row + r, count);
         }
-        self.tile::<S, R, P>(s, tile, row, R, panel);
+        self.tile::<S, R, L>(s, tile, row, R, line);
     }
 }
 
 impl<X: Left, W: Weights<X::Inputs>, const N: usize> Product<'_, X, W, N> {
-    /// The first `rows` of R rows, the first of which is `row`, by P panels from `panel` on.
+    /// The first `rows` of R rows, the first of which is `row`, by L lines from `line` on.
     #[inline(always)]
     #[allow(clippy::needless_range_loop)] // with plain indices the compiler keeps all sums in registers
-    pub(super) fn tile<S: Simd, const R: usize, const P: usize>(
+    pub(super) fn tile<S: Simd, const R: usize, const L: usize>(
         &mut self,
         s: S,
         x: impl LeftTile<X::Inputs>,
         row: usize,
         rows: usize,
-        panel: usize,
+        line: usize,
     ) {
         let count = self.inputs.len() / N;
-        let mut w: [&[W]; P] = [&[]; P];
-        for (p, w) in w.iter_mut().enumerate() {
-            *w = &self.w.panels[((panel + p) * self.w.k + self.inputs.start) / N..][..count];
+        let mut w: [&[W]; L] = [&[]; L];
+        for (l, w) in w.iter_mut().enumerate() {
+            *w = &self.w.panels[((line + l) / 2 * self.w.k + self.inputs.start) / N..][..count];
         }
-        let streamed = P > 1 || self.out.nrows() <= W::MAX_ROWS;
-        let mut sums = [[[s.splat(0.0); 2]; P]; R];
+        let streamed = L > 2 || self.out.nrows() <= W::MAX_ROWS;
+        let mut sums = [[s.splat(0.0); L]; R];
         for i in 0..count {
-            for p in 0..P {
+            for l in (0..L).step_by(2) {
                 if W::AHEAD > 0 && streamed {
                     // a product of few rows waits for memory, and the CPU alone looks not far enough ahead
-                    let ahead = w[p].as_ptr().wrapping_add(i).wrapping_byte_add(W::AHEAD);
+                    let ahead = w[l].as_ptr().wrapping_add(i).wrapping_byte_add(W::AHEAD);
                     for line in (0..size_of::<W>()).step_by(size_of::<Line>()) {
                         s.prefetch(ahead.wrapping_byte_add(line));
                     }
                 }
             }
-            for p in 0..P {
+            for l in (0..L).step_by(2) {
                 for step in 0..X::Inputs::STEPS {
-                    let [low, high] = w[p][i].load(s, step);
+                    // the two halves of a panel, or one of them
+                    let first = if L == 1 { line } else { 0 };
+                    let low = w[l][i].load(s, step, first);
+                    let high = if L == 1 { low } else { w[l][i].load(s, step, 1) };
                     for r in 0..R {
                         let x = x.at(r, i).splat(s, step);
-                        sums[r][p][0] = X::Inputs::multiply(s, x, low, sums[r][p][0]);
-                        sums[r][p][1] = X::Inputs::multiply(s, x, high, sums[r][p][1]);
+                        sums[r][l] = X::Inputs::multiply(s, x, low, sums[r][l]);
+                        if L > 1 {
+                            sums[r][l + 1] = X::Inputs::multiply(s, x, high, sums[r][l + 1]);
+                        }
                     }
                 }
             }
         }
         for (r, sums) in sums.into_iter().enumerate().take(rows) {
             let row = self.out.row_mut(row + r).into_slice().expect("numbers side by side");
-            for (p, sums) in sums.into_iter().enumerate() {
-                let first = (panel + p) * PANEL - self.outputs.start;
-                finish(s, sums, &mut row[first..], self.w.bias.get(panel + p), self.mode);
+            for (l, sum) in sums.into_iter().enumerate() {
+                let line = line + l;
+                let Some(out) = row.get_mut(line * LANES - self.outputs.start..) else { break };
+                let bias = self.w.bias.get(line / 2).map(|bias| &bias[line % 2]);
+                finish(s, sum, out, bias, self.mode);
             }
         }
     }
 }
 
-/// Writes the sums of a panel to the first of these numbers, or adds them; there may be fewer.
+/// Writes the sums of a line to the first of these numbers, or adds them; there may be fewer.
 #[inline(always)]
-pub(crate) fn finish<S: Simd>(s: S, sums: [S::V; 2], out: &mut [f32], bias: Option<&PanelRow>, mode: Out) {
-    for (half, mut sum) in sums.into_iter().enumerate() {
-        let Some(out) = out.get_mut(half * LANES..) else { break };
-        let width = LANES.min(out.len());
-        let out = &mut out[..width];
-        if let Some(bias) = bias {
-            sum = s.add(sum, s.load(&bias[half].0));
-        }
-        if mode == Out::Add {
-            sum = s.add(s.load_some(out), sum);
-        }
-        s.store_some(sum, out);
+pub(crate) fn finish<S: Simd>(s: S, mut sum: S::V, out: &mut [f32], bias: Option<&Line>, mode: Out) {
+    let width = LANES.min(out.len());
+    let out = &mut out[..width];
+    if let Some(bias) = bias {
+        sum = s.add(sum, s.load(&bias.0));
     }
+    if mode == Out::Add {
+        sum = s.add(s.load_some(out), sum);
+    }
+    s.store_some(sum, out);
 }

@@ -20,7 +20,7 @@ use super::quants::{QUADS, Quants, ROUND, inverse, largest};
 use crate::kernels::clock::{Part, Work, timed, timed_product};
 use crate::kernels::memory::{Scratch, filled, with_scratch};
 use crate::kernels::rows::{Out, Rows};
-use crate::kernels::simd::{Kernel, Level, Simd, dispatch, dispatch_whole_at};
+use crate::kernels::simd::{Kernel, LANES, Level, Simd, dispatch, dispatch_whole_at};
 use crate::kernels::team::Team;
 
 /// A block of a row of inputs in 8 bits.
@@ -249,7 +249,8 @@ impl<Q: Quants> Kernel for Product<'_, Q> {
             while row < m {
                 // as even as can be: a tile of one row would wait for its own sums
                 let left = m - row;
-                let rows = left.div_ceil(left.div_ceil(S::TILE_ROWS.div_ceil(2).max(2)));
+                let most = if S::TILE_LINES == 1 { 4 } else { S::TILE_ROWS.div_ceil(2).max(2) };
+                let rows = left.div_ceil(left.div_ceil(most));
                 match rows {
                     1 => self.tile::<S, 1>(s, row, panel),
                     2 => self.tile::<S, 2>(s, row, panel),
@@ -285,29 +286,59 @@ impl<Q: Quants> Product<'_, Q> {
                     s.prefetch(ahead.wrapping_byte_add(line));
                 }
             }
-            let mut whole = [[s.splat_whole(0); 2]; R];
-            for r in 0..R {
-                whole[r] = [s.splat_whole(x[r][b].start); 2];
-            }
-            for quad in 0..QUADS {
-                let [low, high] = w[b].load(s, quad);
-                for r in 0..R {
-                    let x = s.splat_whole(x[r][b].quads[quad]);
-                    whole[r][0] = s.dot(low, x, whole[r][0]);
-                    whole[r][1] = s.dot(high, x, whole[r][1]);
-                }
-            }
             let scales = s.load_whole(w[b].scales());
-            let (low, high) = (s.low_bf16(scales), s.high_bf16(scales));
-            for r in 0..R {
-                let scale = s.splat(x[r][b].scale);
-                sums[r][0] = s.mul_add(s.mul(s.to_float(whole[r][0]), low), scale, sums[r][0]);
-                sums[r][1] = s.mul_add(s.mul(s.to_float(whole[r][1]), high), scale, sums[r][1]);
+            let scales = [s.low_bf16(scales), s.high_bf16(scales)];
+            if S::TILE_LINES == 1 {
+                // half as many sums at a time stay in registers
+                block::<S, Q, R, 1>(s, x, w, b, 0, scales, &mut sums);
+                block::<S, Q, R, 1>(s, x, w, b, 1, scales, &mut sums);
+            } else {
+                block::<S, Q, R, 2>(s, x, w, b, 0, scales, &mut sums);
             }
         }
         for (r, sums) in sums.into_iter().enumerate() {
             let out = self.out.row_mut(row + r).into_slice().expect("numbers side by side");
-            finish(s, sums, &mut out[panel * PANEL - self.outputs.start..], None, self.mode);
+            for (sum, out) in sums.into_iter().zip(out[panel * PANEL - self.outputs.start..].chunks_mut(LANES)) {
+                finish(s, sum, out, None, self.mode);
+            }
+        }
+    }
+}
+
+/// Adds the products of block b, of H halves of the panel from `first` on.
+#[inline(always)]
+#[allow(clippy::needless_range_loop)] // as above
+fn block<S: Simd, Q: Quants, const R: usize, const H: usize>(
+    s: S,
+    x: [&[Inputs]; R],
+    w: &[Q],
+    b: usize,
+    first: usize,
+    scales: [S::V; 2],
+    sums: &mut [[S::V; 2]; R],
+) {
+    let mut whole = [[s.splat_whole(0); H]; R];
+    for r in 0..R {
+        whole[r] = [Q::begin(s, s.splat_whole(x[r][b].start)); H];
+    }
+    for quad in 0..QUADS {
+        let mut words = [s.splat_whole(0); H];
+        for half in 0..H {
+            words[half] = w[b].load(s, quad, first + half);
+        }
+        for r in 0..R {
+            let x = s.splat_whole(x[r][b].quads[quad]);
+            for half in 0..H {
+                whole[r][half] = Q::dot(s, words[half], x, whole[r][half]);
+            }
+        }
+    }
+    for r in 0..R {
+        let scale = s.splat(x[r][b].scale);
+        for half in 0..H {
+            let whole = s.to_float(Q::end(s, whole[r][half], s.splat_whole(x[r][b].start)));
+            let sum = &mut sums[r][first + half];
+            *sum = s.mul_add(s.mul(whole, scales[first + half]), scale, *sum);
         }
     }
 }

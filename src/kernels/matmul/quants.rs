@@ -31,8 +31,23 @@ pub(crate) trait Quants: Copy + Send + Sync + 'static {
     fn scales_mut(&mut self) -> &mut [u32; LANES];
     fn set(&mut self, output: usize, quotients: &[u8; BLOCK]);
     fn get(&self, output: usize) -> [u8; BLOCK];
-    /// The weights for four of the inputs.
-    fn load<S: Simd>(&self, s: S, quad: usize) -> [S::I; 2];
+    /// The weights for four of the inputs, of the first or the second half of the outputs.
+    fn load<S: Simd>(&self, s: S, quad: usize, half: usize) -> S::I;
+    /// The sums of a block, which start with `start`, are begun,
+    #[inline(always)]
+    fn begin<S: Simd>(s: S, start: S::I) -> S::I {
+        s.begin(start)
+    }
+    /// get all quads of a block,
+    #[inline(always)]
+    fn dot<S: Simd>(s: S, w: S::I, x: S::I, sums: S::I) -> S::I {
+        s.dot(w, x, sums)
+    }
+    /// and are ended.
+    #[inline(always)]
+    fn end<S: Simd>(_s: S, sums: S::I, _start: S::I) -> S::I {
+        sums
+    }
     /// Quotients as they stand in files, and back.
     fn to_file(quotients: &[u8; BLOCK], bytes: &mut Vec<u8>);
     fn of_file(bytes: &[u8]) -> [u8; BLOCK];
@@ -100,9 +115,8 @@ impl Quants for Eight {
     }
 
     #[inline(always)]
-    fn load<S: Simd>(&self, s: S, quad: usize) -> [S::I; 2] {
-        let [low, high] = &self.quads[quad];
-        [s.load_whole(low), s.load_whole(high)]
+    fn load<S: Simd>(&self, s: S, quad: usize, half: usize) -> S::I {
+        s.load_whole(&self.quads[quad][half & 1])
     }
 
     fn to_file(quotients: &[u8; BLOCK], bytes: &mut Vec<u8>) {
@@ -168,15 +182,25 @@ impl Quants for Four {
     }
 
     #[inline(always)]
-    fn load<S: Simd>(&self, s: S, quad: usize) -> [S::I; 2] {
+    fn load<S: Simd>(&self, s: S, quad: usize, half: usize) -> S::I {
         // two quads after each other load the same words, which the compiler sees
-        let [low, high] = &self.pairs[quad / 2];
-        let (low, high) = (s.load_whole(low), s.load_whole(high));
-        if quad.is_multiple_of(2) {
-            [s.low_nibbles(low), s.low_nibbles(high)]
-        } else {
-            [s.high_nibbles(low), s.high_nibbles(high)]
-        }
+        let words = s.load_whole(&self.pairs[quad / 2][half & 1]);
+        if quad.is_multiple_of(2) { s.low_nibbles(words) } else { s.high_nibbles(words) }
+    }
+
+    #[inline(always)]
+    fn begin<S: Simd>(s: S, start: S::I) -> S::I {
+        s.begin_nibbles(start)
+    }
+
+    #[inline(always)]
+    fn dot<S: Simd>(s: S, w: S::I, x: S::I, sums: S::I) -> S::I {
+        s.dot_nibbles(w, x, sums)
+    }
+
+    #[inline(always)]
+    fn end<S: Simd>(s: S, sums: S::I, start: S::I) -> S::I {
+        s.end_nibbles(sums, start)
     }
 
     fn to_file(quotients: &[u8; BLOCK], bytes: &mut Vec<u8>) {

@@ -51,6 +51,7 @@ impl<const MORE: u8> Simd for Avx512<MORE> {
     type V = __m512;
     type I = __m512i;
     const TILE_ROWS: usize = 12;
+    const TILE_LINES: usize = 2;
 
     #[inline(always)]
     fn splat(self, x: f32) -> __m512 {
@@ -161,6 +162,25 @@ impl<const MORE: u8> Simd for Avx512<MORE> {
         }
     }
     #[inline(always)]
+    fn begin_nibbles(self, start: __m512i) -> __m512i {
+        if MORE >= VNNI { start } else { self.splat_whole(0) }
+    }
+    #[inline(always)]
+    fn dot_nibbles(self, a: __m512i, b: __m512i, c: __m512i) -> __m512i {
+        if MORE >= VNNI {
+            return self.dot(a, b, c);
+        }
+        // sums of two products in 16 bits: eight of them are at most 8 · 2 · 15 · 127 = 30480
+        unsafe { _mm512_add_epi16(c, _mm512_maddubs_epi16(a, b)) }
+    }
+    #[inline(always)]
+    fn end_nibbles(self, sums: __m512i, start: __m512i) -> __m512i {
+        if MORE >= VNNI {
+            return sums;
+        }
+        unsafe { _mm512_add_epi32(start, _mm512_madd_epi16(sums, _mm512_set1_epi16(1))) }
+    }
+    #[inline(always)]
     fn low_nibbles(self, x: __m512i) -> __m512i {
         unsafe { _mm512_and_si512(x, _mm512_set1_epi32(NIBBLES.cast_signed())) }
     }
@@ -187,7 +207,8 @@ pub(super) struct Avx2(());
 impl Simd for Avx2 {
     type V = [__m256; 2];
     type I = [__m256i; 2];
-    const TILE_ROWS: usize = 2;
+    const TILE_ROWS: usize = 6;
+    const TILE_LINES: usize = 1;
 
     #[inline(always)]
     fn splat(self, x: f32) -> Self::V {
@@ -279,16 +300,32 @@ impl Simd for Avx2 {
         unsafe { [_mm256_set1_epi32(x.cast_signed()); 2] }
     }
     #[inline(always)]
+    fn begin(self, _start: Self::I) -> Self::I {
+        self.splat_whole(0)
+    }
+    #[inline(always)]
     fn dot(self, a: Self::I, b: Self::I, c: Self::I) -> Self::I {
         let half = |a, b, c| unsafe {
-            // as on AVX-512 without VNNI
-            let even = _mm256_and_si256(a, _mm256_set1_epi16(0xff));
-            let odd = _mm256_srli_epi16::<8>(a);
-            let even = _mm256_madd_epi16(even, _mm256_srai_epi16::<8>(_mm256_slli_epi16::<8>(b)));
-            let odd = _mm256_madd_epi16(odd, _mm256_srai_epi16::<8>(b));
-            _mm256_add_epi32(_mm256_add_epi32(c, even), odd)
+            // the sign of a goes to b: then no sum of two products overflows 16 bits
+            let a = _mm256_xor_si256(a, _mm256_set1_epi8(i8::MIN));
+            let pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(a), _mm256_sign_epi8(b, a));
+            _mm256_add_epi32(c, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))
         };
         [half(a[0], b[0], c[0]), half(a[1], b[1], c[1])]
+    }
+    #[inline(always)]
+    fn begin_nibbles(self, _start: Self::I) -> Self::I {
+        self.splat_whole(0)
+    }
+    #[inline(always)]
+    fn dot_nibbles(self, a: Self::I, b: Self::I, c: Self::I) -> Self::I {
+        let half = |a, b, c| unsafe { _mm256_add_epi16(c, _mm256_maddubs_epi16(a, b)) };
+        [half(a[0], b[0], c[0]), half(a[1], b[1], c[1])]
+    }
+    #[inline(always)]
+    fn end_nibbles(self, sums: Self::I, start: Self::I) -> Self::I {
+        let half = |sums, start| unsafe { _mm256_add_epi32(start, _mm256_madd_epi16(sums, _mm256_set1_epi16(1))) };
+        [half(sums[0], start[0]), half(sums[1], start[1])]
     }
     #[inline(always)]
     fn low_nibbles(self, x: Self::I) -> Self::I {
