@@ -236,7 +236,7 @@ impl HymbaOptions {
     ///
     /// // the widest Zamba of at most a million parameters
     /// let of = |width| HymbaOptions::zamba(12).hidden_size(width);
-    /// let width = (4..=256).step_by(4).rev().find(|&width| of(width).num_parameters().is_some_and(|count| count <= 1_000_000));
+    /// let width = (1..=64).rev().map(|part| 4 * part).find(|&width| of(width).num_parameters().is_some_and(|count| count <= 1_000_000));
     /// let model = Hymba::build(of(width.unwrap()))?;
     /// assert_eq!(Some(model.num_parameters()), model.options().num_parameters());
     /// # Ok::<(), hymba::Error>(())
