@@ -99,9 +99,9 @@ fn three_steps_equal_those_of_another_program() {
     let options = AdamWOptions::default().learning_rate(1e-3).betas(0.9, 0.95).weight_decay(0.1);
     let mut optimizer = AdamW::new(&lm, options).unwrap();
     let mut gradient = lm.zeros_like();
-    for step in 0..3 {
+    for (step, want) in expected["losses"].iter().take(3).enumerate() {
         let loss = lm.accumulate(&rows, masks.as_deref(), &mut gradient).unwrap();
-        assert!((loss.mean() - expected["losses"][step]).abs() < 1e-5, "step {step}: {}", loss.mean());
+        assert!((loss.mean() - want).abs() < 1e-5, "step {step}: {}", loss.mean());
         optimizer.step_accumulated(&mut lm, &mut gradient, loss.tokens as f64).unwrap();
     }
     for (name, weight) in by_name(&lm) {
