@@ -99,9 +99,9 @@ fn three_steps_equal_those_of_another_program() {
     let options = AdamWOptions::default().learning_rate(1e-3).betas(0.9, 0.95).weight_decay(0.1);
     let mut optimizer = AdamW::new(&lm, options).unwrap();
     let mut gradient = lm.zeros_like();
-    for step in 0..3 {
+    for (step, want) in expected["losses"].iter().take(3).enumerate() {
         let loss = lm.accumulate(&rows, masks.as_deref(), &mut gradient).unwrap();
-        assert!((loss.mean() - expected["losses"][step]).abs() < 1e-5, "step {step}: {}", loss.mean());
+        assert!((loss.mean() - want).abs() < 1e-5, "step {step}: {}", loss.mean());
         optimizer.step_accumulated(&mut lm, &mut gradient, loss.tokens as f64).unwrap();
     }
     for (name, weight) in by_name(&lm) {
@@ -355,6 +355,35 @@ fn bad_rows_and_options() {
     let rows = TokenRows::packed(&[1, 2, 3, 500], 4).unwrap();
     let trained = LmTrainer::new(tiny(), LmTrainerOptions::default()).unwrap();
     assert!(matches!(trained.fit(&rows, None, |_| ControlFlow::Continue(())), Err(Error::Tokens(_))));
+}
+
+#[test]
+fn low_rank_parts_equal_those_of_another_program() {
+    let folder = data("lora").join("r8_rslora");
+    let expected = tensors(&folder.join("expected.safetensors"));
+    let (rows, masks) = token_rows(&expected);
+    let mut lm = HymbaLm::from_dir(folder.join("base")).unwrap();
+    let covered = lm.load_lora(folder.join("adapter")).unwrap();
+    assert_eq!((covered.maps.len(), covered.parameters), (25, 15800));
+    let (loss, cache) = lm.forward_train(&rows, masks.as_deref()).unwrap();
+    assert!((loss.mean() - expected["loss"].first().unwrap()).abs() < 1e-5, "{}", loss.mean());
+    for (i, row) in rows.iter().enumerate() {
+        let logits = lm.forward(&Array2::from_shape_fn((1, row.len()), |(_, t)| row[t])).unwrap();
+        let want = expected["logits"].slice(hymba::ndarray::s![i..=i, ..row.len(), ..]).to_owned();
+        assert!(common::difference(&logits, &want.into_dyn()) < 3e-4);
+    }
+    let mut gradient = lm.zeros_like();
+    lm.backward(&cache, &mut gradient).unwrap();
+    let want: BTreeMap<&str, &ArrayD<f64>> =
+        expected.iter().filter_map(|(name, want)| Some((name.strip_prefix("grad.base_model.model.")?, want))).collect();
+    let got = by_name(&gradient);
+    assert!(got.len() == want.len() && want.len() == 50);
+    let largest = |array: &ArrayD<f64>| array.iter().fold(0f64, |m, x| m.max(x.abs()));
+    let of_all = want.values().map(|want| largest(want)).fold(0.0, f64::max);
+    for (name, want) in want {
+        let (difference, bound) = (common::difference(&got[name], want), 3e-4 * largest(want).max(1e-3 * of_all));
+        assert!(difference <= bound, "{name}: {difference:e} over {bound:e}");
+    }
 }
 
 /// Low-rank parts alone are trained; merged, apart, saved and read again they give the same, and removed, what was before.

@@ -37,8 +37,8 @@ const MAX_CONFIG: u64 = 1 << 20;
 /// | `maps` | `*_proj*` | patterns of names, in which `*` stands for any text; one without fits the end of a name, too |
 ///
 /// Maps are called as in the checkpoint, such as `model.layers.0.mamba.in_proj`, without `.weight`: in every layer
-/// `mamba.in_proj`, `mamba.x_proj.0`, `mamba.dt_proj.0` and `mamba.out_proj`, `moe.experts.0.gate_proj` (in a gated MLP), `up_proj` and `down_proj`, and of
-/// an untied model `lm_head`.
+/// `mamba.in_proj`, `mamba.x_proj.0`, `mamba.dt_proj.0` and `mamba.out_proj`, `moe.experts.0.gate_proj` (in a gated MLP), `up_proj`
+/// and `down_proj`, and of an untied model `lm_head`.
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub struct LoraOptions {
