@@ -9,8 +9,9 @@
 //!
 //! The files are those of the UEA and UCR time series archives (<https://www.timeseriesclassification.com>). It prints the
 //! accuracy and the confusion matrix of the test file, and writes into the folder of `--out` the model
-//! (`model.safetensors`, for `Ensemble::load`) and, where an encoder is part of it, three pictures: how loss and accuracy went (`curves.svg`), how much each
-//! block leans on its Mamba branch (`gate.svg`), and how much of its attention goes to the meta tokens (`meta.svg`).
+//! (`model.safetensors`, for `Ensemble::load`) and, where an encoder is part of it, pictures: how loss and accuracy went (`curves.svg`),
+//! how much each block leans on its Mamba branch (`gate.svg`), how much of its attention goes to the meta tokens (`meta.svg`), and which
+//! frames of a series its class was read from (`saliency.svg`).
 //!
 //! Nothing but the classes, widths and lengths of the test file is looked at before the model is trained.
 

@@ -212,12 +212,7 @@ impl Predictor {
     }
 
     /// Checks x `[b, l, embed_dim]` and its lengths, and turns frames into what the encoder reads, with the lengths of that.
-    fn enter<'a>(
-        &self,
-        x: &'a ArrayRef3<f32>,
-        lengths: Option<&[usize]>,
-        keeps: Keeps,
-    ) -> Result<(CowArray<'a, f32, Ix3>, Option<Vec<usize>>, FrontCache)> {
+    fn enter<'a>(&self, x: &'a ArrayRef3<f32>, lengths: Option<&[usize]>, keeps: Keeps) -> Result<Entered<'a>> {
         let (_, l, embed_dim) = x.dim();
         let outputs = 2 * self.task.outputs();
         let form = self.options.form();
@@ -500,6 +495,9 @@ impl fmt::Debug for Predictor {
 
 /// What the reverse encoder's seed is told apart by.
 const REVERSE: u64 = 0x7265_7665_7273_6564;
+
+/// What the encoder reads `[b, l, …]`, the lengths of its rows, and what the backward pass reads.
+type Entered<'a> = (CowArray<'a, f32, Ix3>, Option<Vec<usize>>, FrontCache);
 
 /// What [`Predictor::enter_backward`] reads; nothing where the encoder reads frames as they are.
 #[derive(Debug, Default)]

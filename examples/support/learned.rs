@@ -3,9 +3,9 @@
 use std::error::Error;
 use std::path::Path;
 
-use hymba::Predictor;
 use hymba::ndarray::{Array2, Axis, s};
 use hymba::train::{Dataset, EpochMetrics, Trained};
+use hymba::{Predictor, argmax};
 
 use crate::picture::{self, BLUE, Chart, Charts, Corner, GREY, HeatMaps, ORANGE, Panel, Scale, Series, Shape};
 
@@ -13,7 +13,10 @@ use crate::picture::{self, BLUE, Chart, Charts, Corner, GREY, HeatMaps, ORANGE, 
 const INSPECTED: usize = 64;
 const INSPECTED_FRAMES: usize = 512;
 
-/// Writes the three pictures into the folder `out`; `accuracy` is that of the test series. Prints what two of them show.
+/// Features of which the saliency is drawn.
+const FEATURES: usize = 3;
+
+/// Writes the pictures into the folder `out`; `accuracy` is that of the test series. Prints what two of them show.
 pub fn draw(trained: &Trained, test: &Dataset, accuracy: f32, out: &Path) -> Result<(), Box<dyn Error>> {
     draw_curves(&trained.history, accuracy, &out.join("curves.svg"))?;
     let seen = inspect(&trained.predictor, test)?;
@@ -24,6 +27,7 @@ pub fn draw(trained: &Trained, test: &Dataset, accuracy: f32, out: &Path) -> Res
         let shares = if meta.is_empty() { "no meta tokens".into() } else { shares.join(", ") };
         println!("  block {}: gate {gate:.2}; attention on the meta tokens, by head: {shares}", i + 1);
     }
+    draw_saliency(&trained.predictor, test, &out.join("saliency.svg"))?;
     draw_gates(&seen, &out.join("gate.svg"))?;
     if seen.meta.iter().all(|meta| !meta.is_empty()) {
         draw_meta(&seen, &out.join("meta.svg"))?;
@@ -63,6 +67,51 @@ fn draw_curves(history: &[EpochMetrics], test_accuracy: f32, path: &Path) -> Res
         panels: vec![chart("Loss", 0.0..0.1, loss), chart("Accuracy", 0.0..1.0, accuracy)],
         panel_size: (520, 360),
         side_by_side: true,
+    };
+    picture::charts(path, &picture)
+}
+
+/// What the first test series was judged by: gradient × input of the class that it was given, over the series itself.
+fn draw_saliency(predictor: &Predictor, test: &Dataset, path: &Path) -> Result<(), Box<dyn Error>> {
+    let frames = &test.series()[0];
+    let class = argmax(&predictor.predict(&frames.view().insert_axis(Axis(0)), None)?)[0];
+    let saliency = predictor.saliency(frames, class)?;
+    let weight = |feature: usize| saliency.column(feature).iter().map(|x| x.abs()).sum::<f32>();
+    let mut features: Vec<usize> = (0..frames.ncols()).collect();
+    features.sort_by(|&a, &b| weight(b).total_cmp(&weight(a)));
+    features.truncate(FEATURES);
+    let largest =
+        |of: &Array2<f32>, feature: usize| of.column(feature).iter().fold(f32::MIN_POSITIVE, |m, x| m.max(x.abs()));
+    let most = features.first().map_or(1.0, |&feature| largest(&saliency, feature));
+    let panel = |&feature: &usize| {
+        let line = |name: &str, color, shape, of: &Array2<f32>, scale: f32| Series {
+            name: name.into(),
+            points: of.column(feature).iter().enumerate().map(|(t, x)| ((t + 1) as f32, x * scale)).collect(),
+            color,
+            shape,
+        };
+        let scale = largest(frames, feature) / most;
+        Chart {
+            title: format!("Feature {}", feature + 1),
+            x_label: "frame".into(),
+            y_label: String::new(),
+            whole_x: true,
+            y_range: None,
+            legend: Corner::MiddleRight,
+            series: vec![
+                line("series", GREY, Shape::Line, frames, 1.0),
+                line("speaks for the class", BLUE, Shape::Line, &saliency, scale),
+            ],
+        }
+    };
+    let picture = Charts {
+        title: format!("What speaks for {:?}", predictor.task().labels()[class]),
+        subtitle:
+            "Gradient × input of one test series, in the height of the series; below 0 it speaks against the class"
+                .into(),
+        panels: features.iter().map(panel).collect(),
+        panel_size: (900, 220),
+        side_by_side: false,
     };
     picture::charts(path, &picture)
 }

@@ -198,12 +198,7 @@ impl Hymba {
     }
 
     /// As [`prefill`](Self::prefill), with `each` called for the outputs of some frames after the other, `[b, count, h]`.
-    pub(crate) fn prefill_each(
-        &self,
-        x: &ArrayRef3<f32>,
-        state: &mut HymbaState,
-        each: &mut dyn FnMut(ArrayView3<f32>),
-    ) -> Result<()> {
+    pub(crate) fn prefill_each(&self, x: &ArrayRef3<f32>, state: &mut HymbaState, each: Each) -> Result<()> {
         let (batch, _, width) = x.dim();
         if width == self.options.embed_dim {
             self.check_state(state, batch, "x has")?;
@@ -215,12 +210,7 @@ impl Hymba {
 
     /// Feeds frames, in pieces: between two of them, other work of the pool gets its turn. Returns the last outputs, or
     /// calls `each` with all of them.
-    fn advance(
-        &self,
-        x: &ArrayRef3<f32>,
-        state: &mut HymbaState,
-        mut each: Option<&mut dyn FnMut(ArrayView3<f32>)>,
-    ) -> Array2<f32> {
+    fn advance(&self, x: &ArrayRef3<f32>, state: &mut HymbaState, mut each: Option<Each>) -> Array2<f32> {
         let (batch, l, _) = x.dim();
         let piece = (PIECE / batch).max(1);
         let mut y = Array2::zeros((0, 0));
@@ -277,6 +267,9 @@ impl Hymba {
         Ok(())
     }
 }
+
+/// What is called with the outputs of some frames `[b, count, h]`.
+type Each<'a> = &'a mut dyn FnMut(ArrayView3<f32>);
 
 /// Frames of all streams together that go through the blocks at a time.
 const PIECE: usize = 1024;

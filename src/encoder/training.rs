@@ -218,6 +218,12 @@ impl Hymba {
         })
     }
 
+    /// Turns dropout off, for gradients of what inference computes.
+    pub(crate) fn without_dropout(mut self) -> Hymba {
+        self.options.dropout = 0.0;
+        self
+    }
+
     /// Where numbers are dropped around block i: the Edifice variant does so between blocks only.
     fn dropout(&self, seed: u64, i: usize) -> BlockDropout {
         let dropout = Dropout::new(self.options.dropout, seed).at(i as u64);

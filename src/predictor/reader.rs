@@ -29,13 +29,18 @@ enum Kind {
     /// Every frame, of so many sequences.
     Frames(usize),
     /// The pooled frames of sequences that were padded to so many.
-    Pooled { spans: Spans, l: usize, cache: PoolCache },
+    Pooled { spans: Spans, l: usize, cache: Box<PoolCache> },
 }
 
 impl Reader {
     pub fn zeros(options: HymbaOptions, pooling: Pooling) -> Self {
         let pool = Pool::zeros(pooling, options.hidden_size);
         Reader { encoder: Hymba::zeros(options), pooling, pool }
+    }
+
+    /// For gradients of what inference computes.
+    pub fn without_dropout(self) -> Self {
+        Reader { encoder: self.encoder.without_dropout(), ..self }
     }
 
     /// x `[b, l, embed_dim]` → `[b, p]`. For callers that have checked x and the lengths.
@@ -83,7 +88,7 @@ impl Reader {
         let lengths = full(x, lengths);
         let (hidden, spans) = (frames(&hidden, &lengths), Spans::new(lengths));
         let (pooled, cache) = self.pool.forward_train(&spans, hidden);
-        Ok((pooled, ReaderCache { encoder, kind: Kind::Pooled { spans, l, cache } }))
+        Ok((pooled, ReaderCache { encoder, kind: Kind::Pooled { spans, l, cache: Box::new(cache) } }))
     }
 
     /// The gradient of [`read_train`](Self::read_train): dpooled `[b, p]` or `[b·l, h]` → `[b, l, embed_dim]`. Nothing is added

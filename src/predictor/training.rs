@@ -5,7 +5,7 @@ use std::ops::Range;
 use ndarray::{Array2, Array3, ArrayRef2, ArrayRef3, ArrayView3, Axis, s};
 
 use super::front::reversed;
-use super::reader::{ReaderCache, full};
+use super::reader::{Reader, ReaderCache, full};
 use super::{FrontCache, Predictor, PredictorOptions, REVERSE, beside, rows};
 use crate::encoder::{Keeps, sequences};
 use crate::kernels::team::Team;
@@ -116,6 +116,44 @@ impl Predictor {
         grads: &mut Predictor,
     ) -> Result<Array3<f32>> {
         self.run_backward(cache, self.rescaled_backward(cache, dy.view())?, grads)
+    }
+
+    /// What a prediction was made of: gradient × input of one output by the frames of one sequence, x `[l, embed_dim]` → `[l,
+    /// embed_dim]`. A number above 0 speaks for the output, one below 0 against it; together they are, to first order, what the
+    /// frames make of the output beside frames of the input normalization's mean (of 0 without one).
+    ///
+    /// # Errors
+    ///
+    /// As [`predict`](Self::predict); [`Error::Option`] if there is no such output.
+    ///
+    /// ```
+    /// use hymba::ndarray::Array2;
+    /// use hymba::{HymbaOptions, Pooling, Predictor, PredictorOptions, Task};
+    ///
+    /// let options = PredictorOptions::new(HymbaOptions::new(2).hidden_size(16).num_layers(1)).pooling(Pooling::Mean);
+    /// let predictor = Predictor::build(options, Task::classify(["walking", "standing"]))?;
+    /// let x = Array2::from_shape_fn((50, 2), |(t, i)| (0.3 * (t + i) as f32).sin());
+    /// assert_eq!(predictor.saliency(&x, 1)?.dim(), (50, 2)); // for "standing"
+    /// # Ok::<(), hymba::Error>(())
+    /// ```
+    pub fn saliency(&self, x: &ArrayRef2<f32>, output: usize) -> Result<Array2<f32>> {
+        let outputs = self.task.outputs();
+        if output >= outputs {
+            let allowed = format!("there are {outputs} outputs: 0 to {}", outputs - 1);
+            return Err(Error::Option { option: "output", given: output.to_string(), allowed });
+        }
+        let mut plain = self.clone();
+        plain.reader = plain.reader.without_dropout();
+        plain.reverse = plain.reverse.map(Reader::without_dropout);
+        let (_, cache) = plain.forward_train(&x.view().insert_axis(Axis(0)), None, 0)?;
+        let mut dy = Array2::zeros((1, outputs));
+        dy[[0, output]] = 1.0;
+        let dx = plain.backward(&cache, &dy, &mut plain.zeros_like())?.index_axis_move(Axis(0), 0);
+        let mut input = x.to_owned();
+        if let Some(normalization) = self.input.as_ref().filter(|input| input.mean().len() == x.ncols()) {
+            input -= normalization.mean();
+        }
+        Ok(dx * input)
     }
 
     /// As [`run`](Self::run), for training.

@@ -263,8 +263,39 @@ impl Dataset {
         Dataset { task: self.task.clone(), series: pick(&self.series), targets }
     }
 
+    /// Cuts all series into batches of `size` or one less, in an order drawn from `seed`, with series of like length in one batch: those
+    /// of an epoch, for a loop of one's own. Each is a list of places for [`pad`](Self::pad).
+    ///
+    /// ```
+    /// use hymba::Task;
+    /// use hymba::ndarray::Array2;
+    /// use hymba::train::{Dataset, Targets};
+    ///
+    /// let task = Task::Regress { outputs: 1 };
+    /// let data = Dataset::new(&task, vec![Array2::ones((9, 2)); 50], Targets::Values(Array2::zeros((50, 1))))?;
+    /// let batches = data.batches(16, 0)?;
+    /// assert_eq!((batches.len(), batches.concat().len()), (4, 50));
+    /// for batch in batches {
+    ///     let (x, lengths) = data.pad(&batch)?;
+    ///     assert_eq!(x.dim().0, lengths.len());
+    /// }
+    /// # Ok::<(), hymba::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Option`] if `size` is 0.
+    pub fn batches(&self, size: usize, seed: u64) -> Result<Vec<Vec<usize>>> {
+        if size == 0 {
+            let (given, allowed) = ("0".into(), "it must be at least 1".into());
+            return Err(Error::Option { option: "batch_size", given, allowed });
+        }
+        let all: Vec<_> = (0..self.num_series()).collect();
+        Ok(self.batches_of(&all, size, &mut Rng::seed_from_u64(seed)))
+    }
+
     /// Cuts the series `indices` into batches of `size` or one less, in an order drawn from `rng`.
-    pub(super) fn batches(&self, indices: &[usize], size: usize, rng: &mut Rng) -> Vec<Vec<usize>> {
+    pub(super) fn batches_of(&self, indices: &[usize], size: usize, rng: &mut Rng) -> Vec<Vec<usize>> {
         /// Batches among which series are sorted.
         const POOL: usize = 8;
         let mut order = indices.to_vec();
@@ -469,7 +500,7 @@ mod tests {
     #[test]
     fn batches_hold_everything_once_and_like_lengths_together() {
         let (data, indices) = (data(301, |_| 0), Vec::from_iter((0..301).filter(|i| i % 3 > 0)));
-        let batches = |seed| data.batches(&indices, 16, &mut Rng::seed_from_u64(seed));
+        let batches = |seed| data.batches_of(&indices, 16, &mut Rng::seed_from_u64(seed));
         let found = batches(1);
         assert_eq!(found.len(), 13);
         assert!(found.iter().all(|batch| (15..=16).contains(&batch.len())));
@@ -482,6 +513,6 @@ mod tests {
         assert!(frames < needed * 6 / 5, "{frames} frames with padding, {needed} without");
         assert_eq!(batches(1), found);
         assert_ne!(batches(2), found);
-        assert_eq!(data.batches(&indices, 1000, &mut Rng::seed_from_u64(1)).len(), 1);
+        assert_eq!(data.batches_of(&indices, 1000, &mut Rng::seed_from_u64(1)).len(), 1);
     }
 }

@@ -391,7 +391,7 @@ impl State {
         let epoch = self.history.len();
         let mut rng = Rng::seed_from_u64(options.seed);
         rng.set_stream(epoch as u64 + 1);
-        let steps = train.data.batches(&train.indices, options.step_size(), &mut rng);
+        let steps = train.data.batches_of(&train.indices, options.step_size(), &mut rng);
         let mean_weight = train.mean_weight(options);
         let mut totals = Totals::default();
         let mut progress = Progress {
