@@ -54,6 +54,18 @@ fn series_shorter_than_a_kernel_or_without_a_shape_are_series_too() {
 }
 
 #[test]
+fn of_many_series_some_choose_the_strength() {
+    let all = waves(800, 2, 1, |_| 12);
+    let predictor = KernelPredictor::fit(&data(all.clone(), 2), 0).unwrap();
+    let right = argmax(&predictor.predict(&all[..100]).unwrap())
+        .iter()
+        .enumerate()
+        .filter(|(i, class)| i % 2 == **class)
+        .count();
+    assert!(right >= 98, "{right} of 100");
+}
+
+#[test]
 fn numbers_of_series_are_learned() {
     let series = waves(40, 7, 1, |_| 60);
     let speed = Array2::from_shape_fn((40, 1), |(i, _)| 1000.0 + (i % 7) as f32);

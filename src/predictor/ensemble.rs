@@ -81,14 +81,14 @@ impl Ensemble {
         // places in rows, which ascend
         let (held_out, places): (Vec<usize>, Vec<usize>) =
             held_out.into_iter().filter_map(|i| Some((i, rows.binary_search(&i).ok()?))).unzip();
-        if held_out.is_empty() {
+        if places.len() < FEWEST_HELD_OUT {
             return Ok(none);
         }
         let held_out = data.subset(&held_out);
         let left_out = left_out.select(Axis(0), &places);
         // no loss of classes is below 0
         let least = if data.task().is_classification() { 0.0 } else { f64::NEG_INFINITY };
-        if places.len() < FEWEST_HELD_OUT || loss(left_out.view(), held_out.targets()) - LEAST_GAIN <= least {
+        if loss(left_out.view(), held_out.targets()) - LEAST_GAIN <= least {
             return Ok(none);
         }
         let predictor = checked(train(&data.subset(&learned))?, data.task())?;

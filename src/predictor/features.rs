@@ -12,6 +12,8 @@ use crate::kernels::team::{with_team, work};
 use crate::layers::Rng;
 use crate::{Error, Result};
 
+mod levels;
+
 /// Thousands of numbers for each series, by which a linear model can tell series apart: convolutions with fixed kernels of nine taps at
 /// many dilations, pooled over time.
 ///
@@ -23,8 +25,10 @@ use crate::{Error, Result};
 /// * **competing**: 64 groups of eight random kernels, Hydra. At each frame the kernel with the largest output of its group gets that
 ///   output, the one with the smallest a point; the features are the square roots of the sums.
 ///
+/// A third set, **levels**, has no kernels: quantiles of intervals of the series and its differences, as in Quant.
+///
 /// Of several features a frame, each kernel sees the sum of a few. Series may be of any lengths. Papers: Dempster, Schmidt and Webb 2021
-/// (MiniRocket) and 2023 (Hydra); Tan, Dempster, Bergmeir and Webb 2022 (MultiRocket).
+/// (MiniRocket), 2023 (Hydra) and 2024 (Quant); Tan, Dempster, Bergmeir and Webb 2022 (MultiRocket).
 #[derive(Debug, Clone)]
 pub struct KernelFeatures {
     pub(super) plan: Plan,
@@ -43,6 +47,8 @@ pub(super) struct Plan {
     /// Of the choice of channels.
     pub seed: u64,
     pub channels: usize,
+    /// Of the longest training series.
+    pub length: usize,
     /// Dilations and the biases at each, of all pooled kernels.
     pub dilations: Vec<(usize, usize)>,
 }
@@ -99,7 +105,7 @@ impl Plan {
                 None => dilations.push((dilation, biases)),
             }
         }
-        Plan { seed, channels, dilations }
+        Plan { seed, channels, length, dilations }
     }
 
     /// Checks what a stranger wrote; the error is what is wrong.
@@ -109,7 +115,7 @@ impl Plan {
             (1..=MAX_DILATION).contains(&dilation) && (1..=BIASES_PER_KERNEL).contains(&biases)
         };
         match () {
-            () if self.channels == 0 => Err("there are no channels".into()),
+            () if self.channels == 0 || self.length == 0 => Err("there are no channels or no frames".into()),
             () if self.dilations.is_empty() || self.dilations.len() > MAX_DILATIONS => {
                 Err(format!("there are {} dilations, from 1 to {MAX_DILATIONS} are allowed", self.dilations.len()))
             }
@@ -137,9 +143,10 @@ impl Plan {
         2 * GROUPS / LANES * self.contest_dilations().count()
     }
 
-    /// How many features there are of the pooled and of the competing kernels.
-    pub(super) fn views(&self) -> [usize; 2] {
-        [2 * KERNELS * STATISTICS * self.biases(), self.num_contests() * CONTEST]
+    /// How many features there are of the pooled and of the competing kernels, and of levels.
+    pub(super) fn views(&self) -> [usize; 3] {
+        let levels = levels::count(self.length, self.channels);
+        [2 * KERNELS * STATISTICS * self.biases(), self.num_contests() * CONTEST, levels]
     }
 
     /// What a file of a predictor with so many outputs has.
@@ -246,8 +253,8 @@ impl KernelFeatures {
         check(series, None)?;
         let channels = series[0].ncols();
         let longest = series.iter().map(|series| series.nrows()).max().unwrap_or(1).min(MAX_DILATION * (TAPS - 1));
-        let [_, competing] = Plan::new(seed, channels, longest, 1).views();
-        let biases = most.saturating_sub(competing) / (2 * KERNELS * STATISTICS);
+        let [_, competing, levels] = Plan::new(seed, channels, longest, 1).views();
+        let biases = most.saturating_sub(competing + levels) / (2 * KERNELS * STATISTICS);
         let plan = Plan::new(seed, channels, longest, biases.clamp(1, BIASES_PER_KERNEL));
         let input = Normalization::fit(channels, series.iter().map(|series| series.view()));
         let mut features = Self::with_plan(plan, input);
@@ -333,8 +340,8 @@ impl KernelFeatures {
         self.plan.views().iter().sum()
     }
 
-    /// How many of them, in this order, are of the pooled and of the competing kernels.
-    pub fn views(&self) -> [usize; 2] {
+    /// How many of them, in this order, are of the pooled and of the competing kernels, and of levels.
+    pub fn views(&self) -> [usize; 3] {
         self.plan.views()
     }
 
@@ -407,6 +414,7 @@ impl KernelFeatures {
             }
             features = rest;
         }
+        levels::levels(self.plan.length, &views[0], features);
     }
 }
 

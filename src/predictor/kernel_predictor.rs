@@ -85,7 +85,7 @@ impl KernelPredictor {
         };
         let features = KernelFeatures::fit_within(fitted, seed, MOST_NUMBERS / fitted.len())?;
         let (mut ridge, LeftOut { rows, mut predicted }) =
-            Ridge::fit(features.transform(fitted)?, &targets, &features.views());
+            Ridge::fit(features.transform(fitted)?, &targets, features.views());
         if task.is_classification() {
             let factor = sharpness(&predicted, &targets.select(Axis(0), &rows));
             predicted *= factor;

@@ -13,13 +13,13 @@ use cholesky::Cholesky;
 /// A linear map of features, fitted with a penalty λ on the squares of its weights.
 ///
 /// ```text
-/// z = (x − mean) / deviation / √m       of each of the m features of a view: all views count alike
-/// K = Z·Zᵀ                              [n, n], of the training rows
+/// z = (x − mean) / deviation / √m       of each of the m features of a view
+/// K = Σ share · Z·Zᵀ over the views     [n, n], of the training rows
 /// α = (K + λI)⁻¹ (Y − mean of Y)        [n, outputs]
 /// e_i = α_i / ((K + λI)⁻¹_ii − 1/(λn))  the error at row i of the map that is fitted to all others
 /// ```
 ///
-/// λ is that of the smallest Σ e². Features outnumber the rows by far, so that everything but K is small.
+/// Shares and λ are those of the smallest Σ e². Features outnumber the rows by far, so that everything but K is small.
 #[derive(Debug, Clone)]
 pub(super) struct Ridge {
     /// `[outputs, features]`, of features as they are.
@@ -37,34 +37,47 @@ pub(super) struct LeftOut {
 }
 
 /// λ, relative to the mean of K's diagonal.
-const STRENGTHS: [f64; 13] = [1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0];
+const STRENGTHS: [f64; 8] = [1e-5, 1e-4, 1e-3, 1e-2, 3e-2, 0.1, 1.0, 10.0];
+/// How much the views of [`KernelFeatures`](super::KernelFeatures) count.
+const SHARES: [[f64; 3]; 4] = [[1.0, 1.0, 0.0], [1.0, 0.2, 0.0], [1.0, 1.0, 0.5], [1.0, 0.2, 1.0]];
+/// What the loss of the first shares is multiplied by: others must be better than by chance.
+const PREFERENCE: f64 = 0.95;
 /// Rows that are left out, at most: each strength takes their number to the power of three.
-const MOST_LEFT_OUT: usize = 1024;
+const MOST_LEFT_OUT: usize = 512;
 
 impl Ridge {
     /// Fits x `[n, features]` to y `[n, outputs]`. `views`: how many of the features belong together.
-    pub(super) fn fit(mut x: Array2<f32>, y: &Array2<f64>, views: &[usize]) -> (Ridge, LeftOut) {
+    pub(super) fn fit(mut x: Array2<f32>, y: &Array2<f64>, views: [usize; 3]) -> (Ridge, LeftOut) {
         let (n, features) = x.dim();
         with_team(work([n, features, y.ncols()]), |team| {
-            let (mean, scale) = standardize(team, &mut x, views);
-            let k = gram(team, &x);
-            let diagonal = k.diag().sum() / n as f64;
-            let unit = if diagonal > 0.0 { diagonal } else { 1.0 }; // of rows that are all alike
+            let (mean, scale) = standardize(team, &mut x, &views);
+            let grams = grams(team, &x, views);
             let y_mean = y.mean_axis(Axis(0)).expect("there are rows");
             let centered = y - &y_mean;
 
             let rows = evenly(n, MOST_LEFT_OUT);
-            let (some_k, some_y) = match rows.len() == n {
-                true => (k.clone(), centered.clone()),
-                false => (k.select(Axis(0), &rows).select(Axis(1), &rows), centered.select(Axis(0), &rows)),
-            };
-            let fits = STRENGTHS.iter().map(|strength| {
-                let errors = left_out(team, &some_k, strength * unit, &some_y);
-                (errors.iter().map(|error| error * error).sum::<f64>(), strength * unit, errors)
-            });
-            let (_, lambda, errors) = fits.min_by(|a, b| a.0.total_cmp(&b.0)).expect("there are strengths");
+            let some_y = centered.select(Axis(0), &rows);
+            let mut best: Option<(f64, [f64; 3], f64, Array2<f64>)> = None;
+            for (i, shares) in SHARES.into_iter().enumerate() {
+                let k = combined(&grams, shares);
+                let k = Array2::from_shape_fn((rows.len(), rows.len()), |(i, j)| k[[rows[i], rows[j]]]);
+                let diagonal = k.diag().sum() / rows.len() as f64;
+                let unit = if diagonal > 0.0 { diagonal } else { 1.0 }; // of rows that are all alike
+                for strength in STRENGTHS {
+                    let errors = left_out(team, &k, strength * unit, &some_y);
+                    let loss =
+                        errors.iter().map(|error| error * error).sum::<f64>() * if i == 0 { PREFERENCE } else { 1.0 };
+                    if best.as_ref().is_none_or(|best| loss < best.0) {
+                        best = Some((loss, shares, strength * unit, errors));
+                    }
+                }
+            }
+            let (_, shares, lambda, errors) = best.expect("there are shares and strengths");
 
-            let alpha = factor(team, &k, lambda).solve(&centered);
+            let alpha = factor(team, &combined(&grams, shares), lambda).solve(&centered);
+            let sizes =
+                views.into_iter().zip(shares).flat_map(|(count, share)| std::iter::repeat_n(share as f32, count));
+            let scale: Array1<f32> = scale.iter().zip(sizes).map(|(scale, share)| scale * share).collect();
             let mut weight = Array2::<f32>::zeros((y.ncols(), features));
             team.for_each(weight.outer_iter_mut().zip(alpha.columns()).collect::<Vec<_>>(), |(mut weight, alpha)| {
                 for (z, &alpha) in x.outer_iter().zip(alpha) {
@@ -133,15 +146,31 @@ fn standardize(team: &Team, x: &mut Array2<f32>, views: &[usize]) -> (Array1<f32
     (mean, scale)
 }
 
-/// Z·Zᵀ. The mean of every row and column is taken away, which that of z being 0 leaves little of.
-fn gram(team: &Team, z: &Array2<f32>) -> Array2<f64> {
+/// Z·Zᵀ of each view.
+fn grams(team: &Team, z: &Array2<f32>, views: [usize; 3]) -> [Array2<f64>; 3] {
+    let mut end = 0;
+    views.map(|count| {
+        end += count;
+        gram(team, z, end - count..end)
+    })
+}
+
+fn combined(grams: &[Array2<f64>; 3], shares: [f64; 3]) -> Array2<f64> {
+    grams.iter().zip(shares).fold(Array2::zeros(grams[0].dim()), |mut sum, (gram, share)| {
+        sum.scaled_add(share, gram);
+        sum
+    })
+}
+
+/// Z·Zᵀ over some features. The mean of every row and column is taken away, which that of z being 0 leaves little of.
+fn gram(team: &Team, z: &Array2<f32>, of: std::ops::Range<usize>) -> Array2<f64> {
     /// Features packed at a time.
     const STRIP: usize = 4096;
     let (n, features) = z.dim();
     let flat = z.as_slice().expect("rows one after the other");
     let mut k = vec![0.0f32; n * n];
-    for first in (0..features).step_by(STRIP) {
-        let width = STRIP.min(features - first);
+    for first in of.clone().step_by(STRIP) {
+        let width = STRIP.min(of.end - first);
         let packed = Packed::from_rows(n, width, |i| &flat[i * features + first..][..width], None);
         matmul(team, Rows { data: &flat[first..], stride: features }, n, &packed, &mut k, Out::Add);
     }
@@ -190,7 +219,7 @@ mod tests {
         let team = Team::alone();
         standardize(&team, &mut z, &[10, 20]);
         let center = |y: &Array2<f64>| y - &y.mean_axis(Axis(0)).unwrap();
-        let errors = left_out(&team, &gram(&team, &z), lambda, &center(&y));
+        let errors = left_out(&team, &gram(&team, &z, 0..30), lambda, &center(&y));
         for i in 0..n {
             let others: Vec<usize> = (0..n).filter(|&other| other != i).collect();
             let (some_z, some_y) = (z.select(Axis(0), &others).mapv(f64::from), y.select(Axis(0), &others));
@@ -211,7 +240,7 @@ mod tests {
     fn a_linear_map_is_found() {
         let (x, _) = data(60, 8);
         let y = Array2::from_shape_fn((60, 1), |(i, _)| f64::from(3.0 * x[[i, 2]] - 0.5 * x[[i, 7]] + 2.0));
-        let (ridge, left_out) = Ridge::fit(x.clone(), &y, &[8]);
+        let (ridge, left_out) = Ridge::fit(x.clone(), &y, [3, 5, 0]);
         for (predicted, y) in ridge.predict(x.view()).iter().zip(&y) {
             assert!((f64::from(*predicted) - y).abs() < 1e-3, "{predicted} {y}");
         }
@@ -222,7 +251,7 @@ mod tests {
     #[test]
     fn rows_that_are_all_alike_get_the_mean() {
         let y = Array2::from_shape_fn((6, 1), |(i, _)| (i % 2) as f64);
-        let (ridge, _) = Ridge::fit(Array2::ones((6, 5)), &y, &[5]);
+        let (ridge, _) = Ridge::fit(Array2::ones((6, 5)), &y, [2, 2, 1]);
         assert_eq!(ridge.predict(Array2::ones((1, 5)).view())[[0, 0]], 0.5);
     }
 }
