@@ -167,21 +167,22 @@ fn parse(given: &Value) -> Result<Pattern> {
     }
     let every = object.get("attention_every").filter(|every| !every.is_null());
     let kind = object.get("kind").and_then(Value::as_str).ok_or_else(|| unusable(FORM))?;
-    let attention_every = || {
-        let every = every.ok_or_else(|| unusable("attention_every is missing: it must be from 1 to num_layers"))?;
+    let attention_every = |least: usize| {
+        let range = format!("it must be from {least} to num_layers");
+        let every = every.ok_or_else(|| unusable(&format!("attention_every is missing: {range}")))?;
         let number = every.as_u64().and_then(|every| usize::try_from(every).ok()).filter(|every| *every > 0);
         number.ok_or_else(|| Error::Option {
             option: "attention_every",
             given: every.to_string(),
-            allowed: format!("in the pattern {kind} it must be from 1 to num_layers"),
+            allowed: format!("in the pattern {kind} {range}"),
         })
     };
     let pattern = match kind {
         "parallel" => Pattern::Parallel,
         "mamba" => Pattern::Mamba,
         "attention" => Pattern::Attention,
-        "alternating" => Pattern::Alternating { attention_every: attention_every()? },
-        "shared_attention" => Pattern::SharedAttention { attention_every: attention_every()? },
+        "alternating" => Pattern::Alternating { attention_every: attention_every(2)? },
+        "shared_attention" => Pattern::SharedAttention { attention_every: attention_every(1)? },
         _ => return Err(unusable("kind is parallel, mamba, attention, alternating or shared_attention")),
     };
     if every.is_some() && pattern.attention_every().is_none() {
