@@ -19,7 +19,7 @@ use product::{Floats, Product};
 
 pub(crate) use gradient::matmul_gradient;
 pub(crate) use matrix::{Matrix, Storage};
-pub(crate) use packed::{PANEL, Packed};
+pub(crate) use packed::{PANEL, Packed, PanelRow};
 #[cfg(feature = "lm")]
 pub(crate) use quantized::BLOCK;
 
