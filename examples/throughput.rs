@@ -8,7 +8,7 @@
 //! Arguments: the number of rounds (3 unless given), and the cases (all unless some are named). A round calls a case for at least 0.3 s after a warm-up and takes
 //! the median call. Cases: `f1` batch 1 × length 60, `f32` 32 × 60, `f1k` 1 × 1024 and `f8k` 1 × 8192 with a window as
 //! long as the sequence, `step` one frame of one stream past 70 frames, `train` forward, mean squared error, backward and
-//! AdamW on 32 × 60.
+//! AdamW on 32 × 60, `small` the same on 16 × 16.
 
 use std::error::Error;
 use std::time::{Duration, Instant};

@@ -69,7 +69,7 @@ pub(crate) use scan::TimeStep;
 pub(crate) use state::{LayerState, SequenceState, StateGradient};
 pub use stem::Stem;
 pub(crate) use stem::{StemCache, StridedConv};
-pub(crate) use weight::Weight;
+pub(crate) use weight::{Across, Weight};
 
 /// The generator behind every `seed` of this crate: ChaCha with 8 rounds, the same numbers on every platform.
 pub(crate) type Rng = rand::rngs::ChaCha8Rng;

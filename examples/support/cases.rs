@@ -7,8 +7,9 @@ use hymba::{Hymba, HymbaOptions};
 pub const WIDTH: usize = 287;
 
 /// `f1` batch 1 × length 60, `f32` 32 × 60, `f1k` 1 × 1024 and `f8k` 1 × 8192 with a window as long as the sequence, `step`
-/// one frame of one stream past 70 frames, `train` forward, mean squared error, backward and AdamW on 32 × 60.
-pub const CASES: [&str; 6] = ["f1", "f32", "f1k", "f8k", "step", "train"];
+/// one frame of one stream past 70 frames, `train` forward, mean squared error, backward and AdamW on 32 × 60, `small` the same on
+/// 16 × 16.
+pub const CASES: [&str; 7] = ["f1", "f32", "f1k", "f8k", "step", "train", "small"];
 
 /// What is called again and again.
 pub type Call = Box<dyn FnMut() -> hymba::Result<()>>;
@@ -21,7 +22,8 @@ pub fn prepare(case: &str) -> hymba::Result<Call> {
         "f1k" => forward(1, 1024, 1024),
         "f8k" => forward(1, 8192, 8192),
         "step" => step(),
-        "train" => train(),
+        "train" => train(32, 60),
+        "small" => train(16, 16),
         _ => unreachable!("{case} is not one of the cases"),
     }
 }
@@ -50,10 +52,10 @@ fn step() -> hymba::Result<Call> {
     Ok(Box::new(move || model.step(&frame, &mut state).map(drop)))
 }
 
-fn train() -> hymba::Result<Call> {
+fn train(batch: usize, length: usize) -> hymba::Result<Call> {
     let mut model = Hymba::build(HymbaOptions::new(WIDTH))?;
-    let x = input(32, 60);
-    let targets = Array2::from_shape_fn((32, model.options().output_size()), |(b, i)| ((b + i) as f32 * 0.1).sin());
+    let x = input(batch, length);
+    let targets = Array2::from_shape_fn((batch, model.options().output_size()), |(b, i)| ((b + i) as f32 * 0.1).sin());
     let mut gradient = model.zeros_like();
     let mut optimizer = AdamW::new(&model, AdamWOptions::default())?;
     Ok(Box::new(move || {

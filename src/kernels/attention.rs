@@ -135,6 +135,13 @@ pub(crate) struct Tile<'a> {
     log_sums: LogSums<'a>,
 }
 
+impl Tile<'_> {
+    /// Its queries, counted from the first of the head.
+    pub(crate) fn rows(&self) -> Range<usize> {
+        self.first..self.first + self.out.nrows()
+    }
+}
+
 /// All queries of one head.
 pub(crate) fn tiles<'a>(out: ArrayViewMut2<'a, f32>, log_sums: LogSums<'a>) -> Vec<Tile<'a>> {
     let mut out = out;

@@ -20,7 +20,7 @@ use product::{Floats, Product};
 pub(crate) use gradient::matmul_gradient;
 pub(crate) use matrix::Matrix;
 pub use matrix::Storage;
-pub(crate) use packed::{PANEL, Packed};
+pub(crate) use packed::{PANEL, Packed, PanelRow};
 pub(crate) use quants::BLOCK;
 
 #[cfg(all(target_arch = "x86_64", target_pointer_width = "64", target_os = "linux"))]

@@ -75,13 +75,14 @@ impl Kernel for Scan<'_> {
         let (n, columns) = self.state.dim();
         let d = a.len() / n;
         let zero = [s.splat(0.0); 2];
-        let mut decays = vec![zero; n]; // A of the channels at hand
+        let log2_e = s.splat(std::f32::consts::LOG2_E);
+        let mut decays = vec![zero; n]; // A/ln 2 of the channels at hand
         let mut states = vec![zero; n]; // S of the channels at hand
         for begin in (0..columns).step_by(CHANNELS) {
             let end = columns.min(begin + CHANNELS);
             let here = self.first + begin..self.first + end;
             for (row, decay) in a.chunks_exact(d).zip(&mut decays) {
-                *decay = load_pair(s, &row[here.clone()]);
+                *decay = load_pair(s, &row[here.clone()]).map(|rate| s.mul(rate, log2_e));
             }
             for (row, state) in self.state.rows_mut().into_iter().zip(&mut states) {
                 *state = load_pair(s, &cells(row)[begin..end]);
@@ -112,7 +113,7 @@ impl Kernel for Scan<'_> {
                 for ((decay, state), (&b, &c)) in decays.iter().zip(&mut states).zip(b.iter().zip(c)) {
                     let (b, c) = (s.splat(b), s.splat(c));
                     for i in 0..2 {
-                        let kept = s.mul(math::exp(s, s.mul(delta[i], decay[i])), state[i]);
+                        let kept = s.mul(math::exp2_negative(s, s.mul(delta[i], decay[i])), state[i]);
                         state[i] = s.mul_add(input[i], b, kept);
                         y[i] = s.mul_add(state[i], c, y[i]);
                     }
@@ -188,6 +189,8 @@ impl Kernel for ScanBackward<'_> {
         let l = self.dout.len() / d;
         let zero = [s.splat(0.0); 2];
         let mut rates = vec![zero; n]; // A of the channels at hand
+        let mut powers = vec![zero; n]; // A/ln 2
+        let log2_e = s.splat(std::f32::consts::LOG2_E);
         let mut drates = vec![zero; n];
         let mut dstates = vec![zero; n]; // dS
         let mut decays = vec![zero; CHUNK * n]; // exp(Δ A) of the chunk
@@ -209,6 +212,7 @@ impl Kernel for ScanBackward<'_> {
                 let row = |i: usize| i * d + here.start..i * d + here.end;
                 for i in 0..n {
                     rates[i] = load_pair(s, &a[row(i)]);
+                    powers[i] = rates[i].map(|rate| s.mul(rate, log2_e));
                     dstates[i] = load_pair(s, &gradient.state[row(i)]);
                     drates[i] = load_pair(s, &gradient.a[row(i)]);
                     let kept = kept.row(i).to_slice().expect("checkpoints are in standard layout");
@@ -226,11 +230,11 @@ impl Kernel for ScanBackward<'_> {
                     let b = &b.data[t * b.stride..][..n];
                     let place = (t - first) * n..(t - first + 1) * n;
                     let chunk = decays[place.clone()].iter_mut().zip(&mut states[place]);
-                    for (((decay, before), state), (rate, &b)) in chunk.zip(&mut state).zip(rates.iter().zip(b)) {
+                    for (((decay, before), state), (power, &b)) in chunk.zip(&mut state).zip(powers.iter().zip(b)) {
                         let b = s.splat(b);
                         *before = *state;
                         for i in 0..2 {
-                            decay[i] = math::exp(s, s.mul(delta[i], rate[i]));
+                            decay[i] = math::exp2_negative(s, s.mul(delta[i], power[i]));
                             state[i] = s.mul_add(input[i], b, s.mul(decay[i], state[i]));
                         }
                     }

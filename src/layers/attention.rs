@@ -9,7 +9,7 @@ use super::rope::{Angles, apply_rope, apply_rope_backward};
 use super::state::{LayerState, StateGradient};
 use super::{Buffer, Linear, Rng, flat, flat_mut};
 use crate::kernels::attention::{
-    AttentionGradient, AttentionOutput, Head, PackedHead, attend_backward, attend_tile, tiles, weights,
+    AttentionGradient, AttentionOutput, Head, PackedHead, Tile, attend_backward, attend_tile, tiles, weights,
 };
 use crate::kernels::matmul::Storage;
 use crate::kernels::norm::{rms_norm_backward, rms_norm_in_place};
@@ -219,7 +219,7 @@ impl MetaTokenAttention {
     ) -> Buffer {
         let [mut q, mut k, mut v] = self.projected(batch.team, u);
         self.prepare(batch, depth, &mut q, &mut k, &mut v);
-        let mixed = self.attend(batch, depth, all_rows(&q), all_rows(&k), all_rows(&v), None);
+        let mixed = self.attend_at(batch, depth, all_rows(&q), all_rows(&k), all_rows(&v), None, only);
         let out = &self.projections().out;
         match only {
             Some(rows) => out.forward(batch.team, mixed.rows_at(rows).view()),
@@ -485,6 +485,21 @@ impl MetaTokenAttention {
         v: Rows,
         log_sums: Option<&mut Array2<f32>>,
     ) -> Buffer {
+        self.attend_at(batch, depth, q, k, v, log_sums, None)
+    }
+
+    /// As [`attend`](Self::attend); if it is for `only` some rows, others may be left out: they hold any numbers.
+    #[allow(clippy::too_many_arguments)]
+    fn attend_at(
+        &self,
+        batch: &mut Batch,
+        depth: Depth,
+        q: Rows,
+        k: Rows,
+        v: Rows,
+        log_sums: Option<&mut Array2<f32>>,
+        only: Option<&[usize]>,
+    ) -> Buffer {
         let AttentionConfig { query_heads, kv: KvShape { heads, key_width, value_width, .. } } = self.config;
         let group = query_heads / heads;
         let owns = depth.kv_layer == depth.layer;
@@ -553,6 +568,10 @@ impl MetaTokenAttention {
             }
             let mut sums = sums.map(|sums| columns(by_rows(sums, span.len()), 1).into_iter());
             let mut outs = columns(by_rows(out, span.len()), value_width).into_iter();
+            let is_used = |tile: &Tile| {
+                let rows = span.start + tile.rows().start..span.start + tile.rows().end;
+                only.is_none_or(|only| only.iter().any(|row| rows.contains(row)))
+            };
             for (head, packed) in packed.iter_mut().enumerate() {
                 let input = Head {
                     queries: q.skip_rows(span.start).skip_columns(head * group * key_width),
@@ -564,7 +583,7 @@ impl MetaTokenAttention {
                 for (member, out) in outs.by_ref().take(group).enumerate() {
                     let input = Head { queries: input.queries.skip_columns(member * key_width), ..input };
                     let tiles = tiles(out, sums.as_mut().and_then(Iterator::next));
-                    parts.extend(tiles.into_iter().map(|tile| (input, tile)));
+                    parts.extend(tiles.into_iter().filter(is_used).map(|tile| (input, tile)));
                 }
                 groups.push((input, packed, parts));
             }

@@ -5,6 +5,7 @@
 //! here and handed out to the next that asks for one of about their size.
 
 use std::ops::{Deref, DerefMut};
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::{Mutex, MutexGuard, TryLockError};
 
 use ndarray::Array2;
@@ -15,21 +16,29 @@ const MOST_KEPT: usize = 64 << 20;
 /// Smaller arrays are left to the allocator, which is quick with them.
 const SMALLEST: usize = 4 << 10;
 
-static POOL: Mutex<Pool> = Mutex::new(Pool { arrays: Vec::new(), kept: 0 });
+/// Threads that call models at the same time seldom meet at one pool.
+static POOLS: [Mutex<Pool>; 16] = [const { Mutex::new(Pool { arrays: Vec::new() }) }; 16];
+/// Numbers there is room for in all arrays of all pools.
+static KEPT: AtomicUsize = AtomicUsize::new(0);
 
+#[derive(Default)]
 struct Pool {
     arrays: Vec<Vec<f32>>,
-    /// Numbers there is room for in all of them.
-    kept: usize,
 }
 
-/// The pool, unless another thread keeps it for long: one that is not running, or that was left behind by `fork`, so that
+/// The pool of this thread, unless another keeps it for long: one that is not running, or that was left behind by `fork`, so that
 /// nobody will ever unlock it.
 fn pool() -> Option<MutexGuard<'static, Pool>> {
     /// Some microseconds; others need a fraction of one.
     const TRIES: usize = 1000;
+    static THREADS: AtomicUsize = AtomicUsize::new(0);
+    thread_local! {
+        static PLACE: usize = THREADS.fetch_add(1, Relaxed) % POOLS.len();
+    }
+    // a thread that ends may have lost its place already
+    let pool = &POOLS[PLACE.try_with(|place| *place).unwrap_or(0)];
     for _ in 0..TRIES {
-        match POOL.try_lock() {
+        match pool.try_lock() {
             Ok(pool) => return Some(pool),
             // every change leaves the pool usable, so a panic elsewhere does not matter
             Err(TryLockError::Poisoned(pool)) => return Some(pool.into_inner()),
@@ -50,16 +59,19 @@ impl Pool {
             .filter(|(_, array)| fits(array))
             .min_by_key(|(_, array)| array.capacity())?;
         let array = self.arrays.swap_remove(place);
-        self.kept -= array.capacity();
+        KEPT.fetch_sub(array.capacity(), Relaxed);
         Some(array)
     }
 
     /// Keeps the array, or gives it back, to be dropped when the pool is unlocked.
     fn put(&mut self, array: Vec<f32>) -> Option<Vec<f32>> {
-        if array.capacity() < SMALLEST || self.kept + array.capacity() > MOST_KEPT {
+        if array.capacity() < SMALLEST {
             return Some(array);
         }
-        self.kept += array.capacity();
+        if KEPT.fetch_add(array.capacity(), Relaxed) + array.capacity() > MOST_KEPT {
+            KEPT.fetch_sub(array.capacity(), Relaxed);
+            return Some(array);
+        }
         self.arrays.push(array);
         None
     }
@@ -144,17 +156,21 @@ impl DerefMut for Buffer {
 mod tests {
     use super::*;
 
+    fn capacities(pool: &Pool) -> Vec<usize> {
+        pool.arrays.iter().map(Vec::capacity).collect()
+    }
+
     #[test]
     fn memory_comes_back_only_where_it_fits() {
-        let mut pool = Pool { arrays: Vec::new(), kept: 0 };
+        let mut pool = Pool::default();
         for count in [SMALLEST - 1, 5000, 9000, MOST_KEPT] {
             pool.put(Vec::with_capacity(count));
         }
-        assert_eq!((pool.arrays.len(), pool.kept), (2, 14000));
+        assert_eq!(capacities(&pool), [5000, 9000]);
         assert!(pool.take(4000).is_none_or(|array| array.capacity() == 5000));
         assert!(pool.take(4000).is_none(), "9000 is far too large");
         assert_eq!(pool.take(9000).map(|array| array.capacity()), Some(9000));
-        assert_eq!((pool.arrays.len(), pool.kept), (0, 0));
+        assert!(pool.arrays.is_empty());
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use ndarray::{ArrayView2, ArrayViewMut2};
 
 use super::batch::for_rows;
-use super::{Buffer, Weight, flat, flat_mut};
+use super::{Across, Buffer, Weight, flat, flat_mut};
 use crate::kernels::matmul::Packed;
 use crate::kernels::rows::{Out, Rows};
 use crate::kernels::team::Team;
@@ -79,7 +79,7 @@ impl Embedding {
     }
 
     /// The vectors in the order in which products with the gradient of the logits read them.
-    pub(crate) fn across(&self, team: &Team) -> Packed {
+    pub(crate) fn across(&self, team: &Team) -> Across<'_> {
         self.weight.across(team)
     }
 

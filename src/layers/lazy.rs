@@ -1,28 +1,45 @@
 //! Values that follow from the parameters.
 
-use std::sync::OnceLock;
+use std::sync::{Mutex, OnceLock, PoisonError};
 
 /// Something computed from the parameters when first needed and kept until they change.
-pub(crate) struct Lazy<T>(OnceLock<T>);
+pub(crate) struct Lazy<T> {
+    value: OnceLock<T>,
+    /// The value before, for whose memory the next has use.
+    retired: Mutex<Option<Box<T>>>,
+}
 
 impl<T> Lazy<T> {
     pub(crate) const fn new() -> Self {
-        Lazy(OnceLock::new())
+        Lazy { value: OnceLock::new(), retired: Mutex::new(None) }
     }
 
     /// Two threads that need it at the same time may both compute it, and one result is kept. Waiting for the other instead
     /// could deadlock: a thread that computes may have to take up another task in between, and that task may wait for it.
     pub(crate) fn get(&self, compute: impl FnOnce() -> T) -> &T {
-        if let Some(value) = self.0.get() {
+        self.get_again(|_| compute())
+    }
+
+    /// As [`get`](Self::get), with a value that was [retired](Self::retire), if there is one.
+    pub(crate) fn get_again(&self, compute: impl FnOnce(Option<T>) -> T) -> &T {
+        if let Some(value) = self.value.get() {
             return value;
         }
-        let value = compute();
-        self.0.get_or_init(|| value)
+        let retired = self.retired.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let value = compute(retired.map(|retired| *retired));
+        self.value.get_or_init(|| value)
     }
 
     /// To be called wherever parameters are lent out for changing.
     pub(crate) fn forget(&mut self) {
-        self.0 = OnceLock::new();
+        self.value = OnceLock::new();
+    }
+
+    /// As [`forget`](Self::forget), but the value is kept for its memory.
+    pub(crate) fn retire(&mut self) {
+        if let Some(value) = self.value.take() {
+            *self.retired.get_mut().unwrap_or_else(PoisonError::into_inner) = Some(Box::new(value));
+        }
     }
 }
 

@@ -2,7 +2,7 @@
 
 use ndarray::{Array1, Array2, ArrayView2, ArrayViewMut2};
 
-use super::{Buffer, LowRank, Rng, Weight, flat, flat_mut};
+use super::{Across, Buffer, LowRank, Rng, Weight, flat, flat_mut};
 use crate::kernels::clock::{Part, Work, timed};
 use crate::kernels::matmul::{Packed, Storage};
 use crate::kernels::rows::{Out, Rows};
@@ -107,7 +107,7 @@ impl Linear {
     }
 
     /// W in the order in which products with dy read it.
-    pub(crate) fn across(&self, team: &Team) -> Packed {
+    pub(crate) fn across(&self, team: &Team) -> Across<'_> {
         self.weight.across(team)
     }
 

@@ -1,12 +1,13 @@
 //! The matrix of a linear map or an embedding: one that can be trained, or one that is stored as narrow as can be.
 
+use std::ops::Deref;
+
 use ndarray::{Array2, ArrayView2, ArrayViewMut2};
 use rand::RngExt;
 
 use super::batch::for_rows;
 use super::{Buffer, Lazy, Rng, flat, flat_mut};
-use crate::kernels::clock::{Part, Work, timed};
-use crate::kernels::matmul::{Matrix, Packed, Storage, matmul, matmul_gradient};
+use crate::kernels::matmul::{Matrix, Packed, PanelRow, Storage, matmul, matmul_gradient};
 use crate::kernels::rows::{Out, Rows};
 use crate::kernels::team::Team;
 use crate::parameters::{Parameter, ParameterMut, StoredMatrix, Visitor, VisitorMut};
@@ -14,18 +15,38 @@ use crate::parameters::{Parameter, ParameterMut, StoredMatrix, Visitor, VisitorM
 /// W `[out, in]`
 pub(crate) enum Weight {
     /// In rows, as it is trained, and a copy in the order in which products read it, made when first needed, with the bias of
-    /// the map in it.
-    Trainable { rows: Array2<f32>, packed: Lazy<Packed> },
+    /// the map in it; in training also a copy of the transpose. Both are used as long as the numbers stay the same, and their memory
+    /// when these change.
+    Trainable { rows: Array2<f32>, packed: Lazy<Packed>, across: Lazy<Packed> },
     /// In the order in which products read it only, and maybe narrower than f32.
     Stored(Matrix),
     /// The gradient of a weight that cannot be trained.
     Absent { outputs: usize, inputs: usize },
 }
 
+/// The transpose of a weight in the order in which products read it.
+pub(crate) enum Across<'a> {
+    /// The copy of a weight that can be trained.
+    Kept(&'a Packed),
+    /// Of a stored weight, for as long as it is used.
+    Made(Packed),
+}
+
+impl Deref for Across<'_> {
+    type Target = Packed;
+
+    fn deref(&self) -> &Packed {
+        match self {
+            Across::Kept(packed) => packed,
+            Across::Made(packed) => packed,
+        }
+    }
+}
+
 impl Weight {
     /// All zero; to be trained.
     pub(crate) fn zeros(outputs: usize, inputs: usize) -> Self {
-        Weight::Trainable { rows: Array2::zeros((outputs, inputs)), packed: Lazy::new() }
+        Weight::Trainable { rows: Array2::zeros((outputs, inputs)), packed: Lazy::new(), across: Lazy::new() }
     }
 
     /// All zero; to be read from a file.
@@ -95,13 +116,18 @@ impl Weight {
     /// y `[m, out]` = x `[m, in]` · Wᵀ + bias, or added to it.
     pub(crate) fn multiply(&self, team: &Team, x: Rows, m: usize, bias: Option<&[f32]>, y: &mut [f32], mode: Out) {
         match self {
-            Weight::Trainable { rows, packed } => {
-                let packed = packed.get(|| {
+            Weight::Trainable { rows, packed, .. } => {
+                let packed = packed.get_again(|retired| {
                     let (outputs, inputs) = rows.dim();
                     let weight = flat(rows);
-                    timed(Part::Packing, Work::numbers(2 * weight.len()), || {
-                        Packed::from_rows(outputs, inputs, |output| &weight[output * inputs..][..inputs], bias)
-                    })
+                    Packed::refill_from_rows(
+                        team,
+                        outputs,
+                        inputs,
+                        |output| &weight[output * inputs..][..inputs],
+                        bias,
+                        retired.map_or(Vec::new(), |retired| retired.panels),
+                    )
                 });
                 matmul(team, x, m, packed, y, mode);
             }
@@ -132,16 +158,18 @@ impl Weight {
     }
 
     /// W in the order in which products with dy read it.
-    pub(crate) fn across(&self, team: &Team) -> Packed {
+    pub(crate) fn across(&self, team: &Team) -> Across<'_> {
         let (outputs, inputs) = self.dim();
         match self {
-            Weight::Trainable { rows, .. } => transposed(team, rows.view()),
+            Weight::Trainable { rows, across, .. } => Across::Kept(
+                across.get_again(|retired| transposed(team, rows.view(), retired.map_or(Vec::new(), |old| old.panels))),
+            ),
             _ => {
                 let mut rows = Buffer::uninit((outputs, inputs));
                 for_rows(team, flat_mut(&mut rows), inputs, |first, rows| {
                     rows.chunks_exact_mut(inputs).enumerate().for_each(|(i, row)| self.row(first + i, row));
                 });
-                transposed(team, rows.view())
+                Across::Made(transposed(team, rows.view(), Vec::new()))
             }
         }
     }
@@ -205,8 +233,9 @@ impl Weight {
 
     /// To be called wherever the numbers, or the bias, are lent out for changing.
     pub(crate) fn forget(&mut self) {
-        if let Weight::Trainable { packed, .. } = self {
-            packed.forget();
+        if let Weight::Trainable { packed, across, .. } = self {
+            packed.retire();
+            across.retire();
         }
     }
 
@@ -232,7 +261,9 @@ impl Weight {
 impl Clone for Weight {
     fn clone(&self) -> Self {
         match self {
-            Weight::Trainable { rows, packed } => Weight::Trainable { rows: rows.clone(), packed: packed.clone() },
+            Weight::Trainable { rows, packed, across } => {
+                Weight::Trainable { rows: rows.clone(), packed: packed.clone(), across: across.clone() }
+            }
             Weight::Stored(matrix) => Weight::Stored(matrix.clone()),
             Weight::Absent { outputs, inputs } => Weight::Absent { outputs: *outputs, inputs: *inputs },
         }
@@ -240,9 +271,9 @@ impl Clone for Weight {
 }
 
 /// W `[out, in]` for products with Wᵀ's transpose: dy·W.
-fn transposed(team: &Team, rows: ArrayView2<f32>) -> Packed {
+fn transposed(team: &Team, rows: ArrayView2<f32>, memory: Vec<PanelRow>) -> Packed {
     let ((outputs, inputs), weight) = (rows.dim(), flat(&rows));
-    Packed::refill_from_columns(team, inputs, outputs, |output| &weight[output * inputs..][..inputs], Vec::new())
+    Packed::refill_from_columns(team, inputs, outputs, |output| &weight[output * inputs..][..inputs], memory)
 }
 
 /// Puts the bias where a product will be added.

@@ -4,9 +4,8 @@ use ndarray::Array2;
 
 use super::model::HymbaLm;
 use crate::kernels::cross_entropy::{log_sum_exp, softmax};
-use crate::kernels::matmul::Packed;
 use crate::kernels::team::Team;
-use crate::layers::{Buffer, flat_mut};
+use crate::layers::{Across, Buffer, flat_mut};
 
 /// The cross-entropy of some tokens: −ln of the probability that the model gave to each, given those before it.
 ///
@@ -86,7 +85,7 @@ impl HymbaLm {
         const LOGITS: usize = 8 << 20;
         /// But no fewer tokens than are worth reading the head for.
         const FEWEST: usize = 24;
-        let across: Option<Packed> = gradient.as_ref().map(|_| match &self.head {
+        let across: Option<Across> = gradient.as_ref().map(|_| match &self.head {
             Some(head) => head.across(team),
             None => self.embedding.across(team),
         });

@@ -16,8 +16,9 @@ const FEW_ROWS: usize = 24;
 const MANY_ROWS: usize = 480;
 /// Bytes of weights that stay in a near cache.
 const NEAR: usize = 2 << 20;
-/// Bytes of rows that stay in the second cache, which is smaller on most CPUs without AVX-512, beside the weights they pass over.
-const ROWS_NEAR: usize = 256 << 10;
+/// Bytes of rows and of what is made of them that stay in the second cache, which is smaller on most CPUs without AVX-512, beside the
+/// weights they pass over.
+const ROWS_NEAR: usize = 192 << 10;
 
 /// out `[m, n]` = x `[m, k]` · Wᵀ + bias, or added to it, block by block among the team.
 pub(crate) fn multiply<X, W, const N: usize>(
@@ -32,7 +33,7 @@ pub(crate) fn multiply<X, W, const N: usize>(
     W: Weights<X::Inputs> + Sync,
 {
     let rows = match size_of_val(&*w.panels) <= NEAR {
-        true if level == Level::Avx2 => (ROWS_NEAR / (4 * w.k.max(1))).clamp(FEW_ROWS, MANY_ROWS),
+        true if level == Level::Avx2 => (ROWS_NEAR / (4 * (w.k + w.n).max(1))).clamp(FEW_ROWS, MANY_ROWS),
         true => FEW_ROWS,
         false => MANY_ROWS,
     };

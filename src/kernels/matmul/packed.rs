@@ -33,26 +33,44 @@ pub(crate) struct Packed<W = PanelRow, const N: usize = 1> {
 
 impl Packed {
     /// Packs the matrix with these n rows of k numbers, and the bias `[n]`, if any.
-    pub(crate) fn from_rows<'a>(n: usize, k: usize, row: impl Fn(usize) -> &'a [f32], bias: Option<&[f32]>) -> Self {
+    pub(crate) fn from_rows<'a>(
+        n: usize,
+        k: usize,
+        row: impl Fn(usize) -> &'a [f32] + Sync,
+        bias: Option<&[f32]>,
+    ) -> Self {
+        Packed::refill_from_rows(&Team::alone(), n, k, row, bias, Vec::new())
+    }
+
+    /// As [`from_rows`](Self::from_rows), on several threads and in memory that was used before.
+    pub(crate) fn refill_from_rows<'a>(
+        team: &Team,
+        n: usize,
+        k: usize,
+        row: impl Fn(usize) -> &'a [f32] + Sync,
+        bias: Option<&[f32]>,
+        mut panels: Vec<PanelRow>,
+    ) -> Self {
         /// Inputs at a time: what is read and written for them stays in the nearest cache.
         const INPUTS: usize = 32;
-        let mut panels = Vec::with_capacity(n.div_ceil(PANEL) * k);
-        for first in (0..n).step_by(PANEL) {
+        panels.resize(n.div_ceil(PANEL) * k, ZERO_ROW);
+        team.for_each(panels.chunks_mut(k.max(1)).enumerate(), |(panel, to)| {
             let mut rows: [&[f32]; PANEL] = [&[]; PANEL];
-            let count = PANEL.min(n - first);
+            let (first, count) = (panel * PANEL, PANEL.min(n - panel * PANEL));
             rows.iter_mut().enumerate().take(count).for_each(|(i, to)| *to = &row(first + i)[..k]);
-            for begin in (0..k).step_by(INPUTS) {
-                let mut block = [ZERO_ROW; INPUTS];
-                let inputs = begin..k.min(begin + INPUTS);
-                for (output, row) in rows.iter().enumerate().take(count) {
-                    let (line, lane) = (output / LANES, output % LANES);
-                    for (to, &weight) in block.iter_mut().zip(&row[inputs.clone()]) {
-                        to[line].0[lane] = weight;
+            timed(Part::Packing, Work::numbers(2 * k * PANEL), || {
+                for (i, to) in to.chunks_mut(INPUTS).enumerate() {
+                    let mut block = [ZERO_ROW; INPUTS];
+                    for (output, row) in rows.iter().enumerate().take(count) {
+                        let (line, lane) = (output / LANES, output % LANES);
+                        for (to, &weight) in block.iter_mut().zip(&row[i * INPUTS..][..to.len()]) {
+                            to[line].0[lane] = weight;
+                        }
                     }
+                    to.copy_from_slice(&block[..to.len()]);
                 }
-                panels.extend_from_slice(&block[..inputs.len()]);
-            }
-        }
+            });
+        });
         let bias = bias.map_or(Vec::new(), |bias| bias.chunks(PANEL).map(panel_row).collect());
         Packed { n, k, panels, bias }
     }
