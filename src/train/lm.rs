@@ -34,7 +34,7 @@ pub use options::LmTrainerOptions;
 ///
 /// # let mut config = HymbaLmConfig::hymba_1_5b();
 /// # (config.hidden_size, config.intermediate_size, config.vocab_size) = (100, 64, 50);
-/// # (config.num_hidden_layers, config.global_attn_idx, config.kv_reuse_group) = (1, None, None);
+/// # (config.num_hidden_layers, config.global_attn_idx, config.kv_reuse_group) = (1, Some(vec![0]), None);
 /// # config.num_memory_tokens = 2;
 /// let text: Vec<u32> = (0..400).map(|i| i % 7).collect();
 /// let rows = TokenRows::packed(&text, 50)?;
