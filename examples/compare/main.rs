@@ -47,8 +47,8 @@ const USAGE: &str = "usage: compare [options]
   --layers N          blocks (4)
   --every N           attention_every of jamba and zamba (2)
   --heads N           (2)
-  --steps N           of a generated task (1000)
-  --frames N          in a step of a generated task (4096)
+  --steps N           of a generated task (2000)
+  --frames N          in a step of a generated task (2048)
   --trial K/N         only every Nth trial, from the Kth on, counted from 1
   --jobs N            processes of one thread each (1, with all threads)
   --out FILE          results, to which lines are added (target/compare/results.jsonl)
@@ -125,7 +125,7 @@ impl Arguments {
             patterns: PATTERNS.map(String::from).to_vec(),
             rates: vec![1e-3, 3e-3, 1e-2],
             seeds: 3,
-            settings: Settings { parameters: 100_000, layers: 4, every: 2, heads: 2, steps: 1000, frames: 4096 },
+            settings: Settings { parameters: 100_000, layers: 4, every: 2, heads: 2, steps: 2000, frames: 2048 },
             trial: None,
             jobs: 1,
             out: target,
