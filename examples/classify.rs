@@ -146,8 +146,8 @@ enum Views {
 
 /// What is saved.
 enum Model {
-    Ensemble(Ensemble),
-    Encoder(Predictor),
+    Ensemble(Box<Ensemble>),
+    Encoder(Box<Predictor>),
 }
 
 impl Model {
@@ -160,8 +160,8 @@ impl Model {
 
     fn load(path: &Path, views: Views) -> hymba::Result<Model> {
         Ok(match views {
-            Views::Encoder => Model::Encoder(Predictor::load(path)?),
-            Views::Both | Views::Kernels => Model::Ensemble(Ensemble::load(path)?),
+            Views::Encoder => Model::Encoder(Box::new(Predictor::load(path)?)),
+            Views::Both | Views::Kernels => Model::Ensemble(Box::new(Ensemble::load(path)?)),
         })
     }
 
@@ -388,9 +388,9 @@ fn fit(
     let model = match arguments.views {
         Views::Encoder => {
             let encoder = trained.insert(train(data, checkpoint)?);
-            Model::Encoder(encoder.predictor.clone())
+            Model::Encoder(Box::new(encoder.predictor.clone()))
         }
-        Views::Kernels => Model::Ensemble(Ensemble::new(KernelPredictor::fit(data, arguments.seed)?, None)?),
+        Views::Kernels => Model::Ensemble(Box::new(Ensemble::new(KernelPredictor::fit(data, arguments.seed)?, None)?)),
         Views::Both => {
             let ensemble = Ensemble::fit(data, arguments.seed, |part| -> Result<Predictor, Box<dyn Error>> {
                 let whole = part.num_series() == data.num_series();
@@ -404,7 +404,7 @@ fn fit(
                 Some(_) => println!("the encoder has a share of {:.1} beside the kernels", ensemble.share()),
                 None => println!("kernels alone: an encoder promises nothing more"),
             }
-            Model::Ensemble(ensemble)
+            Model::Ensemble(Box::new(ensemble))
         }
     };
     Ok((model, trained))

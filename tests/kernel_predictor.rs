@@ -114,7 +114,7 @@ fn series_of_other_shapes_are_refused() {
     assert_eq!(features.num_features(), features.views().iter().sum::<usize>());
     assert_eq!(features.transform(&[]).unwrap().dim(), (0, features.num_features()));
     for bad in [Array2::zeros((20, 3)), Array2::zeros((0, 2)), Array2::zeros((20, 0))] {
-        assert!(matches!(features.transform(&[bad.clone()]), Err(Error::Shape { .. })));
+        assert!(matches!(features.transform(std::slice::from_ref(&bad)), Err(Error::Shape { .. })));
         assert!(matches!(KernelFeatures::fit(&[series[0].clone(), bad], 0), Err(Error::Shape { .. })));
     }
     assert!(matches!(KernelFeatures::fit(&[], 0), Err(Error::Data(_))));

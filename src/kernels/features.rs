@@ -129,6 +129,7 @@ impl Kernel for Competition<'_> {
     type Output = ();
 
     #[inline(always)]
+    #[allow(clippy::needless_range_loop)] // over the frames of all taps at once
     fn run<S: Simd>(self, s: S) {
         let taps: [&[Lanes]; TAPS] = std::array::from_fn(|tap| {
             let first = self.padding + tap * self.dilation - REACH * self.dilation;

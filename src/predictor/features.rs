@@ -208,7 +208,7 @@ impl Plan {
 
 /// A whole number below `count`, each as likely.
 fn below(rng: &mut Rng, count: usize) -> usize {
-    (u128::from(rng.next_u64()) * count as u128 >> 64) as usize
+    ((u128::from(rng.next_u64()) * count as u128) >> 64) as usize
 }
 
 /// The weights of a block of pooled kernels; the last block has zeros in the lanes that are left.
