@@ -30,7 +30,7 @@ use std::time::{Duration, Instant};
 
 use allocations::allocations;
 use cases::{CASES, Call, WIDTH, forward, frame, prepare};
-use hymba::profile::{self, Limits, PartReport};
+use hymba::profile::{self, Limits, StageReport};
 use hymba::{Hymba, HymbaOptions};
 
 #[path = "support/allocations.rs"]
@@ -116,7 +116,7 @@ fn print_limits(alone: &Limits, together: &Limits, threads: usize) {
 fn print_case(case: &str, rounds: usize, threads: usize, limits: &Limits) -> hymba::Result<()> {
     let mut call = prepare(case)?;
     run_round(&mut call)?;
-    let mut fastest: Option<(f64, f64, Vec<PartReport>)> = None;
+    let mut fastest: Option<(f64, f64, Vec<StageReport>)> = None;
     for _ in 0..rounds {
         profile::reset();
         let (seconds, calls) = run_round(&mut call)?;
@@ -153,7 +153,7 @@ fn print_case(case: &str, rounds: usize, threads: usize, limits: &Limits) -> hym
 }
 
 /// The work of a part in the unit it is usually given in.
-fn amount(part: &PartReport) -> (f64, &'static str) {
+fn amount(part: &StageReport) -> (f64, &'static str) {
     let work = &part.work;
     if work.multiply_adds > 0 {
         (2.0 * work.multiply_adds as f64, "GFLOP/s")

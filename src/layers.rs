@@ -28,17 +28,18 @@ mod pooling;
 mod rms_norm;
 mod rope;
 mod scan;
+mod shared_kv;
 mod state;
 mod stem;
 mod weight;
 
-use ndarray::{ArrayBase, Data, Dimension};
+use ndarray::{Array2, ArrayBase, Data, Dimension};
+
+use crate::kernels::rows::Rows;
 
 #[cfg(feature = "lm")]
 pub(crate) use attention::HeadNorms;
 pub use attention::MetaTokenAttention;
-#[cfg(feature = "lm")]
-pub(crate) use attention::SharedKv;
 pub(crate) use attention::{AttentionCache, AttentionConfig, Depth, init_meta_tokens};
 pub(crate) use batch::{Batch, Spans};
 pub(crate) use buffer::Buffer;
@@ -66,6 +67,8 @@ pub(crate) use rms_norm::RmsNorm;
 #[cfg(feature = "lm")]
 pub(crate) use rope::{Angles, Rotary};
 pub(crate) use scan::TimeStep;
+#[cfg(feature = "lm")]
+pub(crate) use shared_kv::SharedKv;
 pub(crate) use state::{LayerState, SequenceState, StateGradient};
 pub use stem::Stem;
 pub(crate) use stem::{StemCache, StridedConv};
@@ -73,6 +76,11 @@ pub(crate) use weight::{Across, Weight};
 
 /// The generator behind every `seed` of this crate: ChaCha with 8 rounds, the same numbers on every platform.
 pub(crate) type Rng = rand::rngs::ChaCha8Rng;
+
+/// An array as rows for the kernels.
+pub(crate) fn all_rows(array: &Array2<f32>) -> Rows<'_> {
+    Rows { data: flat(array), stride: array.ncols() }
+}
 
 /// The numbers of an array in row-major order. The arrays that layers pass to each other and keep all lie in memory that
 /// way.

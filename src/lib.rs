@@ -180,7 +180,7 @@ pub use predictor::{
 /// assert!(["avx512", "avx2", "scalar"].contains(&hymba::simd_level()));
 /// ```
 pub fn simd_level() -> &'static str {
-    kernels::simd::Level::current().name()
+    kernels::simd::Isa::current().name()
 }
 
 /// The examples of the README compile.

@@ -29,9 +29,9 @@
 
 mod arrays;
 mod block;
-mod config;
 #[cfg(feature = "tokenizer")]
-mod converse;
+mod chat;
+mod config;
 mod files;
 mod generate;
 mod image;
@@ -52,9 +52,9 @@ mod text;
 mod training;
 
 pub use crate::layers::KvStorage;
-pub use config::{HymbaLmConfig, KeyQueryNorm, MlpActivation, Quantization, RopeType, TorchDtype};
 #[cfg(feature = "tokenizer")]
-pub use converse::{Chat, TextGeneration};
+pub use chat::{Chat, TextGeneration};
+pub use config::{HymbaLmConfig, KeyQueryNorm, MlpActivation, Quantization, RopeType, TorchDtype};
 pub use files::Loading;
 pub use generate::{FinishReason, Generation, LogLikelihood, RowOptions};
 pub use load_options::{Arithmetic, LoadOptions};

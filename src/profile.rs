@@ -21,5 +21,5 @@
 //! # Ok::<(), hymba::Error>(())
 //! ```
 
-pub use crate::kernels::clock::{PartReport, Work, report, reset};
 pub use crate::kernels::limits::Limits;
+pub use crate::kernels::profiler::{Cost, StageReport, report, reset};

@@ -4,9 +4,9 @@ use std::ops::Range;
 
 use ndarray::{ArrayViewMut2, Axis};
 
-use super::clock::{Part, Work, timed};
 use super::math;
 use super::matmul::{PANEL, Packed, matmul_part};
+use super::profiler::{Cost, Stage, timed};
 use super::rows::{Out, Rows};
 use super::simd::{Kernel, LANES, Simd, dispatch};
 
@@ -84,7 +84,7 @@ impl<'a> Head<'a> {
 
     /// What the queries of `m` frames from `first` on take: `products` multiplications of a width with every key they see, and
     /// an exp.
-    fn work(&self, first: usize, m: usize, products: usize) -> Work {
+    fn work(&self, first: usize, m: usize, products: usize) -> Cost {
         // keys of frames that the first so many frames see, all together
         let seen = |frames: usize| {
             let full = self.window.map_or(0, |window| frames.saturating_sub(window));
@@ -94,7 +94,7 @@ impl<'a> Head<'a> {
         let first = self.before() + first;
         let pairs = (m * self.meta + seen(first + m) - seen(first)) as u64;
         let width = (self.key_width + self.value_width) as u64 / 2;
-        Work { multiply_adds: products as u64 * pairs * width, exps: pairs, ..Work::default() }
+        Cost { multiply_adds: products as u64 * pairs * width, exps: pairs, ..Cost::default() }
     }
 
     /// All columns that frame `i` sees.
@@ -117,8 +117,8 @@ impl PackedHead {
     /// number is finite; otherwise frames must really not be touched by what lies after them.
     pub(crate) fn new(head: &Head) -> Option<Self> {
         let columns = head.columns();
-        let work = Work::numbers(2 * columns * (head.key_width + head.value_width));
-        timed(Part::Attention, work, || {
+        let work = Cost::numbers(2 * columns * (head.key_width + head.value_width));
+        timed(Stage::Attention, work, || {
             (0..columns).all(|column| all_finite(head.value(column))).then(|| PackedHead {
                 keys: Packed::from_rows(columns, head.key_width, |column| head.key(column), None),
                 values: Packed::from_columns(head.value_width, columns, |column| head.value(column)),
@@ -169,7 +169,7 @@ fn all_finite(x: &[f32]) -> bool {
 /// out = softmax(queries · keysᵀ/√p over what each frame sees) · values, for one tile of queries.
 pub(crate) fn attend_tile(head: Head, packed: Option<&PackedHead>, tile: Tile) {
     let work = head.work(tile.first, tile.out.nrows(), 2);
-    timed(Part::Attention, work, || attend_queries(head, packed, tile));
+    timed(Stage::Attention, work, || attend_queries(head, packed, tile));
 }
 
 /// Keys come in pieces, and what is summed so far is rescaled whenever a piece holds a new largest score (the online

@@ -1,7 +1,7 @@
 //! Depthwise causal convolution over time.
 
-use super::clock::{Part, Work, timed};
 use super::math::{self, Silu};
+use super::profiler::{Cost, Stage, timed};
 use super::rows::Rows;
 use super::simd::{Kernel, LANES, Simd, dispatch};
 
@@ -10,7 +10,7 @@ pub(crate) const TAPS: usize = 4;
 
 /// out `[l, d]`: out_t = bias + Σᵢ weight_i ⊙ x_{t−3+i} for i = 0 … 3, what [`conv_silu`] takes the silu of.
 pub(crate) fn conv(x: Rows, before: &[f32], weight: &[f32], bias: &[f32], out: &mut [f32]) {
-    timed(Part::Elementwise, Work::numbers(2 * out.len()), || dispatch(Conv { x, before, weight, bias, out }));
+    timed(Stage::Elementwise, Cost::numbers(2 * out.len()), || dispatch(Conv { x, before, weight, bias, out }));
 }
 
 /// out `[l, d]`: out_t = silu(bias + Σᵢ weight_i ⊙ x_{t−3+i}) for i = 0 … 3. `weight` is `[4, d]`; `before` `[3, d]` holds
@@ -67,7 +67,7 @@ pub(crate) struct ConvGradient<'a> {
 
 /// The gradient of [`conv`] for dy `[l, d]`: row t of x went into the outputs t … t + 3, through weight 3 … 0.
 pub(crate) fn conv_backward(x: Rows, before: &[f32], weight: &[f32], dy: &[f32], gradient: ConvGradient) {
-    timed(Part::Elementwise, Work::numbers(3 * dy.len()), || {
+    timed(Stage::Elementwise, Cost::numbers(3 * dy.len()), || {
         dispatch(ConvBackward { x, before, weight, dy, gradient })
     });
 }
@@ -132,13 +132,13 @@ impl Kernel for ConvBackward<'_> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::simd::{Level, dispatch_at};
+    use super::super::simd::{Isa, dispatch_at};
     use super::*;
 
     #[test]
     fn every_level_equals_the_plain_convolution() {
         let wave = |i: usize| ((i * 29 % 31) as f32 - 15.0) / 10.0;
-        for level in Level::ALL.into_iter().filter(|level| level.is_available()) {
+        for level in Isa::ALL.into_iter().filter(|level| level.is_available()) {
             for d in 1..70 {
                 let (l, stride) = (6, d + 3);
                 let x: Vec<f32> = (0..l * stride).map(wave).collect();
@@ -166,7 +166,7 @@ mod tests {
     #[test]
     fn gradients_equal_the_plain_sums_on_every_level() {
         let wave = |i: usize| ((i * 29 % 31) as f32 - 15.0) / 10.0;
-        for level in Level::ALL.into_iter().filter(|level| level.is_available()) {
+        for level in Isa::ALL.into_iter().filter(|level| level.is_available()) {
             for (d, l) in [(1, 1), (7, 2), (16, 3), (33, 9), (70, 5)] {
                 let stride = d + 3;
                 let x: Vec<f32> = (0..l * stride).map(wave).collect();

@@ -1,17 +1,17 @@
 //! Cross-entropy of one row of logits.
 
-use super::clock::{Part, Work, timed};
 use super::math;
+use super::profiler::{Cost, Stage, timed};
 use super::simd::{Kernel, LANES, Simd, dispatch};
 
 /// ln Σ exp(x); NaN if a logit is.
 pub(crate) fn log_sum_exp(x: &[f32]) -> f32 {
-    timed(Part::Elementwise, Work::numbers(2 * x.len()), || dispatch(LogSumExp(x)))
+    timed(Stage::Elementwise, Cost::numbers(2 * x.len()), || dispatch(LogSumExp(x)))
 }
 
 /// x = scale · exp(x − log_sum): the softmax, where `log_sum` is ln Σ exp(x).
 pub(crate) fn softmax(x: &mut [f32], log_sum: f32, scale: f32) {
-    timed(Part::Elementwise, Work::numbers(2 * x.len()), || dispatch(Softmax { x, log_sum, scale }));
+    timed(Stage::Elementwise, Cost::numbers(2 * x.len()), || dispatch(Softmax { x, log_sum, scale }));
 }
 
 struct LogSumExp<'a>(&'a [f32]);
@@ -59,11 +59,11 @@ impl Kernel for Softmax<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kernels::simd::{Level, dispatch_at};
+    use crate::kernels::simd::{Isa, dispatch_at};
 
     #[test]
     fn every_level_equals_the_definition() {
-        for level in Level::ALL.into_iter().filter(|level| level.is_available()) {
+        for level in Isa::ALL.into_iter().filter(|level| level.is_available()) {
             for v in 1..130 {
                 let mut x: Vec<f32> = (0..v).map(|i| ((i * 29 % 31) as f32 - 15.0) * 2.0 + 50.0).collect();
                 let sum: f64 = x.iter().map(|x| f64::from(*x).exp()).sum();

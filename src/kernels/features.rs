@@ -169,15 +169,15 @@ impl Kernel for Competition<'_> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::simd::{Level, dispatch_at};
+    use super::super::simd::{Isa, dispatch_at};
     use super::*;
 
     fn wave(i: usize) -> f32 {
         ((i * 29 % 31) as f32 - 15.0) / 10.0
     }
 
-    fn levels() -> impl Iterator<Item = Level> {
-        Level::ALL.into_iter().filter(|level| level.is_available())
+    fn levels() -> impl Iterator<Item = Isa> {
+        Isa::ALL.into_iter().filter(|level| level.is_available())
     }
 
     /// The outputs of one kernel, the plainest way.

@@ -3,11 +3,11 @@
 use std::hint::black_box;
 use std::time::{Duration, Instant};
 
-use super::clock::Work;
 use super::math;
+use super::profiler::Cost;
 use super::simd::{Kernel, LANES, Simd, dispatch};
 
-/// How much of each kind of [`Work`] one thread does in a second.
+/// How much of each kind of [`Cost`] one thread does in a second.
 #[derive(Debug, Clone, Copy, PartialEq)]
 #[non_exhaustive]
 pub struct Limits {
@@ -48,7 +48,7 @@ impl Limits {
     }
 
     /// Seconds that so much work takes a thread at these limits.
-    pub fn seconds(&self, work: &Work) -> f64 {
+    pub fn seconds(&self, work: &Cost) -> f64 {
         work.multiply_adds as f64 / self.multiply_adds
             + work.exps as f64 / self.exps
             + work.cached_bytes as f64 / self.cached_bytes
@@ -197,7 +197,7 @@ mod tests {
         for rate in [limits.multiply_adds, limits.exps, limits.cached_bytes, limits.weight_bytes, limits.memory_bytes] {
             assert!((1e6..1e15).contains(&rate), "{limits:?}");
         }
-        let work = Work { exps: 1000, weight_bytes: 500, ..Work::default() };
+        let work = Cost { exps: 1000, weight_bytes: 500, ..Cost::default() };
         approx::assert_relative_eq!(limits.seconds(&work), 1000.0 / limits.exps + 500.0 / limits.weight_bytes);
     }
 }

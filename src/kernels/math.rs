@@ -1,7 +1,7 @@
 //! Element-wise functions: exp and what is built on it, each within a few units in the last place of its f64 value (gelu:
 //! within 2e-7·|x|, as 1 + erf cancels for negative x).
 
-use super::clock::{Part, Work, timed};
+use super::profiler::{Cost, Stage, timed};
 use super::simd::{Kernel, LANES, Simd, dispatch};
 
 /// A function of one number, applied to sixteen at a time.
@@ -11,7 +11,7 @@ pub(crate) trait Unary {
 
 /// Replaces every number of `x` by its function value.
 pub(crate) fn map<F: Unary>(x: &mut [f32]) {
-    timed(Part::Elementwise, Work::numbers(2 * x.len()), || dispatch(Map::<F>(x, std::marker::PhantomData)));
+    timed(Stage::Elementwise, Cost::numbers(2 * x.len()), || dispatch(Map::<F>(x, std::marker::PhantomData)));
 }
 
 /// A function and its derivative.
@@ -21,14 +21,14 @@ pub(crate) trait Differentiable: Unary {
 
 /// dy ⊙ f′(x), in place of dy.
 pub(crate) fn map_backward<F: Differentiable>(x: &[f32], dy: &mut [f32]) {
-    timed(Part::Elementwise, Work::numbers(3 * x.len()), || {
+    timed(Stage::Elementwise, Cost::numbers(3 * x.len()), || {
         dispatch(MapBackward::<F>(x, dy, std::marker::PhantomData))
     });
 }
 
 /// f(x) ⊙ y, in place of x.
 pub(crate) fn map_mul<F: Unary>(x: &mut [f32], y: &[f32]) {
-    timed(Part::Elementwise, Work::numbers(3 * x.len()), || dispatch(MapMul::<F>(x, y, std::marker::PhantomData)));
+    timed(Stage::Elementwise, Cost::numbers(3 * x.len()), || dispatch(MapMul::<F>(x, y, std::marker::PhantomData)));
 }
 
 struct MapMul<'a, F>(&'a mut [f32], &'a [f32], std::marker::PhantomData<F>);
@@ -269,7 +269,7 @@ impl Differentiable for Gelu {
 
 #[cfg(test)]
 mod tests {
-    use super::super::simd::{Level, dispatch_at};
+    use super::super::simd::{Isa, dispatch_at};
     use super::*;
 
     struct Exp;
@@ -294,7 +294,7 @@ mod tests {
     }
 
     fn check<F: Unary>(oracle: impl Fn(f64) -> f64, range: f32, absolute: f64, relative: f64) {
-        for level in Level::ALL.into_iter().filter(|level| level.is_available()) {
+        for level in Isa::ALL.into_iter().filter(|level| level.is_available()) {
             for len in 0..130 {
                 for offset in [0, 1, 5] {
                     let x: Vec<f32> = (0..offset + len).map(|i| ((i * 37 % 131) as f32 / 65.0 - 1.0) * range).collect();
@@ -336,7 +336,7 @@ mod tests {
         for range in [125.0, 3.0, 0.01] {
             check::<Power>(|x| x.min(0.0).exp2(), range, 0.0, 2e-7);
         }
-        for level in Level::ALL.into_iter().filter(|level| level.is_available()) {
+        for level in Isa::ALL.into_iter().filter(|level| level.is_available()) {
             let mut x = [f32::NEG_INFINITY, -1e9, 0.0, f32::NAN];
             dispatch_at(level, Map::<Power>(&mut x, std::marker::PhantomData));
             assert!(x[..2] == [2f32.powi(-125); 2] && x[2] == 1.0, "{level:?} {x:?}");
@@ -346,7 +346,7 @@ mod tests {
     #[test]
     fn derivatives_equal_their_f64_values_on_every_level() {
         fn check<F: Differentiable>(oracle: impl Fn(f64) -> f64) {
-            for level in Level::ALL.into_iter().filter(|level| level.is_available()) {
+            for level in Isa::ALL.into_iter().filter(|level| level.is_available()) {
                 for len in 0..130 {
                     let x: Vec<f32> = (0..len).map(|i| (i * 37 % 131) as f32 / 13.0 - 5.0).collect();
                     let mut dy = vec![2.0; len];
@@ -367,7 +367,7 @@ mod tests {
 
     #[test]
     fn products_with_a_function_equal_the_two_steps() {
-        for level in Level::ALL.into_iter().filter(|level| level.is_available()) {
+        for level in Isa::ALL.into_iter().filter(|level| level.is_available()) {
             for len in 0..130 {
                 let x: Vec<f32> = (0..len).map(|i| (i * 37 % 131) as f32 / 13.0 - 5.0).collect();
                 let y: Vec<f32> = (0..len).map(|i| (i * 31 % 53) as f32 / 10.0 - 2.0).collect();
@@ -381,7 +381,7 @@ mod tests {
 
     #[test]
     fn the_slope_of_softplus_is_exact_where_it_is_small() {
-        for level in Level::ALL.into_iter().filter(|level| level.is_available()) {
+        for level in Isa::ALL.into_iter().filter(|level| level.is_available()) {
             for len in 0..130 {
                 let delta: Vec<f32> = (0..len).map(|i| 10f32.powf((i * 37 % 131) as f32 / 16.0 - 6.0)).collect();
                 let mut ddelta = vec![2.0; len];
@@ -396,7 +396,7 @@ mod tests {
 
     #[test]
     fn extremes_saturate_and_nan_stays() {
-        for level in Level::ALL.into_iter().filter(|level| level.is_available()) {
+        for level in Isa::ALL.into_iter().filter(|level| level.is_available()) {
             let mut x = [f32::NEG_INFINITY, -1e9, 1e9, f32::INFINITY, f32::NAN];
             dispatch_at(level, Map::<Exp>(&mut x, std::marker::PhantomData));
             assert!(x[0] < 1.3e-38 && x[1] < 1.3e-38 && x[2] > 2e38 && x[3] > 2e38 && x[4].is_nan(), "{x:?}");

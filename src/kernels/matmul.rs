@@ -11,9 +11,9 @@
 
 use ndarray::{ArrayViewMut2, ShapeBuilder};
 
-use super::clock::timed_product;
+use super::profiler::timed_product;
 use super::rows::{Out, Rows};
-use super::simd::{Level, dispatch};
+use super::simd::{Isa, dispatch};
 use super::team::Team;
 use product::{Floats, Product};
 
@@ -31,6 +31,7 @@ mod blocks;
 mod gradient;
 mod matrix;
 mod packed;
+mod pairs;
 mod product;
 mod quantized;
 mod quants;
@@ -38,7 +39,7 @@ mod quants;
 /// out `[m, n]` = x `[m, k]` · Wᵀ + bias, or added to it, on the threads of the team.
 pub(crate) fn matmul(team: &Team, x: Rows, m: usize, w: &Packed, out: &mut [f32], mode: Out) {
     let out = ArrayViewMut2::from_shape((m, w.n), out).expect("room for m rows");
-    blocks::multiply(Level::current(), team, Floats::<1>(x), w, out, mode);
+    blocks::multiply(Isa::current(), team, Floats::<1>(x), w, out, mode);
 }
 
 /// The columns `outputs` of the product (from a multiple of [`PANEL`] on), summed over `inputs` only, on this thread.
@@ -86,7 +87,7 @@ mod tests {
 
     #[test]
     fn every_level_equals_the_plain_product() {
-        for level in Level::ALL.into_iter().filter(|level| level.is_available()) {
+        for level in Isa::ALL.into_iter().filter(|level| level.is_available()) {
             for (m, n, k) in (0..27).map(|m| (m, 33, 19)).chain((0..130).map(|n| (3, n, 7))).chain([
                 (1, 130, 64),
                 (2, 257, 3),

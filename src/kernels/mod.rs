@@ -4,7 +4,6 @@
 //! reference that stands in its tests. (This file is named so that the benchmarks can include it.)
 
 pub(crate) mod attention;
-pub(crate) mod clock;
 pub(crate) mod conv;
 #[cfg(feature = "lm")]
 pub(crate) mod cross_entropy;
@@ -16,6 +15,7 @@ pub(crate) mod matmul;
 #[allow(unsafe_code)]
 mod memory;
 pub(crate) mod norm;
+pub(crate) mod profiler;
 pub(crate) mod rows;
 pub(crate) mod scan;
 #[allow(unsafe_code)]

@@ -2,7 +2,7 @@
 
 use std::borrow::Cow;
 
-use super::clock::{Part, Work, timed};
+use super::profiler::{Cost, Stage, timed};
 use super::rows::{Out, Rows};
 use super::simd::{Kernel, LANES, Simd, dispatch};
 
@@ -34,21 +34,21 @@ impl SmallVariance {
 
 /// out = weight ⊙ (x − mean) / deviation + bias, for each row of `weight.len()` numbers.
 pub(crate) fn layer_norm(x: &[f32], weight: &[f32], bias: &[f32], epsilon: f32, rule: SmallVariance, out: &mut [f32]) {
-    timed(Part::Elementwise, Work::numbers(2 * x.len()), || {
+    timed(Stage::Elementwise, Cost::numbers(2 * x.len()), || {
         dispatch(LayerNorm { x, weight, bias, epsilon, rule, out })
     });
 }
 
 /// out (+)= scale · weight ⊙ x / √(mean(x²) + ε), for each row of `weight.len()` numbers.
 pub(crate) fn rms_norm(x: Rows, weight: &[f32], epsilon: f32, scale: f32, out: &mut [f32], mode: Out) {
-    timed(Part::Elementwise, Work::numbers(2 * out.len()), || {
+    timed(Stage::Elementwise, Cost::numbers(2 * out.len()), || {
         dispatch(RmsNorm { x, weight, epsilon, scale, out, mode })
     });
 }
 
 /// x = weight ⊙ x / √(mean(x²) + ε), for each row of `weight.len()` numbers.
 pub(crate) fn rms_norm_in_place(x: &mut [f32], weight: &[f32], epsilon: f32) {
-    timed(Part::Elementwise, Work::numbers(2 * x.len()), || dispatch(RmsNormInPlace { x, weight, epsilon }));
+    timed(Stage::Elementwise, Cost::numbers(2 * x.len()), || dispatch(RmsNormInPlace { x, weight, epsilon }));
 }
 
 /// What a row is multiplied by whose squares overflow: then none do, and what becomes 0 is nothing beside the rest.
@@ -187,7 +187,7 @@ pub(crate) fn layer_norm_backward(
     dweight: &mut [f32],
     dbias: &mut [f32],
 ) {
-    timed(Part::Elementwise, Work::numbers(3 * x.len()), || {
+    timed(Stage::Elementwise, Cost::numbers(3 * x.len()), || {
         dispatch(LayerNormBackward { x, weight, epsilon, rule, dy, dx, dweight, dbias })
     });
 }
@@ -308,12 +308,12 @@ fn load_or<S: Simd>(s: S, x: &[f32], other: f32) -> S::V {
 
 #[cfg(test)]
 mod tests {
-    use super::super::simd::{Level, dispatch_at};
+    use super::super::simd::{Isa, dispatch_at};
     use super::*;
 
     #[test]
     fn every_level_equals_the_plain_norm() {
-        for level in Level::ALL.into_iter().filter(|level| level.is_available()) {
+        for level in Isa::ALL.into_iter().filter(|level| level.is_available()) {
             for h in 1..130 {
                 let x: Vec<f32> = (0..2 * h).map(|i| (i * 7 % 13) as f32 - 5.5).collect();
                 let weight: Vec<f32> = (0..h).map(|i| 1.0 + i as f32 / 100.0).collect();
@@ -336,7 +336,7 @@ mod tests {
 
     #[test]
     fn every_level_equals_the_plain_rms_norm() {
-        for level in Level::ALL.into_iter().filter(|level| level.is_available()) {
+        for level in Isa::ALL.into_iter().filter(|level| level.is_available()) {
             for h in 1..130 {
                 let x: Vec<f32> = (0..2 * (h + 3)).map(|i| (i * 7 % 13) as f32 - 5.5).collect();
                 let weight: Vec<f32> = (0..h).map(|i| 1.0 + i as f32 / 100.0).collect();
@@ -382,7 +382,7 @@ mod tests {
 
     #[test]
     fn rows_of_any_size_and_spread() {
-        for level in Level::ALL.into_iter().filter(|level| level.is_available()) {
+        for level in Isa::ALL.into_iter().filter(|level| level.is_available()) {
             for (h, rule) in [2, 16, 37, 96, 128, 256, 512]
                 .into_iter()
                 .flat_map(|h| [(h, SmallVariance::AddEpsilon), (h, SmallVariance::ClipBelowEpsilon)])
@@ -437,7 +437,7 @@ mod tests {
 
     #[test]
     fn rms_of_any_size() {
-        for level in Level::ALL.into_iter().filter(|level| level.is_available()) {
+        for level in Isa::ALL.into_iter().filter(|level| level.is_available()) {
             for h in [1, 2, 16, 37, 256] {
                 let weight: Vec<f32> = (0..h).map(|i| 1.0 + i as f32 / 100.0).collect();
                 for x in extreme_rows(h) {
@@ -493,7 +493,7 @@ mod tests {
                     }
                     total
                 };
-                for level in Level::ALL.into_iter().filter(|level| level.is_available()) {
+                for level in Isa::ALL.into_iter().filter(|level| level.is_available()) {
                     let (mut dx, mut dweight, mut dbias) = (vec![9.0; 2 * h], vec![1.0; h], vec![2.0; h]);
                     dispatch_at(
                         level,

@@ -2,8 +2,8 @@
 
 use ndarray::{ArrayView3, ArrayViewMut1, ArrayViewMut2, ArrayViewMut3, Axis};
 
-use super::clock::{Part, Work, timed};
 use super::math;
+use super::profiler::{Cost, Stage, timed};
 use super::rows::{Rows, RowsMut};
 use super::simd::{Kernel, LANES, Simd, dispatch};
 
@@ -54,8 +54,8 @@ pub(crate) fn selective_scan(
 ) {
     // one for each state, and that of the gate
     let exps = (out.len() * (state.nrows() + 1)) as u64;
-    let work = Work { exps, ..Work::default() };
-    timed(Part::Scan, work, || dispatch(Scan { input, first, state, out, checkpoints }));
+    let work = Cost { exps, ..Cost::default() };
+    timed(Stage::Scan, work, || dispatch(Scan { input, first, state, out, checkpoints }));
 }
 
 struct Scan<'a> {
@@ -167,8 +167,8 @@ pub(crate) fn selective_scan_backward(
 ) {
     // one for each state, that of the gate and that of its slope
     let exps = (dout.len() * (checkpoints.dim().1 + 2)) as u64;
-    let work = Work { exps, ..Work::default() };
-    timed(Part::Scan, work, || dispatch(ScanBackward { input, checkpoints, dout, gradient }));
+    let work = Cost { exps, ..Cost::default() };
+    timed(Stage::Scan, work, || dispatch(ScanBackward { input, checkpoints, dout, gradient }));
 }
 
 struct ScanBackward<'a> {

@@ -8,7 +8,7 @@
 //! The environment variable `HYMBA_SIMD=scalar|avx2|avx512` forces a path (if the CPU has it), so that tests can prove
 //! each one was taken. `avx512` and less leaves out AMX.
 
-pub(crate) use isa::Level;
+pub(crate) use isa::Isa;
 
 mod isa;
 
@@ -49,8 +49,8 @@ pub(crate) trait Simd: Copy {
     fn exp2_whole(self, n: Self::V) -> Self::V;
     /// Sixteen numbers stored as IEEE half precision.
     fn load_f16(self, x: &[u16; LANES]) -> Self::V;
-    fn load_whole(self, x: &[u32; LANES]) -> Self::I;
-    fn splat_whole(self, x: u32) -> Self::I;
+    fn load_int(self, x: &[u32; LANES]) -> Self::I;
+    fn splat_int(self, x: u32) -> Self::I;
     /// Of sixteen pairs of numbers stored as bfloat16, those in the low bits.
     fn low_bf16(self, x: Self::I) -> Self::V;
     /// Of sixteen pairs of numbers stored as bfloat16, those in the high bits.
@@ -154,39 +154,39 @@ fn dot_bf16<S: Simd>(s: S, a: S::I, b: S::I, c: S::V) -> S::V {
 
 /// Runs a kernel on the best instruction set of this CPU.
 pub(crate) fn dispatch<K: Kernel>(kernel: K) -> K::Output {
-    dispatch_at(Level::current(), kernel)
+    dispatch_at(Isa::current(), kernel)
 }
 
 /// Runs a kernel on one instruction set; on the scalar path if the CPU lacks it.
 #[inline]
-pub(crate) fn dispatch_at<K: Kernel>(level: Level, kernel: K) -> K::Output {
+pub(crate) fn dispatch_at<K: Kernel>(level: Isa, kernel: K) -> K::Output {
     #[cfg(target_arch = "x86_64")]
     // SAFETY: the CPU has the instructions, as just checked (std caches the answer).
-    if level >= Level::Avx512 && Level::Avx512.is_available() {
+    if level >= Isa::Avx512 && Isa::Avx512.is_available() {
         return unsafe { x86::run_avx512(kernel) };
-    } else if level == Level::Avx2 && level.is_available() {
+    } else if level == Isa::Avx2 && level.is_available() {
         return unsafe { x86::run_avx2(kernel) };
     }
     let _ = level;
     kernel.run(Scalar)
 }
 
-/// As [`dispatch_at`], for a kernel with products of whole numbers: it is compiled once more, for [`Level::Avx512Vnni`].
+/// As [`dispatch_at`], for a kernel with products of whole numbers: it is compiled once more, for [`Isa::Avx512Vnni`].
 #[inline]
-pub(crate) fn dispatch_whole_at<K: Kernel>(level: Level, kernel: K) -> K::Output {
+pub(crate) fn dispatch_int_at<K: Kernel>(level: Isa, kernel: K) -> K::Output {
     #[cfg(target_arch = "x86_64")]
-    if level >= Level::Avx512Vnni && Level::Avx512Vnni.is_available() {
+    if level >= Isa::Avx512Vnni && Isa::Avx512Vnni.is_available() {
         // SAFETY: the CPU has the instructions, as just checked.
         return unsafe { x86::run_avx512_vnni(kernel) };
     }
     dispatch_at(level, kernel)
 }
 
-/// As [`dispatch_at`], for a kernel with products of pairs of bf16: it is compiled once more, for [`Level::Avx512Bf16`].
+/// As [`dispatch_at`], for a kernel with products of pairs of bf16: it is compiled once more, for [`Isa::Avx512Bf16`].
 #[inline]
-pub(crate) fn dispatch_bf16_at<K: Kernel>(level: Level, kernel: K) -> K::Output {
+pub(crate) fn dispatch_bf16_at<K: Kernel>(level: Isa, kernel: K) -> K::Output {
     #[cfg(target_arch = "x86_64")]
-    if level >= Level::Avx512Bf16 && Level::Avx512Bf16.is_available() {
+    if level >= Isa::Avx512Bf16 && Isa::Avx512Bf16.is_available() {
         // SAFETY: the CPU has the instructions, as just checked.
         return unsafe { x86::run_avx512_bf16(kernel) };
     }
@@ -207,7 +207,7 @@ fn lanewise(f: impl Fn(usize) -> f32) -> [f32; LANES] {
 }
 
 #[inline(always)]
-fn lanewise_whole(f: impl Fn(usize) -> u32) -> [u32; LANES] {
+fn lanewise_int(f: impl Fn(usize) -> u32) -> [u32; LANES] {
     let mut v = [0; LANES];
     for (i, lane) in v.iter_mut().enumerate() {
         *lane = f(i);
@@ -290,16 +290,16 @@ impl Simd for Scalar {
         lanewise(|i| f32::from_bits(x[i] & BF16_HIGH))
     }
     #[inline(always)]
-    fn load_whole(self, x: &[u32; LANES]) -> Self::I {
+    fn load_int(self, x: &[u32; LANES]) -> Self::I {
         *x
     }
     #[inline(always)]
-    fn splat_whole(self, x: u32) -> Self::I {
+    fn splat_int(self, x: u32) -> Self::I {
         [x; LANES]
     }
     #[inline(always)]
     fn dot(self, a: Self::I, b: Self::I, c: Self::I) -> Self::I {
-        lanewise_whole(|i| {
+        lanewise_int(|i| {
             let product = |byte: u32| {
                 let unsigned = (a[i] >> (8 * byte) & 0xff).cast_signed();
                 unsigned * ((b[i] << (24 - 8 * byte)).cast_signed() >> 24)
@@ -309,11 +309,11 @@ impl Simd for Scalar {
     }
     #[inline(always)]
     fn low_nibbles(self, x: Self::I) -> Self::I {
-        lanewise_whole(|i| x[i] & NIBBLES)
+        lanewise_int(|i| x[i] & NIBBLES)
     }
     #[inline(always)]
     fn high_nibbles(self, x: Self::I) -> Self::I {
-        lanewise_whole(|i| x[i] >> 4 & NIBBLES)
+        lanewise_int(|i| x[i] >> 4 & NIBBLES)
     }
     #[inline(always)]
     fn to_float(self, x: Self::I) -> Self::V {

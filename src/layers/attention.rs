@@ -4,10 +4,11 @@ use ndarray::{Array2, Array3, Array4, ArrayView2, ArrayViewMut2, Axis, s};
 use rand_distr::{Distribution, Normal};
 
 use super::batch::{Batch, Spans, add, for_rows, for_rows_summed};
-use super::kv_cache::{KvCache, KvShape, KvStorage, Past};
+use super::kv_cache::{KvCache, KvShape, KvStorage, KvView};
 use super::rope::{Angles, apply_rope, apply_rope_backward};
+use super::shared_kv::SharedKv;
 use super::state::{LayerState, StateGradient};
-use super::{Buffer, Linear, Rng, flat, flat_mut};
+use super::{Buffer, Linear, Rng, all_rows, flat, flat_mut};
 use crate::kernels::attention::{
     AttentionGradient, AttentionOutput, Head, PackedHead, Tile, attend_backward, attend_tile, tiles, weights,
 };
@@ -69,33 +70,6 @@ impl Depth {
     /// A layer that shares nothing.
     pub(crate) fn of(layer: usize) -> Self {
         Depth { layer, kv_layer: layer, kv_is_used_later: false }
-    }
-}
-
-/// Keys and values of a pass that later layers use.
-pub(crate) struct SharedKv {
-    /// `[rows, heads · p]` and `[rows, heads · value_width]`
-    keys: Buffer,
-    values: Buffer,
-    /// Per sequence and head of keys, in the order in which products read them; `None` for those that read the cache. Empty until
-    /// they are packed.
-    packed: Vec<Vec<Option<PackedHead>>>,
-}
-
-#[cfg_attr(not(feature = "lm"), allow(dead_code))]
-impl SharedKv {
-    /// Drops what products read, when all layers are through.
-    pub(crate) fn unpack(&mut self) {
-        self.packed = Vec::new();
-    }
-
-    /// The same, not packed.
-    pub(crate) fn copy(&self) -> Self {
-        SharedKv { keys: Buffer::copy_of(&self.keys), values: Buffer::copy_of(&self.values), packed: Vec::new() }
-    }
-
-    pub(crate) fn rows(&self) -> [Rows<'_>; 2] {
-        [all_rows(&self.keys), all_rows(&self.values)]
     }
 }
 
@@ -536,7 +510,7 @@ impl MetaTokenAttention {
                 state.layers[depth.kv_layer].kv.as_ref().expect("the layer whose keys and values are used has them")
             })
             .collect();
-        let mut pasts: Vec<Vec<Past>> = Vec::new();
+        let mut pasts: Vec<Vec<KvView>> = Vec::new();
         for (cache, reads_cache) in caches.iter().zip(&reads_cache) {
             let heads = if *reads_cache { 0 } else { heads };
             pasts.push((0..heads).map(|head| cache.past(head)).collect());
@@ -628,7 +602,7 @@ impl MetaTokenAttention {
     }
 
     /// One head of some rows that come after `past`, without queries, keys and values.
-    fn head<'a>(&self, past: &'a Past, rows: usize, window: Option<usize>) -> Head<'a> {
+    fn head<'a>(&self, past: &'a KvView, rows: usize, window: Option<usize>) -> Head<'a> {
         let KvShape { key_width, value_width, .. } = self.config.kv;
         let nothing = Rows { data: &[], stride: 0 };
         Head {
@@ -680,10 +654,6 @@ impl MetaTokenAttention {
             }
         }
     }
-}
-
-fn all_rows(array: &Array2<f32>) -> Rows<'_> {
-    Rows { data: flat(array), stride: array.ncols() }
 }
 
 fn by_rows(numbers: &mut [f32], rows: usize) -> ArrayViewMut2<'_, f32> {

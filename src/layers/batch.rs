@@ -4,8 +4,8 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 
-use super::attention::SharedKv;
 use super::rope::{Angles, Rotary};
+use super::shared_kv::SharedKv;
 use super::state::SequenceState;
 use crate::kernels::team::Team;
 

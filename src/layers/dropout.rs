@@ -4,7 +4,7 @@ use ndarray::Array2;
 
 use super::batch::Spans;
 use super::flat_mut;
-use crate::kernels::clock::{Part, Work, timed};
+use crate::kernels::profiler::{Cost, Stage, timed};
 use crate::kernels::team::Team;
 
 /// Sets each number to 0 at a rate and divides the others by 1 − rate, so that the mean stays.
@@ -50,7 +50,7 @@ impl Dropout {
             blocks.extend(x.chunks_mut(FRAMES * h).enumerate().map(|(i, x)| (of_sequence, i * FRAMES, x)));
         }
         team.for_each(blocks, |(dropout, first, x)| {
-            timed(Part::Elementwise, Work::numbers(2 * x.len()), || {
+            timed(Stage::Elementwise, Cost::numbers(2 * x.len()), || {
                 for (i, row) in x.chunks_exact_mut(h).enumerate() {
                     dropout.at((first + i) as u64).apply_to_row(row);
                 }

@@ -4,9 +4,9 @@ use ndarray::{Array2, ArrayView2};
 
 use super::batch::for_rows;
 use super::{Buffer, Linear, Rng, flat, flat_mut};
-use crate::kernels::clock::{Part, Work, timed};
 use crate::kernels::math::{self, Sigmoid};
 use crate::kernels::matmul::Storage;
+use crate::kernels::profiler::{Cost, Stage, timed};
 use crate::kernels::team::Team;
 use crate::parameters::{Visitor, VisitorMut};
 
@@ -60,7 +60,7 @@ impl Gate {
         for_rows(team, flat_mut(x), h, |first, x| {
             let here = first * h..first * h + x.len();
             let branches = flat(mamba)[here.clone()].iter().zip(&flat(attention)[here.clone()]);
-            timed(Part::Elementwise, Work::numbers(5 * x.len()), || {
+            timed(Stage::Elementwise, Cost::numbers(5 * x.len()), || {
                 for ((x, g), (m, a)) in x.iter_mut().zip(&flat(gate)[here]).zip(branches) {
                     *x += g * m + (1.0 - g) * a;
                 }
@@ -79,7 +79,7 @@ impl Gate {
     ) -> Buffer {
         let h = gate.ncols();
         for_rows(team, flat_mut(&mut dgate), h, |first, dgate| {
-            timed(Part::Elementwise, Work::numbers(3 * dgate.len()), || {
+            timed(Stage::Elementwise, Cost::numbers(3 * dgate.len()), || {
                 dgate.iter_mut().zip(&flat(gate)[first * h..]).for_each(|(dg, g)| *dg *= g * (1.0 - g)); // sigmoid′
             });
         });
@@ -99,7 +99,7 @@ impl Gate {
         let [mut dgate, mut dmamba, mut dattention] = [(); 3].map(|()| Buffer::uninit(dx.dim()));
         for_rows(team, flat_mut(&mut dgate), h, |first, dgate| {
             let (m, a, dx) = (&flat(mamba)[first * h..], &flat(attention)[first * h..], &flat(dx)[first * h..]);
-            timed(Part::Elementwise, Work::numbers(4 * dgate.len()), || {
+            timed(Stage::Elementwise, Cost::numbers(4 * dgate.len()), || {
                 for ((dg, dx), (m, a)) in dgate.iter_mut().zip(dx).zip(m.iter().zip(a)) {
                     *dg = dx * (m - a);
                 }
@@ -107,13 +107,13 @@ impl Gate {
         });
         for_rows(team, flat_mut(&mut dmamba), h, |first, dmamba| {
             let (g, dx) = (&flat(gate)[first * h..], &flat(dx)[first * h..]);
-            timed(Part::Elementwise, Work::numbers(3 * dmamba.len()), || {
+            timed(Stage::Elementwise, Cost::numbers(3 * dmamba.len()), || {
                 dmamba.iter_mut().zip(dx).zip(g).for_each(|((dm, dx), g)| *dm = dx * g);
             });
         });
         for_rows(team, flat_mut(&mut dattention), h, |first, dattention| {
             let (g, dx) = (&flat(gate)[first * h..], &flat(dx)[first * h..]);
-            timed(Part::Elementwise, Work::numbers(3 * dattention.len()), || {
+            timed(Stage::Elementwise, Cost::numbers(3 * dattention.len()), || {
                 dattention.iter_mut().zip(dx).zip(g).for_each(|((da, dx), g)| *da = dx * (1.0 - g));
             });
         });

@@ -22,14 +22,14 @@ pub enum KvStorage {
 }
 
 /// A number in which keys and values are kept.
-pub(crate) trait Kept: KvElement + Send + 'static {
+pub(crate) trait CacheElement: KvElement + Send + 'static {
     fn narrow(wide: &[f32], kept: &mut [Self]);
     fn widen(kept: &[Self], wide: &mut Vec<f32>);
     fn wide(kept: &[Self]) -> Cow<'_, [f32]>;
     const ZERO: Self;
 }
 
-impl Kept for f32 {
+impl CacheElement for f32 {
     const ZERO: Self = 0.0;
 
     fn narrow(wide: &[f32], kept: &mut [f32]) {
@@ -45,7 +45,7 @@ impl Kept for f32 {
     }
 }
 
-impl Kept for bf16 {
+impl CacheElement for bf16 {
     const ZERO: Self = bf16::ZERO;
 
     fn narrow(wide: &[f32], kept: &mut [bf16]) {
@@ -94,7 +94,7 @@ pub(crate) struct Cache<T> {
     length: usize,
 }
 
-impl<T: Kept> Cache<T> {
+impl<T: CacheElement> Cache<T> {
     /// Rows for which room is made at a time.
     const STEP: usize = 64;
 
@@ -138,7 +138,7 @@ impl<T: Kept> Cache<T> {
     }
 
     /// What the next rows may see of those before, for one head: meta tokens, and then the others in order.
-    fn past(&self, head: usize) -> Past<'_> {
+    fn past(&self, head: usize) -> KvView<'_> {
         let KvShape { key_width, value_width, meta, window, .. } = self.shape;
         let pushed = self.length.saturating_sub(meta);
         let in_order = window.is_none_or(|window| pushed <= window || pushed.is_multiple_of(window));
@@ -159,7 +159,7 @@ impl<T: Kept> Cache<T> {
                 (rows(&self.keys[head], key_width), rows(&self.values[head], value_width))
             }
         };
-        Past { rows: keys.len() / key_width, meta: meta.min(self.length), keys, values }
+        KvView { rows: keys.len() / key_width, meta: meta.min(self.length), keys, values }
     }
 
     /// What the last token pushed sees, itself included: everything that is held.
@@ -190,7 +190,7 @@ impl<T: Kept> Cache<T> {
 }
 
 /// Grows `numbers` to `length`, reserving exactly `room` if it has too little: doubling would take more than a state is said to.
-fn grow<T: Kept>(numbers: &mut Vec<T>, length: usize, room: usize) {
+fn grow<T: CacheElement>(numbers: &mut Vec<T>, length: usize, room: usize) {
     if length > numbers.capacity() {
         numbers.reserve_exact(room - numbers.len());
     }
@@ -201,7 +201,7 @@ fn grow<T: Kept>(numbers: &mut Vec<T>, length: usize, room: usize) {
 
 /// Keys and values of one head as f32: `meta` rows of meta tokens, then others in the order of their positions. Some may be too
 /// old to be seen.
-pub(crate) struct Past<'a> {
+pub(crate) struct KvView<'a> {
     pub rows: usize,
     pub meta: usize,
     /// `[rows, p]`
@@ -250,7 +250,7 @@ impl KvCache {
     }
 
     /// What the next rows may see of those before, for one head.
-    pub(crate) fn past(&self, head: usize) -> Past<'_> {
+    pub(crate) fn past(&self, head: usize) -> KvView<'_> {
         either!(self, cache => cache.past(head))
     }
 
@@ -293,7 +293,7 @@ impl KvCache {
 
     /// Hands out the numbers of the `keys` or the `values` `[heads, rows, width]` as they lie in memory, in order and in pieces.
     pub(crate) fn write(&self, what: &str, take: &mut dyn FnMut(&[f32])) {
-        fn pieces<T: Kept>(kept: &[Vec<T>], take: &mut dyn FnMut(&[f32])) {
+        fn pieces<T: CacheElement>(kept: &[Vec<T>], take: &mut dyn FnMut(&[f32])) {
             const PIECE: usize = 1 << 14;
             let mut wide = Vec::new();
             for piece in kept.iter().flat_map(|kept| kept.chunks(PIECE)) {
@@ -313,7 +313,7 @@ impl KvCache {
     /// Takes over what [`write`](Self::write) handed out when so many tokens were seen. `read` hands out the numbers of the `keys` or
     /// the `values`, in order and in pieces, so that there is no second copy of them.
     pub(crate) fn restore(&mut self, length: usize, read: &mut ReadNumbers) -> Result<()> {
-        fn fill<T: Kept>(cache: &mut Cache<T>, length: usize, read: &mut ReadNumbers) -> Result<()> {
+        fn fill<T: CacheElement>(cache: &mut Cache<T>, length: usize, read: &mut ReadNumbers) -> Result<()> {
             cache.length = length;
             let (_, rows, key, value) = cache.dim_at(length);
             for (what, kept, width) in [("keys", &mut cache.keys, key), ("values", &mut cache.values, value)] {
@@ -340,7 +340,7 @@ impl KvCache {
 
     /// Keys of the meta tokens, head by head.
     pub(crate) fn meta_keys(&self) -> Vec<f32> {
-        fn keys<T: Kept>(cache: &Cache<T>) -> Vec<f32> {
+        fn keys<T: CacheElement>(cache: &Cache<T>) -> Vec<f32> {
             let mut wide = Vec::new();
             let count = cache.shape.meta.min(cache.length) * cache.shape.key_width;
             cache.keys.iter().for_each(|kept| T::widen(&kept[..count], &mut wide));

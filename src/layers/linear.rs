@@ -3,8 +3,8 @@
 use ndarray::{Array1, Array2, ArrayView2, ArrayViewMut2};
 
 use super::{Across, Buffer, LowRank, Rng, Weight, flat, flat_mut};
-use crate::kernels::clock::{Part, Work, timed};
 use crate::kernels::matmul::{Packed, Storage};
+use crate::kernels::profiler::{Cost, Stage, timed};
 use crate::kernels::rows::{Out, Rows};
 use crate::kernels::team::Team;
 use crate::parameters::{Parameter, ParameterMut, Visitor, VisitorMut, join};
@@ -182,7 +182,7 @@ fn add_rows(team: &Team, x: &[f32], sum: &mut [f32]) {
     let width = sum.len();
     team.for_each(sum.chunks_mut(COLUMNS).enumerate(), |(i, sum)| {
         let columns = i * COLUMNS..i * COLUMNS + sum.len();
-        timed(Part::Elementwise, Work::numbers(x.len() / width * sum.len()), || {
+        timed(Stage::Elementwise, Cost::numbers(x.len() / width * sum.len()), || {
             for row in x.chunks_exact(width) {
                 sum.iter_mut().zip(&row[columns.clone()]).for_each(|(sum, x)| *sum += x);
             }

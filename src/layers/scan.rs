@@ -5,8 +5,8 @@ use ndarray::{Array1, Array2, Array3, ArrayView3, ArrayViewMut, ArrayViewMut2, A
 
 use super::batch::{Spans, for_rows};
 use super::{Buffer, Lazy, flat, flat_mut};
-use crate::kernels::clock::{Part, Work, timed};
 use crate::kernels::math::{self, Softplus};
+use crate::kernels::profiler::{Cost, Stage, timed};
 use crate::kernels::rows::{Rows, RowsMut};
 use crate::kernels::scan::{CHUNK, ScanGradient, ScanInput, selective_scan, selective_scan_backward};
 use crate::kernels::team::Team;
@@ -207,7 +207,7 @@ impl SelectiveScan {
 
     /// From the gradient of Δ to that of δ.
     fn delta_backward(&self, delta: &[f32], dmean: Option<&[f32]>, ddelta: &mut [f32]) {
-        timed(Part::Elementwise, Work::numbers(3 * delta.len()), || {
+        timed(Stage::Elementwise, Cost::numbers(3 * delta.len()), || {
             for (t, dmean) in dmean.into_iter().flatten().enumerate() {
                 // the mean hands its gradient to all channels alike, and what is clipped stands still
                 let shared = dmean / self.d as f32;

@@ -1,7 +1,7 @@
 //! How a language model is read.
 
 use super::config::{Quantization, TorchDtype};
-use crate::kernels::simd::Level;
+use crate::kernels::simd::Isa;
 use crate::layers::KvStorage;
 
 /// The type of activations in products with matrices in bf16; sums are always f32.
@@ -33,9 +33,9 @@ impl Arithmetic {
     /// ```
     pub fn simd_level(self) -> &'static str {
         match self {
-            Arithmetic::F32 => Level::current().name(),
-            Arithmetic::Bf16 => match Level::with_tiles() {
-                Level::Avx512Bf16 => "avx512-bf16",
+            Arithmetic::F32 => Isa::current().name(),
+            Arithmetic::Bf16 => match Isa::with_tiles() {
+                Isa::Avx512Bf16 => "avx512-bf16",
                 level => level.name(),
             },
         }

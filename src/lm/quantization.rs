@@ -5,7 +5,7 @@ use crate::kernels::matmul::Storage;
 use crate::{Error, Result};
 
 /// Matrices that get as few bits as were asked for. All others are small, or not matrices.
-const BIG: [&str; 7] = ["embed_tokens", "lm_head", "in_proj", "out_proj", "gate_proj", "up_proj", "down_proj"];
+const LARGE: [&str; 7] = ["embed_tokens", "lm_head", "in_proj", "out_proj", "gate_proj", "up_proj", "down_proj"];
 /// Matrices that keep 8: they are 2 % of the weights, and the state depends on them.
 const SMALL: [&str; 2] = ["x_proj.0", "dt_proj.0"];
 
@@ -14,7 +14,7 @@ impl Quantization {
     pub(super) fn storage(self, name: &str) -> Option<Storage> {
         let name = name.strip_suffix(".weight")?;
         let is = |end: &&str| name.strip_suffix(*end).is_some_and(|start| start.is_empty() || start.ends_with('.'));
-        let (big, small) = (BIG.iter().any(is), SMALL.iter().any(is));
+        let (big, small) = (LARGE.iter().any(is), SMALL.iter().any(is));
         match self {
             Quantization::Bits4 if big => Some(Storage::Q4),
             Quantization::Bits8 | Quantization::Bits4 if big || small => Some(Storage::Q8),

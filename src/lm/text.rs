@@ -1,6 +1,5 @@
 //! Text: the tokenizer and the chat template.
 
-mod chat;
 mod date;
 mod file;
 mod guard;
@@ -8,10 +7,11 @@ mod python;
 mod sandbox;
 mod stop;
 mod stream;
+mod template;
 mod tokenizer;
 mod values;
 
-pub use chat::{ChatOptions, ChatTemplate, Message, Role};
 pub use stop::StopMatcher;
 pub use stream::TextStream;
+pub use template::{ChatOptions, ChatTemplate, Message, Role};
 pub use tokenizer::Tokenizer;

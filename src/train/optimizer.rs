@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use super::{Parameters, views, views_mut};
 use crate::files::tensors::Source;
 use crate::files::{Target, header, saved as files};
-use crate::kernels::clock::{Part, Work, timed};
+use crate::kernels::profiler::{Cost, Stage, timed};
 use crate::kernels::team::with_team;
 use crate::parameters::Parameter;
 use crate::{Error, Result};
@@ -202,8 +202,8 @@ impl<P: Parameters> AdamW<P> {
             team.for_each(groups, |group| {
                 for piece in group {
                     // four numbers read and four written
-                    let work = Work { memory_bytes: 32 * piece.parameter.len() as u64, ..Work::default() };
-                    timed(Part::Optimizer, work, || update.apply(piece));
+                    let work = Cost { memory_bytes: 32 * piece.parameter.len() as u64, ..Cost::default() };
+                    timed(Stage::Optimizer, work, || update.apply(piece));
                 }
             });
         });
@@ -356,7 +356,7 @@ fn norm(gradient: &impl Parameters) -> f64 {
 
 fn sum_of_squares(numbers: &[f32]) -> f64 {
     // several sums side by side, which the compiler makes vectors of
-    timed(Part::Optimizer, Work { memory_bytes: 4 * numbers.len() as u64, ..Work::default() }, || {
+    timed(Stage::Optimizer, Cost { memory_bytes: 4 * numbers.len() as u64, ..Cost::default() }, || {
         let mut sums = [0f64; 16];
         let (blocks, rest) = numbers.as_chunks::<16>();
         for block in blocks {

@@ -5,9 +5,9 @@ use std::ops::Range;
 use ndarray::{ArrayView2, ArrayViewMut2};
 
 use super::{Head, KEYS, QUERIES, pieces};
-use crate::kernels::clock::{Part, timed};
 use crate::kernels::math;
 use crate::kernels::matmul::{Packed, matmul_part};
+use crate::kernels::profiler::{Stage, timed};
 use crate::kernels::rows::{Out, Rows};
 use crate::kernels::simd::{Kernel, LANES, Simd, dispatch};
 
@@ -44,7 +44,7 @@ pub(crate) struct AttentionOutput<'a> {
 /// ```
 pub(crate) fn attend_backward(head: Head, output: AttentionOutput, gradient: AttentionGradient) {
     let work = head.work(0, head.frames, 5 * output.log_sums.ncols());
-    timed(Part::Attention, work, || group_backward(head, output, gradient));
+    timed(Stage::Attention, work, || group_backward(head, output, gradient));
 }
 
 fn group_backward(head: Head, output: AttentionOutput, mut gradient: AttentionGradient) {

@@ -1,7 +1,7 @@
 //! Attention of one query a head over rows that are kept: the streaming form.
 
 use super::{exp_sum, max};
-use crate::kernels::clock::{Part, Work, timed};
+use crate::kernels::profiler::{Cost, Stage, timed};
 use crate::kernels::simd::{Kernel, LANES, Simd, dispatch};
 
 /// A type in which keys and values are kept.
@@ -60,8 +60,8 @@ pub(crate) fn attend_step<T: KvElement>(
 ) {
     let rows = runs.iter().map(|run| run.rows).sum::<usize>() as u64;
     let multiply_adds = rows * (query.len() + out.len()) as u64;
-    let work = Work { multiply_adds, exps: rows * (key_heads * group) as u64, ..Work::default() };
-    timed(Part::Attention, work, || dispatch(Step { query, runs, key_heads, group, out }));
+    let work = Cost { multiply_adds, exps: rows * (key_heads * group) as u64, ..Cost::default() };
+    timed(Stage::Attention, work, || dispatch(Step { query, runs, key_heads, group, out }));
 }
 
 pub(super) struct Step<'a, T> {

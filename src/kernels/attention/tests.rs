@@ -1,6 +1,6 @@
 //! The kernels against the definition of attention.
 
-use super::super::simd::{Level, dispatch_at};
+use super::super::simd::{Isa, dispatch_at};
 use super::step::Step;
 use super::*;
 use ndarray::{Array2, s};
@@ -101,7 +101,7 @@ impl Case {
     }
 
     /// The last frame, as a step.
-    fn step(&self, level: Level) -> Vec<f32> {
+    fn step(&self, level: Isa) -> Vec<f32> {
         let key_heads = self.heads / self.group;
         let frames = self.keys.nrows();
         let first = self.window.map_or(0, |window| frames.saturating_sub(window));
@@ -123,7 +123,7 @@ impl Case {
         for (fast, plain) in fast.iter().zip(&plain) {
             assert!((fast - plain).abs() < 1e-5, "{name}: {fast} {plain}");
         }
-        for level in Level::ALL.into_iter().filter(|level| level.is_available()) {
+        for level in Isa::ALL.into_iter().filter(|level| level.is_available()) {
             for (out, plain) in self.step(level).iter().zip(plain.row(plain.nrows() - 1)) {
                 assert!((out - plain).abs() < 1e-5, "{level:?} {name}: {out} {plain}");
             }
@@ -178,8 +178,8 @@ fn sums_and_maxima_of_lanes_are_the_same_on_every_level() {
     }
     for seed in 0..50 {
         let lanes = std::array::from_fn(|i| ((i * 37 + seed * 11) % 97) as f32 * 1.7e-3 - 0.08);
-        let want = dispatch_at(Level::Scalar, Sum(lanes));
-        for level in Level::ALL.into_iter().filter(|level| level.is_available()) {
+        let want = dispatch_at(Isa::Scalar, Sum(lanes));
+        for level in Isa::ALL.into_iter().filter(|level| level.is_available()) {
             assert_eq!(dispatch_at(level, Sum(lanes)), want);
             let largest = lanes.into_iter().fold(f32::NEG_INFINITY, f32::max);
             assert_eq!(dispatch_at(level, Largest(lanes)), largest);
@@ -192,7 +192,7 @@ fn softmax_rows_agree_on_every_level() {
     for width in 0..130 {
         let scores: Vec<f32> = (0..width).map(|i| (i * 7 % 23) as f32 - 11.0).collect();
         for (meta, frames) in [(0..width / 3, width / 2..width), (0..0, 0..width), (0..width, width..width)] {
-            for level in Level::ALL.into_iter().filter(|level| level.is_available()) {
+            for level in Isa::ALL.into_iter().filter(|level| level.is_available()) {
                 let mut got = scores.clone();
                 let mut softmax = RunningSoftmax { largest: 1.0, sum: 2.0 };
                 let mut sums = [3.0; 5];

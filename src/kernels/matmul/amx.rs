@@ -7,9 +7,9 @@ use std::arch::asm;
 use std::cell::Cell;
 use std::marker::PhantomData;
 
-use super::bfloat16::PairRow;
+use super::pairs::PairRow;
 use crate::kernels::rows::Rows;
-use crate::kernels::simd::{LANES, Level};
+use crate::kernels::simd::{Isa, LANES};
 
 /// Rows of a tile, and pairs of inputs that one instruction multiplies.
 const TILE: usize = 16;
@@ -57,7 +57,7 @@ impl Tiles {
     /// The tiles, if this process may use them and this thread does not yet.
     pub(crate) fn new() -> Option<Tiles> {
         // made only if it may be: dropping one uses the tiles
-        (Level::Amx.is_available() && !IN_USE.replace(true)).then(|| Tiles { rows: 0, _here: PhantomData })
+        (Isa::Amx.is_available() && !IN_USE.replace(true)).then(|| Tiles { rows: 0, _here: PhantomData })
     }
 
     /// sums `[m, 32]` += x `[m, k]` · Wᵀ for the panel `w` `[k / 2]`. Rows of x go on to a multiple of 32 inputs, with zeros.
@@ -206,7 +206,7 @@ mod tests {
     fn a_thread_has_its_tiles_once_and_only_if_permitted() {
         for _ in 0..2 {
             let tiles = Tiles::new();
-            assert_eq!(tiles.is_some(), Level::Amx.is_available());
+            assert_eq!(tiles.is_some(), Isa::Amx.is_available());
             assert!(Tiles::new().is_none());
             // the first is there still
             if let Some(mut tiles) = tiles {

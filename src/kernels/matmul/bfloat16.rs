@@ -5,59 +5,17 @@
 //! sixteen pairs at once, and a tile of AMX is sixteen lines of sixteen pairs. They want both sides in bfloat16 and sum in
 //! `f32`. Each way of doing it sums every output in an order of its own, the same for any number of rows.
 
-use half::bf16;
 use ndarray::ArrayViewMut2;
 
 use super::blocks::multiply as multiply_blocks;
-use super::packed::{Packed, Store};
-use super::product::{Inputs, LeftRows, Weights};
-use crate::kernels::clock::{Part, Work, timed};
+use super::packed::Packed;
+use super::pairs::PairRow;
+use super::product::{Inputs, LeftRows};
 use crate::kernels::memory::{Scratch, with_scratch};
+use crate::kernels::profiler::{Cost, Stage, timed};
 use crate::kernels::rows::{Out, Rows};
-use crate::kernels::simd::{Kernel, LANES, Level, Simd, dispatch_at};
+use crate::kernels::simd::{Isa, Kernel, LANES, Simd, dispatch_at};
 use crate::kernels::team::Team;
-
-/// A panel's weights for two inputs: two cache lines. The first input's weight is in the low bits.
-#[derive(Clone, Copy)]
-#[repr(C, align(64))]
-pub(crate) struct PairRow(pub [[u32; LANES]; 2]);
-
-impl Weights<[f32; 2]> for PairRow {
-    const MAX_ROWS: usize = 8;
-    const PANELS: usize = 1;
-    const AHEAD: usize = 4096;
-
-    #[inline(always)]
-    fn load<S: Simd>(&self, s: S, step: usize, half: usize) -> S::V {
-        let pairs = s.load_whole(&self.0[half & 1]);
-        if step == 0 { s.low_bf16(pairs) } else { s.high_bf16(pairs) }
-    }
-}
-
-impl Weights<[u16; 2]> for PairRow {
-    const MAX_ROWS: usize = 12;
-    const PANELS: usize = 4;
-    const AHEAD: usize = 1024;
-
-    #[inline(always)]
-    fn load<S: Simd>(&self, s: S, _step: usize, half: usize) -> S::I {
-        s.load_whole(&self.0[half & 1])
-    }
-}
-
-impl Store<2> for PairRow {
-    const ZERO: Self = PairRow([[0; LANES]; 2]);
-
-    fn set(&mut self, output: usize, numbers: [f32; 2]) {
-        let [first, second] = numbers.map(|number| u32::from(bf16::from_f32(number).to_bits()));
-        self.0[output / LANES][output % LANES] = second << 16 | first;
-    }
-
-    fn get(&self, output: usize) -> [f32; 2] {
-        let pair = self.0[output / LANES][output % LANES];
-        [f32::from_bits(pair << 16), f32::from_bits(pair & 0xffff_0000)]
-    }
-}
 
 /// Two inputs in bfloat16.
 impl Inputs for [u16; 2] {
@@ -66,7 +24,7 @@ impl Inputs for [u16; 2] {
 
     #[inline(always)]
     fn splat<S: Simd>(self, s: S, _step: usize) -> S::I {
-        s.splat_whole(u32::from(self[1]) << 16 | u32::from(self[0]))
+        s.splat_int(u32::from(self[1]) << 16 | u32::from(self[0]))
     }
 
     #[inline(always)]
@@ -89,8 +47,8 @@ impl LeftRows for Rows<'_, u16> {
 }
 
 /// Whether there are instructions for it. Without them rounding the inputs would only add to the work.
-pub(crate) fn pays(level: Level) -> bool {
-    level >= Level::Avx512Bf16
+pub(crate) fn pays(level: Isa) -> bool {
+    level >= Isa::Avx512Bf16
 }
 
 /// Inputs of a tile: rows of rounded inputs are filled up with zeros to a multiple of it.
@@ -98,7 +56,7 @@ const TILE_INPUTS: usize = 2 * LANES;
 
 /// out `[m, n]` = x `[m, k]` · Wᵀ, or added to it, with x rounded to bfloat16.
 pub(super) fn multiply(
-    level: Level,
+    level: Isa,
     team: &Team,
     x: Rows,
     k: usize,
@@ -114,13 +72,13 @@ pub(super) fn multiply(
     let (m, stride) = (out.nrows(), k.next_multiple_of(TILE_INPUTS));
     with_scratch(&ROUNDED, m * stride, |rounded| {
         team.for_each(rounded.chunks_mut((ROWS * stride).max(1)).enumerate(), |(i, to)| {
-            timed(Part::Packing, Work::numbers(2 * to.len()), || {
+            timed(Stage::Packing, Cost::numbers(2 * to.len()), || {
                 dispatch_at(level, Round { x, k, first: i * ROWS, to, stride });
             });
         });
         let x = Rows { data: &*rounded, stride };
         #[cfg(all(target_arch = "x86_64", target_pointer_width = "64", target_os = "linux"))]
-        if level == Level::Amx {
+        if level == Isa::Amx {
             return tiles::multiply(level, team, x, w, out, mode);
         }
         multiply_blocks(level, team, x, w, out, mode);
@@ -170,10 +128,10 @@ mod tiles {
     use super::super::packed::PANEL;
     use super::super::product::finish;
     use super::*;
-    use crate::kernels::clock::timed_product;
+    use crate::kernels::profiler::timed_product;
 
     pub(super) fn multiply(
-        level: Level,
+        level: Isa,
         team: &Team,
         x: Rows<u16>,
         w: &Packed<PairRow, 2>,
@@ -225,8 +183,8 @@ mod tests {
     use crate::kernels::team::with_team;
 
     /// All levels that there are, whether it pays or not.
-    fn levels() -> impl Iterator<Item = Level> {
-        Level::ALL.into_iter().filter(|level| level.is_available())
+    fn levels() -> impl Iterator<Item = Isa> {
+        Isa::ALL.into_iter().filter(|level| level.is_available())
     }
 
     fn packed(w: &[f32], n: usize, k: usize) -> Packed<PairRow, 2> {
@@ -238,7 +196,7 @@ mod tests {
     }
 
     /// x has rows of k numbers each `stride` apart.
-    fn product(level: Level, team: &Team, x: Rows, k: usize, w: &Packed<PairRow, 2>, out: &mut [f32], mode: Out) {
+    fn product(level: Isa, team: &Team, x: Rows, k: usize, w: &Packed<PairRow, 2>, out: &mut [f32], mode: Out) {
         let out = ArrayViewMut2::from_shape((out.len() / w.n, w.n), out).unwrap();
         multiply(level, team, x, k, w, out, mode);
     }
@@ -359,6 +317,6 @@ mod tests {
         assert_eq!(out, x);
         matrix.set_rounds_inputs(true);
         matrix.multiply(&Team::alone(), Rows { data: &x, stride: 1 }, 1, &mut out, Out::Set);
-        assert_eq!(out, if pays(Level::with_tiles()) { [1.0] } else { x });
+        assert_eq!(out, if pays(Isa::with_tiles()) { [1.0] } else { x });
     }
 }

@@ -4,9 +4,9 @@ use ndarray::{ArrayViewMut2, Axis};
 
 use super::packed::{PANEL, Packed};
 use super::product::{LeftRows, Product, Weights};
-use crate::kernels::clock::timed_product;
+use crate::kernels::profiler::timed_product;
 use crate::kernels::rows::Out;
-use crate::kernels::simd::{Level, dispatch_bf16_at};
+use crate::kernels::simd::{Isa, dispatch_bf16_at};
 use crate::kernels::team::Team;
 
 /// Rows that pass over the panels together where all panels stay in a near cache: with 256 inputs the rows stay in the nearest. A
@@ -22,7 +22,7 @@ const ROWS_NEAR: usize = 192 << 10;
 
 /// out `[m, n]` = x `[m, k]` · Wᵀ + bias, or added to it, block by block among the team.
 pub(crate) fn multiply<X, W, const N: usize>(
-    level: Level,
+    level: Isa,
     team: &Team,
     x: X,
     w: &Packed<W, N>,
@@ -33,7 +33,7 @@ pub(crate) fn multiply<X, W, const N: usize>(
     W: Weights<X::Inputs> + Sync,
 {
     let rows = match size_of_val(&*w.panels) <= NEAR {
-        true if level == Level::Avx2 => (ROWS_NEAR / (4 * (w.k + w.n).max(1))).clamp(FEW_ROWS, MANY_ROWS),
+        true if level == Isa::Avx2 => (ROWS_NEAR / (4 * (w.k + w.n).max(1))).clamp(FEW_ROWS, MANY_ROWS),
         true => FEW_ROWS,
         false => MANY_ROWS,
     };

@@ -7,7 +7,7 @@ use ndarray::ArrayViewMut2;
 use super::blocks::{Block, blocks};
 use super::packed::{Packed, PanelRow, arrange};
 use super::product::{Left, LeftTile, Product, Weights};
-use crate::kernels::clock::timed_product;
+use crate::kernels::profiler::timed_product;
 use crate::kernels::rows::{Out, Rows};
 use crate::kernels::simd::{Simd, dispatch};
 use crate::kernels::team::Team;

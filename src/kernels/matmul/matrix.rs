@@ -7,13 +7,14 @@ use half::f16;
 use ndarray::ArrayViewMut2;
 use serde::{Deserialize, Serialize};
 
-use super::bfloat16::{self, PairRow};
+use super::bfloat16;
 use super::blocks::multiply;
 use super::packed::{PANEL, Packed, PanelRow, Store};
+use super::pairs::PairRow;
 use super::product::{Floats, Weights};
-use super::quantized::{BLOCK, Eight, FileRows, Four, Quantized};
+use super::quantized::{BLOCK, FileRows, Q4Block, Q8Block, Quantized};
 use crate::kernels::rows::{Out, Rows};
-use crate::kernels::simd::{LANES, Level, Simd};
+use crate::kernels::simd::{Isa, LANES, Simd};
 use crate::kernels::team::{Team, with_team};
 
 /// How the numbers of a matrix are stored, in memory and in files.
@@ -87,8 +88,8 @@ enum Panels {
     F16(Packed<HalfRow, 1>),
     /// With a zero more in each row if k is odd.
     Bf16(Packed<PairRow, 2>),
-    Q8(Quantized<Eight>),
-    Q4(Quantized<Four>),
+    Q8(Quantized<Q8Block>),
+    Q4(Quantized<Q4Block>),
 }
 
 /// Evaluates the same expression for the panels of any type.
@@ -124,8 +125,8 @@ impl Matrix {
             Storage::F32 => (k, size_of::<PanelRow>()),
             Storage::F16 => (k, size_of::<HalfRow>()),
             Storage::Bf16 => (k.div_ceil(2), size_of::<PairRow>()),
-            Storage::Q8 => (k.div_ceil(BLOCK), size_of::<Eight>()),
-            Storage::Q4 => (k.div_ceil(BLOCK), size_of::<Four>()),
+            Storage::Q8 => (k.div_ceil(BLOCK), size_of::<Q8Block>()),
+            Storage::Q4 => (k.div_ceil(BLOCK), size_of::<Q4Block>()),
         };
         n.div_ceil(PANEL).checked_mul(rows)?.checked_mul(size)
     }
@@ -201,11 +202,11 @@ impl Matrix {
     /// Every output is a sum over k in one order, whatever m is and whoever computes it.
     pub(crate) fn multiply(&self, team: &Team, x: Rows, m: usize, out: &mut [f32], mode: Out) {
         let rounds = self.rounds_inputs && matches!(self.panels, Panels::Bf16(_));
-        let level = if rounds { Level::with_tiles() } else { Level::current() };
+        let level = if rounds { Isa::with_tiles() } else { Isa::current() };
         self.multiply_at(level, team, x, m, out, mode);
     }
 
-    fn multiply_at(&self, level: Level, team: &Team, x: Rows, m: usize, out: &mut [f32], mode: Out) {
+    fn multiply_at(&self, level: Isa, team: &Team, x: Rows, m: usize, out: &mut [f32], mode: Out) {
         let out = ArrayViewMut2::from_shape((m, self.n), out).expect("room for m rows");
         if out.is_empty() {
             return;
@@ -244,8 +245,8 @@ mod tests {
 
     const ALL: [Storage; 3] = [Storage::F32, Storage::F16, Storage::Bf16];
 
-    fn levels() -> impl Iterator<Item = Level> {
-        Level::ALL.into_iter().filter(|level| level.is_available())
+    fn levels() -> impl Iterator<Item = Isa> {
+        Isa::ALL.into_iter().filter(|level| level.is_available())
     }
 
     /// Numbers that are the same in any type.

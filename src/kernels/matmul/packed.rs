@@ -1,7 +1,7 @@
 //! Matrices in the order in which products read them.
 
-use crate::kernels::clock::{Part, Work, timed};
 use crate::kernels::memory::filled;
+use crate::kernels::profiler::{Cost, Stage, timed};
 use crate::kernels::simd::LANES;
 use crate::kernels::team::Team;
 
@@ -58,7 +58,7 @@ impl Packed {
             let mut rows: [&[f32]; PANEL] = [&[]; PANEL];
             let (first, count) = (panel * PANEL, PANEL.min(n - panel * PANEL));
             rows.iter_mut().enumerate().take(count).for_each(|(i, to)| *to = &row(first + i)[..k]);
-            timed(Part::Packing, Work::numbers(2 * k * PANEL), || {
+            timed(Stage::Packing, Cost::numbers(2 * k * PANEL), || {
                 for (i, to) in to.chunks_mut(INPUTS).enumerate() {
                     let mut block = [ZERO_ROW; INPUTS];
                     for (output, row) in rows.iter().enumerate().take(count) {
@@ -116,7 +116,7 @@ pub(super) fn arrange<'a, T: Send>(
     let group = (NUMBERS / width).max(1);
     team.for_each(strips.chunks_mut((group * k).max(1)).enumerate(), |(i, strips)| {
         let first = i * group * width;
-        timed(Part::Packing, Work::numbers(2 * width * strips.len()), || {
+        timed(Stage::Packing, Cost::numbers(2 * width * strips.len()), || {
             for begin in (0..k).step_by(COLUMNS) {
                 let columns = begin..k.min(begin + COLUMNS);
                 for (i, strip) in strips.chunks_exact_mut(k).enumerate() {

@@ -15,12 +15,12 @@ use ndarray::{ArrayViewMut2, Axis};
 
 use super::packed::PANEL;
 use super::product::finish;
-pub(crate) use super::quants::{BLOCK, Eight, Four};
+pub(crate) use super::quants::{BLOCK, Q4Block, Q8Block};
 use super::quants::{QUADS, Quants, ROUND, inverse, largest};
-use crate::kernels::clock::{Part, Work, timed, timed_product};
 use crate::kernels::memory::{Scratch, filled, with_scratch};
+use crate::kernels::profiler::{Cost, Stage, timed, timed_product};
 use crate::kernels::rows::{Out, Rows};
-use crate::kernels::simd::{Kernel, LANES, Level, Simd, dispatch, dispatch_whole_at};
+use crate::kernels::simd::{Isa, Kernel, LANES, Simd, dispatch, dispatch_int_at};
 use crate::kernels::team::Team;
 
 /// A block of a row of inputs in 8 bits.
@@ -129,22 +129,14 @@ impl<Q: Quants> Quantized<Q> {
     pub(crate) fn row(&self, row: usize, numbers: &mut [f32]) {
         for (block, numbers) in self.panel(row).iter().zip(numbers.chunks_mut(BLOCK)) {
             let scale = block.scale(row % PANEL).to_f32();
-            for (number, quotient) in numbers.iter_mut().zip(block.get(row % PANEL)) {
-                *number = scale * (f32::from(quotient) - f32::from(Q::BIAS));
+            for (number, quant) in numbers.iter_mut().zip(block.get(row % PANEL)) {
+                *number = scale * (f32::from(quant) - f32::from(Q::BIAS));
             }
         }
     }
 
     /// As [`Matrix::multiply`](super::matrix::Matrix::multiply).
-    pub(crate) fn multiply(
-        &self,
-        level: Level,
-        team: &Team,
-        x: Rows,
-        m: usize,
-        mut out: ArrayViewMut2<f32>,
-        mode: Out,
-    ) {
+    pub(crate) fn multiply(&self, level: Isa, team: &Team, x: Rows, m: usize, mut out: ArrayViewMut2<f32>, mode: Out) {
         /// Rows that one thread narrows at a time.
         const ROWS: usize = 16;
         thread_local! {
@@ -153,16 +145,16 @@ impl<Q: Quants> Quantized<Q> {
         let width = self.width();
         with_scratch(&INPUTS, m * width, |inputs| {
             team.for_each(inputs.chunks_mut((ROWS * width).max(1)).enumerate(), |(i, to)| {
-                let work = Work::numbers(2 * BLOCK * to.len());
+                let work = Cost::numbers(2 * BLOCK * to.len());
                 let narrow = Narrow { x, k: self.k, bias: Q::BIAS, first: i * ROWS, to };
-                timed(Part::Packing, work, || dispatch_whole_at(level, narrow));
+                timed(Stage::Packing, work, || dispatch_int_at(level, narrow));
             });
             let x = &*inputs;
             let columns = PANEL * if m == 1 { 4 } else { 2 };
             team.for_each(out.axis_chunks_iter_mut(Axis(1), columns).enumerate(), |(i, out)| {
                 let outputs = i * columns..i * columns + out.ncols();
                 timed_product(m, outputs.len(), self.k, || {
-                    dispatch_whole_at(level, Product { x, w: self, outputs, out, mode });
+                    dispatch_int_at(level, Product { x, w: self, outputs, out, mode });
                 });
             });
         });
@@ -171,7 +163,7 @@ impl<Q: Quants> Quantized<Q> {
 
 /// The rows of a quantised matrix as files have them.
 pub(crate) trait FileRows {
-    /// Appends the quotients of a row.
+    /// Appends the quants of a row.
     fn bytes(&self, row: usize, bytes: &mut Vec<u8>);
     fn set_bytes(&mut self, row: usize, bytes: &[u8]);
     /// Appends the scales of a row.
@@ -219,9 +211,9 @@ impl<Q: Quants> Kernel for SetRow<'_, Q> {
         for (block, numbers) in self.panel.iter_mut().zip(self.numbers.chunks(BLOCK)) {
             let mut all = [0.0; BLOCK];
             all[..numbers.len()].copy_from_slice(numbers);
-            let (scale, quotients) = Q::nearest(s, &all);
+            let (scale, quants) = Q::nearest(s, &all);
             block.set_scale(self.output, scale);
-            block.set(self.output, &quotients);
+            block.set(self.output, &quants);
         }
     }
 }
@@ -286,7 +278,7 @@ impl<Q: Quants> Product<'_, Q> {
                     s.prefetch(ahead.wrapping_byte_add(line));
                 }
             }
-            let scales = s.load_whole(w[b].scales());
+            let scales = s.load_int(w[b].scales());
             let scales = [s.low_bf16(scales), s.high_bf16(scales)];
             if S::TILE_LINES == 1 {
                 // half as many sums at a time stay in registers
@@ -317,17 +309,17 @@ fn block<S: Simd, Q: Quants, const R: usize, const H: usize>(
     scales: [S::V; 2],
     sums: &mut [[S::V; 2]; R],
 ) {
-    let mut whole = [[s.splat_whole(0); H]; R];
+    let mut whole = [[s.splat_int(0); H]; R];
     for r in 0..R {
-        whole[r] = [Q::begin(s, s.splat_whole(x[r][b].start)); H];
+        whole[r] = [Q::begin(s, s.splat_int(x[r][b].start)); H];
     }
     for quad in 0..QUADS {
-        let mut words = [s.splat_whole(0); H];
+        let mut words = [s.splat_int(0); H];
         for half in 0..H {
             words[half] = w[b].load(s, quad, first + half);
         }
         for r in 0..R {
-            let x = s.splat_whole(x[r][b].quads[quad]);
+            let x = s.splat_int(x[r][b].quads[quad]);
             for half in 0..H {
                 whole[r][half] = Q::dot(s, words[half], x, whole[r][half]);
             }
@@ -336,7 +328,7 @@ fn block<S: Simd, Q: Quants, const R: usize, const H: usize>(
     for r in 0..R {
         let scale = s.splat(x[r][b].scale);
         for half in 0..H {
-            let whole = s.to_float(Q::end(s, whole[r][half], s.splat_whole(x[r][b].start)));
+            let whole = s.to_float(Q::end(s, whole[r][half], s.splat_int(x[r][b].start)));
             let sum = &mut sums[r][first + half];
             *sum = s.mul_add(s.mul(whole, scales[first + half]), scale, *sum);
         }

@@ -18,18 +18,18 @@ pub(crate) trait Quants: Copy + Send + Sync + 'static {
     const ZERO: Self;
     /// What the bytes are too high by.
     const BIAS: u8;
-    /// The least quotient.
+    /// The least quantised value.
     const LEAST: f32;
-    /// The largest quotient.
+    /// The largest quantised value.
     const MOST: f32;
     /// Bytes that a row of a block takes in files.
     const FILE_BYTES: usize;
-    /// The scale and the quotients of the nearest weights there are; these are too high by [`BIAS`](Self::BIAS).
+    /// The scale and the quants of the nearest weights there are; these are too high by [`BIAS`](Self::BIAS).
     fn nearest<S: Simd>(s: S, numbers: &[f32; BLOCK]) -> (bf16, [u8; BLOCK]);
     /// The scales as pairs, the first half of the outputs in the low bits.
     fn scales(&self) -> &[u32; LANES];
     fn scales_mut(&mut self) -> &mut [u32; LANES];
-    fn set(&mut self, output: usize, quotients: &[u8; BLOCK]);
+    fn set(&mut self, output: usize, quants: &[u8; BLOCK]);
     fn get(&self, output: usize) -> [u8; BLOCK];
     /// The weights for four of the inputs, of the first or the second half of the outputs.
     fn load<S: Simd>(&self, s: S, quad: usize, half: usize) -> S::I;
@@ -49,7 +49,7 @@ pub(crate) trait Quants: Copy + Send + Sync + 'static {
         sums
     }
     /// Quotients as they stand in files, and back.
-    fn to_file(quotients: &[u8; BLOCK], bytes: &mut Vec<u8>);
+    fn to_file(quants: &[u8; BLOCK], bytes: &mut Vec<u8>);
     fn of_file(bytes: &[u8]) -> [u8; BLOCK];
 
     fn scale(&self, output: usize) -> bf16 {
@@ -64,7 +64,7 @@ pub(crate) trait Quants: Copy + Send + Sync + 'static {
 
 #[derive(Clone, Copy)]
 #[repr(C, align(64))]
-pub(crate) struct Eight {
+pub(crate) struct Q8Block {
     scales: [u32; LANES],
     quads: [Words; QUADS],
 }
@@ -72,13 +72,13 @@ pub(crate) struct Eight {
 /// Each byte holds an input of one quad in its low bits, and of the next one in its high bits.
 #[derive(Clone, Copy)]
 #[repr(C, align(64))]
-pub(crate) struct Four {
+pub(crate) struct Q4Block {
     scales: [u32; LANES],
     pairs: [Words; QUADS / 2],
 }
 
-impl Quants for Eight {
-    const ZERO: Self = Eight { scales: [0; LANES], quads: [[[0x8080_8080; LANES]; 2]; QUADS] };
+impl Quants for Q8Block {
+    const ZERO: Self = Q8Block { scales: [0; LANES], quads: [[[0x8080_8080; LANES]; 2]; QUADS] };
     const BIAS: u8 = 128;
     const LEAST: f32 = -127.0;
     const MOST: f32 = 127.0;
@@ -88,8 +88,8 @@ impl Quants for Eight {
     fn nearest<S: Simd>(s: S, numbers: &[f32; BLOCK]) -> (bf16, [u8; BLOCK]) {
         let scale = bf16::from_f32(largest(numbers).abs() / 127.0);
         let [low, high] = load(s, numbers);
-        let quotients = [quotient::<S, Self>(s, low, scale), quotient::<S, Self>(s, high, scale)];
-        (scale, bytes::<S, Self>(s, quotients))
+        let quants = [quant::<S, Self>(s, low, scale), quant::<S, Self>(s, high, scale)];
+        (scale, bytes::<S, Self>(s, quants))
     }
 
     fn scales(&self) -> &[u32; LANES] {
@@ -100,27 +100,27 @@ impl Quants for Eight {
         &mut self.scales
     }
 
-    fn set(&mut self, output: usize, quotients: &[u8; BLOCK]) {
-        for (quad, bytes) in self.quads.iter_mut().zip(quotients.as_chunks().0) {
+    fn set(&mut self, output: usize, quants: &[u8; BLOCK]) {
+        for (quad, bytes) in self.quads.iter_mut().zip(quants.as_chunks().0) {
             quad[output / LANES][output % LANES] = u32::from_le_bytes(*bytes);
         }
     }
 
     fn get(&self, output: usize) -> [u8; BLOCK] {
-        let mut quotients = [0; BLOCK];
-        for (quad, bytes) in self.quads.iter().zip(quotients.as_chunks_mut().0) {
+        let mut quants = [0; BLOCK];
+        for (quad, bytes) in self.quads.iter().zip(quants.as_chunks_mut().0) {
             *bytes = quad[output / LANES][output % LANES].to_le_bytes();
         }
-        quotients
+        quants
     }
 
     #[inline(always)]
     fn load<S: Simd>(&self, s: S, quad: usize, half: usize) -> S::I {
-        s.load_whole(&self.quads[quad][half & 1])
+        s.load_int(&self.quads[quad][half & 1])
     }
 
-    fn to_file(quotients: &[u8; BLOCK], bytes: &mut Vec<u8>) {
-        bytes.extend(quotients);
+    fn to_file(quants: &[u8; BLOCK], bytes: &mut Vec<u8>) {
+        bytes.extend(quants);
     }
 
     fn of_file(bytes: &[u8]) -> [u8; BLOCK] {
@@ -128,8 +128,8 @@ impl Quants for Eight {
     }
 }
 
-impl Quants for Four {
-    const ZERO: Self = Four { scales: [0; LANES], pairs: [[[0x8888_8888; LANES]; 2]; QUADS / 2] };
+impl Quants for Q4Block {
+    const ZERO: Self = Q4Block { scales: [0; LANES], pairs: [[[0x8888_8888; LANES]; 2]; QUADS / 2] };
     const BIAS: u8 = 8;
     const LEAST: f32 = -8.0;
     const MOST: f32 = 7.0;
@@ -145,15 +145,15 @@ impl Quants for Four {
             let (mut errors, whole) = (s.splat(0.0), s.splat(scale.to_f32()));
             for x in [low, high] {
                 // not fused, so that all instruction sets choose the same scale
-                let error = s.sub(x, s.mul(quotient::<S, Self>(s, x, scale), whole));
+                let error = s.sub(x, s.mul(quant::<S, Self>(s, x, scale), whole));
                 errors = s.add(errors, s.mul(error, error));
             }
             let error = s.sum(errors);
             // without a branch, which would be mispredicted half of the time
             (best, least) = (if error < least { scale } else { best }, if error < least { error } else { least });
         }
-        let quotients = [quotient::<S, Self>(s, low, best), quotient::<S, Self>(s, high, best)];
-        (best, bytes::<S, Self>(s, quotients))
+        let quants = [quant::<S, Self>(s, low, best), quant::<S, Self>(s, high, best)];
+        (best, bytes::<S, Self>(s, quants))
     }
 
     fn scales(&self) -> &[u32; LANES] {
@@ -164,27 +164,27 @@ impl Quants for Four {
         &mut self.scales
     }
 
-    fn set(&mut self, output: usize, quotients: &[u8; BLOCK]) {
-        for (pair, bytes) in self.pairs.iter_mut().zip(quotients.as_chunks::<8>().0) {
+    fn set(&mut self, output: usize, quants: &[u8; BLOCK]) {
+        for (pair, bytes) in self.pairs.iter_mut().zip(quants.as_chunks::<8>().0) {
             let byte = |i: usize| bytes[i] & 0xf | bytes[i + 4] << 4;
             pair[output / LANES][output % LANES] = u32::from_le_bytes([0, 1, 2, 3].map(byte));
         }
     }
 
     fn get(&self, output: usize) -> [u8; BLOCK] {
-        let mut quotients = [0; BLOCK];
-        for (pair, eight) in self.pairs.iter().zip(quotients.as_chunks_mut::<8>().0) {
+        let mut quants = [0; BLOCK];
+        for (pair, eight) in self.pairs.iter().zip(quants.as_chunks_mut::<8>().0) {
             for (i, byte) in pair[output / LANES][output % LANES].to_le_bytes().into_iter().enumerate() {
                 (eight[i], eight[i + 4]) = (byte & 0xf, byte >> 4);
             }
         }
-        quotients
+        quants
     }
 
     #[inline(always)]
     fn load<S: Simd>(&self, s: S, quad: usize, half: usize) -> S::I {
         // two quads after each other load the same words, which the compiler sees
-        let words = s.load_whole(&self.pairs[quad / 2][half & 1]);
+        let words = s.load_int(&self.pairs[quad / 2][half & 1]);
         if quad.is_multiple_of(2) { s.low_nibbles(words) } else { s.high_nibbles(words) }
     }
 
@@ -203,20 +203,20 @@ impl Quants for Four {
         s.end_nibbles(sums, start)
     }
 
-    fn to_file(quotients: &[u8; BLOCK], bytes: &mut Vec<u8>) {
-        bytes.extend(quotients.as_chunks().0.iter().map(|[first, second]| first & 0xf | second << 4));
+    fn to_file(quants: &[u8; BLOCK], bytes: &mut Vec<u8>) {
+        bytes.extend(quants.as_chunks().0.iter().map(|[first, second]| first & 0xf | second << 4));
     }
 
     fn of_file(bytes: &[u8]) -> [u8; BLOCK] {
-        let mut quotients = [0; BLOCK];
-        for (pair, byte) in quotients.as_chunks_mut().0.iter_mut().zip(bytes) {
+        let mut quants = [0; BLOCK];
+        for (pair, byte) in quants.as_chunks_mut().0.iter_mut().zip(bytes) {
             *pair = [byte & 0xf, byte >> 4];
         }
-        quotients
+        quants
     }
 }
 
-/// What the number of largest magnitude in a block of 4 bits is divided by for a scale: −8 maps it to the one quotient of that
+/// What the number of largest magnitude in a block of 4 bits is divided by for a scale: −8 maps it to the one quantised value of that
 /// magnitude, the others let it be off for the sake of the rest. Against −8 alone they lower the error by a twentieth.
 const DIVISORS: [f32; 8] = [-8.0, -6.9, -7.15, -7.4, -7.65, -7.9, -8.3, -8.6];
 
@@ -247,7 +247,7 @@ fn load<S: Simd>(s: S, numbers: &[f32; BLOCK]) -> [S::V; 2] {
 
 /// The nearest whole numbers to x/scale.
 #[inline(always)]
-fn quotient<S: Simd, Q: Quants>(s: S, x: S::V, scale: bf16) -> S::V {
+fn quant<S: Simd, Q: Quants>(s: S, x: S::V, scale: bf16) -> S::V {
     let round = s.splat(ROUND);
     // first into range: beyond it, rounding would be wrong
     let x = s.mul(x, s.splat(inverse(scale.to_f32())));
@@ -256,10 +256,10 @@ fn quotient<S: Simd, Q: Quants>(s: S, x: S::V, scale: bf16) -> S::V {
 }
 
 #[inline(always)]
-fn bytes<S: Simd, Q: Quants>(s: S, quotients: [S::V; 2]) -> [u8; BLOCK] {
+fn bytes<S: Simd, Q: Quants>(s: S, quants: [S::V; 2]) -> [u8; BLOCK] {
     let mut numbers = [[0.0; LANES]; 2];
-    for (quotients, numbers) in quotients.into_iter().zip(&mut numbers) {
-        s.store(s.add(quotients, s.splat(ROUND + f32::from(Q::BIAS))), numbers);
+    for (quants, numbers) in quants.into_iter().zip(&mut numbers) {
+        s.store(s.add(quants, s.splat(ROUND + f32::from(Q::BIAS))), numbers);
     }
     let mut bytes = [0; BLOCK];
     for (byte, number) in bytes.iter_mut().zip(numbers.as_flattened()) {

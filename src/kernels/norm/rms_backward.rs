@@ -1,7 +1,7 @@
 //! The gradient of normalisation by the root of the mean square.
 
 use super::{SHRINK, mean_square, shrink};
-use crate::kernels::clock::{Part, Work, timed};
+use crate::kernels::profiler::{Cost, Stage, timed};
 use crate::kernels::simd::{Kernel, LANES, Simd, dispatch};
 
 /// The gradient of y = scale · weight ⊙ x / √(mean(x²) + ε), for each row of `weight.len()` numbers: dy becomes dx, and that of the
@@ -16,7 +16,7 @@ pub(crate) fn rms_norm_backward(
     dy: &mut [f32],
     dweight: &mut [f32],
 ) {
-    timed(Part::Elementwise, Work::numbers(3 * x.len()), || {
+    timed(Stage::Elementwise, Cost::numbers(3 * x.len()), || {
         dispatch(RmsNormBackward { x, weight, epsilon, scale, dy, dweight })
     });
 }
@@ -70,11 +70,11 @@ impl Kernel for RmsNormBackward<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kernels::simd::{Level, dispatch_at};
+    use crate::kernels::simd::{Isa, dispatch_at};
 
     #[test]
     fn every_level_equals_the_definition() {
-        for level in Level::ALL.into_iter().filter(|level| level.is_available()) {
+        for level in Isa::ALL.into_iter().filter(|level| level.is_available()) {
             for h in 1..70 {
                 let wave = |i: usize| ((i * 7 + h) % 13) as f32 / 4.0 - 1.4;
                 let x: Vec<f32> = (0..2 * h).map(wave).collect();

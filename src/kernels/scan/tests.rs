@@ -1,6 +1,6 @@
 //! The scan and its gradient against plain loops in f64.
 
-use super::super::simd::{Level, dispatch_at};
+use super::super::simd::{Isa, dispatch_at};
 use super::*;
 use ndarray::{Array2, Array3};
 
@@ -35,7 +35,7 @@ fn reference(input: &ScanInput, state: &mut Array2<f32>, l: usize, d: usize) -> 
 
 #[test]
 fn every_level_equals_the_plain_recurrence() {
-    for level in Level::ALL.into_iter().filter(|level| level.is_available()) {
+    for level in Isa::ALL.into_iter().filter(|level| level.is_available()) {
         for d in (1..130).step_by(3).chain([16, 32, 64, 512]) {
             for (l, n, edifice) in [(1, 16, false), (9, 5, true), (9, 1, false)] {
                 let delta: Vec<f32> = wave(l * d, 5, 0.04).iter().map(|x| x + 0.05).collect();
@@ -162,7 +162,7 @@ fn gradients_equal_the_plain_reverse_recurrence_on_every_level() {
             (0..n).for_each(|i| dstart[i * d + ch] = ds[i]);
         }
 
-        for level in Level::ALL.into_iter().filter(|level| level.is_available()) {
+        for level in Isa::ALL.into_iter().filter(|level| level.is_available()) {
             let mut state = Array2::from_shape_vec((n, d), start.clone()).unwrap();
             let mut out = Array2::zeros((l, d));
             let mut kept = Array3::zeros((l.div_ceil(CHUNK), n, d));

@@ -4,11 +4,11 @@ use std::sync::OnceLock;
 
 /// The instruction sets there are code paths for, worst first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) enum Level {
+pub(crate) enum Isa {
     Scalar,
     Avx2,
     Avx512,
-    /// As `Avx512`, with an instruction for [`Simd::dot`](super::Simd::dot), which only [`dispatch_whole_at`](super::dispatch_whole_at) makes use of.
+    /// As `Avx512`, with an instruction for [`Simd::dot`](super::Simd::dot), which only [`dispatch_int_at`](super::dispatch_int_at) makes use of.
     Avx512Vnni,
     /// With one for [`Simd::dot_bf16`](super::Simd::dot_bf16) besides, which only [`dispatch_bf16_at`](super::dispatch_bf16_at) makes use of.
     Avx512Bf16,
@@ -16,65 +16,62 @@ pub(crate) enum Level {
     Amx,
 }
 
-impl Level {
-    pub(crate) const ALL: [Level; 6] =
-        [Level::Scalar, Level::Avx2, Level::Avx512, Level::Avx512Vnni, Level::Avx512Bf16, Level::Amx];
+impl Isa {
+    pub(crate) const ALL: [Isa; 6] = [Isa::Scalar, Isa::Avx2, Isa::Avx512, Isa::Avx512Vnni, Isa::Avx512Bf16, Isa::Amx];
 
     pub(crate) fn name(self) -> &'static str {
         match self {
-            Level::Scalar => "scalar",
-            Level::Avx2 => "avx2",
-            Level::Avx512 | Level::Avx512Vnni | Level::Avx512Bf16 => "avx512",
-            Level::Amx => "amx",
+            Isa::Scalar => "scalar",
+            Isa::Avx2 => "avx2",
+            Isa::Avx512 | Isa::Avx512Vnni | Isa::Avx512Bf16 => "avx512",
+            Isa::Amx => "amx",
         }
     }
 
     pub(crate) fn is_available(self) -> bool {
         match self {
-            Level::Scalar => true,
+            Isa::Scalar => true,
             #[cfg(target_arch = "x86_64")]
-            Level::Avx2 => {
+            Isa::Avx2 => {
                 is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c")
             }
             #[cfg(target_arch = "x86_64")]
-            Level::Avx512 => {
-                is_x86_feature_detected!("avx512f")
-                    && is_x86_feature_detected!("avx512bw")
-                    && Level::Avx2.is_available()
+            Isa::Avx512 => {
+                is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw") && Isa::Avx2.is_available()
             }
             #[cfg(target_arch = "x86_64")]
-            Level::Avx512Vnni => is_x86_feature_detected!("avx512vnni") && Level::Avx512.is_available(),
+            Isa::Avx512Vnni => is_x86_feature_detected!("avx512vnni") && Isa::Avx512.is_available(),
             #[cfg(target_arch = "x86_64")]
-            Level::Avx512Bf16 => is_x86_feature_detected!("avx512bf16") && Level::Avx512Vnni.is_available(),
+            Isa::Avx512Bf16 => is_x86_feature_detected!("avx512bf16") && Isa::Avx512Vnni.is_available(),
             #[cfg(all(target_arch = "x86_64", target_pointer_width = "64", target_os = "linux"))]
-            Level::Amx => Level::Avx512Bf16.is_available() && amx::is_permitted(),
+            Isa::Amx => Isa::Avx512Bf16.is_available() && amx::is_permitted(),
             #[allow(unreachable_patterns)]
             _ => false,
         }
     }
 
     /// The level in use: the one `HYMBA_SIMD` names, if the CPU has it, or else the best there is. Tiles are not asked for.
-    pub(crate) fn current() -> Level {
-        static CURRENT: OnceLock<Level> = OnceLock::new();
-        *CURRENT.get_or_init(|| Level::best(Level::Avx512Bf16))
+    pub(crate) fn current() -> Isa {
+        static CURRENT: OnceLock<Isa> = OnceLock::new();
+        *CURRENT.get_or_init(|| Isa::best(Isa::Avx512Bf16))
     }
 
     /// As [`current`](Self::current), or tiles: the first call asks the system for them.
-    pub(crate) fn with_tiles() -> Level {
-        static WITH_TILES: OnceLock<Level> = OnceLock::new();
-        *WITH_TILES.get_or_init(|| Level::best(Level::Amx))
+    pub(crate) fn with_tiles() -> Isa {
+        static WITH_TILES: OnceLock<Isa> = OnceLock::new();
+        *WITH_TILES.get_or_init(|| Isa::best(Isa::Amx))
     }
 
-    fn best(most: Level) -> Level {
-        Level::choose(most, &std::env::var("HYMBA_SIMD").unwrap_or_default(), Level::is_available)
+    fn best(most: Isa) -> Isa {
+        Isa::choose(most, &std::env::var("HYMBA_SIMD").unwrap_or_default(), Isa::is_available)
     }
 
     /// The best level of the forced name, or else the best there is. Others are not asked for: to ask for tiles is to have
     /// them from then on.
-    fn choose(most: Level, forced: &str, is_available: impl Fn(Level) -> bool) -> Level {
-        let levels = Level::ALL.into_iter().rev().filter(|level| *level <= most);
+    fn choose(most: Isa, forced: &str, is_available: impl Fn(Isa) -> bool) -> Isa {
+        let levels = Isa::ALL.into_iter().rev().filter(|level| *level <= most);
         let named = levels.clone().find(|level| level.name() == forced && is_available(*level));
-        named.or_else(|| levels.clone().find(|level| is_available(*level))).unwrap_or(Level::Scalar)
+        named.or_else(|| levels.clone().find(|level| is_available(*level))).unwrap_or(Isa::Scalar)
     }
 }
 
@@ -132,22 +129,22 @@ mod tests {
     #[test]
     fn a_level_that_is_not_wanted_is_not_asked_for() {
         for (forced, want, asked_for_tiles) in [
-            ("avx512", Level::Avx512Bf16, false),
-            ("avx2", Level::Avx2, false),
-            ("scalar", Level::Scalar, false),
-            ("amx", Level::Amx, true),
-            ("", Level::Amx, true),
-            ("abacus", Level::Amx, true),
+            ("avx512", Isa::Avx512Bf16, false),
+            ("avx2", Isa::Avx2, false),
+            ("scalar", Isa::Scalar, false),
+            ("amx", Isa::Amx, true),
+            ("", Isa::Amx, true),
+            ("abacus", Isa::Amx, true),
         ] {
             let asked = RefCell::new(Vec::new());
-            let level = Level::choose(Level::Amx, forced, |level| {
+            let level = Isa::choose(Isa::Amx, forced, |level| {
                 asked.borrow_mut().push(level);
                 true
             });
-            assert_eq!((level, asked.into_inner().contains(&Level::Amx)), (want, asked_for_tiles), "{forced:?}");
+            assert_eq!((level, asked.into_inner().contains(&Isa::Amx)), (want, asked_for_tiles), "{forced:?}");
         }
-        let old = |level: Level| level <= Level::Avx2;
-        assert_eq!(Level::choose(Level::Amx, "avx512", old), Level::Avx2, "the CPU lacks it");
-        assert_eq!(Level::choose(Level::Avx512Bf16, "amx", |_| true), Level::Avx512Bf16);
+        let old = |level: Isa| level <= Isa::Avx2;
+        assert_eq!(Isa::choose(Isa::Amx, "avx512", old), Isa::Avx2, "the CPU lacks it");
+        assert_eq!(Isa::choose(Isa::Avx512Bf16, "amx", |_| true), Isa::Avx512Bf16);
     }
 }

@@ -140,11 +140,11 @@ impl<const MORE: u8> Simd for Avx512<MORE> {
         dot_bf16(self, a, b, c)
     }
     #[inline(always)]
-    fn load_whole(self, x: &[u32; LANES]) -> __m512i {
+    fn load_int(self, x: &[u32; LANES]) -> __m512i {
         unsafe { _mm512_loadu_si512(x.as_ptr().cast()) }
     }
     #[inline(always)]
-    fn splat_whole(self, x: u32) -> __m512i {
+    fn splat_int(self, x: u32) -> __m512i {
         unsafe { _mm512_set1_epi32(x.cast_signed()) }
     }
     #[inline(always)]
@@ -163,7 +163,7 @@ impl<const MORE: u8> Simd for Avx512<MORE> {
     }
     #[inline(always)]
     fn begin_nibbles(self, start: __m512i) -> __m512i {
-        if MORE >= VNNI { start } else { self.splat_whole(0) }
+        if MORE >= VNNI { start } else { self.splat_int(0) }
     }
     #[inline(always)]
     fn dot_nibbles(self, a: __m512i, b: __m512i, c: __m512i) -> __m512i {
@@ -292,16 +292,16 @@ impl Simd for Avx2 {
         [half(x[0]), half(x[1])]
     }
     #[inline(always)]
-    fn load_whole(self, x: &[u32; LANES]) -> Self::I {
+    fn load_int(self, x: &[u32; LANES]) -> Self::I {
         unsafe { [_mm256_loadu_si256(x.as_ptr().cast()), _mm256_loadu_si256(x.as_ptr().add(8).cast())] }
     }
     #[inline(always)]
-    fn splat_whole(self, x: u32) -> Self::I {
+    fn splat_int(self, x: u32) -> Self::I {
         unsafe { [_mm256_set1_epi32(x.cast_signed()); 2] }
     }
     #[inline(always)]
     fn begin(self, _start: Self::I) -> Self::I {
-        self.splat_whole(0)
+        self.splat_int(0)
     }
     #[inline(always)]
     fn dot(self, a: Self::I, b: Self::I, c: Self::I) -> Self::I {
@@ -315,7 +315,7 @@ impl Simd for Avx2 {
     }
     #[inline(always)]
     fn begin_nibbles(self, _start: Self::I) -> Self::I {
-        self.splat_whole(0)
+        self.splat_int(0)
     }
     #[inline(always)]
     fn dot_nibbles(self, a: Self::I, b: Self::I, c: Self::I) -> Self::I {

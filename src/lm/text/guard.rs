@@ -11,8 +11,8 @@ use std::sync::Arc;
 use serde_json::Value;
 use tokenizers::tokenizer::{Model, OffsetType, PreTokenizedString, PreTokenizer};
 
-use super::chat::{ChatOptions, Message};
 use super::stream::{Spelling, Spellings};
+use super::template::{ChatOptions, Message};
 
 /// How the special tokens are spelled.
 #[derive(Clone)]

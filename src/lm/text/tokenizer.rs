@@ -8,10 +8,10 @@ use std::sync::Arc;
 use serde::Deserialize;
 use serde::de::IgnoredAny;
 
-use super::chat::{ChatOptions, ChatTemplate, Message, shown};
 use super::file;
 use super::guard::{self, Guard};
 use super::stream::{Spelling, Spellings, TextStream};
+use super::template::{ChatOptions, ChatTemplate, Message, shown};
 use crate::files::tensors::Source;
 use crate::lm::python_json::{python_json, without_bom};
 use crate::{Error, Result};

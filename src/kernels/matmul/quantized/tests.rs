@@ -3,8 +3,8 @@ use super::*;
 use crate::kernels::simd::dispatch_at;
 use crate::kernels::team::with_team;
 
-fn levels() -> impl Iterator<Item = Level> {
-    Level::ALL.into_iter().filter(|level| level.is_available())
+fn levels() -> impl Iterator<Item = Isa> {
+    Isa::ALL.into_iter().filter(|level| level.is_available())
 }
 
 /// Numbers between −1 and 1 without a pattern.
@@ -32,7 +32,7 @@ fn quantized<Q: Quants>(w: &[f32], n: usize, k: usize) -> Quantized<Q> {
     matrix
 }
 
-fn multiply<Q: Quants>(w: &Quantized<Q>, level: Level, team: &Team, x: Rows, m: usize, out: &mut [f32], mode: Out) {
+fn multiply<Q: Quants>(w: &Quantized<Q>, level: Isa, team: &Team, x: Rows, m: usize, out: &mut [f32], mode: Out) {
     let out = ArrayViewMut2::from_shape((m, w.n), out).unwrap();
     w.multiply(level, team, x, m, out, mode);
 }
@@ -60,8 +60,8 @@ fn every_level_equals_the_definition<Q: Quants>() {
             for row in 0..n {
                 let (mut sum, mut size) = (0f64, 0f64);
                 for (block, (x, x_scale)) in w.panel(row).iter().zip(&x) {
-                    let quotients = block.get(row % PANEL).map(|byte| i32::from(byte) - i32::from(Q::BIAS));
-                    let whole: i32 = quotients.iter().zip(x).map(|(w, x)| w * x).sum();
+                    let quants = block.get(row % PANEL).map(|byte| i32::from(byte) - i32::from(Q::BIAS));
+                    let whole: i32 = quants.iter().zip(x).map(|(w, x)| w * x).sum();
                     // the same three roundings as in the kernel, where there is one block
                     sum += f64::from(whole as f32 * block.scale(row % PANEL).to_f32()) * f64::from(*x_scale);
                     size += sum.abs();
@@ -80,7 +80,7 @@ fn every_level_equals_the_definition<Q: Quants>() {
                     assert!(k > BLOCK || *got == times as f32 * *want as f32, "{level:?} {m}x{n}x{k} {got} {want}");
                 }
             }
-            if level > Level::Scalar {
+            if level > Isa::Scalar {
                 fused.push(out);
             }
         }
@@ -90,12 +90,12 @@ fn every_level_equals_the_definition<Q: Quants>() {
 
 #[test]
 fn every_level_equals_the_definition_in_8_bits() {
-    every_level_equals_the_definition::<Eight>();
+    every_level_equals_the_definition::<Q8Block>();
 }
 
 #[test]
 fn every_level_equals_the_definition_in_4_bits() {
-    every_level_equals_the_definition::<Four>();
+    every_level_equals_the_definition::<Q4Block>();
 }
 
 fn a_row_depends_neither_on_its_batch_nor_on_the_team<Q: Quants>() {
@@ -118,8 +118,8 @@ fn a_row_depends_neither_on_its_batch_nor_on_the_team<Q: Quants>() {
 
 #[test]
 fn a_row_depends_neither_on_its_batch_nor_on_the_team_in_8_and_4_bits() {
-    a_row_depends_neither_on_its_batch_nor_on_the_team::<Eight>();
-    a_row_depends_neither_on_its_batch_nor_on_the_team::<Four>();
+    a_row_depends_neither_on_its_batch_nor_on_the_team::<Q8Block>();
+    a_row_depends_neither_on_its_batch_nor_on_the_team::<Q4Block>();
 }
 
 /// Sums of the largest products there can be.
@@ -131,7 +131,7 @@ fn no_sum_overflows() {
         for level in levels() {
             let mut out = vec![0.0; 3 * n];
             multiply(
-                &quantized::<Eight>(&w, n, k),
+                &quantized::<Q8Block>(&w, n, k),
                 level,
                 &Team::alone(),
                 Rows { data: &x, stride: k },
@@ -142,7 +142,7 @@ fn no_sum_overflows() {
             // 1/127 is not a bfloat16
             assert!(out.iter().all(|sum| (sum - sign * 64.0).abs() < 0.2), "{level:?} {}", out[0]);
             multiply(
-                &quantized::<Four>(&w, n, k),
+                &quantized::<Q4Block>(&w, n, k),
                 level,
                 &Team::alone(),
                 Rows { data: &x, stride: k },
@@ -161,7 +161,7 @@ fn what_is_not_finite_is_not_hidden() {
         for place in [0, 31, 40] {
             let (n, k) = (3, 45);
             let (mut x, mut w) = (numbers(2 * k, 1), numbers(n * k, 2));
-            let good = quantized::<Four>(&w, n, k);
+            let good = quantized::<Q4Block>(&w, n, k);
             w[k + place] = bad;
             x[k + place] = bad;
             for level in levels() {
@@ -169,9 +169,9 @@ fn what_is_not_finite_is_not_hidden() {
                 let rows = Rows { data: &x, stride: k };
                 multiply(&good, level, &Team::alone(), rows, 2, &mut out, Out::Set);
                 assert!(out.iter().enumerate().all(|(i, sum)| sum.is_nan() == (i >= n)), "{level:?} {out:?}");
-                multiply(&quantized::<Four>(&w, n, k), level, &Team::alone(), rows, 1, &mut out[..n], Out::Set);
+                multiply(&quantized::<Q4Block>(&w, n, k), level, &Team::alone(), rows, 1, &mut out[..n], Out::Set);
                 assert!(out[1].is_nan() && !out[0].is_nan() && !out[2].is_nan(), "{level:?} {out:?}");
-                multiply(&quantized::<Eight>(&w, n, k), level, &Team::alone(), rows, 1, &mut out[..n], Out::Set);
+                multiply(&quantized::<Q8Block>(&w, n, k), level, &Team::alone(), rows, 1, &mut out[..n], Out::Set);
                 assert!(out[1].is_nan() && !out[0].is_nan() && !out[2].is_nan(), "{level:?} {out:?}");
             }
         }
@@ -207,8 +207,8 @@ fn all_levels_choose_the_same_weights() {
             assert!(*first.get_or_insert_with(|| all.clone()) == all, "{level:?}");
         }
     }
-    check::<Eight>();
-    check::<Four>();
+    check::<Q8Block>();
+    check::<Q4Block>();
 }
 
 /// The root of the mean squared error, as a part of the weights' own: measured, and set against what it would be if the number
@@ -269,16 +269,16 @@ fn files_hold_all_of_a_row() {
             assert_eq!(first, second);
         }
     }
-    check::<Eight>();
-    check::<Four>();
+    check::<Q8Block>();
+    check::<Q4Block>();
 
-    let mut matrix = Quantized::<Four>::zeros(1, 32);
+    let mut matrix = Quantized::<Q4Block>::zeros(1, 32);
     matrix.set_scales(0, &[0.5]);
     matrix.set_bytes(0, &[0x70, 0x8f, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
     let mut row = [0.0; 32];
     matrix.row(0, &mut row);
     // the first of two is in the low bits
     assert_eq!(row[..5], [-4.0, -0.5, 3.5, 0.0, -4.0]);
-    assert_eq!(Quantized::<Eight>::zeros(64, 33).num_bytes(), 64 * 2 * 34);
-    assert_eq!(Quantized::<Four>::zeros(64, 32).num_bytes(), 64 * 18);
+    assert_eq!(Quantized::<Q8Block>::zeros(64, 33).num_bytes(), 64 * 2 * 34);
+    assert_eq!(Quantized::<Q4Block>::zeros(64, 32).num_bytes(), 64 * 18);
 }

@@ -4,11 +4,11 @@
 //! somebody else's while it waits for them, and would count that as its own.
 
 #[cfg(feature = "profile")]
-pub use on::{PartReport, report, reset};
+pub use on::{StageReport, report, reset};
 
 /// A part of the arithmetic.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Part {
+pub(crate) enum Stage {
     Products,
     /// Products of so few frames that reading the weights, or their gradient, takes longer than multiplying.
     FewFrames,
@@ -25,7 +25,7 @@ pub(crate) enum Part {
 /// after the other. [`Limits`](crate::profile::Limits) says how much of each goes into a second.
 #[cfg_attr(not(feature = "profile"), allow(dead_code))] // nobody reads it then
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct Work {
+pub struct Cost {
     /// Multiplications with an addition, of vectors in registers.
     pub multiply_adds: u64,
     /// Values of exp.
@@ -38,18 +38,18 @@ pub struct Work {
     pub memory_bytes: u64,
 }
 
-impl Work {
+impl Cost {
     /// So many numbers of what should lie in the second cache, each read or written.
     #[inline(always)]
-    pub(crate) fn numbers(count: usize) -> Work {
-        Work { cached_bytes: 4 * count as u64, ..Work::default() }
+    pub(crate) fn numbers(count: usize) -> Cost {
+        Cost { cached_bytes: 4 * count as u64, ..Cost::default() }
     }
 }
 
 /// Calls `f`, which must not hand work to other threads.
 #[cfg(not(feature = "profile"))]
 #[inline(always)]
-pub(crate) fn timed<R>(_part: Part, _work: Work, f: impl FnOnce() -> R) -> R {
+pub(crate) fn timed<R>(_part: Stage, _work: Cost, f: impl FnOnce() -> R) -> R {
     f()
 }
 
@@ -66,10 +66,10 @@ pub(crate) fn timed_product<R>(m: usize, n: usize, k: usize, f: impl FnOnce() ->
     const FEW: usize = 8;
     let (few, weights) = (m.min(k), 4 * n as u64 * m.max(k) as u64);
     if few <= FEW {
-        timed(Part::FewFrames, Work { weight_bytes: weights, ..Work::default() }, f)
+        timed(Stage::FewFrames, Cost { weight_bytes: weights, ..Cost::default() }, f)
     } else {
         let multiply_adds = m as u64 * n as u64 * k as u64;
-        timed(Part::Products, Work { multiply_adds, ..Work::default() }, f)
+        timed(Stage::Products, Cost { multiply_adds, ..Cost::default() }, f)
     }
 }
 
@@ -79,19 +79,19 @@ mod on {
     use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
     use std::time::{Duration, Instant};
 
-    use super::{Part, Work};
+    use super::{Cost, Stage};
 
-    const PARTS: [(Part, &str); 7] = [
-        (Part::Products, "products"),
-        (Part::FewFrames, "products, ≤ 8 frames"),
-        (Part::Packing, "packing"),
-        (Part::Scan, "scan"),
-        (Part::Attention, "attention"),
-        (Part::Elementwise, "element-wise"),
-        (Part::Optimizer, "optimiser"),
+    const PARTS: [(Stage, &str); 7] = [
+        (Stage::Products, "products"),
+        (Stage::FewFrames, "products, ≤ 8 frames"),
+        (Stage::Packing, "packing"),
+        (Stage::Scan, "scan"),
+        (Stage::Attention, "attention"),
+        (Stage::Elementwise, "element-wise"),
+        (Stage::Optimizer, "optimiser"),
     ];
 
-    /// Nanoseconds, calls, and the fields of [`Work`] in their order.
+    /// Nanoseconds, calls, and the fields of [`Cost`] in their order.
     type Meter = [AtomicU64; 7];
 
     static METERS: [Meter; PARTS.len()] = [const { [const { AtomicU64::new(0) }; 7] }; PARTS.len()];
@@ -101,7 +101,7 @@ mod on {
         static INSIDE: Cell<bool> = const { Cell::new(false) };
     }
 
-    pub(crate) fn timed<R>(part: Part, work: Work, f: impl FnOnce() -> R) -> R {
+    pub(crate) fn timed<R>(part: Stage, work: Cost, f: impl FnOnce() -> R) -> R {
         if INSIDE.replace(true) {
             return f();
         }
@@ -109,7 +109,7 @@ mod on {
         let result = f();
         let nanoseconds = start.elapsed().as_nanos() as u64;
         INSIDE.set(false);
-        let Work { multiply_adds, exps, cached_bytes, weight_bytes, memory_bytes } = work;
+        let Cost { multiply_adds, exps, cached_bytes, weight_bytes, memory_bytes } = work;
         let numbers = [nanoseconds, 1, multiply_adds, exps, cached_bytes, weight_bytes, memory_bytes];
         for (meter, number) in METERS[part as usize].iter().zip(numbers) {
             if number != 0 {
@@ -122,7 +122,7 @@ mod on {
     /// What one part of the arithmetic took since [`reset`], on all threads together.
     #[derive(Debug, Clone, Copy, PartialEq)]
     #[non_exhaustive]
-    pub struct PartReport {
+    pub struct StageReport {
         /// Which part.
         pub name: &'static str,
         /// Time that threads spent in it.
@@ -130,7 +130,7 @@ mod on {
         /// Times that a thread entered it.
         pub calls: u64,
         /// What it had to do.
-        pub work: Work,
+        pub work: Cost,
     }
 
     /// Sets all stopwatches to zero.
@@ -140,12 +140,12 @@ mod on {
 
     /// What the parts took since [`reset`], or since the program began. To be called while no model is at work: what a thread is
     /// in the middle of is not in it.
-    pub fn report() -> Vec<PartReport> {
-        let report = |(part, name): (Part, &'static str)| {
+    pub fn report() -> Vec<StageReport> {
+        let report = |(part, name): (Stage, &'static str)| {
             let [nanoseconds, calls, multiply_adds, exps, cached_bytes, weight_bytes, memory_bytes] =
                 METERS[part as usize].each_ref().map(|meter| meter.load(Relaxed));
-            let work = Work { multiply_adds, exps, cached_bytes, weight_bytes, memory_bytes };
-            PartReport { name, seconds: Duration::from_nanos(nanoseconds).as_secs_f64(), calls, work }
+            let work = Cost { multiply_adds, exps, cached_bytes, weight_bytes, memory_bytes };
+            StageReport { name, seconds: Duration::from_nanos(nanoseconds).as_secs_f64(), calls, work }
         };
         PARTS.into_iter().map(report).collect()
     }
@@ -162,13 +162,13 @@ mod on {
         #[test]
         fn a_call_inside_another_belongs_to_it() {
             // other tests of this process may run kernels, but none of them an optimiser with exps
-            let work = |exps| Work { exps, ..Work::default() };
-            let before = report()[Part::Optimizer as usize].work.exps;
-            let inner = || timed(Part::Optimizer, work(100), || 1);
-            assert_eq!(timed(Part::Optimizer, work(7), inner), 1);
-            assert_eq!(timed(Part::Scan, work(0), inner), 1);
+            let work = |exps| Cost { exps, ..Cost::default() };
+            let before = report()[Stage::Optimizer as usize].work.exps;
+            let inner = || timed(Stage::Optimizer, work(100), || 1);
+            assert_eq!(timed(Stage::Optimizer, work(7), inner), 1);
+            assert_eq!(timed(Stage::Scan, work(0), inner), 1);
             assert_eq!(inner(), 1);
-            assert_eq!(report()[Part::Optimizer as usize].work.exps, before + 107);
+            assert_eq!(report()[Stage::Optimizer as usize].work.exps, before + 107);
         }
     }
 }
