@@ -271,9 +271,10 @@ mod tests {
                     .collect();
                 let mut want = [[0.0; COMPETITORS]; 2];
                 for t in 0..l {
-                    let order = |a: &usize, b: &usize| all[*a][t].total_cmp(&all[*b][t]);
+                    let at: Vec<f64> = all.iter().map(|outputs| outputs[t]).collect();
+                    let order = |a: &usize, b: &usize| at[*a].total_cmp(&at[*b]);
                     let (most, least) = ((0..8).max_by(order).unwrap(), (0..8).min_by(order).unwrap());
-                    want[0][most] += all[most][t] / l as f64;
+                    want[0][most] += at[most] / l as f64;
                     want[1][least] += 1.0 / l as f64;
                 }
                 for (got, want) in out.iter().flatten().zip(want.iter().flatten()) {

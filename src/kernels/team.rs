@@ -29,6 +29,7 @@ pub(crate) fn with_team<R>(_work: usize, f: impl FnOnce(&Team) -> R) -> R {
 }
 
 /// About 40 µs of products on one thread, several times what calling a team together costs.
+#[cfg(feature = "rayon")]
 pub(crate) const MIN_WORK: usize = 4 << 20;
 
 /// The product of these factors: an estimate of work, in multiplications or what takes as long.

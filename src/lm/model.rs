@@ -9,7 +9,7 @@ use super::arrays::{dim_of, rows_of, zeros};
 use super::block::Block;
 use super::config::HymbaLmConfig;
 use super::load_options::{Arithmetic, LoadOptions};
-use super::lora::{LoraOptions, is_lora};
+use super::lora_options::{LoraOptions, is_lora};
 use super::names::{EMBEDDING, FINAL_NORM, HEAD, HEAD_MAP, META_TOKENS};
 use super::size::fits;
 use super::state::LmState;

@@ -179,6 +179,8 @@ mod tiles {
 #[cfg(test)]
 mod tests {
     use super::super::matrix::{Matrix, Storage};
+    use half::bf16;
+
     use super::*;
     use crate::kernels::team::with_team;
 
