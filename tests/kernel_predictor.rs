@@ -1,6 +1,6 @@
 //! Kernel features and their predictor: series of any kind, threads, files.
 
-use hymba::ndarray::{Array2, Axis};
+use hymba::ndarray::Array2;
 use hymba::train::{Dataset, Targets};
 use hymba::{Error, KernelFeatures, KernelPredictor, Task, argmax};
 

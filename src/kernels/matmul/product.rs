@@ -7,6 +7,9 @@ use super::packed::{Line, Packed, PanelRow};
 use crate::kernels::rows::{Out, Rows};
 use crate::kernels::simd::{Kernel, LANES, Simd};
 
+/// How many bytes ahead the weights are fetched of which a tile reads one half.
+const HALVES_AHEAD: usize = 4096;
+
 /// The inputs that meet one [`Weights`], and how they are multiplied.
 pub(crate) trait Inputs: Copy {
     /// Multiplications one after the other that it takes.
@@ -230,6 +233,8 @@ impl<X: Left, W: Weights<X::Inputs>, const N: usize> Product<'_, X, W, N> {
             *w = &self.w.panels[((line + l) / 2 * self.w.k + self.inputs.start) / N..][..count];
         }
         let streamed = L > 2 || self.out.nrows() <= W::MAX_ROWS;
+        // the first rows to pass over one half of a panel fetch both: memory is read fastest from one end to the other
+        let fetches = L == 1 && row == 0 && line.is_multiple_of(2);
         let mut sums = [[s.splat(0.0); L]; R];
         for i in 0..count {
             for l in (0..L).step_by(2) {
@@ -239,6 +244,12 @@ impl<X: Left, W: Weights<X::Inputs>, const N: usize> Product<'_, X, W, N> {
                     for line in (0..size_of::<W>()).step_by(size_of::<Line>()) {
                         s.prefetch(ahead.wrapping_byte_add(line));
                     }
+                }
+            }
+            if fetches {
+                let ahead = w[0].as_ptr().wrapping_add(i).wrapping_byte_add(HALVES_AHEAD);
+                for line in (0..size_of::<W>()).step_by(size_of::<Line>()) {
+                    s.prefetch(ahead.wrapping_byte_add(line));
                 }
             }
             for l in (0..L).step_by(2) {
