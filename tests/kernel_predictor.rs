@@ -102,7 +102,7 @@ fn threads_other_series_and_files_change_no_bit() {
     }
     let reversed: Vec<_> = series.iter().rev().cloned().collect();
     let mut back = read.predict(&reversed).unwrap();
-    back.invert_axis(Axis(0));
+    back.invert_axis(hymba::ndarray::Axis(0));
     assert_eq!(back, predicted);
     assert_ne!(KernelPredictor::fit(&data, 6).unwrap().predict(&series).unwrap(), predicted, "another seed");
 }
