@@ -11,6 +11,8 @@ use super::blocks::{Block, Blocks};
 use super::options::HymbaOptions;
 use super::shared::SharedBlock;
 use super::size::{GROUP, Keeps, PIECE, fits, model_bytes};
+#[cfg(doc)]
+use crate::Error;
 use crate::Result;
 use crate::kernels::matmul::Storage;
 use crate::kernels::team::{Team, with_team, work};

@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 use crate::kernels::norm::SmallVariance;
 use crate::layers::TimeStep;
 
-/// Which arithmetic the layers use. See [`HymbaOptions::edifice`].
+/// Which arithmetic the layers use. See [`HymbaOptions::edifice`](crate::HymbaOptions::edifice).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 #[non_exhaustive]

@@ -102,7 +102,7 @@ impl LoadOptions {
         self
     }
 
-    /// Sets whether the big matrices can be trained: see [`HymbaLm::forward_train`].
+    /// Sets whether the big matrices can be trained: see [`HymbaLm::forward_train`](crate::HymbaLm::forward_train).
     pub fn trainable(mut self, trainable: bool) -> Self {
         self.trainable = trainable;
         self
