@@ -1,20 +1,17 @@
 //! The attention branch: causal multi-head attention with learned meta tokens in front.
 
-use ndarray::{Array2, Array3, Array4, ArrayView2, ArrayViewMut2, Axis, s};
+mod attend;
+mod prepare;
+
+use ndarray::{Array2, Array4, ArrayView2};
 use rand_distr::{Distribution, Normal};
 
-use super::batch::{Batch, Spans, add, for_rows, for_rows_summed};
-use super::kv_cache::{KvCache, KvShape, KvStorage, KvView};
-use super::rope::{Angles, apply_rope, apply_rope_backward};
-use super::shared_kv::SharedKv;
+use super::batch::{Batch, Spans, for_rows};
+use super::kv_cache::{KvCache, KvShape, KvStorage};
 use super::state::{LayerState, StateGradient};
-use super::{Buffer, Linear, Rng, all_rows, flat, flat_mut};
-use crate::kernels::attention::{
-    AttentionGradient, AttentionOutput, Head, PackedHead, Tile, attend_backward, attend_tile, tiles, weights,
-};
+use super::{Buffer, Linear, Rng, all_rows, flat_mut};
+use crate::kernels::attention::{AttentionOutput, Head, weights};
 use crate::kernels::matmul::Storage;
-use crate::kernels::norm::{rms_norm_backward, rms_norm_in_place};
-use crate::kernels::rows::Rows;
 use crate::kernels::team::Team;
 use crate::parameters::{Parameter, ParameterMut, Visitor, VisitorMut, debug_shapes, join};
 
@@ -254,60 +251,6 @@ impl MetaTokenAttention {
         du
     }
 
-    /// The gradient of [`attend`](Self::attend), for sequences that all began with the keys and values `kv`: of q `[rows, ·]`, k and
-    /// v, prepared, and of its `output`. Overwrites the `gradient` of the three, and adds that of `kv` to `dkv`.
-    #[allow(clippy::too_many_arguments)]
-    pub(crate) fn attend_backward(
-        &self,
-        team: &Team,
-        spans: &Spans,
-        kv: &KvCache,
-        [q, k, v]: [Rows; 3],
-        output: AttentionOutput,
-        [dq, dk, dv]: [ArrayViewMut2<f32>; 3],
-        dkv: &mut StateGradient,
-    ) {
-        let AttentionConfig { query_heads, kv: KvShape { heads, key_width, value_width, .. } } = self.config;
-        let group = query_heads / heads;
-        let pasts: Vec<_> = (0..heads).map(|head| kv.past(head)).collect();
-        let past = kv.rows();
-        let mut dpast_keys = Array3::zeros((spans.len(), past, heads * key_width));
-        let mut dpast_values = Array3::zeros((spans.len(), past, heads * value_width));
-
-        let mut items = Vec::new();
-        let parts = split_rows(spans, dq).zip(split_rows(spans, dk)).zip(split_rows(spans, dv));
-        let pasts_of = dpast_keys.outer_iter_mut().zip(dpast_values.outer_iter_mut());
-        for ((span, ((dq, dk), dv)), (dpast_keys, dpast_values)) in spans.iter().zip(parts).zip(pasts_of) {
-            let queries = columns(dq, group * key_width).into_iter();
-            let mut keys = columns(dk, key_width).into_iter();
-            let mut values = columns(dv, value_width).into_iter();
-            let mut past_keys = columns(dpast_keys, key_width).into_iter();
-            let mut past_values = columns(dpast_values, value_width).into_iter();
-            for (head, queries) in queries.enumerate() {
-                let next = |of: &mut std::vec::IntoIter<_>| of.next().expect("as many heads as queries have groups");
-                let (keys, values) = (next(&mut keys), next(&mut values));
-                let (past_keys, past_values) = (next(&mut past_keys), next(&mut past_values));
-                items.push((span, head, AttentionGradient { queries, keys, values, past_keys, past_values }));
-            }
-        }
-        team.for_each(items, |(span, head, gradient)| {
-            let input = Head {
-                queries: q.skip_rows(span.start).skip_columns(head * group * key_width),
-                keys: k.skip_rows(span.start).skip_columns(head * key_width),
-                values: v.skip_rows(span.start).skip_columns(head * value_width),
-                ..self.head(&pasts[head], span.len(), kv.window())
-            };
-            let output = AttentionOutput {
-                out: output.out.skip_rows(span.start).skip_columns(head * group * value_width),
-                dout: output.dout.skip_rows(span.start).skip_columns(head * group * value_width),
-                log_sums: output.log_sums.slice(s![span.clone(), head * group..(head + 1) * group]),
-            };
-            attend_backward(input, output, gradient);
-        });
-        dkv.keys += &dpast_keys.sum_axis(Axis(0));
-        dkv.values += &dpast_values.sum_axis(Axis(0));
-    }
-
     /// Adds the gradients of the meta keys and values that are parameters of this layer, if they are.
     pub(crate) fn add_own_meta(&mut self, dinitial: &StateGradient) {
         if let Some([keys, values]) = &mut self.own_meta {
@@ -352,274 +295,6 @@ impl MetaTokenAttention {
         projected
     }
 
-    /// Norms, rotary embedding and rounding of queries, keys and values that stand in arrays of their own.
-    fn prepare(&self, batch: &Batch, depth: Depth, q: &mut Array2<f32>, k: &mut Array2<f32>, v: &mut Array2<f32>) {
-        let AttentionConfig { query_heads, kv } = self.config;
-        self.prepare_columns(batch, depth, q, [query_heads, 0, 0]);
-        self.prepare_columns(batch, depth, k, [0, kv.heads, 0]);
-        self.prepare_columns(batch, depth, v, [0, 0, kv.heads]);
-    }
-
-    /// Norms and rotary embedding of queries and keys, and rounding of keys and values to what is kept. Rows begin with so many
-    /// `heads` of queries, of keys, and of values.
-    pub(crate) fn prepare_columns(&self, batch: &Batch, depth: Depth, rows: &mut Array2<f32>, heads: [usize; 3]) {
-        let KvShape { key_width, value_width, .. } = self.config.kv;
-        let (queries, keys, values) = (heads[0] * key_width, heads[1] * key_width, heads[2] * value_width);
-        let cache = batch.states.first().and_then(|state| state.layers[depth.layer].kv.as_ref());
-        let rounding = cache.filter(|cache| cache.storage() == KvStorage::Bf16 && keys + values > 0);
-        if self.norms.is_none() && batch.angles.is_empty() && rounding.is_none() {
-            return;
-        }
-        let width = rows.ncols();
-        for_rows(batch.team, flat_mut(rows), width, |first, rows| {
-            for (i, row) in rows.chunks_exact_mut(width).enumerate() {
-                let (rotated, rest) = row.split_at_mut(queries + keys);
-                if let Some(norms) = &self.norms {
-                    let (queries, keys) = rotated.split_at_mut(queries);
-                    for (heads, norm) in [queries, keys].into_iter().zip(norms) {
-                        let weights = norm.rows().into_iter().cycle();
-                        for (head, weight) in heads.chunks_exact_mut(key_width).zip(weights) {
-                            rms_norm_in_place(head, flat(&weight), HEAD_EPSILON);
-                        }
-                    }
-                }
-                if let Some(angles) = batch.angles.get(first + i) {
-                    apply_rope(rotated, angles);
-                }
-                if let Some(cache) = rounding {
-                    cache.round(&mut rotated[queries..]);
-                    cache.round(&mut rest[..values]);
-                }
-            }
-        });
-    }
-
-    /// Whether queries and keys are normalised.
-    #[cfg_attr(not(feature = "lm"), allow(dead_code))]
-    pub(crate) fn has_norms(&self) -> bool {
-        self.norms.is_some()
-    }
-
-    /// The gradient of [`prepare_columns`](Self::prepare_columns), rounding taken for nothing: d `[rows, ·]`, that of the prepared
-    /// queries and keys, becomes that of the ones `before`, `[rows, ≥ q + k]`, which only norms read.
-    #[cfg_attr(not(feature = "lm"), allow(dead_code))]
-    pub(crate) fn prepare_columns_backward(
-        &self,
-        team: &Team,
-        angles: &[Angles],
-        before: Option<&Array2<f32>>,
-        d: &mut Array2<f32>,
-        heads: [usize; 3],
-        grad: &mut MetaTokenAttention,
-    ) {
-        let KvShape { key_width, .. } = self.config.kv;
-        let norms = self.norms.as_ref().zip(before);
-        if norms.is_none() && angles.is_empty() {
-            return;
-        }
-        let (queries, width) = (heads[0] * key_width, d.ncols());
-        let rotated = queries + heads[1] * key_width;
-        let counts = self.norms.as_ref().map_or([0; 2], |norms| norms.each_ref().map(Array2::len));
-        let sums = for_rows_summed(team, flat_mut(d), width, counts[0] + counts[1], |first, rows, sums| {
-            let (dq_norm, dk_norm) = sums.split_at_mut(counts[0]);
-            for (i, row) in rows.chunks_exact_mut(width).enumerate() {
-                let row = &mut row[..rotated];
-                if let Some(angles) = angles.get(first + i) {
-                    apply_rope_backward(row, angles);
-                }
-                let Some((norms, before)) = norms else { continue };
-                let before = &flat(before)[(first + i) * before.ncols()..][..rotated];
-                let (dq, dk) = row.split_at_mut(queries);
-                let (q, k) = before.split_at(queries);
-                for ((d, x), (norm, sums)) in
-                    [(dq, q), (dk, k)].into_iter().zip(norms.iter().zip([&mut *dq_norm, &mut *dk_norm]))
-                {
-                    for (head, (d, x)) in d.chunks_exact_mut(key_width).zip(x.chunks_exact(key_width)).enumerate() {
-                        let own = head % norm.nrows();
-                        let sum = &mut sums[own * key_width..][..key_width];
-                        rms_norm_backward(x, flat(&norm.row(own)), HEAD_EPSILON, 1.0, d, sum);
-                    }
-                }
-            }
-        });
-        if let Some([q_norm, k_norm]) = &mut grad.norms {
-            add(&sums[..counts[0]], flat_mut(q_norm));
-            add(&sums[counts[0]..], flat_mut(k_norm));
-        }
-    }
-
-    /// Attention of queries q `[rows, ·]` over the past of each sequence and the new keys and values, which a layer that uses
-    /// another's does not have → `[rows, a · value_width]`. New keys and values go into the caches.
-    pub(crate) fn attend(
-        &self,
-        batch: &mut Batch,
-        depth: Depth,
-        q: Rows,
-        k: Rows,
-        v: Rows,
-        log_sums: Option<&mut Array2<f32>>,
-    ) -> Buffer {
-        self.attend_at(batch, depth, q, k, v, log_sums, None)
-    }
-
-    /// As [`attend`](Self::attend); if it is for `only` some rows, others may be left out: they hold any numbers.
-    #[allow(clippy::too_many_arguments)]
-    fn attend_at(
-        &self,
-        batch: &mut Batch,
-        depth: Depth,
-        q: Rows,
-        k: Rows,
-        v: Rows,
-        log_sums: Option<&mut Array2<f32>>,
-        only: Option<&[usize]>,
-    ) -> Buffer {
-        let AttentionConfig { query_heads, kv: KvShape { heads, key_width, value_width, .. } } = self.config;
-        let group = query_heads / heads;
-        let owns = depth.kv_layer == depth.layer;
-        let trains = log_sums.is_some();
-        let shared = batch.shared.remove(&depth.kv_layer);
-        // a single row reads the cache, in which it stands itself; not one of the meta tokens, whose gradient is wanted
-        let reads_cache: Vec<bool> = batch
-            .spans
-            .iter()
-            .zip(&batch.states)
-            .map(|(span, state)| {
-                let expects_meta = state.layers[depth.kv_layer].kv.as_ref().is_some_and(KvCache::expects_meta);
-                batch.keeps_kv && span.len() == 1 && !expects_meta
-            })
-            .collect();
-        let push = |batch: &mut Batch, k: Rows, v: Rows, singles: bool| {
-            for (i, (span, state)) in batch.spans.iter().zip(&mut batch.states).enumerate() {
-                if batch.keeps_kv
-                    && reads_cache[i] == singles
-                    && let Some(cache) = &mut state.layers[depth.kv_layer].kv
-                {
-                    cache.push(k.skip_rows(span.start), v.skip_rows(span.start), span.len());
-                }
-            }
-        };
-        if owns {
-            push(batch, k, v, true);
-        }
-
-        let caches: Vec<&KvCache> = batch
-            .states
-            .iter()
-            .map(|state| {
-                state.layers[depth.kv_layer].kv.as_ref().expect("the layer whose keys and values are used has them")
-            })
-            .collect();
-        let mut pasts: Vec<Vec<KvView>> = Vec::new();
-        for (cache, reads_cache) in caches.iter().zip(&reads_cache) {
-            let heads = if *reads_cache { 0 } else { heads };
-            pasts.push((0..heads).map(|head| cache.past(head)).collect());
-        }
-        let (shared_rows, mut packed) = match shared {
-            Some(SharedKv { keys, values, packed }) => (Some((keys, values)), packed),
-            None => (None, Vec::new()),
-        };
-        let is_new = packed.is_empty();
-        if is_new {
-            packed = pasts.iter().map(|heads| heads.iter().map(|_| None).collect()).collect();
-        }
-        let (k, v) = match &shared_rows {
-            Some((keys, values)) => (all_rows(keys), all_rows(values)),
-            None => (k, v),
-        };
-
-        let mut mixed = Buffer::uninit((batch.spans.rows(), query_heads * value_width));
-        let mut sums = log_sums.map(|sums| batch.spans.split(flat_mut(sums), query_heads));
-        let (mut steps, mut groups) = (Vec::new(), Vec::new());
-        let outs = batch.spans.split(flat_mut(&mut mixed), query_heads * value_width);
-        for (((i, span), out), packed) in batch.spans.iter().enumerate().zip(outs).zip(&mut packed) {
-            let sums = sums.as_mut().and_then(Iterator::next);
-            if reads_cache[i] {
-                let queries = q.row(span.start, query_heads * key_width).chunks_exact(group * key_width);
-                let heads = queries.zip(out.chunks_exact_mut(group * value_width)).enumerate();
-                steps.extend(heads.map(|(head, (query, out))| (caches[i], head, query, out)));
-                continue;
-            }
-            let mut sums = sums.map(|sums| columns(by_rows(sums, span.len()), 1).into_iter());
-            let mut outs = columns(by_rows(out, span.len()), value_width).into_iter();
-            let is_used = |tile: &Tile| {
-                let rows = span.start + tile.rows().start..span.start + tile.rows().end;
-                only.is_none_or(|only| only.iter().any(|row| rows.contains(row)))
-            };
-            for (head, packed) in packed.iter_mut().enumerate() {
-                let input = Head {
-                    queries: q.skip_rows(span.start).skip_columns(head * group * key_width),
-                    keys: k.skip_rows(span.start).skip_columns(head * key_width),
-                    values: v.skip_rows(span.start).skip_columns(head * value_width),
-                    ..self.head(&pasts[i][head], span.len(), caches[i].window())
-                };
-                let mut parts = Vec::new();
-                for (member, out) in outs.by_ref().take(group).enumerate() {
-                    let input = Head { queries: input.queries.skip_columns(member * key_width), ..input };
-                    let tiles = tiles(out, sums.as_mut().and_then(Iterator::next));
-                    parts.extend(tiles.into_iter().filter(is_used).map(|tile| (input, tile)));
-                }
-                groups.push((input, packed, parts));
-            }
-        }
-        batch.team.for_each(steps, |(cache, head, query, out)| cache.attend(head, group, query, out));
-        let pack = |packed: &mut Option<PackedHead>, head: &Head| {
-            if is_new {
-                *packed = PackedHead::new(head);
-            }
-        };
-        if groups.len() >= 4 * batch.team.threads() {
-            // enough for every thread: what one has packed stays in its caches
-            batch.team.for_each(groups, |(head, packed, tiles)| {
-                pack(packed, &head);
-                tiles.into_iter().for_each(|(head, tile)| attend_tile(head, packed.as_ref(), tile));
-            });
-        } else {
-            batch.team.for_each(&mut groups, |(head, packed, _)| pack(packed, head));
-            let tiles = groups.into_iter().flat_map(|(_, packed, tiles)| {
-                let packed = &*packed;
-                tiles.into_iter().map(move |(head, tile)| (head, packed, tile))
-            });
-            batch
-                .team
-                .for_each(tiles.collect::<Vec<_>>(), |(head, packed, tile)| attend_tile(head, packed.as_ref(), tile));
-        }
-
-        drop(pasts);
-        if !depth.kv_is_used_later {
-            push(batch, k, v, false);
-        }
-        // the backward pass of the last layer that uses them reads them, too
-        if depth.kv_is_used_later || (trains && shared_rows.is_some()) {
-            let rows = batch.spans.rows();
-            let (keys, values) = match shared_rows {
-                Some(shared) => shared,
-                None => (copy_rows(k, rows, heads * key_width), copy_rows(v, rows, heads * value_width)),
-            };
-            batch.shared.insert(depth.kv_layer, SharedKv { keys, values, packed });
-        }
-        mixed
-    }
-
-    /// One head of some rows that come after `past`, without queries, keys and values.
-    fn head<'a>(&self, past: &'a KvView, rows: usize, window: Option<usize>) -> Head<'a> {
-        let KvShape { key_width, value_width, .. } = self.config.kv;
-        let nothing = Rows { data: &[], stride: 0 };
-        Head {
-            queries: nothing,
-            keys: nothing,
-            values: nothing,
-            past_keys: Rows { data: &past.keys, stride: key_width },
-            past_values: Rows { data: &past.values, stride: value_width },
-            past: past.rows,
-            meta: past.meta,
-            frames: rows,
-            key_width,
-            value_width,
-            window,
-        }
-    }
-
     fn projections(&self) -> &Projections {
         self.projections.as_ref().expect("a block that has the maps calls `attend`")
     }
@@ -656,47 +331,12 @@ impl MetaTokenAttention {
     }
 }
 
-fn by_rows(numbers: &mut [f32], rows: usize) -> ArrayViewMut2<'_, f32> {
-    ArrayViewMut2::from_shape((rows, numbers.len() / rows.max(1)), numbers).expect("whole rows")
-}
-
-/// The rows of each sequence.
-fn split_rows<'a>(spans: &Spans, mut rest: ArrayViewMut2<'a, f32>) -> std::vec::IntoIter<ArrayViewMut2<'a, f32>> {
-    let mut parts = Vec::with_capacity(spans.len());
-    for span in spans.iter() {
-        let (here, below) = rest.split_at(Axis(0), span.len());
-        parts.push(here);
-        rest = below;
-    }
-    parts.into_iter()
-}
-
-/// The columns of an array, so many at a time.
-fn columns(mut rest: ArrayViewMut2<'_, f32>, width: usize) -> Vec<ArrayViewMut2<'_, f32>> {
-    let mut parts = Vec::new();
-    while rest.ncols() > width {
-        let (left, right) = rest.split_at(Axis(1), width);
-        parts.push(left);
-        rest = right;
-    }
-    parts.push(rest);
-    parts
-}
-
 /// q ← factor · q
 fn scale(team: &Team, q: &mut Array2<f32>, factor: f32) {
     if factor != 1.0 {
         let width = q.ncols();
         for_rows(team, flat_mut(q), width, |_, q| q.iter_mut().for_each(|q| *q *= factor));
     }
-}
-
-fn copy_rows(from: Rows, rows: usize, width: usize) -> Buffer {
-    let mut copy = Buffer::uninit((rows, width));
-    copy.rows_mut().into_iter().enumerate().for_each(|(i, mut row)| {
-        row.as_slice_mut().expect("a row of an array in standard layout").copy_from_slice(from.row(i, width));
-    });
-    copy
 }
 
 /// Standard deviation of new meta tokens.

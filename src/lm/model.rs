@@ -1,23 +1,25 @@
 //! The language model: embedding, layers, head.
 
+mod walk;
+
 use std::fmt;
 use std::ops::ControlFlow;
 
-use ndarray::{Array2, Array3, ArrayRef, ArrayRef2, ArrayView2, ArrayViewMutD, Dimension, s};
+use ndarray::{Array2, Array3, ArrayRef, ArrayRef2, ArrayView2, Dimension, s};
 
 use super::arrays::{dim_of, rows_of, zeros};
 use super::block::Block;
 use super::config::HymbaLmConfig;
 use super::load_options::{Arithmetic, LoadOptions};
-use super::lora_options::{LoraOptions, is_lora};
-use super::names::{EMBEDDING, FINAL_NORM, HEAD, HEAD_MAP, META_TOKENS};
+use super::lora_options::LoraOptions;
+use super::names::{EMBEDDING, HEAD};
 use super::size::fits;
 use super::state::LmState;
 use crate::kernels::matmul::Storage;
 use crate::kernels::rows::Out;
 use crate::kernels::team::{Team, with_team};
 use crate::layers::{Batch, Buffer, Embedding, KvStorage, Lazy, Linear, RmsNorm, Rotary, SequenceState, Weight};
-use crate::parameters::{Parameter, ParameterMut, Visitor, VisitorMut, next_id};
+use crate::parameters::{ParameterMut, next_id};
 use crate::{Error, Result};
 
 /// Tokens that pass through the layers together, at most. Their activations take about 60 MB in the 1.5B model.
@@ -532,84 +534,6 @@ impl HymbaLm {
     fn meta_pieces<'a>(&self) -> impl Iterator<Item = Input<'a>> + use<'a> {
         let count = self.meta_tokens.nrows();
         (0..count).step_by(MOST_TOKENS).map(move |first| Input::MetaTokens(first, MOST_TOKENS.min(count - first)))
-    }
-
-    /// Calls `f` with the name and the values of every parameter, in a fixed order: matrices as what they are stored in. The names
-    /// are those in files.
-    ///
-    /// ```
-    /// use hymba::HymbaLm;
-    /// use hymba::lm::{HymbaLmConfig, LoadOptions};
-    ///
-    /// # let mut config = HymbaLmConfig::hymba_1_5b();
-    /// # (config.hidden_size, config.intermediate_size, config.vocab_size) = (100, 64, 50);
-    /// let lm = HymbaLm::random(config, 0, &LoadOptions::default())?;
-    /// let mut count = 0;
-    /// lm.visit(&mut |name, parameter| {
-    ///     println!("{name} {:?}, {} bytes", parameter.shape(), parameter.num_bytes());
-    ///     count += parameter.len();
-    /// });
-    /// assert_eq!(count, lm.num_parameters());
-    /// # Ok::<(), hymba::Error>(())
-    /// ```
-    pub fn visit<'a>(&'a self, f: &mut dyn FnMut(&str, Parameter<'a>)) {
-        let f: &mut Visitor<'_, 'a> = f;
-        self.embedding.visit(EMBEDDING, f);
-        if !self.meta_tokens.is_empty() {
-            f(META_TOKENS, Parameter::Array(self.meta_tokens.view().into_dyn()));
-        }
-        self.blocks.iter().for_each(|block| block.visit(f));
-        self.final_norm.visit(FINAL_NORM, f);
-        if let Some(head) = &self.head {
-            head.visit(HEAD_MAP, f);
-        }
-    }
-
-    /// Calls `f` with the name and the values of every parameter that can be trained, for changing them: all of a model that was
-    /// loaded with [`LoadOptions::trainable`](super::LoadOptions::trainable), all but the big matrices of another, and of one with
-    /// low-rank parts only these ([`add_lora`](Self::add_lora)). States made before are then of another model.
-    pub fn visit_mut<'a>(&'a mut self, f: &mut dyn FnMut(&str, ArrayViewMutD<'a, f32>)) {
-        let all = self.lora.is_none();
-        self.walk_mut(&mut |name, parameter| match parameter {
-            ParameterMut::Array(array) if all || is_lora(name) => f(name, array),
-            _ => {}
-        });
-    }
-
-    /// A model whose parameters are all zero: where gradients are gathered. Of matrices that are stored for products only, it has
-    /// nothing.
-    pub fn zeros_like(&self) -> HymbaLm {
-        HymbaLm {
-            config: self.config.clone(),
-            embedding: self.embedding.zeros_like(),
-            meta_tokens: Array2::zeros(self.meta_tokens.dim()),
-            blocks: self.blocks.iter().map(Block::zeros_like).collect(),
-            final_norm: self.final_norm.zeros_like(),
-            head: self.head.as_ref().map(Linear::zeros_like),
-            recompute: self.recompute,
-            lora: self.lora.clone(),
-            rotary: self.rotary.clone(),
-            kv_storage: self.kv_storage,
-            source: None,
-            num_parameters: self.num_parameters,
-            prefix: Lazy::new(),
-            id: next_id(),
-        }
-    }
-
-    /// As [`visit`](Self::visit), for changing parameters of any kind.
-    pub(super) fn walk_mut<'a>(&'a mut self, f: &mut VisitorMut<'_, 'a>) {
-        self.prefix.forget();
-        self.id = next_id();
-        self.embedding.visit_mut(EMBEDDING, f);
-        if !self.meta_tokens.is_empty() {
-            f(META_TOKENS, ParameterMut::Array(self.meta_tokens.view_mut().into_dyn()));
-        }
-        self.blocks.iter_mut().for_each(|block| block.visit_mut(f));
-        self.final_norm.visit_mut(FINAL_NORM, f);
-        if let Some(head) = &mut self.head {
-            head.visit_mut(HEAD_MAP, f);
-        }
     }
 }
 

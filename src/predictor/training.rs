@@ -4,9 +4,10 @@ use std::ops::Range;
 
 use ndarray::{Array2, Array3, ArrayRef2, ArrayRef3, ArrayView3, Axis, s};
 
+use super::enter::FrontCache;
 use super::front::reversed;
 use super::reader::{Reader, ReaderCache, full};
-use super::{FrontCache, Predictor, PredictorOptions, REVERSE, beside, rows};
+use super::{Predictor, PredictorOptions, REVERSE, beside, rows};
 use crate::encoder::{Keeps, sequences};
 use crate::kernels::team::Team;
 use crate::{Error, HymbaOptions, Result};
