@@ -5,7 +5,7 @@ mod common;
 use std::collections::BTreeSet;
 
 use common::{frame, patterns, wave};
-use hymba::ndarray::{Array2, s};
+use hymba::ndarray::{Array2, Array3, s};
 use hymba::{Error, Hymba, HymbaOptions, Pattern, Predictor, Task};
 
 fn names(model: &Hymba) -> Vec<String> {
@@ -336,4 +336,12 @@ fn predictors_of_every_pattern() {
         losses.insert(y[[0, 19, 0]].to_bits());
     }
     assert_eq!(losses.len(), patterns().len(), "every pattern computes something else");
+}
+
+/// Where no block has a state, its size is nobody's.
+#[test]
+fn a_state_size_that_nobody_has_may_be_anything() {
+    let options = HymbaOptions::new(4).hidden_size(16).num_layers(1).pattern(Pattern::Attention).state_size(usize::MAX);
+    let model = Hymba::build(options).unwrap();
+    assert_eq!(model.forward(&Array3::ones((1, 3, 4))).unwrap().dim(), (1, 16));
 }

@@ -10,7 +10,7 @@ use hymba::ndarray::{Array1, Array2, Array3, ArrayD, Axis, array, s};
 use hymba::train::{Dataset, Progress, Trained, Trainer};
 use hymba::{
     Differences, Error, Hymba, HymbaOptions, Normalization, Pooling, Predictor, PredictorCache, PredictorOptions,
-    PredictorState, Stem, Task, argmax, softmax,
+    PredictorState, Stem, Storage, Task, argmax, softmax,
 };
 use serde_json::{Value, json};
 
@@ -601,5 +601,33 @@ fn halve((name, shape, numbers): &mut (String, Vec<usize>, Vec<f32>)) {
     if name.starts_with("input_") {
         *shape = vec![4];
         numbers.truncate(4);
+    }
+}
+
+/// What another predictor's forward pass left is refused, whatever its pooling.
+#[test]
+fn caches_of_other_predictors_are_refused() {
+    let build = |pooling| {
+        let encoder = HymbaOptions::new(3).hidden_size(16).num_heads(2).num_layers(1);
+        Predictor::build(PredictorOptions::new(encoder).pooling(pooling), Task::classify(["a", "b"])).unwrap()
+    };
+    let (mean, attention) = (build(Pooling::Mean), build(Pooling::Attention { queries: 1 }));
+    let x = Array3::ones((2, 5, 3));
+    let (y, cache) = attention.forward_train(&x, None, 0).unwrap();
+    let error = mean.backward(&cache, &Array2::ones(y.dim()), &mut mean.zeros_like()).unwrap_err();
+    assert!(matches!(error, Error::State(_)), "{error}");
+}
+
+/// Both encoders of a bidirectional predictor are stored narrow, and come back from a file.
+#[test]
+fn narrow_encoders_of_both_directions_come_back() {
+    let encoder = HymbaOptions::new(6).hidden_size(128).num_layers(2);
+    let options = PredictorOptions::new(encoder).bidirectional(true);
+    let mut predictor = Predictor::build(options, Task::classify(["a", "b"])).unwrap();
+    let x = Array3::from_shape_fn((2, 9, 6), |(b, t, i)| ((b + 2 * t + 3 * i) as f32 * 0.3).sin());
+    for storage in [Storage::Bf16, Storage::Q8, Storage::Q4] {
+        predictor.store_as(storage).unwrap();
+        let back = Predictor::from_bytes(&predictor.to_bytes().unwrap()).unwrap();
+        assert_eq!(back.predict(&x, None).unwrap(), predictor.predict(&x, None).unwrap(), "{storage:?}");
     }
 }

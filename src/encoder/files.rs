@@ -12,8 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use super::model::Hymba;
 use super::options::HymbaOptions;
-use super::size::check_size;
-use super::storage::first_storage;
+use super::size::{check_size, first_storage};
 use super::streaming::HymbaState;
 use crate::files::saved::{VERSION, entry, fill, origin, write};
 use crate::files::tensors::{Source, Tensors};
@@ -331,7 +330,7 @@ fn model(
     in_file: Option<Storage>,
     asked: Option<Storage>,
 ) -> Result<Hymba> {
-    check_size(&options, options.parameters(), in_file, &tensors)?;
+    check_size(&options, 1, options.parameters(), in_file, asked, &tensors)?;
     let mut model = Hymba::zeros(options, first_storage(in_file, asked));
     fill(&mut tensors, in_file, &mut |f| model.visit_parameters_mut(f))?;
     if let Some(asked) = asked {

@@ -4,7 +4,7 @@ use ndarray::ArrayRef3;
 
 use super::model::Hymba;
 use super::options::HymbaOptions;
-use super::pattern::BlockKind;
+use super::pattern::{BlockKind, Pattern};
 use super::size::{GROUP, Keeps, PIECE, check_lengths, fits};
 use crate::kernels::team::{threads, work};
 use crate::{Error, Result};
@@ -91,7 +91,8 @@ impl Hymba {
     pub(crate) fn frame_numbers(&self) -> usize {
         /// Values are packed for products in whole panels of each head.
         const PANEL: usize = crate::kernels::matmul::PANEL;
-        let HymbaOptions { embed_dim, hidden_size: h, state_size: n, num_heads, .. } = self.options;
+        let HymbaOptions { embed_dim, hidden_size: h, num_heads, .. } = self.options;
+        let n = self.state_size();
         let (widths, inner) = if self.options.pattern.shares() { (24, 2 * h) } else { (20, h) };
         let values = num_heads * (inner / num_heads).next_multiple_of(PANEL);
         embed_dim + widths * h + values + 2 * n + self.options.dt_rank()
@@ -115,7 +116,8 @@ impl Hymba {
 
     /// Numbers that all blocks keep of a frame for the backward pass.
     fn cache_numbers(&self) -> usize {
-        let HymbaOptions { hidden_size: h, state_size: n, num_heads: a, .. } = self.options;
+        let HymbaOptions { hidden_size: h, num_heads: a, .. } = self.options;
+        let n = self.state_size();
         // beside the residual stream, its norm, and so on
         let mamba = 2 * n + self.options.dt_rank() + work([n, h]).div_ceil(8);
         self.at_all_depths(|kind| match kind {
@@ -125,6 +127,11 @@ impl Hymba {
             BlockKind::Fed { by_shared: false } => 12 * h + mamba,
             BlockKind::Fed { by_shared: true } => 31 * h + mamba + a,
         })
+    }
+
+    /// n, which may be any number where no block has a state.
+    fn state_size(&self) -> usize {
+        if self.options.pattern == Pattern::Attention { 0 } else { self.options.state_size }
     }
 
     /// The sum over all depths of what each kind of block takes.

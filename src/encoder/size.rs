@@ -102,12 +102,24 @@ pub(super) fn check_storage(options: &HymbaOptions, storage: Option<Storage>) ->
     }
 }
 
-/// Checks, before memory is taken, that the file holds enough for a model of these options with so many `parameters`, of
-/// which there may be too many to count, and with its large matrices stored as in the file.
+/// The storage to read matrices into that are in a file as `in_file` says and are to be stored as `asked`: whole numbers and
+/// scales come out of the file as they are, before they become something else.
+pub(crate) fn first_storage(in_file: Option<Storage>, asked: Option<Storage>) -> Option<Storage> {
+    match in_file {
+        Some(Storage::Q8 | Storage::Q4) => in_file,
+        _ => asked.or(in_file),
+    }
+}
+
+/// Checks, before memory is taken, that the file holds enough for a model with so many `encoders` of these options and so many
+/// `parameters`, of which there may be too many to count, and with its large matrices stored in the file as `in_file` says; and that
+/// it fits into memory with these stored as `asked`, if they are to be otherwise.
 pub(crate) fn check_size(
     options: &HymbaOptions,
+    encoders: usize,
     parameters: Option<usize>,
     in_file: Option<Storage>,
+    asked: Option<Storage>,
     tensors: &Tensors,
 ) -> Result<()> {
     /// So much any file may ask for: a small model is built although tensors are missing, and then all are listed.
@@ -123,10 +135,11 @@ pub(crate) fn check_size(
     }
     let twice_the_file = usize::try_from(tensors.file_length()).unwrap_or(usize::MAX).saturating_mul(2);
     check_storage(options, in_file).map_err(|error| tensors.error(error.to_string()))?;
+    check_storage(options, asked)?;
     let parameters = parameters.unwrap_or(usize::MAX);
     let saved = parameter_bytes(options, None).saturating_sub(parameter_bytes(options, in_file));
-    if work([parameters, size_of::<f32>()]).saturating_sub(saved) <= twice_the_file.max(SMALL) {
-        return match fits(model_bytes(options, in_file)) {
+    if work([parameters, size_of::<f32>()]).saturating_sub(work([encoders, saved])) <= twice_the_file.max(SMALL) {
+        return match fits(work([encoders, model_bytes(options, first_storage(in_file, asked))])) {
             true => Ok(()),
             false => Err(tensors.error("its model does not fit into memory")),
         };

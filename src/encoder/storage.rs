@@ -112,15 +112,6 @@ impl Hymba {
     }
 }
 
-/// The storage to read matrices into that are in a file as `in_file` says and are to be stored as `asked`: whole numbers and
-/// scales come out of the file as they are, before they become something else.
-pub(crate) fn first_storage(in_file: Option<Storage>, asked: Option<Storage>) -> Option<Storage> {
-    match in_file {
-        Some(Storage::Q8 | Storage::Q4) => in_file,
-        _ => asked.or(in_file),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -218,6 +218,15 @@ impl Hymba {
         }
     }
 
+    /// Refuses what another model made.
+    pub(crate) fn check_cache(&self, cache: &TrainCache) -> Result<()> {
+        if cache.model != self.id {
+            let advice = "another model made it, or the parameters have changed since; run the forward pass again";
+            return Err(Error::State(advice.into()));
+        }
+        Ok(())
+    }
+
     fn check_backward(&self, cache: &TrainCache, outer: &[usize], given: &[usize], grads: &Hymba) -> Result<()> {
         let expected = [outer, &[self.options.hidden_size]].concat();
         if given != expected {
@@ -227,10 +236,7 @@ impl Hymba {
                 given: given.to_vec(),
             });
         }
-        if cache.model != self.id {
-            let advice = "another model made it, or the parameters have changed since; run the forward pass again";
-            return Err(Error::State(advice.into()));
-        }
+        self.check_cache(cache)?;
         let outputs = if outer.len() == 1 { cache.lengths.len() } else { cache.spans().rows() };
         if cache.last.nrows() != outputs {
             let advice = "backward goes with forward_train, backward_sequence with forward_sequence_train";

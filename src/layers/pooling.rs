@@ -265,6 +265,7 @@ impl Pool {
             Pooling::Max => {
                 let mut largest = Array2::zeros(y.dim());
                 for ((span, y), mut largest) in spans.iter().zip(y.rows()).zip(largest.rows_mut()) {
+                    largest.fill(span.start); // where the largest is NaN
                     for row in span.clone().rev() {
                         let same = x.row(row).into_iter().zip(y).zip(&mut largest);
                         same.filter(|((x, y), _)| x == y).for_each(|(_, largest)| *largest = row);

@@ -110,11 +110,11 @@ impl Ensemble {
             return Err(Error::Option { option: "share", given: share.to_string(), allowed: "from 0 to 1".into() });
         }
         let predictor = checked(predictor, kernels.task())?;
+        check_width(&predictor, &kernels)?;
         Ok(Ensemble { kernels, encoder: Some((predictor, Mix { share, factor: 1.0 })) })
     }
 
-    /// Predicts from series `[length, channels]` each: `[series, outputs]`; in a classification logarithms of probabilities, which
-    /// are logits.
+    /// Predicts from series `[length, channels]` each: `[series, outputs]`; in a classification logits.
     ///
     /// # Errors
     ///
@@ -188,6 +188,14 @@ fn loss(predicted: ArrayView2<f32>, targets: &Targets) -> f64 {
                 .map_or(0.0, |means| means.iter().map(|mean| 0.5 * n * mean.max(1e-30).ln()).sum())
         }
         Targets::FrameClasses(_) | Targets::FrameValues(_) => 0.0,
+    }
+}
+
+/// That both read frames of one width.
+fn check_width(predictor: &Predictor, kernels: &KernelPredictor) -> Result<()> {
+    match (predictor.options().embed_dim, kernels.features().channels()) {
+        (a, b) if a == b => Ok(()),
+        (a, b) => Err(Error::Data(format!("the encoder reads frames of width {a}, the kernels of width {b}"))),
     }
 }
 

@@ -6,9 +6,10 @@ use rand_distr::{Distribution, StandardNormal};
 use serde::{Deserialize, Serialize};
 
 use super::Normalization;
+use crate::encoder::check_fits;
 use crate::kernels::features::{COMPETITORS, Competition, Lanes, Pooled, REACH, STATISTICS, TAPS};
 use crate::kernels::simd::LANES;
-use crate::kernels::team::{with_team, work};
+use crate::kernels::team::{threads, with_team, work};
 use crate::layers::Rng;
 use crate::{Error, Result};
 
@@ -356,12 +357,22 @@ impl KernelFeatures {
         }
         check(series, Some(self.plan.channels))?;
         let frames = series.iter().map(|series| series.nrows()).sum::<usize>();
+        self.check_memory(series)?;
         let mut features = Array2::zeros((series.len(), self.num_features()));
         with_team(work([frames, self.num_features()]), |team| {
             let rows = features.outer_iter_mut().map(|row| row.into_slice().expect("numbers side by side"));
             team.for_each(series.iter().zip(rows.collect::<Vec<_>>()), |(series, row)| self.of(series.view(), row));
         });
         Ok(features)
+    }
+
+    /// Checks, before memory is taken, that there is enough: on each thread a series with its padding, sixteen kernels side by side.
+    fn check_memory(&self, series: &[Array2<f32>]) -> Result<()> {
+        let longest = series.iter().map(|series| series.nrows()).max().unwrap_or(0);
+        let padding = 2 * REACH * self.plan.dilations.last().map_or(1, |last| last.0);
+        let rows = work([series.len(), self.num_features()]);
+        let passing = work([threads(), longest.saturating_add(padding), 2 * LANES]);
+        check_fits("series", &[series.len(), longest], work([rows.saturating_add(passing), size_of::<f32>()]))
     }
 
     /// The features of one series.

@@ -222,7 +222,8 @@ impl Predictor {
         task: Task,
     ) -> Result<Self> {
         task.validate().map_err(|error| tensors.error(error.to_string()))?;
-        check_size(&options.encoder, options.parameters(&task), in_file, tensors)?;
+        let encoders = if options.bidirectional { 2 } else { 1 };
+        check_size(&options.encoder, encoders, options.parameters(&task), in_file, asked, tensors)?;
         options.validate(&task).map_err(|error| tensors.error(error.to_string()))?;
         let has = |of: &str| ["mean", "scale"].iter().any(|part| tensors.shape(&format!("{of}_{part}")).is_some());
         let input = has(INPUT).then(|| Normalization::zeros(options.features()));

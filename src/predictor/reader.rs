@@ -101,6 +101,7 @@ impl Reader {
     /// The gradient of [`read_train`](Self::read_train): dpooled `[b, p]` or `[b·l, h]` → `[b, l, embed_dim]`. Nothing is added
     /// to `grads` where it is refused.
     pub fn backward(&self, cache: &ReaderCache, dpooled: ArrayView2<f32>, grads: &mut Reader) -> Result<Array3<f32>> {
+        self.encoder.check_cache(&cache.encoder)?;
         match &cache.kind {
             Kind::Last => self.encoder.backward(&cache.encoder, &dpooled, &mut grads.encoder),
             Kind::Frames(batch) => {

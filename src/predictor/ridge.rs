@@ -56,11 +56,18 @@ impl Ridge {
             let centered = y - &y_mean;
 
             let rows = evenly(n, MOST_LEFT_OUT);
-            let some_y = centered.select(Axis(0), &rows);
+            let mut some_y = centered.select(Axis(0), &rows);
+            let is_part = rows.len() < n;
+            if is_part {
+                some_y -= &some_y.mean_axis(Axis(0)).expect("there are rows");
+            }
             let mut best: Option<(f64, [f64; 3], f64, Array2<f64>)> = None;
             for (i, shares) in SHARES.into_iter().enumerate() {
                 let k = combined(&grams, shares);
-                let k = Array2::from_shape_fn((rows.len(), rows.len()), |(i, j)| k[[rows[i], rows[j]]]);
+                let mut k = Array2::from_shape_fn((rows.len(), rows.len()), |(i, j)| k[[rows[i], rows[j]]]);
+                if is_part {
+                    center(&mut k);
+                }
                 let diagonal = k.diag().sum() / rows.len() as f64;
                 let unit = if diagonal > 0.0 { diagonal } else { 1.0 }; // of rows that are all alike
                 for strength in STRENGTHS {
@@ -175,10 +182,15 @@ fn gram(team: &Team, z: &Array2<f32>, of: std::ops::Range<usize>) -> Array2<f64>
         matmul(team, Rows { data: &flat[first..], stride: features }, n, &packed, &mut k, Out::Add);
     }
     let mut k = Array2::from_shape_vec((n, n), k).expect("n·n numbers").mapv(f64::from);
+    center(&mut k);
+    k
+}
+
+/// Takes away the mean of every row and column: what z gives whose mean over these rows is 0.
+fn center(k: &mut Array2<f64>) {
     let means = k.mean_axis(Axis(0)).expect("there are rows");
     let all = means.mean().unwrap_or(0.0);
     k.indexed_iter_mut().for_each(|((i, j), k)| *k += all - means[i] - means[j]);
-    k
 }
 
 /// Of K + λI.
@@ -188,7 +200,7 @@ fn factor(team: &Team, k: &Array2<f64>, lambda: f64) -> Cholesky {
     Cholesky::new(team, shifted)
 }
 
-/// e `[n, outputs]` for centered y.
+/// e `[n, outputs]` for centered K and y.
 fn left_out(team: &Team, k: &Array2<f64>, lambda: f64, y: &Array2<f64>) -> Array2<f64> {
     let factor = factor(team, k, lambda);
     let mut errors = factor.solve(y);
@@ -234,6 +246,26 @@ mod tests {
                 assert!((errors[[i, output]] - want).abs() < 1e-4, "{i} {output}: {} {want}", errors[[i, output]]);
             }
         }
+    }
+
+    /// K of some rows, centered again, is that of these rows alone; so the errors at some of many rows are those of fits to the others
+    /// of them.
+    #[test]
+    fn some_of_many_rows_are_centered_by_themselves() {
+        let (mut z, y) = data(600, 6);
+        let team = Team::alone();
+        standardize(&team, &mut z, &[6]);
+        let rows = evenly(600, MOST_LEFT_OUT);
+        let all = gram(&team, &z, 0..6);
+        let mut some = Array2::from_shape_fn((rows.len(), rows.len()), |(i, j)| all[[rows[i], rows[j]]]);
+        center(&mut some);
+        let alone = gram(&team, &z.select(Axis(0), &rows), 0..6);
+        assert!((&some - &alone).iter().all(|difference| difference.abs() < 1e-5));
+        // six features, a linear part and a wave of size 1: errors are no larger than that
+        let (_, left_out) = Ridge::fit(data(600, 6).0, &y, [2, 2, 2]);
+        let errors = &left_out.predicted - &y.select(Axis(0), &left_out.rows);
+        assert_eq!(left_out.rows.len(), MOST_LEFT_OUT);
+        assert!((errors.mapv(|error| error * error).mean().unwrap()) < 1.0);
     }
 
     #[test]

@@ -6,8 +6,8 @@ use std::path::Path;
 use ndarray::{Array2, ArrayRef2, ArrayRef3, ArrayView2, Axis};
 
 use super::Predictor;
-use crate::encoder::{no_such_row, of_numbers};
-use crate::kernels::team::Team;
+use crate::encoder::{Keeps, no_such_row, of_numbers};
+use crate::kernels::team::{Team, work};
 use crate::layers::{PoolState, flat};
 use crate::{Error, HymbaState, Pooling, Result};
 
@@ -180,6 +180,9 @@ impl Predictor {
     pub fn prefill(&self, x: &ArrayRef3<f32>, state: &mut PredictorState) -> Result<Array2<f32>> {
         self.options.check_causal()?;
         self.check_pools(state)?;
+        // before frames are copied
+        let (_, l, width) = x.dim();
+        self.reader.encoder.check_batch(x, None, Keeps::Last, work([l, width]))?;
         let x = self.normalized(x);
         if self.options.pooling == Pooling::Last {
             let hidden = self.reader.encoder.prefill(&x, &mut state.encoder)?;

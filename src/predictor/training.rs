@@ -7,7 +7,7 @@ use ndarray::{Array2, Array3, ArrayRef2, ArrayRef3, ArrayView3, Axis, s};
 use super::enter::FrontCache;
 use super::front::reversed;
 use super::reader::{Reader, ReaderCache, full};
-use super::{Predictor, PredictorOptions, REVERSE, beside, rows};
+use super::{Differences, Predictor, PredictorOptions, REVERSE, beside, rows};
 use crate::encoder::{Keeps, sequences};
 use crate::kernels::team::Team;
 use crate::{Error, HymbaOptions, Result};
@@ -121,11 +121,12 @@ impl Predictor {
 
     /// What a prediction was made of: gradient × input of one output by the frames of one sequence, x `[l, embed_dim]` → `[l,
     /// embed_dim]`. A number above 0 speaks for the output, one below 0 against it; together they are, to first order, what the
-    /// frames make of the output beside frames of the input normalization's mean (of 0 without one).
+    /// frames make of the output beside frames of the input normalization's mean (of 0 without one, and where series are normalized by
+    /// themselves or only differences are read).
     ///
     /// # Errors
     ///
-    /// As [`predict`](Self::predict); [`Error::Option`] if there is no such output.
+    /// As [`predict`](Self::predict); [`Error::Option`] if there is no such output, or if matrices are stored for inference only.
     ///
     /// ```
     /// use hymba::ndarray::Array2;
@@ -151,8 +152,9 @@ impl Predictor {
         dy[[0, output]] = 1.0;
         let dx = plain.backward(&cache, &dy, &mut plain.zeros_like())?.index_axis_move(Axis(0), 0);
         let mut input = x.to_owned();
-        if let Some(normalization) = self.input.as_ref().filter(|input| input.mean().len() == x.ncols()) {
-            input -= normalization.mean();
+        let of_frames = !self.options.normalize_series && self.options.differences != Differences::Only;
+        if let Some(normalization) = self.input.as_ref().filter(|_| of_frames) {
+            input -= &normalization.mean().slice(s![..x.ncols()]);
         }
         Ok(dx * input)
     }

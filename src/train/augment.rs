@@ -141,7 +141,8 @@ pub(super) fn mix(series: &[Array2<f32>], others: &[usize], share: f32) -> Vec<A
 }
 
 fn jitter(mut x: Array2<f32>, deviation: f32, rng: &mut Rng) -> Array2<f32> {
-    let scales = x.std_axis(Axis(0), 0.0) * deviation;
+    // in f64: the square of a large number may be none of f32
+    let scales = x.mapv(f64::from).std_axis(Axis(0), 0.0).mapv(|std| (std * f64::from(deviation)) as f32);
     for mut frame in x.rows_mut() {
         for (x, scale) in frame.iter_mut().zip(&scales) {
             let noise: f32 = StandardNormal.sample(rng);

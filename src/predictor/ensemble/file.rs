@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::super::features::Plan;
 use super::super::file;
-use super::{Ensemble, KernelPredictor, Mix, Predictor, Task};
+use super::{Ensemble, KernelPredictor, Mix, Predictor, Task, check_width};
 use crate::Result;
 use crate::files::saved::{self, entry, fill};
 use crate::files::tensors::Source;
@@ -112,6 +112,9 @@ impl Ensemble {
         let mut ensemble = Ensemble { kernels, encoder };
         if ensemble.encoder().is_some_and(|predictor| predictor.task() != ensemble.task()) {
             return Err(tensors.error("its encoder has another task than its kernels"));
+        }
+        if let Some(predictor) = ensemble.encoder() {
+            check_width(predictor, &ensemble.kernels).map_err(|error| tensors.error(error.to_string()))?;
         }
         fill(&mut tensors, in_file, &mut |f| ensemble.visit_tensors_mut(f))?;
         ensemble.kernels.check(&tensors)?;
