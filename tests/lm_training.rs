@@ -206,6 +206,15 @@ fn activations_that_are_computed_again_are_the_same() {
     lm.recompute_activations(true);
     assert_eq!(lm.accumulate(&rows, None, &mut again).unwrap(), loss);
     assert!(by_name(&again) == by_name(&kept));
+    // the backward pass goes by what the forward pass kept
+    for recompute in [true, false] {
+        lm.recompute_activations(recompute);
+        let (_, cache) = lm.forward_train(&rows, None).unwrap();
+        lm.recompute_activations(!recompute);
+        let mut switched = lm.zeros_like();
+        lm.backward_sum(&cache, &mut switched).unwrap();
+        assert!(by_name(&switched) == by_name(&kept), "{recompute}");
+    }
 }
 
 #[cfg(feature = "rayon")]

@@ -262,7 +262,8 @@ impl HymbaLm {
     /// As [`prefill_ragged`](Self::prefill_ragged), with news in between: `on_progress` hears how many tokens of all rows are done,
     /// and how many there are, after each piece of at most 512, and ends the call with [`ControlFlow::Break`]. The result is then
     /// `None`, and the state has seen what was done until then: [`LmState::lengths`] says how much of each row. It can go on from
-    /// there; clone it before, if you want to go back.
+    /// there with the rest of each row; rows that are done have none, and are first taken out by [`LmState::select`]. Clone the
+    /// state before, if you want to go back.
     ///
     /// # Errors
     ///

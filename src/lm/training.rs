@@ -61,7 +61,8 @@ impl HymbaLm {
     /// has a loss of no tokens.
     ///
     /// Keys and values are not rounded here, whatever [`LoadOptions::kv_storage`](super::LoadOptions::kv_storage) says, and rows of
-    /// one token count for nothing. There are never more than 32 MB of logits.
+    /// one token count for nothing. There are never more than 32 MB of logits, or those of 24 tokens where the vocabulary is so large
+    /// that these take more.
     ///
     /// # Errors
     ///
@@ -218,7 +219,9 @@ impl HymbaLm {
             let sum = self.head_loss(team, &cache.last, &cache.targets, Some(head));
 
             let empty = self.empty_row(KvStorage::F32);
-            let mut states = vec![cache.initial.clone(); if self.recompute { cache.lengths.len() } else { 0 }];
+            // what the cache holds counts: recompute_activations may have been called since
+            let again = cache.tokens.blocks.iter().any(|kept| matches!(kept, Kept::Input(_)));
+            let mut states = vec![cache.initial.clone(); if again { cache.lengths.len() } else { 0 }];
             let mut of_tokens = PassGradient::zeros(&cache.initial);
             let mut of_meta = PassGradient::zeros(&empty);
             let mut dmeta = cache.meta.as_ref().map(|_| Buffer::zeros(self.meta_tokens.dim()));
