@@ -355,15 +355,45 @@ fn bad_rows_and_options() {
     assert!(matches!(TokenRows::new(vec![vec![1, 2]], Some(vec![vec![true]])), Err(Error::Data(_))));
     let options = [
         LmTrainerOptions::default().epochs(0),
+        LmTrainerOptions::default().epochs(100_001),
         LmTrainerOptions::default().batch_size(0),
         LmTrainerOptions::default().warm_up(1.0),
         LmTrainerOptions::default().learning_rate(f32::NAN),
         LmTrainerOptions::default().floor(2.0),
     ];
     assert!(options.iter().all(|options| matches!(options.validate(), Err(Error::Option { .. }))));
-    let rows = TokenRows::packed(&[1, 2, 3, 500], 4).unwrap();
-    let trained = LmTrainer::new(tiny(), LmTrainerOptions::default()).unwrap();
-    assert!(matches!(trained.fit(&rows, None, |_| ControlFlow::Continue(())), Err(Error::Tokens(_))));
+    // before the first step, whichever rows they are in
+    let (good, bad) = (periodic(100), TokenRows::packed(&[1, 2, 3, 500], 4).unwrap());
+    let long = TokenRows::packed(&[1; 8193], 8193).unwrap();
+    for (train, validation) in [(&bad, None), (&good, Some(&bad)), (&long, None), (&good, Some(&long))] {
+        let folder = tempfile::tempdir().unwrap();
+        let options = LmTrainerOptions::default().checkpoint(folder.path());
+        let trainer = LmTrainer::new(tiny(), options).unwrap();
+        let fitted = trainer.fit(train, validation, |_| panic!("a step was taken"));
+        assert!(matches!(fitted, Err(Error::Tokens(_))));
+        assert!(!folder.path().join("training.json").exists());
+    }
+}
+
+/// A training that leads out of the numbers ends, and its checkpoint is that of the epoch before.
+#[test]
+fn what_is_not_finite_is_not_kept() {
+    let rows = periodic(100);
+    let folder = tempfile::tempdir().unwrap();
+    // one step an epoch: what it led to is seen at its end only
+    let options = LmTrainerOptions::default().epochs(2).batch_size(100).warm_up(0.0);
+    let options = options.learning_rate(1e38).weight_decay(10.0);
+    for validation in [None, Some(&rows)] {
+        let folder = folder.path().join(if validation.is_some() { "validated" } else { "alone" });
+        let trainer = LmTrainer::new(tiny(), options.clone().checkpoint(&folder)).unwrap();
+        let fitted = trainer.fit(&rows, validation, |progress| {
+            assert!(progress.finished.is_none());
+            ControlFlow::Continue(())
+        });
+        assert!(matches!(fitted, Err(Error::NotFinite { .. })), "{fitted:?}");
+        let text = std::fs::read_to_string(folder.join("training.json")).unwrap();
+        assert!(text.contains("\"history\":[]"), "{text}");
+    }
 }
 
 #[test]

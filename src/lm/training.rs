@@ -252,20 +252,7 @@ impl HymbaLm {
         if rows.is_empty() {
             return Err(Error::Tokens("there is no row; give at least one".into()));
         }
-        let most = self.config().max_position_embeddings;
-        for (i, row) in rows.iter().enumerate() {
-            match row.as_ref().len() {
-                0 => return Err(Error::Tokens(format!("row {i} has none; leave it out"))),
-                length if length > most => {
-                    let advice = "cut it, or raise max_position_embeddings in the configuration";
-                    return Err(Error::Tokens(format!(
-                        "row {i} has {length}, and the model is made for at most {most}; {advice}"
-                    )));
-                }
-                _ => {}
-            }
-        }
-        self.check_ids(rows)?;
+        self.check_tokens(rows)?;
         let lengths = || rows.iter().map(|row| row.as_ref().len());
         if let Some(masks) = masks {
             if masks.len() != rows.len() {
@@ -285,6 +272,24 @@ impl HymbaLm {
             )));
         }
         Ok(())
+    }
+
+    /// Checks the lengths of rows and their ids.
+    pub(crate) fn check_tokens(&self, rows: &[impl AsRef<[u32]>]) -> Result<()> {
+        let most = self.config().max_position_embeddings;
+        for (i, row) in rows.iter().enumerate() {
+            match row.as_ref().len() {
+                0 => return Err(Error::Tokens(format!("row {i} has none; leave it out"))),
+                length if length > most => {
+                    let advice = "cut it, or raise max_position_embeddings in the configuration";
+                    return Err(Error::Tokens(format!(
+                        "row {i} has {length}, and the model is made for at most {most}; {advice}"
+                    )));
+                }
+                _ => {}
+            }
+        }
+        self.check_ids(rows)
     }
 
     fn check_gradient(&self, grads: &HymbaLm) -> Result<()> {
