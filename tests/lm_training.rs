@@ -455,12 +455,17 @@ fn low_rank_parts() {
 
     let saved = tempfile::tempdir().unwrap();
     lm.save_lora(saved.path()).unwrap();
+    // a folder or bytes would be without them
+    assert!(matches!(lm.save_dir(saved.path().join("all")), Err(Error::State(_))));
+    assert!(matches!(lm.to_bytes(), Err(Error::State(_))));
+    assert!(!saved.path().join("all").exists());
     let mut other = trainable(folder.path());
     assert_eq!(other.load_lora(saved.path()).unwrap().parameters, covered.parameters);
     assert!(other.forward(&ids).unwrap() == apart);
     other.merge_lora();
     let largest = apart.iter().fold(0f32, |m, x| m.max(x.abs()));
     assert!(difference(&other.forward(&ids).unwrap(), &apart) <= 1e-5 * largest);
+    other.to_bytes().unwrap();
     lm.remove_lora();
     assert!(lm.forward(&ids).unwrap() == before);
     assert!(matches!(lm.save_lora(saved.path()), Err(Error::State(_))));
@@ -493,12 +498,19 @@ fn bad_adapters() {
         ("\"r\": 2", "\"r\": -1"),
         ("\"bias\": \"none\"", "\"bias\": \"all\""),
         ("\"rank_pattern\": {}", "\"rank_pattern\": {\"out_proj\": 4}"),
+        ("\"bias\"", "\"init_lora_weights\": \"pissa_niter_4\", \"bias\""),
         ("{", ""),
     ] {
         assert!(text.contains(from), "{from}");
         std::fs::write(&config, text.replacen(from, to, 1)).unwrap();
         assert!(matches!(lm.load_lora(saved.path()), Err(Error::Format { .. })), "{to}");
         assert!(!lm.has_lora());
+    }
+    for usual in ["null", "true", "false", "\"gaussian\""] {
+        let to = format!("\"init_lora_weights\": {usual}, \"bias\"");
+        std::fs::write(&config, text.replacen("\"bias\"", &to, 1)).unwrap();
+        lm.load_lora(saved.path()).unwrap();
+        lm.remove_lora();
     }
     std::fs::write(&config, &text).unwrap();
     // of a smaller model
