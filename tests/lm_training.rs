@@ -471,6 +471,38 @@ fn low_rank_parts() {
     assert!(matches!(lm.save_lora(saved.path()), Err(Error::State(_))));
 }
 
+/// What could be trained before can be trained without the parts again, whether they are removed or merged.
+#[test]
+fn matrices_are_frozen_beside_low_rank_parts() {
+    let (folder, _) = small();
+    let options = LoraOptions::default().rank(2);
+    for merge in [false, true] {
+        let mut lm = trainable(folder.path());
+        let before = by_name(&lm);
+        for seed in 0..2 {
+            lm.add_lora(&options, seed).unwrap();
+            assert!(by_name(&lm).keys().all(|name| name.contains("lora_")));
+        }
+        // B is zero
+        if merge {
+            lm.merge_lora()
+        } else {
+            lm.remove_lora()
+        }
+        assert!(by_name(&lm) == before);
+        // of a model for inference they stay what they are
+        let mut stored = HymbaLm::from_dir(folder.path()).unwrap();
+        let before = by_name(&stored);
+        stored.add_lora(&options, 0).unwrap();
+        if merge {
+            stored.merge_lora()
+        } else {
+            stored.remove_lora()
+        }
+        assert!(by_name(&stored) == before);
+    }
+}
+
 #[test]
 fn bad_adapters() {
     let (folder, _) = small();

@@ -251,15 +251,17 @@ impl HymbaLm {
     }
 
     /// Adds the low-rank parts to the weights, row by row, so that they cost nothing any more. Weights in f32 then give what the parts
-    /// gave apart, to rounding; narrower ones are rounded again.
+    /// gave apart, to rounding; narrower ones are rounded again. Matrices that could be trained before there were parts can be trained again.
     pub fn merge_lora(&mut self) {
         self.visit_maps(&mut |_, map| map.merge());
+        self.thaw();
         self.lora_changed(None);
     }
 
-    /// Removes the low-rank parts: the model is again as it was without.
+    /// Removes the low-rank parts: the model is again as it was without, and what could be trained then can be again.
     pub fn remove_lora(&mut self) {
         self.visit_maps(&mut |_, map| map.set_low_rank(None));
+        self.thaw();
         self.lora_changed(None);
     }
 
@@ -283,6 +285,7 @@ impl HymbaLm {
     /// Sets the parts of these maps, and removes all others.
     fn set_lora(&mut self, options: LoraOptions, mut parts: Vec<(String, LowRank)>) -> LoraCoverage {
         let mut covered = LoraCoverage { maps: Vec::new(), parameters: 0 };
+        self.frozen |= self.embedding.rows_mut().is_some();
         self.embedding.freeze();
         self.visit_maps(&mut |name, map| {
             map.freeze();
@@ -296,6 +299,14 @@ impl HymbaLm {
         });
         self.lora_changed(Some(options));
         covered
+    }
+
+    /// Makes the matrices again what can be trained, if they were before there were low-rank parts.
+    fn thaw(&mut self) {
+        if std::mem::take(&mut self.frozen) {
+            self.embedding.thaw();
+            self.visit_maps(&mut |_, map| map.store_as(None));
+        }
     }
 
     fn lora_changed(&mut self, options: Option<LoraOptions>) {

@@ -69,6 +69,8 @@ pub struct HymbaLm {
     pub(super) recompute: bool,
     /// Of the low-rank parts of its maps, if there are any; nothing else is trained then.
     pub(super) lora: Option<LoraOptions>,
+    /// Whether its matrices could be trained before it had low-rank parts, and can again without.
+    pub(super) frozen: bool,
     /// The `config.json` it was read with.
     pub(super) source: Option<String>,
     /// Counted once: every step asks for it.
@@ -126,6 +128,7 @@ impl HymbaLm {
             kv_storage: options.kv_storage,
             recompute: false,
             lora: None,
+            frozen: false,
             source: None,
             num_parameters: 0,
             prefix: Lazy::new(),

@@ -19,7 +19,8 @@ mod options;
 pub use data::TokenRows;
 pub use options::LmTrainerOptions;
 
-/// Trains a language model on rows of tokens: what of it can be trained, which is all of [`HymbaLm::build`].
+/// Trains a language model on rows of tokens: what of it can be trained, which is all of [`HymbaLm::build`], and of a model with
+/// low-rank parts ([`HymbaLm::add_lora`]) only these.
 ///
 /// A step adds up the gradients of its rows, in as many passes as [`pass_size`](LmTrainerOptions::pass_size) makes of them, and
 /// divides by the number of predicted tokens. The same seed and rows give the same weights, bit for bit, for any number of threads,
