@@ -206,6 +206,15 @@ fn activations_that_are_computed_again_are_the_same() {
     lm.recompute_activations(true);
     assert_eq!(lm.accumulate(&rows, None, &mut again).unwrap(), loss);
     assert!(by_name(&again) == by_name(&kept));
+    // the backward pass goes by what the forward pass kept
+    for recompute in [true, false] {
+        lm.recompute_activations(recompute);
+        let (_, cache) = lm.forward_train(&rows, None).unwrap();
+        lm.recompute_activations(!recompute);
+        let mut switched = lm.zeros_like();
+        lm.backward_sum(&cache, &mut switched).unwrap();
+        assert!(by_name(&switched) == by_name(&kept), "{recompute}");
+    }
 }
 
 #[cfg(feature = "rayon")]
@@ -346,15 +355,45 @@ fn bad_rows_and_options() {
     assert!(matches!(TokenRows::new(vec![vec![1, 2]], Some(vec![vec![true]])), Err(Error::Data(_))));
     let options = [
         LmTrainerOptions::default().epochs(0),
+        LmTrainerOptions::default().epochs(100_001),
         LmTrainerOptions::default().batch_size(0),
         LmTrainerOptions::default().warm_up(1.0),
         LmTrainerOptions::default().learning_rate(f32::NAN),
         LmTrainerOptions::default().floor(2.0),
     ];
     assert!(options.iter().all(|options| matches!(options.validate(), Err(Error::Option { .. }))));
-    let rows = TokenRows::packed(&[1, 2, 3, 500], 4).unwrap();
-    let trained = LmTrainer::new(tiny(), LmTrainerOptions::default()).unwrap();
-    assert!(matches!(trained.fit(&rows, None, |_| ControlFlow::Continue(())), Err(Error::Tokens(_))));
+    // before the first step, whichever rows they are in
+    let (good, bad) = (periodic(100), TokenRows::packed(&[1, 2, 3, 500], 4).unwrap());
+    let long = TokenRows::packed(&[1; 8193], 8193).unwrap();
+    for (train, validation) in [(&bad, None), (&good, Some(&bad)), (&long, None), (&good, Some(&long))] {
+        let folder = tempfile::tempdir().unwrap();
+        let options = LmTrainerOptions::default().checkpoint(folder.path());
+        let trainer = LmTrainer::new(tiny(), options).unwrap();
+        let fitted = trainer.fit(train, validation, |_| panic!("a step was taken"));
+        assert!(matches!(fitted, Err(Error::Tokens(_))));
+        assert!(!folder.path().join("training.json").exists());
+    }
+}
+
+/// A training that leads out of the numbers ends, and its checkpoint is that of the epoch before.
+#[test]
+fn what_is_not_finite_is_not_kept() {
+    let rows = periodic(100);
+    let folder = tempfile::tempdir().unwrap();
+    // one step an epoch: what it led to is seen at its end only
+    let options = LmTrainerOptions::default().epochs(2).batch_size(100).warm_up(0.0);
+    let options = options.learning_rate(1e38).weight_decay(10.0);
+    for validation in [None, Some(&rows)] {
+        let folder = folder.path().join(if validation.is_some() { "validated" } else { "alone" });
+        let trainer = LmTrainer::new(tiny(), options.clone().checkpoint(&folder)).unwrap();
+        let fitted = trainer.fit(&rows, validation, |progress| {
+            assert!(progress.finished.is_none());
+            ControlFlow::Continue(())
+        });
+        assert!(matches!(fitted, Err(Error::NotFinite { .. })), "{fitted:?}");
+        let text = std::fs::read_to_string(folder.join("training.json")).unwrap();
+        assert!(text.contains("\"history\":[]"), "{text}");
+    }
 }
 
 #[test]
@@ -416,15 +455,52 @@ fn low_rank_parts() {
 
     let saved = tempfile::tempdir().unwrap();
     lm.save_lora(saved.path()).unwrap();
+    // a folder or bytes would be without them
+    assert!(matches!(lm.save_dir(saved.path().join("all")), Err(Error::State(_))));
+    assert!(matches!(lm.to_bytes(), Err(Error::State(_))));
+    assert!(!saved.path().join("all").exists());
     let mut other = trainable(folder.path());
     assert_eq!(other.load_lora(saved.path()).unwrap().parameters, covered.parameters);
     assert!(other.forward(&ids).unwrap() == apart);
     other.merge_lora();
     let largest = apart.iter().fold(0f32, |m, x| m.max(x.abs()));
     assert!(difference(&other.forward(&ids).unwrap(), &apart) <= 1e-5 * largest);
+    other.to_bytes().unwrap();
     lm.remove_lora();
     assert!(lm.forward(&ids).unwrap() == before);
     assert!(matches!(lm.save_lora(saved.path()), Err(Error::State(_))));
+}
+
+/// What could be trained before can be trained without the parts again, whether they are removed or merged.
+#[test]
+fn matrices_are_frozen_beside_low_rank_parts() {
+    let (folder, _) = small();
+    let options = LoraOptions::default().rank(2);
+    for merge in [false, true] {
+        let mut lm = trainable(folder.path());
+        let before = by_name(&lm);
+        for seed in 0..2 {
+            lm.add_lora(&options, seed).unwrap();
+            assert!(by_name(&lm).keys().all(|name| name.contains("lora_")));
+        }
+        // B is zero
+        if merge {
+            lm.merge_lora()
+        } else {
+            lm.remove_lora()
+        }
+        assert!(by_name(&lm) == before);
+        // of a model for inference they stay what they are
+        let mut stored = HymbaLm::from_dir(folder.path()).unwrap();
+        let before = by_name(&stored);
+        stored.add_lora(&options, 0).unwrap();
+        if merge {
+            stored.merge_lora()
+        } else {
+            stored.remove_lora()
+        }
+        assert!(by_name(&stored) == before);
+    }
 }
 
 #[test]
@@ -454,12 +530,19 @@ fn bad_adapters() {
         ("\"r\": 2", "\"r\": -1"),
         ("\"bias\": \"none\"", "\"bias\": \"all\""),
         ("\"rank_pattern\": {}", "\"rank_pattern\": {\"out_proj\": 4}"),
+        ("\"bias\"", "\"init_lora_weights\": \"pissa_niter_4\", \"bias\""),
         ("{", ""),
     ] {
         assert!(text.contains(from), "{from}");
         std::fs::write(&config, text.replacen(from, to, 1)).unwrap();
         assert!(matches!(lm.load_lora(saved.path()), Err(Error::Format { .. })), "{to}");
         assert!(!lm.has_lora());
+    }
+    for usual in ["null", "true", "false", "\"gaussian\""] {
+        let to = format!("\"init_lora_weights\": {usual}, \"bias\"");
+        std::fs::write(&config, text.replacen("\"bias\"", &to, 1)).unwrap();
+        lm.load_lora(saved.path()).unwrap();
+        lm.remove_lora();
     }
     std::fs::write(&config, &text).unwrap();
     // of a smaller model

@@ -29,6 +29,11 @@ impl Embedding {
         self.weight.freeze();
     }
 
+    /// From now on they can be trained.
+    pub(crate) fn thaw(&mut self) {
+        self.weight.store_as(None);
+    }
+
     /// The vectors `[v, h]`, if they can be trained.
     pub(crate) fn rows_mut(&mut self) -> Option<ArrayViewMut2<'_, f32>> {
         self.weight.rows_mut()

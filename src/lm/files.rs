@@ -172,8 +172,10 @@ impl HymbaLm {
     ///
     /// # Errors
     ///
-    /// [`Error::Io`] when a file cannot be written.
+    /// [`Error::State`] if the model has low-rank parts, which are not written here: [`save_lora`](Self::save_lora) writes them, and
+    /// [`merge_lora`](Self::merge_lora) adds them to the weights. [`Error::Io`] when a file cannot be written.
     pub fn save_dir(&self, path: impl AsRef<Path>) -> Result<()> {
+        self.check_no_lora()?;
         let path = path.as_ref();
         fs::create_dir_all(path).map_err(|source| Error::io(path, source))?;
         stored::write(Target::File(&path.join(SINGLE)), &[("format", "pt")], &self.parameters_in_files())?;

@@ -31,7 +31,8 @@ impl HymbaLm {
     ///
     /// # Errors
     ///
-    /// [`Error::Io`] when the writer gives an error; what it has taken until then is no model.
+    /// [`Error::State`] if the model has low-rank parts, as of [`save_dir`](Self::save_dir); [`Error::Io`] when the writer gives an
+    /// error; what it has taken until then is no model.
     ///
     /// ```
     /// use std::io::Cursor;
@@ -47,6 +48,7 @@ impl HymbaLm {
     /// # Ok::<(), hymba::Error>(())
     /// ```
     pub fn write_to(&self, mut writer: impl Write) -> Result<()> {
+        self.check_no_lora()?;
         let path = Path::new(BYTES);
         let saved = Saved { version: VERSION, config: self.config_text(path)? };
         let saved = serde_json::to_string(&saved).map_err(|error| Error::format(path, error.to_string()))?;
@@ -58,7 +60,8 @@ impl HymbaLm {
     ///
     /// # Errors
     ///
-    /// [`Error::Format`] if the configuration that the model was read with is so long that it could not be read again.
+    /// [`Error::State`] if the model has low-rank parts, and [`Error::Format`] if the configuration that it was read with is so long
+    /// that it could not be read again.
     pub fn to_bytes(&self) -> Result<Vec<u8>> {
         let mut bytes = Vec::new();
         self.write_to(&mut bytes)?;

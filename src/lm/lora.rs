@@ -79,6 +79,16 @@ fn holds_nothing(value: &Value) -> bool {
     }
 }
 
+/// Whether low-rank parts that began so stand beside the weights as they are in the checkpoint: PiSSA, OLoRA, CorDA, LoftQ and
+/// others take a part out of them.
+fn keeps_weights(init_lora_weights: &Value) -> bool {
+    match init_lora_weights {
+        Value::Null | Value::Bool(_) => true,
+        Value::String(name) => ["gaussian", "eva", "orthogonal"].iter().any(|kept| name.eq_ignore_ascii_case(kept)),
+        _ => false,
+    }
+}
+
 impl HymbaLm {
     /// Adds new low-rank parts to the maps whose names fit, in place of those there are. From now on only these are trained, and the
     /// weights themselves, narrow ones too, stay as they are. B is zero, so nothing changes yet; A is drawn from `seed`.
@@ -116,14 +126,14 @@ impl HymbaLm {
             });
         }
         maps.retain(|(name, _)| options.maps.iter().any(|pattern| does_fit(pattern, name)));
+        check_memory(&maps, options.rank)?;
         let mut rng = Rng::seed_from_u64(seed);
-        let parts = maps.into_iter().map(|(name, dim)| {
-            check_memory(dim, options.rank)?;
-            let mut part = LowRank::zeros(dim.1, dim.0, options.rank, options.scale());
+        let parts = maps.into_iter().map(|(name, (outputs, inputs))| {
+            let mut part = LowRank::zeros(inputs, outputs, options.rank, options.scale());
             part.init(&mut rng);
-            Ok((name, part))
+            (name, part)
         });
-        let parts = parts.collect::<Result<_>>()?;
+        let parts = parts.collect();
         Ok(self.set_lora(options.clone(), parts))
     }
 
@@ -135,7 +145,7 @@ impl HymbaLm {
     /// # Errors
     ///
     /// [`Error::Io`] when a file cannot be read; [`Error::Format`] when one is damaged, or says that it is another kind of adapter,
-    /// such as DoRA; [`Error::Tensors`] when it has none for maps of this model, others, or in other shapes. Nothing is changed then.
+    /// such as DoRA, or one that changes the weights, such as PiSSA; [`Error::Tensors`] when it has none for maps of this model, others, or in other shapes. Nothing is changed then.
     pub fn load_lora(&mut self, folder: impl AsRef<Path>) -> Result<LoraCoverage> {
         let folder = folder.as_ref();
         let mut source = Source::open(&folder.join(CONFIG))?;
@@ -155,6 +165,12 @@ impl HymbaLm {
                 source.error(format!("{key} is {value}: only plain LoRA is supported, in which it does nothing"))
             );
         }
+        if let Some(value) = config.others.get("init_lora_weights").filter(|value| !keeps_weights(value)) {
+            let value = printable(&value.to_string());
+            return Err(source.error(format!(
+                "init_lora_weights is {value}: such an adapter changes the weights that it was made on; save it as plain LoRA"
+            )));
+        }
         let options =
             LoraOptions { rank: config.r, alpha: config.lora_alpha, rslora: config.use_rslora, maps: Vec::new() };
         options.validate().map_err(|error| source.error(error.to_string()))?;
@@ -169,11 +185,11 @@ impl HymbaLm {
             a.is_some_and(|a| a == shapes[0]) && b.is_some_and(|b| b == shapes[1])
         };
         maps.retain(|(name, dim)| is_there(name, *dim));
-        let parts = maps.into_iter().map(|(name, (outputs, inputs))| {
-            check_memory((outputs, inputs), options.rank)?;
-            Ok((name, LowRank::zeros(inputs, outputs, options.rank, options.scale())))
-        });
-        let mut parts: Vec<(String, LowRank)> = parts.collect::<Result<_>>()?;
+        check_memory(&maps, options.rank)?;
+        let parts = maps
+            .into_iter()
+            .map(|(name, (outputs, inputs))| (name, LowRank::zeros(inputs, outputs, options.rank, options.scale())));
+        let mut parts: Vec<(String, LowRank)> = parts.collect();
         if parts.is_empty() {
             return Err(tensors.error(format!("it has no tensors of rank {} for a map of this model", options.rank)));
         }
@@ -235,15 +251,17 @@ impl HymbaLm {
     }
 
     /// Adds the low-rank parts to the weights, row by row, so that they cost nothing any more. Weights in f32 then give what the parts
-    /// gave apart, to rounding; narrower ones are rounded again.
+    /// gave apart, to rounding; narrower ones are rounded again. Matrices that could be trained before there were parts can be trained again.
     pub fn merge_lora(&mut self) {
         self.visit_maps(&mut |_, map| map.merge());
+        self.thaw();
         self.lora_changed(None);
     }
 
-    /// Removes the low-rank parts: the model is again as it was without.
+    /// Removes the low-rank parts: the model is again as it was without, and what could be trained then can be again.
     pub fn remove_lora(&mut self) {
         self.visit_maps(&mut |_, map| map.set_low_rank(None));
+        self.thaw();
         self.lora_changed(None);
     }
 
@@ -252,9 +270,22 @@ impl HymbaLm {
         self.lora.is_some()
     }
 
+    /// Refuses to write the weights alone where low-rank parts belong to them.
+    pub(super) fn check_no_lora(&self) -> Result<()> {
+        match self.has_lora() {
+            false => Ok(()),
+            true => Err(Error::State(
+                "the model has low-rank parts, which are not written with it: save them by save_lora, or add them to the weights by \
+                 merge_lora"
+                    .into(),
+            )),
+        }
+    }
+
     /// Sets the parts of these maps, and removes all others.
     fn set_lora(&mut self, options: LoraOptions, mut parts: Vec<(String, LowRank)>) -> LoraCoverage {
         let mut covered = LoraCoverage { maps: Vec::new(), parameters: 0 };
+        self.frozen |= self.embedding.rows_mut().is_some();
         self.embedding.freeze();
         self.visit_maps(&mut |name, map| {
             map.freeze();
@@ -268,6 +299,14 @@ impl HymbaLm {
         });
         self.lora_changed(Some(options));
         covered
+    }
+
+    /// Makes the matrices again what can be trained, if they were before there were low-rank parts.
+    fn thaw(&mut self) {
+        if std::mem::take(&mut self.frozen) {
+            self.embedding.thaw();
+            self.visit_maps(&mut |_, map| map.store_as(None));
+        }
     }
 
     fn lora_changed(&mut self, options: Option<LoraOptions>) {
@@ -289,9 +328,11 @@ fn in_files(map: &str) -> [String; 2] {
     LORA_NAMES.map(|part| format!("{PREFIX}{map}.{part}"))
 }
 
-fn check_memory((outputs, inputs): (usize, usize), rank: usize) -> Result<()> {
-    let bytes = outputs.saturating_add(inputs).saturating_mul(rank).saturating_mul(size_of::<f32>());
-    match fits_memory(bytes) {
+/// Checks that there is room for the low-rank parts of all these maps, `(out, in)` each.
+fn check_memory(maps: &[(String, (usize, usize))], rank: usize) -> Result<()> {
+    let rows =
+        maps.iter().fold(0usize, |sum, (_, (outputs, inputs))| sum.saturating_add(*outputs).saturating_add(*inputs));
+    match fits_memory(rows.saturating_mul(rank).saturating_mul(size_of::<f32>())) {
         true => Ok(()),
         false => Err(Error::Option {
             option: "rank",

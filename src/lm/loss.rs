@@ -81,9 +81,9 @@ impl HymbaLm {
         targets: &[(usize, u32)],
         mut gradient: Option<HeadGradient>,
     ) -> f64 {
-        /// Logits that exist at a time, at most: 32 MB.
+        /// Logits that exist at a time, at most: 32 MB,
         const LOGITS: usize = 8 << 20;
-        /// But no fewer tokens than are worth reading the head for.
+        /// but of no fewer tokens than are worth reading the head for.
         const FEWEST: usize = 24;
         let across: Option<Across> = gradient.as_ref().map(|_| match &self.head {
             Some(head) => head.across(team),

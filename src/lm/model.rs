@@ -69,6 +69,8 @@ pub struct HymbaLm {
     pub(super) recompute: bool,
     /// Of the low-rank parts of its maps, if there are any; nothing else is trained then.
     pub(super) lora: Option<LoraOptions>,
+    /// Whether its matrices could be trained before it had low-rank parts, and can again without.
+    pub(super) frozen: bool,
     /// The `config.json` it was read with.
     pub(super) source: Option<String>,
     /// Counted once: every step asks for it.
@@ -126,6 +128,7 @@ impl HymbaLm {
             kv_storage: options.kv_storage,
             recompute: false,
             lora: None,
+            frozen: false,
             source: None,
             num_parameters: 0,
             prefix: Lazy::new(),
@@ -262,7 +265,8 @@ impl HymbaLm {
     /// As [`prefill_ragged`](Self::prefill_ragged), with news in between: `on_progress` hears how many tokens of all rows are done,
     /// and how many there are, after each piece of at most 512, and ends the call with [`ControlFlow::Break`]. The result is then
     /// `None`, and the state has seen what was done until then: [`LmState::lengths`] says how much of each row. It can go on from
-    /// there; clone it before, if you want to go back.
+    /// there with the rest of each row; rows that are done have none, and are first taken out by [`LmState::select`]. Clone the
+    /// state before, if you want to go back.
     ///
     /// # Errors
     ///

@@ -15,7 +15,8 @@ use crate::{Error, Result};
 
 impl HymbaLm {
     /// A model with random weights, quantised or in the type that the options say, or else `torch_dtype` of the configuration:
-    /// for measuring speed and memory without the real weights. Its text is noise.
+    /// for measuring speed and memory without the real weights. Its text is noise. `trainable` of the options is ignored:
+    /// [`build`](Self::build) makes a model to be trained.
     ///
     /// # Errors
     ///

@@ -61,7 +61,8 @@ impl HymbaLm {
     /// has a loss of no tokens.
     ///
     /// Keys and values are not rounded here, whatever [`LoadOptions::kv_storage`](super::LoadOptions::kv_storage) says, and rows of
-    /// one token count for nothing. There are never more than 32 MB of logits.
+    /// one token count for nothing. There are never more than 32 MB of logits, or those of 24 tokens where the vocabulary is so large
+    /// that these take more.
     ///
     /// # Errors
     ///
@@ -218,7 +219,9 @@ impl HymbaLm {
             let sum = self.head_loss(team, &cache.last, &cache.targets, Some(head));
 
             let empty = self.empty_row(KvStorage::F32);
-            let mut states = vec![cache.initial.clone(); if self.recompute { cache.lengths.len() } else { 0 }];
+            // what the cache holds counts: recompute_activations may have been called since
+            let again = cache.tokens.blocks.iter().any(|kept| matches!(kept, Kept::Input(_)));
+            let mut states = vec![cache.initial.clone(); if again { cache.lengths.len() } else { 0 }];
             let mut of_tokens = PassGradient::zeros(&cache.initial);
             let mut of_meta = PassGradient::zeros(&empty);
             let mut dmeta = cache.meta.as_ref().map(|_| Buffer::zeros(self.meta_tokens.dim()));
@@ -249,20 +252,7 @@ impl HymbaLm {
         if rows.is_empty() {
             return Err(Error::Tokens("there is no row; give at least one".into()));
         }
-        let most = self.config().max_position_embeddings;
-        for (i, row) in rows.iter().enumerate() {
-            match row.as_ref().len() {
-                0 => return Err(Error::Tokens(format!("row {i} has none; leave it out"))),
-                length if length > most => {
-                    let advice = "cut it, or raise max_position_embeddings in the configuration";
-                    return Err(Error::Tokens(format!(
-                        "row {i} has {length}, and the model is made for at most {most}; {advice}"
-                    )));
-                }
-                _ => {}
-            }
-        }
-        self.check_ids(rows)?;
+        self.check_tokens(rows)?;
         let lengths = || rows.iter().map(|row| row.as_ref().len());
         if let Some(masks) = masks {
             if masks.len() != rows.len() {
@@ -282,6 +272,24 @@ impl HymbaLm {
             )));
         }
         Ok(())
+    }
+
+    /// Checks the lengths of rows and their ids.
+    pub(crate) fn check_tokens(&self, rows: &[impl AsRef<[u32]>]) -> Result<()> {
+        let most = self.config().max_position_embeddings;
+        for (i, row) in rows.iter().enumerate() {
+            match row.as_ref().len() {
+                0 => return Err(Error::Tokens(format!("row {i} has none; leave it out"))),
+                length if length > most => {
+                    let advice = "cut it, or raise max_position_embeddings in the configuration";
+                    return Err(Error::Tokens(format!(
+                        "row {i} has {length}, and the model is made for at most {most}; {advice}"
+                    )));
+                }
+                _ => {}
+            }
+        }
+        self.check_ids(rows)
     }
 
     fn check_gradient(&self, grads: &HymbaLm) -> Result<()> {

@@ -19,7 +19,8 @@ mod options;
 pub use data::TokenRows;
 pub use options::LmTrainerOptions;
 
-/// Trains a language model on rows of tokens: what of it can be trained, which is all of [`HymbaLm::build`].
+/// Trains a language model on rows of tokens: what of it can be trained, which is all of [`HymbaLm::build`], and of a model with
+/// low-rank parts ([`HymbaLm::add_lora`]) only these.
 ///
 /// A step adds up the gradients of its rows, in as many passes as [`pass_size`](LmTrainerOptions::pass_size) makes of them, and
 /// divides by the number of predicted tokens. The same seed and rows give the same weights, bit for bit, for any number of threads,
@@ -153,10 +154,11 @@ impl LmTrainer {
     ///
     /// # Errors
     ///
-    /// [`Error::Tokens`] if rows do not go with the model: an id is not in the vocabulary, or they are too long or too many for the
-    /// memory; [`Error::Data`] if they are not those that a resumed training began with; [`Error::Checkpoint`] if the folder has a
-    /// training in it already; [`Error::NotFinite`] when a gradient is not finite; and [`Error::Io`] says why a checkpoint could not
-    /// be written. The last checkpoint is intact then.
+    /// [`Error::Tokens`] if rows do not go with the model: an id is not in the vocabulary, or they are too long, which is checked
+    /// before the first step, or too many for the memory; [`Error::Data`] if they are not those that a resumed training began with;
+    /// [`Error::Checkpoint`] if the folder has a training in it already; [`Error::NotFinite`] when a gradient is not finite, or, at
+    /// the end of an epoch, a trained parameter or the validation loss is not; and [`Error::Io`] says why a checkpoint could not be
+    /// written. The last checkpoint is intact then.
     pub fn fit(
         self,
         train: &TokenRows,
@@ -165,7 +167,12 @@ impl LmTrainer {
     ) -> Result<LmTrained> {
         let LmTrainer { options, start } = self;
         let fingerprint = train.fingerprint() ^ validation.map_or(0, TokenRows::fingerprint).rotate_left(1);
-        let steps = train.len().div_ceil(options.batch_size) as u64 * options.epochs as u64;
+        let steps = (train.len().div_ceil(options.batch_size) as u64).saturating_mul(options.epochs as u64);
+        let lm = match &start {
+            Start::New(lm) => lm,
+            Start::Resumed(state, _) => &state.lm,
+        };
+        [Some(train), validation].into_iter().flatten().try_for_each(|rows| lm.check_tokens(&rows.rows))?;
         let mut state = match start {
             Start::Resumed(_, data) if data != fingerprint => {
                 return Err(Error::Data("they are not the rows that the resumed training began with".into()));
@@ -200,6 +207,7 @@ impl LmTrainer {
                 validation: validation.map(|(loss, _)| loss),
                 bits_per_byte: validation.and_then(|(loss, bytes)| Some(loss.bits_per_byte(bytes?))),
             };
+            state.check_finite(&finished)?;
             state.history.push(finished);
             if best_epoch(&state.history) == state.history.len() {
                 state.best = copy_of(&state.lm);
@@ -264,6 +272,20 @@ impl State {
         }
         Ok(Some((last, of_epoch)))
     }
+
+    /// Refuses an epoch that led out of the numbers: its last step has been looked at by nobody else.
+    fn check_finite(&self, epoch: &LmEpoch) -> Result<()> {
+        let error = |what| Err(Error::NotFinite { step: self.optimizer.steps() + 1, what });
+        for (name, array) in views(&self.lm) {
+            if let Some(number) = array.iter().find(|number| !number.is_finite()) {
+                return error(format!("the steps of an epoch are done, and {name:?} has become {number}"));
+            }
+        }
+        match epoch.validation.map(|loss| loss.mean()) {
+            Some(loss) if !loss.is_finite() => error(format!("the validation loss is {loss}")),
+            _ => Ok(()),
+        }
+    }
 }
 
 /// The loss of rows, some at a time.
@@ -282,12 +304,13 @@ fn copy_of(lm: &HymbaLm) -> Vec<Vec<f32>> {
     views(lm).into_iter().map(|(_, array)| array.iter().copied().collect()).collect()
 }
 
-/// From 1: the one of the lowest validation loss, the first of equals; without validation the last. 0 if there is none.
+/// From 1: the one of the lowest validation loss, the first of equals and never one of NaN; without validation the last. 0 if there is
+/// none.
 fn best_epoch(history: &[LmEpoch]) -> usize {
     let mut best: Option<(usize, f64)> = None;
     for (i, epoch) in history.iter().enumerate() {
         let Some(loss) = epoch.validation.map(|loss| loss.mean()) else { return history.len() };
-        if best.is_none_or(|(_, lowest)| loss < lowest) {
+        if !loss.is_nan() && best.is_none_or(|(_, lowest)| loss < lowest) {
             best = Some((i + 1, loss));
         }
     }

@@ -64,6 +64,7 @@ impl HymbaLm {
             head: self.head.as_ref().map(Linear::zeros_like),
             recompute: self.recompute,
             lora: self.lora.clone(),
+            frozen: false,
             rotary: self.rotary.clone(),
             kv_storage: self.kv_storage,
             source: None,

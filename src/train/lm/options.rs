@@ -4,14 +4,14 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use crate::train::{AdamWOptions, Schedule};
+use crate::train::{AdamWOptions, Schedule, TrainerOptions};
 use crate::{Error, Result};
 
 /// How [`LmTrainer`](super::LmTrainer) trains.
 ///
 /// | option | default | range | meaning |
 /// |---|---|---|---|
-/// | `epochs` | 1 | ≥ 1 | passes over all rows |
+/// | `epochs` | 1 | 1 … 100000 | passes over all rows |
 /// | `batch_size` | 16 | ≥ 1 | rows of a step |
 /// | `pass_size` | 16 | ≥ 1 | rows that pass through the model together; a step adds up several if it has more |
 /// | `learning_rate` | 1e-3 | > 0 | its peak |
@@ -122,6 +122,9 @@ impl LmTrainerOptions {
             if count == 0 {
                 return bad(option, "0".into(), "it must be at least 1");
             }
+        }
+        if self.epochs > TrainerOptions::MAX_EPOCHS {
+            return bad("epochs", self.epochs.to_string(), "it must be at most 100000");
         }
         if !(0.0..1.0).contains(&self.warm_up) {
             return bad("warm_up", self.warm_up.to_string(), "it must be at least 0 and below 1, a share of all steps");
