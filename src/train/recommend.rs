@@ -31,7 +31,7 @@ impl PredictorOptions {
     ///
     /// So 18,000 frames ask for a stride of 282 and a window of 64 tokens.
     ///
-    /// It was chosen by cross-validation on training files alone (`classify --folds`). A second direction, for example, took twice as
+    /// It was chosen by cross-validation on training files (`classify --folds`). A second direction, for example, took twice as
     /// long and gave 0.775 on halves of the training series of OSULeaf, where one gives 0.810.
     ///
     /// ```
