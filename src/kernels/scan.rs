@@ -77,7 +77,7 @@ impl Kernel for Scan<'_> {
         let zero = [s.splat(0.0); 2];
         let log2_e = s.splat(std::f32::consts::LOG2_E);
         let mut decays = vec![zero; n]; // A/ln 2 of the channels at hand
-        let mut states = vec![zero; n]; // S of the channels at hand
+        let mut states = vec![zero; n]; // S of these channels
         for begin in (0..columns).step_by(CHANNELS) {
             let end = columns.min(begin + CHANNELS);
             let here = self.first + begin..self.first + end;
@@ -188,14 +188,14 @@ impl Kernel for ScanBackward<'_> {
         let (_, n, d) = self.checkpoints.dim();
         let l = self.dout.len() / d;
         let zero = [s.splat(0.0); 2];
-        let mut rates = vec![zero; n]; // A of the channels at hand
+        let mut rates = vec![zero; n]; // A of these channels
         let mut powers = vec![zero; n]; // A/ln 2
         let log2_e = s.splat(std::f32::consts::LOG2_E);
         let mut drates = vec![zero; n];
         let mut dstates = vec![zero; n]; // dS
         let mut decays = vec![zero; CHUNK * n]; // exp(Δ A) of the chunk
         let mut states = vec![zero; CHUNK * n]; // S before each frame of the chunk
-        let mut state = vec![zero; n]; // S at the frame at hand
+        let mut state = vec![zero; n]; // S at the current frame
         // sums over channels, still in lanes
         let mut db = vec![s.splat(0.0); CHUNK * n];
         let mut dc = vec![s.splat(0.0); CHUNK * n];

@@ -72,7 +72,7 @@ impl HymbaLm {
     /// The loss of `targets`, each the row of the last layer's output x `[tokens, H]` that predicts it and its id; and its
     /// gradients, if there is a place for them.
     ///
-    /// Logits exist for a few tokens at a time. With them at hand, their gradient costs an exp: nothing is computed twice where loss
+    /// Logits exist for a few tokens at a time. Their gradient then costs an exp: nothing is computed twice where loss
     /// and gradient are wanted together.
     pub(super) fn head_loss(
         &self,
