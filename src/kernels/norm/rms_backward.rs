@@ -1,6 +1,7 @@
 //! The gradient of normalisation by the root of the mean square.
 
-use super::{SHRINK, mean_square, shrink};
+use super::rms::mean_square;
+use super::{SHRINK, shrink};
 use crate::kernels::profiler::{Cost, Stage, timed};
 use crate::kernels::simd::{Kernel, LANES, Simd, dispatch};
 
