@@ -87,6 +87,7 @@ pub(super) fn blocks<'a>(team: &Team, mut out: ArrayViewMut2<'a, f32>, rows: usi
 
 /// The columns of a product as they are handed out where a strip takes all rows, each with its first column. For few rows a strip is of several panels;
 /// the last ones are of one panel each, so that no thread waits long for the others.
+#[cfg_attr(not(all(target_arch = "x86_64", target_pointer_width = "64", target_os = "linux")), allow(dead_code))]
 pub(super) fn strips(mut out: ArrayViewMut2<f32>) -> Vec<(usize, ArrayViewMut2<f32>)> {
     let wide = if out.nrows() <= 6 { 4 * PANEL } else { PANEL };
     let (mut strips, mut first) = (Vec::new(), 0);
