@@ -1,15 +1,16 @@
 //! Files from strangers: whatever they hold, reading one gives an `Error` that says what is wrong, never a panic or a
 //! hang, and takes no more memory than twice the file and a little.
 
-use std::alloc::{GlobalAlloc, Layout, System};
-use std::cell::Cell;
 use std::fs;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 
+use counting::{Counting, NOW, PEAK};
 use hymba::{Error, Hymba, HymbaOptions, Predictor, Task};
 use serde_json::{Value, json};
 
+#[path = "common/counting.rs"]
+mod counting;
 #[cfg(feature = "lm")]
 #[path = "bad_files/image.rs"]
 mod image;
@@ -21,31 +22,6 @@ mod storage;
 
 /// Memory that reading may take beyond twice the file.
 const A_LITTLE: usize = 4 << 20;
-
-/// Counts what the current thread has allocated, and the most it had at once.
-struct Counting;
-
-thread_local! {
-    static NOW: Cell<usize> = const { Cell::new(0) };
-    static PEAK: Cell<usize> = const { Cell::new(0) };
-}
-
-// SAFETY: every call is passed on to the system's allocator unchanged.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        let now = NOW.get() + layout.size();
-        NOW.set(now);
-        PEAK.set(PEAK.get().max(now));
-        // SAFETY: as the caller promises.
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
-        NOW.set(NOW.get().saturating_sub(layout.size()));
-        // SAFETY: as the caller promises.
-        unsafe { System.dealloc(pointer, layout) }
-    }
-}
 
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;

@@ -1,10 +1,12 @@
 //! Reading a file of an encoder takes no more memory than twice its length and a few megabytes, whatever it holds.
 
-use std::alloc::{GlobalAlloc, Layout, System};
-use std::cell::Cell;
 use std::fs;
 use std::path::{Path, PathBuf};
 
+#[path = "common/counting.rs"]
+mod counting;
+
+use counting::{Counting, NOW, PEAK};
 use hymba::ndarray::Array2;
 use hymba::train::{Dataset, Targets, Trainer, TrainerOptions};
 use hymba::{Error, Hymba, HymbaOptions, Predictor, Storage, Task};
@@ -12,31 +14,6 @@ use serde_json::{Map, Value, json};
 
 /// What reading may take beyond twice the file.
 const A_LITTLE: usize = 4 << 20;
-
-/// Counts what the current thread has allocated, and the most it had at once.
-struct Counting;
-
-thread_local! {
-    static NOW: Cell<usize> = const { Cell::new(0) };
-    static PEAK: Cell<usize> = const { Cell::new(0) };
-}
-
-// SAFETY: every call is passed on to the system's allocator unchanged.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        let now = NOW.get() + layout.size();
-        NOW.set(now);
-        PEAK.set(PEAK.get().max(now));
-        // SAFETY: as the caller promises.
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
-        NOW.set(NOW.get().saturating_sub(layout.size()));
-        // SAFETY: as the caller promises.
-        unsafe { System.dealloc(pointer, layout) }
-    }
-}
 
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;

@@ -4,6 +4,7 @@ use super::blocks::Block;
 use super::options::HymbaOptions;
 use crate::files::tensors::Tensors;
 use crate::kernels::matmul::{Matrix, Storage};
+use crate::kernels::memory;
 use crate::kernels::team::work;
 use crate::{Error, Result};
 
@@ -28,7 +29,7 @@ pub(crate) enum Keeps {
 /// Whether so many bytes are to be had at once. Few are taken for granted: to ask for them costs some microseconds.
 pub(crate) fn fits(bytes: usize) -> bool {
     const FEW: usize = 16 << 20;
-    bytes <= FEW || Vec::<u8>::new().try_reserve_exact(bytes).is_ok()
+    bytes <= FEW || memory::fits(bytes)
 }
 
 /// Checks, before memory is taken, that so many bytes can be had for what a call makes of an argument of this shape: a view that

@@ -22,6 +22,11 @@ pub(crate) fn with_scratch<T: Copy + Default, R>(
     result
 }
 
+/// Whether so many bytes can be had at present.
+pub(crate) fn fits(bytes: usize) -> bool {
+    Vec::<u8>::new().try_reserve_exact(bytes).is_ok()
+}
+
 /// So many copies of a value, in huge pages where the system has some: the CPU finds its way to them with fewer look-ups.
 pub(crate) fn filled<T: Copy>(count: usize, value: T) -> Vec<T> {
     let mut values = Vec::with_capacity(count);

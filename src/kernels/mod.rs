@@ -13,7 +13,7 @@ pub(crate) mod limits;
 pub(crate) mod math;
 pub(crate) mod matmul;
 #[allow(unsafe_code)]
-mod memory;
+pub(crate) mod memory;
 pub(crate) mod norm;
 pub(crate) mod profiler;
 pub(crate) mod rows;

@@ -12,10 +12,11 @@ use super::model::HymbaLm;
 use super::names::{EMBEDDING, HEAD};
 use super::python_json::without_bom;
 use super::sample::end_tokens;
-use super::size::{fits, is_matrix};
+use super::size::is_matrix;
 use crate::files::folder::{Folder, SINGLE, other_contents};
 use crate::files::{Target, replace, stored};
 use crate::kernels::matmul::Storage;
+use crate::kernels::memory::fits;
 use crate::parameters::Parameter;
 use crate::{Error, Result};
 

@@ -42,8 +42,3 @@ impl TorchDtype {
         }
     }
 }
-
-/// Whether so many bytes can be had at present.
-pub(super) fn fits(bytes: usize) -> bool {
-    Vec::<u8>::new().try_reserve_exact(bytes).is_ok()
-}
