@@ -1,0 +1,2 @@
+//! The program `hymba`.
+fn main() {}
