@@ -31,6 +31,7 @@ use ndarray::{ArrayViewD, ArrayViewMutD};
 use crate::Hymba;
 
 mod augment;
+mod collective;
 mod data;
 #[cfg(feature = "lm")]
 mod lm;
@@ -41,8 +42,10 @@ mod schedule;
 mod trainer;
 
 pub use augment::Augmentation;
-use data::cut;
+pub use collective::{Alone, Collective, Threads, TrainingData};
+use collective::{Hash, Ranks, hash_of, hash_of_text};
 pub use data::{Dataset, Targets};
+use data::{cut, cut_into};
 #[cfg(feature = "lm")]
 pub use lm::{LmEpoch, LmProgress, LmTrained, LmTrainer, LmTrainerOptions, TokenRows};
 pub use loss::{CrossEntropy, Loss, RegressionLoss};

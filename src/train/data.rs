@@ -9,6 +9,7 @@ use rand::SeedableRng;
 use rand::seq::SliceRandom;
 
 use super::augment::{Augmentation, augmented, mix, share};
+use super::{Hash, Ranks};
 use crate::layers::Rng;
 use crate::{Error, Normalization, Predictor, Result, Task};
 
@@ -296,18 +297,24 @@ impl Dataset {
 
     /// Cuts the series `indices` into batches of `size` or one less, in an order drawn from `rng`.
     pub(super) fn batches_of(&self, indices: &[usize], size: usize, rng: &mut Rng) -> Vec<Vec<usize>> {
+        let mut batches = self.sorted_batches(indices, indices.len().div_ceil(size), rng);
+        batches.shuffle(rng);
+        batches
+    }
+
+    /// Cuts the series `indices` into `count` batches of like size, those of like length in one and all lengths in every few of them, in
+    /// an order drawn from `rng`. Some batches are empty if there are too few series.
+    pub(super) fn sorted_batches(&self, indices: &[usize], count: usize, rng: &mut Rng) -> Vec<Vec<usize>> {
         /// Batches among which series are sorted.
         const POOL: usize = 8;
         let mut order = indices.to_vec();
         order.shuffle(rng);
-        let ranges: Vec<_> = cut(order.len(), size).collect();
+        let ranges: Vec<_> = cut_into(order.len(), count).collect();
         // like lengths go together, so that little padding is computed
         for pool in ranges.chunks(POOL) {
             order[pool[0].start..pool[pool.len() - 1].end].sort_by_key(|&i| self.series[i].nrows());
         }
-        let mut batches: Vec<_> = ranges.into_iter().map(|range| order[range].to_vec()).collect();
-        batches.shuffle(rng);
-        batches
+        ranges.into_iter().map(|range| order[range].to_vec()).collect()
     }
 
     /// Puts series on top of each other: x `[b, l, width]` with zeros past the end of each, and their lengths.
@@ -398,29 +405,37 @@ impl Dataset {
         (Batch { x: padded(&series, &all), lengths, ..batch }, mixed)
     }
 
-    /// Fitted to the frames of some series, in the form in which `predictor` sees them.
-    pub(super) fn input_normalization(&self, indices: &[usize], predictor: &Predictor) -> Normalization {
+    /// Fitted to the frames of some series, and of those of other ranks, in the form in which `predictor` sees them.
+    pub(super) fn input_normalization(
+        &self,
+        indices: &[usize],
+        predictor: &Predictor,
+        ranks: &mut Ranks,
+    ) -> Result<Normalization> {
         let formed: Vec<_> = indices.iter().map(|&i| predictor.formed(&self.series[i])).collect();
-        Normalization::fit(predictor.predictor_options().features(), formed.iter().map(|series| series.view()))
+        ranks.fit(predictor.predictor_options().features(), formed.iter().map(|series| series.view()))
     }
 
-    /// Fitted to the targets of some series; `None` for a classification.
-    pub(super) fn output_normalization(&self, indices: &[usize]) -> Option<Normalization> {
+    /// Fitted to the targets of some series, and of those of other ranks; `None` for a classification.
+    pub(super) fn output_normalization(&self, indices: &[usize], ranks: &mut Ranks) -> Result<Option<Normalization>> {
         let outputs = self.task.outputs();
         match &self.targets {
-            Targets::Classes(_) | Targets::FrameClasses(_) => None,
-            Targets::Values(all) => {
-                Some(Normalization::fit(outputs, indices.iter().map(|&i| all.slice(s![i..=i, ..]))))
-            }
-            Targets::FrameValues(all) => Some(Normalization::fit(outputs, indices.iter().map(|&i| all[i].view()))),
+            Targets::Classes(_) | Targets::FrameClasses(_) => Ok(None),
+            Targets::Values(all) => ranks.fit(outputs, indices.iter().map(|&i| all.slice(s![i..=i, ..]))).map(Some),
+            Targets::FrameValues(all) => ranks.fit(outputs, indices.iter().map(|&i| all[i].view())).map(Some),
         }
+    }
+
+    /// A number by which to notice that two sets differ, whichever rank has which series of them.
+    pub(super) fn fingerprint_of_parts(&self) -> u64 {
+        let each = (0..self.num_series()).map(|i| self.subset(&[i]).fingerprint());
+        each.fold(0, u64::wrapping_add)
     }
 
     /// A number by which to notice that two sets differ.
     pub(super) fn fingerprint(&self) -> u64 {
-        // FNV-1a over words
-        let mut hash = 0xcbf2_9ce4_8422_2325_u64;
-        let mut add = |word: u64| hash = (hash ^ word).wrapping_mul(0x0000_0100_0000_01b3);
+        let mut hash = Hash::new();
+        let mut add = |word: u64| hash.add(word);
         let mut add_values = |values: &Array2<f32>| {
             add(values.nrows() as u64);
             values.iter().for_each(|x| add(u64::from(x.to_bits())));
@@ -432,13 +447,17 @@ impl Dataset {
             Targets::Classes(all) => all.iter().for_each(|&class| add(class as u64)),
             Targets::FrameClasses(all) => all.iter().flatten().for_each(|&class| add(class as u64)),
         }
-        hash
+        hash.finish()
     }
 }
 
 /// Cuts 0..`count` into ranges of like size, at most `most` each.
 pub(super) fn cut(count: usize, most: usize) -> impl Iterator<Item = Range<usize>> {
-    let pieces = count.div_ceil(most);
+    cut_into(count, count.div_ceil(most))
+}
+
+/// Cuts 0..`count` into so many ranges of like size.
+pub(super) fn cut_into(count: usize, pieces: usize) -> impl Iterator<Item = Range<usize>> {
     // in u64: the product may be past a usize of 32 bits
     let start = move |piece: usize| (piece as u64 * count as u64 / pieces as u64) as usize;
     (0..pieces).map(move |piece| start(piece)..start(piece + 1))
