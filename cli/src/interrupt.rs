@@ -1,0 +1,35 @@
+//! Ctrl-C and SIGTERM: the first asks the work to stop where nothing is lost, a second one ends the program.
+
+use std::ops::ControlFlow;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use anyhow::Result;
+
+/// The exit code of a program that a signal ended: 128 and the signal's number.
+const INTERRUPTED: i32 = 130;
+
+static ASKED: AtomicBool = AtomicBool::new(false);
+
+/// From now on Ctrl-C only asks.
+pub fn listen() -> Result<()> {
+    Ok(ctrlc::set_handler(|| {
+        if ASKED.swap(true, Ordering::Relaxed) {
+            std::process::exit(INTERRUPTED);
+        }
+    })?)
+}
+
+/// Whether it was pressed since the last [`forget`].
+pub fn asked() -> bool {
+    ASKED.load(Ordering::Relaxed)
+}
+
+/// Breaks when it was pressed.
+pub fn flow() -> ControlFlow<()> {
+    if asked() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+}
+
+/// The work goes on with something else.
+pub fn forget() {
+    ASKED.store(false, Ordering::Relaxed);
+}
