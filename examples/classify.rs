@@ -22,6 +22,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
+use hymba::series::{ReadOptions, SeriesSet};
 use hymba::train::{Augmentation, Dataset, EpochMetrics, Progress, Targets, Trained, Trainer, TrainerOptions};
 use hymba::{
     Differences, Ensemble, Error as HymbaError, KernelPredictor, Pooling, Predictor, PredictorOptions, Stem, Task,
@@ -29,16 +30,12 @@ use hymba::{
 };
 use indicatif::{ProgressBar, ProgressStyle};
 
-#[path = "support/classes.rs"]
-mod classes;
 #[path = "support/confusion.rs"]
 mod confusion;
 #[path = "support/learned.rs"]
 mod learned;
 #[path = "support/picture.rs"]
 mod picture;
-#[path = "support/ts.rs"]
-mod ts;
 
 use confusion::Confusion;
 
@@ -94,11 +91,9 @@ fn run() -> Result<bool, Box<dyn Error>> {
     {
         println!("  NOTE: the training frames are {} apart, the test frames {}", train.amount(), test.amount());
     }
-    let task = classes::task(&train_file, &arguments.train)?;
-    let train = classes::training(&task, train_file, &arguments.train)?;
-    let name = test_file.name.clone();
-    let (test, notes) = classes::test(&task, test_file, &arguments.test)?;
-    notes.iter().for_each(|note| println!("  {note}"));
+    let (task, name) = (train_file.task()?, test_file.name.clone());
+    test_file.compare_labels(&task).iter().for_each(|note| println!("  {note}"));
+    let (train, test) = (train_file.into_dataset(&task)?, test_file.into_dataset(&task)?);
     if train.width() != test.width() {
         let (train, test) = (train.width(), test.width());
         return Err(
@@ -423,12 +418,13 @@ fn default_folder(name: &str, train: &Path) -> PathBuf {
 }
 
 /// The series of a file, without gaps. Says what is in it.
-fn read(path: &Path) -> Result<ts::Dataset, Box<dyn Error>> {
-    let data = classes::read(path)?;
+fn read(path: &Path) -> Result<SeriesSet, Box<dyn Error>> {
+    let mut data = SeriesSet::read(path, &ReadOptions::default())?;
+    data.fill_missing();
     let lengths = || data.cases.iter().map(|case| case.frames.nrows());
     let (shortest, longest) = (lengths().min().unwrap_or(0), lengths().max().unwrap_or(0));
     let lengths = if shortest == longest { longest.to_string() } else { format!("{shortest} to {longest}") };
-    println!("{}: {} series of {lengths} frames of {} numbers", path.display(), data.cases.len(), data.dims);
+    println!("{}: {} series of {lengths} frames of {} numbers", path.display(), data.cases.len(), data.width());
     data.notes.iter().for_each(|note| println!("  {note}"));
     Ok(data)
 }

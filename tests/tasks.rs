@@ -1,8 +1,6 @@
 //! The `compare` example: its tasks can be solved from what a model sees, and not by guessing; its models are of one size, and learn;
 //! its results are kept and summed up as they should.
 
-#[path = "../examples/support/classes.rs"]
-mod classes;
 #[path = "../examples/support/picture.rs"]
 mod picture;
 #[path = "../examples/compare/results.rs"]
@@ -13,8 +11,6 @@ mod table;
 mod tasks;
 #[path = "../examples/compare/trial.rs"]
 mod trial;
-#[path = "../examples/support/ts.rs"]
-mod ts;
 
 use std::collections::HashSet;
 use std::path::Path;

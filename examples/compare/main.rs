@@ -22,16 +22,12 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 use std::time::Instant;
 
-#[path = "../support/classes.rs"]
-mod classes;
 #[path = "../support/picture.rs"]
 mod picture;
 mod results;
 mod table;
 mod tasks;
 mod trial;
-#[path = "../support/ts.rs"]
-mod ts;
 
 use results::Record;
 use trial::{PATTERNS, Settings, Trial, Work};
