@@ -1,0 +1,49 @@
+//! What goes to the standard output, how errors look, and what happens when nobody reads any more.
+
+use std::io::{self, IsTerminal, Write};
+
+use anyhow::Result;
+use indicatif::{ProgressBar, ProgressStyle};
+use serde::Serialize;
+
+/// Writes to the standard output, at once.
+pub fn out(bytes: impl AsRef<[u8]>) -> Result<()> {
+    let mut stdout = io::stdout().lock();
+    stdout.write_all(bytes.as_ref())?;
+    Ok(stdout.flush()?)
+}
+
+/// One line of JSON.
+pub fn json(value: &impl Serialize) -> Result<()> {
+    out(serde_json::to_string(value)? + "\n")
+}
+
+/// Whether the error is that nobody reads what is written, as in `hymba … | head`.
+pub fn is_closed(error: &anyhow::Error) -> bool {
+    error
+        .chain()
+        .any(|cause| cause.downcast_ref::<io::Error>().is_some_and(|error| error.kind() == io::ErrorKind::BrokenPipe))
+}
+
+/// An error with its causes, in one line.
+pub fn one_line(error: &anyhow::Error) -> String {
+    format!("{error:#}").split_whitespace().collect::<Vec<_>>().join(" ")
+}
+
+/// A bar on stderr, if that is a terminal; `template` as indicatif has it.
+pub fn progress_bar(length: u64, template: &str) -> ProgressBar {
+    if !io::stderr().is_terminal() {
+        return ProgressBar::hidden();
+    }
+    let style = ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar());
+    ProgressBar::new(length).with_style(style)
+}
+
+/// Bytes for people.
+pub fn size(bytes: usize) -> String {
+    match bytes {
+        0..100_000 => format!("{:.1} kB", bytes as f64 / 1e3),
+        100_000..100_000_000 => format!("{:.1} MB", bytes as f64 / 1e6),
+        _ => format!("{:.2} GB", bytes as f64 / 1e9),
+    }
+}
