@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# Builds the npm package that the page imports: pkg/, with the WebAssembly, its JavaScript and its types.
+# usage: build.sh [scalar]     scalar: without vector instructions, into pkg-scalar/, to compare with
+set -euo pipefail
+cd "$(dirname "$0")"
+
+target=wasm32-unknown-unknown
+out=pkg
+flags='-C target-feature=+simd128'
+if [ "${1:-}" = scalar ]; then
+    out=pkg-scalar
+    flags=
+fi
+
+rustc --print target-libdir --target $target | xargs test -d || rustup target add $target
+# the program must be of the library's version
+version=$(sed -n '/^name = "wasm-bindgen"$/{n;s/version = "\(.*\)"/\1/p}' Cargo.lock)
+if [ "$(wasm-bindgen --version 2>/dev/null)" != "wasm-bindgen $version" ]; then
+    cargo install wasm-bindgen-cli --version "$version"
+fi
+
+RUSTFLAGS=$flags cargo build --release --lib --target $target --target-dir "target/$out"
+rm -rf "$out"
+wasm-bindgen --target web --out-dir "$out" "target/$out/$target/release/hymba_web.wasm"
+cp package.json README.md "$out"
+if command -v wasm-opt >/dev/null; then
+    wasm-opt -O3 --enable-simd --enable-bulk-memory --enable-nontrapping-float-to-int --enable-sign-ext \
+        --enable-mutable-globals --enable-reference-types --enable-multivalue \
+        "$out/hymba_web_bg.wasm" -o "$out/hymba_web_bg.wasm"
+fi
+echo "$out/hymba_web_bg.wasm: $(wc -c <"$out/hymba_web_bg.wasm") bytes"
