@@ -152,6 +152,20 @@ fn gaps_follow_the_power_law() {
     }
 }
 
+/// Which pair is meant follows from the key only: the first query asks for each pair equally often.
+#[test]
+fn places_do_not_tell_the_pair() {
+    let mut counts = [0usize; 4];
+    for example in examples(task("mqar-4-64"), 40_000, 7) {
+        let t = example.answers.iter().position(Option::is_some).unwrap();
+        let pair = (0..4).find(|pair| example.tokens[2 * pair] == example.tokens[t]).unwrap();
+        counts[pair] += 1;
+    }
+    for (pair, count) in counts.into_iter().enumerate() {
+        assert!((count as f64 - 10_000.0).abs() < 5.0 * 7500f64.sqrt(), "pair {pair}: {count} of 40,000");
+    }
+}
+
 #[test]
 fn tasks_that_cannot_be() {
     for name in [
