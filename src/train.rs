@@ -37,6 +37,7 @@ mod lm;
 mod loss;
 mod optimizer;
 mod recommend;
+mod regression;
 mod schedule;
 mod trainer;
 
@@ -45,10 +46,14 @@ use data::cut;
 pub use data::{Dataset, Targets};
 #[cfg(feature = "lm")]
 pub use lm::{LmEpoch, LmProgress, LmTrained, LmTrainer, LmTrainerOptions, TokenRows};
-pub use loss::{CrossEntropy, Loss, RegressionLoss};
+pub use loss::{BinaryCrossEntropy, CrossEntropy, Loss, RegressionLoss};
 pub use optimizer::{AdamW, AdamWOptions, StepInfo};
+pub use regression::RegressionMetrics;
 pub use schedule::Schedule;
-pub use trainer::{Decay, EpochMetrics, Metrics, Progress, Stopped, Trained, Trainer, TrainerOptions, evaluate};
+pub use trainer::{
+    BatchSource, DatasetBatches, Decay, EpochMetrics, Metrics, Progress, SeriesBatch, Stopped, Trained, Trainer,
+    TrainerOptions, evaluate,
+};
 
 /// What can be trained: anything whose parameters can be walked.
 ///

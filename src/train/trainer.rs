@@ -12,11 +12,13 @@ use super::{AdamW, Dataset, Parameters, StepInfo, cut, views, views_mut};
 use crate::layers::Rng;
 use crate::{Error, Predictor, Result};
 
+mod batches;
 mod checkpoint;
 mod measure;
 mod options;
 mod report;
 
+pub use batches::{BatchSource, DatasetBatches, SeriesBatch};
 use checkpoint::Checkpoint;
 pub use measure::evaluate;
 use measure::{Part, Totals, score};
