@@ -38,6 +38,7 @@ mod lm;
 mod loss;
 mod optimizer;
 mod recommend;
+mod regression;
 mod schedule;
 mod trainer;
 
@@ -48,10 +49,14 @@ pub use data::{Dataset, Targets};
 use data::{cut, cut_into};
 #[cfg(feature = "lm")]
 pub use lm::{LmEpoch, LmProgress, LmTrained, LmTrainer, LmTrainerOptions, TokenRows};
-pub use loss::{CrossEntropy, Loss, RegressionLoss};
+pub use loss::{BinaryCrossEntropy, CrossEntropy, Loss, RegressionLoss};
 pub use optimizer::{AdamW, AdamWOptions, StepInfo};
+pub use regression::RegressionMetrics;
 pub use schedule::Schedule;
-pub use trainer::{Decay, EpochMetrics, Metrics, Progress, Stopped, Trained, Trainer, TrainerOptions, evaluate};
+pub use trainer::{
+    BatchSource, DatasetBatches, Decay, EpochMetrics, Metrics, Progress, SeriesBatch, Stopped, Trained, Trainer,
+    TrainerOptions, evaluate,
+};
 
 /// What can be trained: anything whose parameters can be walked.
 ///

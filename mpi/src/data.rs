@@ -1,12 +1,14 @@
 //! Where series come from.
 
 use std::error::Error;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::Args;
 use hymba::Task;
 use hymba::ndarray::Array2;
-use hymba::train::{Dataset, Targets};
+use hymba::series::{ReadOptions, SeriesSet};
+use hymba::train::{Collective, Dataset, Targets};
+use hymba_mpi::World;
 
 #[derive(Args)]
 pub struct Source {
@@ -25,17 +27,56 @@ pub struct Source {
 }
 
 impl Source {
-    /// What this rank trains on.
-    pub fn read(&self, rank: usize, size: usize) -> Result<Dataset, Box<dyn Error>> {
-        let step = if self.sharded { size } else { 1 };
-        let first = if self.sharded { rank } else { 0 };
-        let Some(count) = self.synthetic else { return Err("files".into()) };
-        Ok(waves((first..count).step_by(step))?)
+    /// What this rank trains on. The classes are those of the first file.
+    pub fn read(&self, world: &mut World) -> Result<Dataset, Box<dyn Error>> {
+        let (rank, size) = (world.rank(), world.size());
+        let (first, step) = if self.sharded { (rank, size) } else { (0, 1) };
+        if let Some(count) = self.synthetic {
+            return Ok(waves((first..count).step_by(step))?);
+        }
+        if self.sharded && self.files.len() < size {
+            return Err(format!("{} files for {size} ranks: with --sharded each needs one", self.files.len()).into());
+        }
+        let sets = self.files.iter().skip(first).step_by(step).map(|file| read(file));
+        let sets = sets.collect::<hymba::Result<Vec<_>>>()?;
+        let task = serde_json::to_vec(&sets[0].task()?)?;
+        let task: Task = serde_json::from_slice(&world.of_rank_0(task))?;
+        let all = sets.into_iter().map(|set| set.into_dataset(&task)).collect::<hymba::Result<Vec<_>>>()?;
+        joined(&task, all)
     }
 
-    pub fn test(&self, _: &Dataset) -> Result<Option<Dataset>, Box<dyn Error>> {
-        Ok(None)
+    /// What is measured on at the end, for a predictor of the task of `data`.
+    pub fn test(&self, data: &Dataset) -> hymba::Result<Option<Dataset>> {
+        self.test.as_ref().map(|file| read(file)?.into_dataset(data.task())).transpose()
     }
+}
+
+fn read(file: &Path) -> hymba::Result<SeriesSet> {
+    let mut set = SeriesSet::read(file, &ReadOptions::default())?;
+    set.fill_missing();
+    set.notes.iter().for_each(|note| eprintln!("{}: {note}", file.display()));
+    Ok(set)
+}
+
+/// The series of several sets as one.
+fn joined(task: &Task, sets: Vec<Dataset>) -> Result<Dataset, Box<dyn Error>> {
+    let (mut series, mut classes, mut values) = (Vec::new(), Vec::new(), Vec::new());
+    for set in sets {
+        if set.task() != task {
+            return Err("a file has classes that the first does not have: name all in its @classLabel".into());
+        }
+        series.extend_from_slice(set.series());
+        match set.targets() {
+            Targets::Classes(all) => classes.extend(all),
+            Targets::Values(all) => values.extend(all),
+            _ => return Err("a file has targets of frames".into()),
+        }
+    }
+    let targets = match task.is_classification() {
+        true => Targets::Classes(classes),
+        false => Targets::Values(Array2::from_shape_vec((values.len(), 1), values)?),
+    };
+    Ok(Dataset::new(task, series, targets)?)
 }
 
 /// Some waves of three frequencies with as much noise.

@@ -59,9 +59,9 @@ struct Train {
     /// num_layers
     #[arg(long)]
     layers: Option<usize>,
-    /// Dropout of the encoder
+    /// Without dropout and augmentations: nothing is drawn at random on a rank, and so any number of them comes to the same
     #[arg(long)]
-    dropout: Option<f32>,
+    plain: bool,
     /// Of weights, order and dropout
     #[arg(long, default_value_t = 0)]
     seed: u64,
@@ -74,7 +74,7 @@ fn main() {
 
 impl Train {
     fn run(self, world: &mut World) -> Result<(), Box<dyn Error>> {
-        let data = self.data.read(world.rank(), world.size())?;
+        let data = self.data.read(world)?;
         let checkpoint = self.out.join("checkpoint");
         let trainer = match self.resume && checkpoint.join("training.json").exists() {
             true => Trainer::resume(&checkpoint)?,
@@ -124,7 +124,7 @@ impl Train {
         let encoder = &mut options.encoder;
         encoder.hidden_size = self.hidden.unwrap_or(encoder.hidden_size);
         encoder.num_layers = self.layers.unwrap_or(encoder.num_layers);
-        encoder.dropout = self.dropout.unwrap_or(encoder.dropout);
+        encoder.dropout = if self.plain { 0.0 } else { encoder.dropout };
         encoder.seed = self.seed;
         options
     }
@@ -134,6 +134,9 @@ impl Train {
         options.epochs = self.epochs.unwrap_or(options.epochs);
         options.batch_size = self.batch.unwrap_or(options.batch_size);
         options.learning_rate = self.learning_rate.unwrap_or(options.learning_rate);
+        if self.plain {
+            options.augmentations.clear();
+        }
         options
     }
 }

@@ -45,10 +45,27 @@ pub enum Targets {
     Classes(Vec<usize>),
     /// For [`Task::Regress`]: `[series, outputs]`
     Values(Array2<f32>),
-    /// For [`Task::ClassifyFrames`]: the class of each frame of each series.
+    /// For [`Task::ClassifyFrames`]: the class of each frame of each series, or [`Targets::IGNORED`].
     FrameClasses(Vec<Vec<usize>>),
     /// For [`Task::RegressFrames`]: `[length, outputs]` for each series.
     FrameValues(Vec<Array2<f32>>),
+    /// For [`Task::MultiLabel`]: `[series, labels]`, which labels each has.
+    Labels(Array2<bool>),
+}
+
+impl Targets {
+    /// In the place of a class: the frame has none. It counts neither in losses and their gradients nor in metrics.
+    ///
+    /// ```
+    /// use hymba::Task;
+    /// use hymba::ndarray::Array2;
+    /// use hymba::train::{Dataset, Targets};
+    ///
+    /// let task = Task::classify_frames(["still", "moving"]);
+    /// let classes = vec![vec![Targets::IGNORED, 0, 1]];
+    /// assert!(Dataset::new(&task, vec![Array2::ones((3, 6))], Targets::FrameClasses(classes)).is_ok());
+    /// ```
+    pub const IGNORED: usize = usize::MAX;
 }
 
 /// Some series, padded.
@@ -74,6 +91,8 @@ pub(super) enum BatchTargets {
     Classes(Array2<usize>),
     /// `[b, l, outputs]` or `[b, 1, outputs]`
     Values(Array3<f32>),
+    /// `[b, 1, outputs]`, 1 where a label is right and 0 elsewhere
+    Labels(Array3<f32>),
 }
 
 impl Dataset {
@@ -148,17 +167,25 @@ impl Dataset {
                             series.nrows()
                         ));
                     }
-                    for (frame, &given) in classes.iter().enumerate() {
+                    for (frame, &given) in classes.iter().enumerate().filter(|(_, class)| **class != Targets::IGNORED) {
                         class(&format_args!("frame {frame} of series {i}"), given)?;
                     }
                 }
-                Ok(())
+                match all.iter().flatten().all(|class| *class == Targets::IGNORED) {
+                    true => bad("no frame has a class: all are Targets::IGNORED"),
+                    false => Ok(()),
+                }
             }
             (Task::RegressFrames { .. }, Targets::FrameValues(all)) => {
                 counted(all.len())?;
                 let mut each = all.iter().zip(&self.series).enumerate();
                 each.try_for_each(|(i, (targets, series))| values(&format_args!("series {i}"), targets, series.nrows()))
             }
+            (Task::MultiLabel { .. }, Targets::Labels(labels)) => match labels.dim() == (count, outputs) {
+                true => Ok(()),
+                false => bad(format!("the labels have shape {:?}, expected {:?}", labels.shape(), [count, outputs])),
+            },
+            (Task::MultiLabel { .. }, _) => bad("for labels of series, give Targets::Labels"),
             (Task::Classify { .. }, _) => bad("to classify series, give Targets::Classes"),
             (Task::Regress { .. }, _) => bad("for numbers of series, give Targets::Values"),
             (Task::ClassifyFrames { .. }, _) => bad("to classify frames, give Targets::FrameClasses"),
@@ -260,6 +287,7 @@ impl Dataset {
             Targets::Values(all) => Targets::Values(all.select(Axis(0), indices)),
             Targets::FrameClasses(all) => Targets::FrameClasses(indices.iter().map(|&i| all[i].clone()).collect()),
             Targets::FrameValues(all) => Targets::FrameValues(pick(all)),
+            Targets::Labels(all) => Targets::Labels(all.select(Axis(0), indices)),
         };
         Dataset { task: self.task.clone(), series: pick(&self.series), targets }
     }
@@ -345,9 +373,13 @@ impl Dataset {
         indices.iter().map(|&i| self.series[i].nrows()).collect()
     }
 
-    /// How many targets some series have: one each, or one a frame.
+    /// How many targets some series have: one each, or one a frame that has any.
     pub(super) fn num_targets(&self, indices: &[usize]) -> usize {
-        if self.task.is_frame_wise() { self.lengths(indices).into_iter().sum() } else { indices.len() }
+        match &self.targets {
+            Targets::FrameClasses(_) => self.classes(indices).count(),
+            Targets::FrameValues(_) => self.lengths(indices).into_iter().sum(),
+            Targets::Classes(_) | Targets::Values(_) | Targets::Labels(_) => indices.len(),
+        }
     }
 
     /// The classes of some series or of their frames; none in a regression.
@@ -357,9 +389,10 @@ impl Dataset {
             .flat_map(|&i| match &self.targets {
                 Targets::Classes(all) => &all[i..=i],
                 Targets::FrameClasses(all) => &all[i],
-                Targets::Values(_) | Targets::FrameValues(_) => &[],
+                Targets::Values(_) | Targets::FrameValues(_) | Targets::Labels(_) => &[],
             })
             .copied()
+            .filter(|class| *class != Targets::IGNORED)
     }
 
     pub(super) fn batch(&self, indices: &[usize]) -> Batch {
@@ -376,6 +409,10 @@ impl Dataset {
                 }))
             }
             Targets::FrameValues(all) => BatchTargets::Values(padded(all, indices)),
+            Targets::Labels(all) => {
+                let labels = all.select(Axis(0), indices).mapv(|label| if label { 1.0 } else { 0.0 });
+                BatchTargets::Labels(labels.insert_axis(Axis(1)))
+            }
         };
         let counts = if self.task.is_frame_wise() { lengths.clone() } else { vec![1; lengths.len()] };
         Batch { x: padded(&self.series, indices), lengths, targets, counts }
@@ -420,7 +457,7 @@ impl Dataset {
     pub(super) fn output_normalization(&self, indices: &[usize], ranks: &mut Ranks) -> Result<Option<Normalization>> {
         let outputs = self.task.outputs();
         match &self.targets {
-            Targets::Classes(_) | Targets::FrameClasses(_) => Ok(None),
+            Targets::Classes(_) | Targets::FrameClasses(_) | Targets::Labels(_) => Ok(None),
             Targets::Values(all) => ranks.fit(outputs, indices.iter().map(|&i| all.slice(s![i..=i, ..]))).map(Some),
             Targets::FrameValues(all) => ranks.fit(outputs, indices.iter().map(|&i| all[i].view())).map(Some),
         }
@@ -446,6 +483,7 @@ impl Dataset {
             Targets::FrameValues(all) => all.iter().for_each(add_values),
             Targets::Classes(all) => all.iter().for_each(|&class| add(class as u64)),
             Targets::FrameClasses(all) => all.iter().flatten().for_each(|&class| add(class as u64)),
+            Targets::Labels(all) => all.iter().for_each(|&label| add(u64::from(label))),
         }
         hash.finish()
     }

@@ -2,7 +2,6 @@
 
 use std::ops::ControlFlow;
 use std::path::Path;
-use std::time::Duration;
 
 use ndarray::Array3;
 use rand::RngExt;
@@ -13,11 +12,13 @@ use super::{
 };
 use crate::{Error, Predictor, Result};
 
+mod batches;
 mod checkpoint;
 mod measure;
 mod options;
 mod report;
 
+pub use batches::{BatchSource, DatasetBatches, SeriesBatch};
 use checkpoint::Checkpoint;
 pub use measure::evaluate;
 use measure::{Part, Totals, score};
@@ -526,19 +527,7 @@ impl State {
         let mut targets: Vec<_> = steps.iter().map(|step| train.data.num_targets(step) as f64).collect();
         ranks.agree(Ok(()), false, &mut targets)?;
         let mut totals = Totals::default();
-        let mut progress = Progress {
-            epoch: epoch + 1,
-            epochs: options.epochs,
-            batch: 0,
-            batches: plan.batches,
-            train: totals.metrics(&self.predictor),
-            learning_rate: 0.0,
-            gradient_norm: 0.0,
-            skipped: 0,
-            finished: None,
-            elapsed: Duration::ZERO,
-            remaining: Duration::ZERO,
-        };
+        let mut progress = Progress::begin(epoch, options.epochs, plan.batches, totals.metrics(&self.predictor));
         let skipped_before = self.history.iter().map(|epoch| epoch.skipped).sum::<usize>();
         let (mut norms, mut taken) = (0.0, 0);
         for (step, targets) in steps.into_iter().zip(targets) {

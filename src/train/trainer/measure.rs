@@ -7,7 +7,8 @@ use rand::seq::SliceRandom;
 use super::{Metrics, TrainerOptions};
 use crate::layers::Rng;
 use crate::train::data::{Batch, BatchTargets, Mixed};
-use crate::train::{Alone, Dataset, Ranks, cut};
+use crate::train::loss::Sums;
+use crate::train::{Alone, Dataset, Ranks, Targets, cut};
 use crate::{Error, Predictor, Result, argmax};
 
 /// How well `predictor` does on `data`, by the losses of `options`. The batch size has no influence but on memory and time.
@@ -184,7 +185,7 @@ impl Totals {
     pub fn metrics(&self, predictor: &Predictor) -> Metrics {
         // of nothing 0, but not where NaN was seen
         let mean = |sum: f64, of: f64| (if of > 0.0 { sum / of } else { 0.0 * sum }) as f32;
-        let of_all = |sum| predictor.task().is_classification().then(|| mean(sum, self.count as f64));
+        let of_all = |sum| (!predictor.task().is_regression()).then(|| mean(sum, self.count as f64));
         Metrics {
             loss: mean(self.loss, self.weight),
             plain_loss: of_all(self.plain_loss),
@@ -203,12 +204,14 @@ pub(super) fn score(
     divisor: Option<f64>,
 ) -> Result<(Totals, Array3<f32>)> {
     let counts = &batch.counts;
-    let mut right = 0;
+    let (mut right, mut count) = (0, counts.iter().sum());
     let sums = match batch.targets {
         BatchTargets::Classes(classes) => {
             let predicted = argmax(&z);
-            for (row, &count) in counts.iter().enumerate() {
-                let [given, wanted] = [&predicted, &classes].map(|of| of.slice(s![row, ..count]));
+            count = 0;
+            for (row, &frames) in counts.iter().enumerate() {
+                let [given, wanted] = [&predicted, &classes].map(|of| of.slice(s![row, ..frames]));
+                count += wanted.iter().filter(|wanted| **wanted != Targets::IGNORED).count();
                 right += given.iter().zip(wanted).filter(|(given, wanted)| given == wanted).count();
             }
             options.cross_entropy().evaluate_sums(&z, &classes, Some(counts), divisor)?
@@ -219,7 +222,14 @@ pub(super) fn score(
             }
             options.regression_loss.evaluate_sums(&z, &values, Some(counts), divisor)?
         }
+        BatchTargets::Labels(labels) => {
+            right = z.iter().zip(&labels).filter(|(z, label)| (**z > 0.0) == (**label > 0.5)).count();
+            let sums = options.binary_cross_entropy().evaluate_sums(&z, &labels, Some(counts), divisor)?;
+            // right and wrong is counted by the label
+            count = labels.len();
+            let plain = sums.plain * labels.dim().2 as f64;
+            Sums { plain, ..sums }
+        }
     };
-    let count = counts.iter().sum();
     Ok((Totals { loss: sums.loss, weight: sums.weight, plain_loss: sums.plain, right, count }, sums.gradient))
 }
