@@ -65,8 +65,11 @@ pub(crate) use lora_options::is_lora;
 pub use loss::LmLoss;
 pub use model::{HymbaLm, LmInspection};
 pub(crate) use python_json::python_json;
-pub use sample::{Choice, GenerateOptions, OnPrompt, Sampler};
+pub use sample::{
+    Choice, FrequencyPenalty, GenerateOptions, LogitBias, LogitsProcessor, OnPrompt, PresencePenalty, Processor,
+    Sampler, log_prob,
+};
 pub use state::{LmLayerState, LmState};
 #[cfg(feature = "tokenizer")]
-pub use text::{ChatOptions, ChatTemplate, Message, Role, StopMatcher, TextStream, Tokenizer};
+pub use text::{ChatOptions, ChatTemplate, Message, Role, StopMatcher, StopStream, TextStream, Tokenizer};
 pub use training::LmTrainCache;

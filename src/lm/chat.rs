@@ -6,7 +6,7 @@ use super::generate::{FinishReason, Generation};
 use super::model::HymbaLm;
 use super::sample::GenerateOptions;
 use super::state::LmState;
-use super::text::{ChatOptions, Message, Role, StopMatcher, Tokenizer};
+use super::text::{ChatOptions, Message, Role, StopStream, Tokenizer};
 use crate::Result;
 
 /// Text that was generated.
@@ -94,29 +94,25 @@ impl HymbaLm {
         let stream = tokenizer.stream();
         let unknown = before.is_empty() && state.lengths().iter().any(|&length| length > 0);
         let stream = if unknown { stream.within() } else { stream };
-        let mut stream = stream.after(before.iter().chain(prompt).copied());
-        let mut stops = StopMatcher::new(options.stop_strings.iter().cloned())?;
+        let stream = stream.after(before.iter().chain(prompt).copied());
+        let mut stream = StopStream::new(stream, options.stop_strings.iter().cloned())?;
         let mut text = String::new();
         let mut emit = |piece: &str| {
             text.push_str(piece);
             if piece.is_empty() { ControlFlow::Continue(()) } else { on_text(piece) }
         };
         let mut rows = self.run(state, &[prompt], before, options, &mut |_, id| {
-            let flow = emit(match stream.special(id) {
-                Some(spelling) => stops.push_special(spelling),
-                None => stops.push(stream.push(id)),
-            });
-            if stops.stopped().is_some() { ControlFlow::Break(()) } else { flow }
+            let flow = emit(stream.push(id));
+            if stream.stopped().is_some() { ControlFlow::Break(()) } else { flow }
         })?;
         let Some(mut generation) = rows.pop() else {
             unreachable!("as many rows as prompts");
         };
-        if stops.stopped().is_some() {
+        if stream.stopped().is_some() {
             generation.finish = FinishReason::StopString;
         } else {
             // what was held back; that somebody would have ended it here no longer matters
-            let _ = emit(stops.push(stream.finish()));
-            let _ = emit(stops.finish());
+            let _ = emit(&stream.finish());
         }
         Ok(TextGeneration { text, generation })
     }
@@ -159,9 +155,6 @@ pub struct Chat<'a> {
     seen: Vec<u32>,
     state: LmState,
 }
-
-/// Hymba's template marks turns in plain text. A model that goes on to write the next turn itself has ended its own.
-const TURN: &str = "<extra_id_";
 
 impl<'a> Chat<'a> {
     /// A conversation in which nothing was said.
@@ -212,17 +205,51 @@ impl<'a> Chat<'a> {
         options: &GenerateOptions,
         on_text: impl FnMut(&str) -> ControlFlow<()>,
     ) -> Result<TextGeneration> {
-        self.messages.push(Message::user(content));
+        self.tell([Message::user(content)], options, on_text)
+    }
+
+    /// As [`ask`](Self::ask), with any messages in place of the user's, or none: such as what the tools gave back that the last answer
+    /// called. How an answer calls tools is the model's: Hymba's writes `<toolcall> {…} </toolcall>`.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`ask`](Self::ask).
+    ///
+    /// ```no_run
+    /// # fn main() -> hymba::Result<()> {
+    /// # use std::ops::ControlFlow;
+    /// # use hymba::lm::{Chat, ChatOptions, GenerateOptions, HymbaLm, Message, Tokenizer};
+    /// # let lm = HymbaLm::from_dir("Hymba-1.5B-Instruct")?;
+    /// # let tokenizer = Tokenizer::from_dir("Hymba-1.5B-Instruct")?;
+    /// # let options = GenerateOptions::default();
+    /// let clock = serde_json::json!({"name": "clock", "description": "the time of a city", "parameters": {"city": "text"}});
+    /// let mut chat = Chat::new(&lm, &tokenizer).options(ChatOptions::new().tools([clock]));
+    /// let call = chat.ask("How late is it in Oslo?", &options, |_| ControlFlow::Continue(()))?;
+    /// if call.text.contains("<toolcall>") {
+    ///     let answer = chat.tell([Message::tool("12:30")], &options, |_| ControlFlow::Continue(()))?;
+    ///     println!("{}", answer.text);
+    /// }
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn tell(
+        &mut self,
+        messages: impl IntoIterator<Item = Message>,
+        options: &GenerateOptions,
+        on_text: impl FnMut(&str) -> ControlFlow<()>,
+    ) -> Result<TextGeneration> {
+        let before = self.messages.len();
+        self.messages.extend(messages);
         let answer = self.answer(options, on_text);
         match &answer {
             // ended before the model had read it
             Ok(TextGeneration { generation, .. })
                 if generation.finish == FinishReason::Cancelled && generation.ids.is_empty() =>
             {
-                drop(self.messages.pop());
+                self.messages.truncate(before);
             }
             Ok(answer) => self.messages.push(Message::assistant(answer.text.clone())),
-            Err(_) => drop(self.messages.pop()),
+            Err(_) => self.messages.truncate(before),
         }
         answer
     }
@@ -255,8 +282,7 @@ impl<'a> Chat<'a> {
             }
         }
         let mut options = GenerateOptions { on_prompt: None, ..options.clone() };
-        options.stop_strings.push(TURN.into());
-        options.stop_strings.extend(self.tokenizer.eos_token().map(str::to_owned));
+        options.stop_strings.extend(self.tokenizer.chat_stop_strings());
         let mut state = self.state.clone();
         self.lm.generate_after(&mut state, self.tokenizer, &[*last], before, &options, on_text)
     }

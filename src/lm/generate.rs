@@ -256,7 +256,7 @@ impl HymbaLm {
         let mut rows = Vec::new();
         for (options, prompt) in options.of(prompts.len())?.iter().zip(prompts) {
             let mut sampler = Sampler::new(options)?;
-            before.iter().chain(prompt.as_ref()).for_each(|&id| sampler.observe(id));
+            [before, prompt.as_ref()].iter().for_each(|ids| sampler.observe_prompt(ids));
             rows.push(Row { sampler, ids: Vec::new(), log_probs: Vec::new(), finish: None });
         }
         let fed = self

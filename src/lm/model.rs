@@ -322,6 +322,46 @@ impl HymbaLm {
         Ok(flow.is_continue().then_some(logits))
     }
 
+    /// As [`prefill_ragged`](Self::prefill_ragged), with the logits of more or fewer tokens: of row i `on_logits` gets those after
+    /// the tokens from `first[i]` on, with the row and the token's place in it, the tokens of a row in order. `first[i]` at the end of
+    /// the row asks for none. Rows may be empty, and are then left as they are.
+    ///
+    /// So some rows take their next token while others read a part of their prompt.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`prefill`](Self::prefill), and [`Error::Tokens`] if `first` is not as long as `rows`. The state is then untouched.
+    ///
+    /// ```
+    /// # use hymba::HymbaLm;
+    /// # use hymba::lm::{HymbaLmConfig, LoadOptions, log_prob};
+    /// # let mut config = HymbaLmConfig::hymba_1_5b();
+    /// # (config.hidden_size, config.intermediate_size, config.vocab_size) = (100, 64, 50);
+    /// # let lm = HymbaLm::random(config, 0, &LoadOptions::default())?;
+    /// let (text, mut total) = ([1, 2, 3, 4], 0.0);
+    /// lm.prefill_each(&[&text[..3]], &mut lm.new_state(1), &[0], |_row, i, logits| {
+    ///     total += f64::from(log_prob(logits, text[i + 1]).unwrap_or_default());
+    /// })?;
+    /// assert_eq!(total, lm.log_likelihood(&text[..1], &text[1..])?.total);
+    /// # Ok::<(), hymba::Error>(())
+    /// ```
+    pub fn prefill_each<T: AsRef<[u32]>>(
+        &self,
+        rows: &[T],
+        state: &mut LmState,
+        first: &[usize],
+        mut on_logits: impl FnMut(usize, usize, &[f32]) + Send,
+    ) -> Result<()> {
+        if first.len() != rows.len() {
+            let (first, rows) = (first.len(), rows.len());
+            return Err(Error::Tokens(format!("there are {first} first tokens for {rows} rows; give one for each")));
+        }
+        self.advance(rows, state, first, &mut |row, i, logits| {
+            on_logits(row, i, logits);
+            Ok(())
+        })
+    }
+
     /// Feeds one token for each row: ids `[b]` or `[b, 1]` → the logits after it `[b, vocab_size]`.
     ///
     /// # Errors

@@ -2,6 +2,7 @@
 
 mod file;
 mod options;
+mod processor;
 
 use std::collections::HashSet;
 use std::fmt;
@@ -10,6 +11,7 @@ use rand::{RngExt, SeedableRng};
 
 pub(super) use file::end_tokens;
 pub use options::{GenerateOptions, OnPrompt};
+pub use processor::{FrequencyPenalty, LogitBias, LogitsProcessor, PresencePenalty, Processor};
 
 use crate::kernels::math::{self, Unary};
 use crate::kernels::simd::Simd;
@@ -36,9 +38,7 @@ pub struct Choice {
 ///
 /// let options = GenerateOptions::default().temperature(0.8).top_k(2).repetition_penalty(1.5).log_probs(true);
 /// let mut sampler = Sampler::new(&options)?;
-/// for id in [3, 1] {
-///     sampler.observe(id); // the prompt
-/// }
+/// sampler.observe_prompt(&[3, 1]);
 /// let model = |id: u32| [0.5, 4.0, 3.0, id as f32 - 9.0]; // a stand-in: a token in, logits out
 /// let mut logits = model(1);
 /// for _ in 0..3 {
@@ -54,11 +54,12 @@ pub struct Choice {
 ///
 /// 1. `repetition_penalty` divides the logits of the observed tokens where positive and multiplies them where negative,
 ///    once for each token however often it was observed;
-/// 2. `temperature` 0 takes the largest logit, and that is all; otherwise it divides them;
-/// 3. `top_k` keeps the k largest;
-/// 4. `top_p` takes the softmax of those, and keeps the fewest largest whose sum reaches it;
-/// 5. `min_p` keeps those with that share of the largest probability;
-/// 6. one of those left is drawn, in proportion to its probability.
+/// 2. `processors` change what is left, in their order;
+/// 3. `temperature` 0 takes the largest logit, and that is all; otherwise it divides them;
+/// 4. `top_k` keeps the k largest;
+/// 5. `top_p` takes the softmax of those, and keeps the fewest largest whose sum reaches it;
+/// 6. `min_p` keeps those with that share of the largest probability;
+/// 7. one of those left is drawn, in proportion to its probability.
 ///
 /// Of equal logits the one with the lower id counts as the larger. A token with the logit −∞ is never chosen. Nor is one
 /// drawn whose probability is lost beside the largest: less than 2⁻⁶² of it times the number of tokens, which is 7e-15 for
@@ -67,7 +68,8 @@ pub struct Sampler {
     options: GenerateOptions,
     rng: Rng,
     observed: HashSet<u32>,
-    /// The logits after the penalty.
+    processors: Vec<Box<dyn LogitsProcessor>>,
+    /// The logits after the penalty and the processors.
     scores: Vec<f32>,
     // what a pick works with, kept for the next one
     ranks: Vec<u64>,
@@ -113,6 +115,7 @@ impl Sampler {
         rng.set_stream(options.stream);
         Ok(Sampler {
             rng,
+            processors: options.processors.iter().map(Processor::start).collect(),
             options: options.clone(),
             observed: HashSet::new(),
             scores: Vec::new(),
@@ -127,12 +130,21 @@ impl Sampler {
         &self.options
     }
 
-    /// Makes a token subject to `repetition_penalty`: for every token of the prompt, and for every choice that becomes part
-    /// of the text. Without a penalty it may be left out. A token outside the vocabulary is ignored.
+    /// Tells of the tokens of the prompt: they become subject to `repetition_penalty`, and processors hear of them. Without either it
+    /// may be left out. A token outside the vocabulary is ignored.
+    pub fn observe_prompt(&mut self, ids: &[u32]) {
+        if self.options.repetition_penalty != 1.0 {
+            self.observed.extend(ids);
+        }
+        self.processors.iter_mut().for_each(|processor| processor.observe_prompt(ids));
+    }
+
+    /// Tells of a choice that has become part of the text, as [`observe_prompt`](Self::observe_prompt) of the prompt.
     pub fn observe(&mut self, id: u32) {
         if self.options.repetition_penalty != 1.0 {
             self.observed.insert(id);
         }
+        self.processors.iter_mut().for_each(|processor| processor.observe(id));
     }
 
     /// Chooses a token from logits, one for each token of the vocabulary.
@@ -141,10 +153,15 @@ impl Sampler {
     ///
     /// # Errors
     ///
-    /// [`Error::Logits`] where there are none, one is NaN or +∞, or all are −∞; the sampler is as before.
+    /// [`Error::Logits`] where there are none, one is NaN or +∞, or all are −∞, before or after the processors; and theirs. The
+    /// sampler is as before, but for processors that have changed.
     pub fn pick(&mut self, logits: &[f32]) -> Result<Choice> {
         check(logits)?;
         self.penalize(logits);
+        if !self.processors.is_empty() {
+            self.processors.iter_mut().try_for_each(|processor| processor.process(&mut self.scores))?;
+            check(&self.scores).map_err(of_processors)?;
+        }
         let id = if self.options.temperature == 0.0 { first_largest(&self.scores) } else { self.draw() };
         let log_prob = self.options.log_probs.then(|| log_softmax_at(logits, id));
         Ok(Choice { id, log_prob })
@@ -299,6 +316,13 @@ fn check(logits: &[f32]) -> Result<()> {
     Ok(())
 }
 
+fn of_processors(error: Error) -> Error {
+    match error {
+        Error::Logits(reason) => Error::Logits(format!("after the processors, {reason}")),
+        error => error,
+    }
+}
+
 /// The largest number, where none is NaN; of none, −∞.
 fn largest(numbers: &[f32]) -> f32 {
     // side by side, as a single maximum makes every comparison wait for the one before
@@ -317,8 +341,20 @@ fn first_largest(scores: &[f32]) -> u32 {
     scores.iter().position(|&score| score == largest).unwrap_or(0) as u32
 }
 
-/// The logarithm of the probability that these logits give to token `id`, which must be one of theirs: z_id − ln Σ eᶻ.
-/// NaN where a logit is NaN or +∞, or all are −∞.
+/// The logarithm of the probability that these logits give to token `id`: z_id − ln Σ eᶻ. `None` where it is not one of theirs;
+/// NaN where a logit is NaN or +∞, or all are −∞. It is what [`LogLikelihood`](super::LogLikelihood) and [`Choice`] report.
+///
+/// ```
+/// use hymba::lm::log_prob;
+///
+/// assert_eq!(log_prob(&[0.0, f32::NEG_INFINITY], 0), Some(0.0));
+/// assert_eq!(log_prob(&[0.0, 1.0], 2), None);
+/// ```
+pub fn log_prob(logits: &[f32], id: u32) -> Option<f32> {
+    ((id as usize) < logits.len()).then(|| log_softmax_at(logits, id))
+}
+
+/// As [`log_prob`], of a token that is there.
 pub(crate) fn log_softmax_at(logits: &[f32], id: u32) -> f32 {
     let largest = largest(logits);
     let mut sum = 0.0;

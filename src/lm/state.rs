@@ -87,6 +87,13 @@ impl LmState {
 }
 
 impl LmState {
+    /// The rows, each a state of its own. Nothing is copied, nor is it by [`append`](Self::append): so rows that come and go run
+    /// together for one step.
+    pub fn into_rows(self) -> Vec<LmState> {
+        let LmState { model, meta, rows } = self;
+        rows.into_iter().map(|row| LmState { model, meta, rows: vec![row] }).collect()
+    }
+
     /// Adds the rows of another state of the same model behind these: so conversations join a batch.
     ///
     /// # Errors

@@ -11,7 +11,7 @@ mod template;
 mod tokenizer;
 mod values;
 
-pub use stop::StopMatcher;
+pub use stop::{StopMatcher, StopStream};
 pub use stream::TextStream;
 pub use template::{ChatOptions, ChatTemplate, Message, Role};
 pub use tokenizer::Tokenizer;

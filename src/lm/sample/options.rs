@@ -4,6 +4,7 @@ use std::fmt;
 use std::ops::ControlFlow;
 use std::sync::Arc;
 
+use super::processor::{LogitsProcessor, Processor};
 use crate::{Error, Result};
 
 /// How a language model writes on: which tokens are chosen, and where it ends.
@@ -22,6 +23,7 @@ use crate::{Error, Result};
 /// | `stop_strings` | none | not empty | texts that end the text |
 /// | `stop_at_max_positions` | no | | end at the model's `max_position_embeddings` |
 /// | `log_probs` | no | | report the log-probability of every chosen token |
+/// | `processors` | none | | change the logits before a token is chosen |
 /// | `on_prompt` | nobody | | who hears how far the prompt is, and may end it |
 ///
 /// The names and the arithmetic are those of Hugging Face's `generate`, with two differences: the default is the most
@@ -70,6 +72,8 @@ pub struct GenerateOptions {
     pub stop_at_max_positions: bool,
     /// Whether the log-probabilities of the chosen tokens are reported.
     pub log_probs: bool,
+    /// What changes the logits before a token is chosen, in this order.
+    pub processors: Vec<Processor>,
     /// Who hears how far the prompt is.
     pub on_prompt: Option<OnPrompt>,
 }
@@ -112,6 +116,7 @@ impl Default for GenerateOptions {
             stop_strings: Vec::new(),
             stop_at_max_positions: false,
             log_probs: false,
+            processors: Vec::new(),
             on_prompt: None,
         }
     }
@@ -233,6 +238,22 @@ impl GenerateOptions {
     /// Sets whether the log-probabilities of the chosen tokens are reported.
     pub fn log_probs(mut self, log_probs: bool) -> Self {
         self.log_probs = log_probs;
+        self
+    }
+
+    /// Adds what changes the logits before a token is chosen, behind those that are there. Each row takes a clone.
+    ///
+    /// ```
+    /// use hymba::lm::{FrequencyPenalty, GenerateOptions, LogitBias};
+    ///
+    /// let options = GenerateOptions::default()
+    ///     .processor(LogitBias::new([(7, f32::NEG_INFINITY)])?)
+    ///     .processor(FrequencyPenalty::new(0.5)?);
+    /// assert_eq!(options.processors.len(), 2);
+    /// # Ok::<(), hymba::Error>(())
+    /// ```
+    pub fn processor(mut self, processor: impl LogitsProcessor + Clone + 'static) -> Self {
+        self.processors.push(Processor::new(processor));
         self
     }
 

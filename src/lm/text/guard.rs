@@ -72,6 +72,16 @@ impl Guard {
         Some(guarded)
     }
 
+    /// A text alone, with marks, and the mark; `None` as above.
+    pub(super) fn guarded_text(&self, text: &str) -> Option<(String, char)> {
+        self.places(text).next()?;
+        let used: BTreeSet<char> = text.chars().filter(|&c| c >= FIRST_MARK).collect();
+        let mark = (FIRST_MARK..=char::MAX).find(|mark| !used.contains(mark))?;
+        let mut guarded = text.to_owned();
+        self.guard(&mut guarded, mark);
+        Some((guarded, mark))
+    }
+
     fn guard(&self, text: &mut String, mark: char) {
         let places: Vec<usize> = self.places(text).collect();
         if places.is_empty() {

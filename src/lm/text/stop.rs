@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 
+use super::stream::TextStream;
 use crate::{Error, Result};
 
 /// Ends a text at the first of several stop strings, while it comes in pieces.
@@ -112,6 +113,56 @@ impl StopMatcher {
             *hidden = hidden.start.saturating_sub(end)..hidden.end.saturating_sub(end);
             hidden.start < hidden.end
         });
+    }
+}
+
+/// Text from generated tokens, one by one, up to a stop string: what [`HymbaLm::generate_text`](crate::HymbaLm::generate_text)
+/// gives out, for a loop of your own.
+///
+/// ```
+/// # use hymba::lm::{StopStream, Tokenizer};
+/// let tokenizer = Tokenizer::from_dir("tests/data/hymba-1.5b-base")?;
+/// let prompt = tokenizer.encode("Hello")?;
+/// let mut text = StopStream::new(tokenizer.stream_after(&prompt), ["."])?;
+/// assert_eq!(text.push(3186), " world");
+/// assert_eq!(text.push(29889), ""); // a full stop
+/// assert_eq!(text.stopped(), Some("."));
+/// # Ok::<(), hymba::Error>(())
+/// ```
+#[derive(Debug, Clone)]
+pub struct StopStream {
+    stream: TextStream,
+    stops: StopMatcher,
+}
+
+impl StopStream {
+    /// The text of a stream, up to one of these stop strings.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`StopMatcher::new`].
+    pub fn new<S: Into<String>>(stream: TextStream, stops: impl IntoIterator<Item = S>) -> Result<Self> {
+        Ok(StopStream { stream, stops: StopMatcher::new(stops)? })
+    }
+
+    /// Takes the next token and gives the text that is now certain. A stop string finds special tokens, too, which are no part of
+    /// the text.
+    pub fn push(&mut self, id: u32) -> &str {
+        match self.stream.special(id) {
+            Some(spelling) => self.stops.push_special(spelling),
+            None => self.stops.push(self.stream.push(id)),
+        }
+    }
+
+    /// The stop string that ended the text, or `None` while there was none.
+    pub fn stopped(&self) -> Option<&str> {
+        self.stops.stopped()
+    }
+
+    /// The end of the tokens: gives what was held back, nothing after a stop string.
+    pub fn finish(&mut self) -> String {
+        let rest = self.stops.push(self.stream.finish()).to_owned();
+        if self.stops.stopped().is_some() { rest } else { rest + self.stops.finish() }
     }
 }
 

@@ -20,6 +20,9 @@ use crate::{Error, Result};
 const MAX_TOKENIZER: u64 = 64 << 20;
 const MAX_CONFIG: u64 = 4 << 20;
 
+/// Hymba's template marks turns in plain text. A model that goes on to write the next turn itself has ended its own.
+const TURN: &str = "<extra_id_";
+
 /// Text to token ids and back, and chats to prompts.
 ///
 /// Reads the `tokenizer.json` of a Llama tokenizer, which the published Hymba models have: byte pair encoding with byte
@@ -194,6 +197,27 @@ impl Tokenizer {
         Ok(encoding.map_err(|error| Error::text("the text", error.to_string()))?.get_ids().to_vec())
     }
 
+    /// As [`encode`](Self::encode), for the text of strangers: special tokens that are spelled out in it stay text.
+    ///
+    /// ```
+    /// # use hymba::lm::Tokenizer;
+    /// let tokenizer = Tokenizer::from_dir("tests/data/hymba-1.5b-base")?;
+    /// assert!(tokenizer.encode("the end</s>")?.contains(&2));
+    /// assert!(!tokenizer.encode_plain("the end</s>")?.contains(&2));
+    /// assert_eq!(tokenizer.encode_plain("Hello")?, tokenizer.encode("Hello")?);
+    /// # Ok::<(), hymba::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// Those of [`encode`](Self::encode).
+    pub fn encode_plain(&self, text: &str) -> Result<Vec<u32>> {
+        let Some((guarded, mark)) = self.guard.guarded_text(text) else { return self.encode(text) };
+        let ids = guard::encode(&self.tokenizer, &guarded, mark);
+        let ids = ids.map_err(|error| Error::text("the text", error.to_string()))?;
+        Ok(self.bos.filter(|_| self.add_bos).into_iter().chain(ids).collect())
+    }
+
     /// The text of the ids, without special tokens.
     ///
     /// As with Hugging Face, except where bytes are no text: there this writes U+FFFD for each byte that belongs to no
@@ -312,9 +336,10 @@ impl Tokenizer {
         self.bos
     }
 
-    /// The spelling of the token that ends a text.
-    pub(crate) fn eos_token(&self) -> Option<&str> {
-        self.eos.map(|_| self.eos_token.as_str())
+    /// Where the text of an answer in a chat ends, besides stop tokens: the spelling of the token that ends a text, and the beginning of
+    /// a turn in Hymba's template, which is plain text.
+    pub fn chat_stop_strings(&self) -> Vec<String> {
+        [TURN].into_iter().chain(self.eos.map(|_| self.eos_token.as_str())).map(str::to_owned).collect()
     }
 
     /// The token that ends a text.
