@@ -2,10 +2,12 @@
 
 mod bandwidth;
 mod commands;
+mod header;
 mod interrupt;
 mod load;
 mod output;
 mod sampling;
+mod series;
 mod text;
 
 use std::process::ExitCode;

@@ -1,6 +1,5 @@
 //! `hymba info PATH`: what a file or folder is, how it is set up, how large it is, and what is wrong with it.
 
-mod header;
 mod kinds;
 
 use std::path::PathBuf;

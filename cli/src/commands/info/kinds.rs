@@ -8,7 +8,8 @@ use hymba::lm::{HymbaLmConfig, LoadOptions};
 use hymba::{Ensemble, Hymba, HymbaLm, KernelPredictor, Predictor};
 use serde_json::{Map, Value};
 
-use super::{Facts, header};
+use super::Facts;
+use crate::header;
 use crate::load;
 
 /// Their options are not in the file.
