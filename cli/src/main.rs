@@ -4,6 +4,7 @@ mod commands;
 mod interrupt;
 mod load;
 mod output;
+mod serve;
 
 use std::process::ExitCode;
 
