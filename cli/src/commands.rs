@@ -3,6 +3,8 @@
 use anyhow::Result;
 use clap::Subcommand;
 
+use crate::serve;
+
 mod bench;
 mod chat;
 mod complete;
@@ -41,6 +43,8 @@ pub enum Command {
     TrainLm(train_lm::Args),
     /// Fine-tune a language model with a low-rank adapter.
     Finetune(finetune::Args),
+    /// Serve a model to programs: OpenAI's API for a language model, JSON and WebSocket for a predictor.
+    Serve(serve::Args),
     /// Print a script that completes the arguments in a shell.
     #[command(hide = true)]
     Completions(completions::Args),
@@ -63,6 +67,7 @@ impl Command {
             Command::Evaluate(args) => evaluate::run(args),
             Command::TrainLm(args) => train_lm::run(args),
             Command::Finetune(args) => finetune::run(args),
+            Command::Serve(args) => serve::run(args),
             Command::Completions(args) => completions::run(args),
             Command::Man(args) => man::run(args),
         }

@@ -8,6 +8,7 @@ mod load;
 mod output;
 mod sampling;
 mod series;
+mod serve;
 mod text;
 
 use std::process::ExitCode;

@@ -1,0 +1,153 @@
+//! `hymba serve`: a language model behind OpenAI's API, or a predictor of series behind JSON and WebSocket.
+
+mod answer;
+mod engine;
+mod error;
+mod http;
+mod language;
+mod metrics;
+mod predictor;
+mod prefix;
+mod prompt;
+mod request;
+#[cfg(feature = "schema")]
+mod schema;
+mod tools;
+mod vocabulary;
+
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+
+use crate::load::{self, LoadArgs};
+
+/// Serve a language model (a folder) or a trained predictor (a file) to programs.
+#[derive(clap::Args)]
+pub struct Args {
+    /// A folder of a language model with its tokenizer, or a predictor's .safetensors file.
+    model: PathBuf,
+    /// Address to listen on; 0.0.0.0 is all of this machine's. Others than this machine can then come in: give a key.
+    #[arg(long, default_value_t = IpAddr::V4(Ipv4Addr::LOCALHOST))]
+    host: IpAddr,
+    /// Port to listen on; 0 takes a free one.
+    #[arg(long, default_value_t = 8080)]
+    port: u16,
+    /// Key that clients must send as `Authorization: Bearer KEY`.
+    #[arg(long, env = "HYMBA_API_KEY", hide_env_values = true, value_name = "KEY")]
+    api_key: Option<String>,
+    /// Name of the model in the API; that of the folder or file where it is left out.
+    #[arg(long)]
+    name: Option<String>,
+    #[command(flatten)]
+    limits: LimitArgs,
+    #[command(flatten)]
+    load: LoadArgs,
+}
+
+#[derive(clap::Args, Clone)]
+#[command(next_help_heading = "Limits")]
+pub struct LimitArgs {
+    /// Sequences generated, series predicted or streams held at a time.
+    #[arg(long, default_value_t = 16, value_name = "N", value_parser = at_least_one)]
+    concurrent: usize,
+    /// Sequences that may wait; more are refused with status 429.
+    #[arg(long, default_value_t = 64, value_name = "N")]
+    waiting: usize,
+    /// Tokens of a prompt and its continuation together; those of the model's positions where it is left out.
+    #[arg(long, value_name = "N", value_parser = at_least_one)]
+    context: Option<usize>,
+    /// Tokens of a continuation.
+    #[arg(long, default_value_t = 4096, value_name = "N", value_parser = at_least_one)]
+    max_tokens: usize,
+    /// Bytes of a request.
+    #[arg(long, default_value_t = 2 << 20, value_name = "BYTES")]
+    max_body: usize,
+    /// Connections at a time; more wait.
+    #[arg(long, default_value_t = 256, value_name = "N", value_parser = at_least_one)]
+    connections: usize,
+    /// Seconds that a request may take, waiting included.
+    #[arg(long, default_value_t = 600, value_name = "S")]
+    timeout: u64,
+    /// Seconds that a client may take to send a request, or to read on.
+    #[arg(long, default_value_t = 30, value_name = "S")]
+    io_timeout: u64,
+    /// Seconds that requests get to end when the server is told to.
+    #[arg(long, default_value_t = 30, value_name = "S")]
+    drain: u64,
+    /// Megabytes of states kept of prompts' beginnings; 0 keeps none.
+    #[arg(long, default_value_t = 512, value_name = "MB")]
+    cache: usize,
+    /// Tokens of a prompt that are read between two steps of the sequences being generated.
+    #[arg(long, default_value_t = 128, value_name = "N", value_parser = piece)]
+    piece: usize,
+}
+
+fn at_least_one(text: &str) -> Result<usize, String> {
+    text.parse().ok().filter(|&n| n > 0).ok_or_else(|| "it takes a whole number of at least 1".into())
+}
+
+fn piece(text: &str) -> Result<usize, String> {
+    text.parse().ok().filter(|n| (1..=512).contains(n)).ok_or_else(|| "it takes a whole number from 1 to 512".into())
+}
+
+/// What one client may take from the others.
+#[derive(Debug, Clone)]
+pub struct Limits {
+    pub concurrent: usize,
+    pub waiting: usize,
+    pub context: Option<usize>,
+    pub max_tokens: usize,
+    pub max_body: usize,
+    pub connections: usize,
+    pub timeout: Duration,
+    pub io_timeout: Duration,
+    pub drain: Duration,
+    pub cache_bytes: usize,
+    pub piece: usize,
+}
+
+impl From<LimitArgs> for Limits {
+    fn from(args: LimitArgs) -> Self {
+        let LimitArgs { concurrent, waiting, context, max_tokens, max_body, connections, piece, .. } = args;
+        Limits {
+            concurrent,
+            waiting,
+            context,
+            max_tokens,
+            max_body,
+            connections,
+            timeout: Duration::from_secs(args.timeout),
+            io_timeout: Duration::from_secs(args.io_timeout.max(1)),
+            drain: Duration::from_secs(args.drain),
+            cache_bytes: args.cache.saturating_mul(1_000_000),
+            piece,
+        }
+    }
+}
+
+pub fn run(args: Args) -> Result<()> {
+    let limits = Limits::from(args.limits);
+    ensure!(args.api_key.as_ref().is_none_or(|key| !key.is_empty()), "the API key is empty; leave it out for none");
+    let named = args.model.file_stem().filter(|_| args.model.is_file()).or(args.model.file_name());
+    let name = args.name.or_else(|| Some(named?.to_string_lossy().into_owned())).unwrap_or_else(|| "hymba".into());
+    let metrics = Arc::<metrics::Metrics>::default();
+    let service = if args.model.is_dir() {
+        let lm = args.load.read(&args.model)?;
+        let tokenizer = load::tokenizer(&args.model)?;
+        let defaults = hymba::GenerateOptions::from_dir(&args.model)?;
+        language::service(lm, tokenizer, defaults, name, &limits, &metrics)?
+    } else {
+        args.load.start()?;
+        let predictor = hymba::Predictor::load(&args.model)
+            .with_context(|| format!("{} is no folder of a language model", args.model.display()))?;
+        predictor::service(predictor, name, &limits, &metrics)
+    };
+    let address = SocketAddr::new(args.host, args.port);
+    let door = http::Door::new(args.api_key, args.host.is_loopback());
+    let runtime =
+        tokio::runtime::Builder::new_multi_thread().worker_threads(2).max_blocking_threads(4).enable_all().build()?;
+    runtime.block_on(http::serve(address, service, door, limits, metrics))
+}

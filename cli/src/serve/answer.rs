@@ -1,0 +1,361 @@
+//! From what the engine tells to what OpenAI's clients read: whole, or piece by piece.
+
+use std::collections::VecDeque;
+use std::convert::Infallible;
+use std::sync::Arc;
+
+use axum::response::sse::{Event as SseEvent, KeepAlive, Sse};
+use axum::response::{IntoResponse, Response};
+use futures_util::stream;
+use hymba::lm::FinishReason;
+use serde_json::{Map, Value, json};
+use tokio::sync::mpsc::UnboundedReceiver;
+
+use super::engine::{Event, Score};
+use super::error::{ApiError, ApiResult};
+use super::tools;
+use super::vocabulary::Vocabulary;
+
+pub type Events = UnboundedReceiver<(usize, Event)>;
+
+/// What all parts of an answer say, and how they are written.
+pub struct Answer {
+    pub id: String,
+    pub created: u64,
+    pub model: String,
+    pub kind: Kind,
+    /// Continuations.
+    pub choices: usize,
+    /// Continuations of each prompt.
+    pub per_prompt: usize,
+    pub prompt_tokens: usize,
+    pub log_probs: bool,
+    pub include_usage: bool,
+    pub vocabulary: Arc<Vocabulary>,
+}
+
+pub enum Kind {
+    Chat {
+        /// Whether calls of tools are looked for.
+        tools: bool,
+    },
+    /// The texts and tokens of the prompts, if the answer begins with them.
+    Completion { echo: Option<Vec<(String, Vec<u32>)>> },
+}
+
+/// One continuation, as far as it is known.
+#[derive(Default, Clone)]
+struct Written {
+    text: String,
+    scores: Vec<Score>,
+    tokens: usize,
+    finish: Option<&'static str>,
+}
+
+fn reason(finish: FinishReason) -> &'static str {
+    match finish {
+        FinishReason::MaxTokens | FinishReason::MaxPositions => "length",
+        _ => "stop",
+    }
+}
+
+impl Answer {
+    /// Waits for all of it.
+    pub async fn whole(self, mut events: Events) -> ApiResult<Value> {
+        let mut written = vec![Written::default(); self.choices];
+        let mut of_prompts = vec![Vec::new(); self.choices.div_ceil(self.per_prompt)];
+        let (mut left, mut cached) = (self.choices, 0);
+        while left > 0 {
+            let (index, event) = events.recv().await.ok_or_else(|| ApiError::internal("a sequence was lost"))?;
+            let choice = &mut written[index];
+            match event {
+                Event::Prompt { cached: known, scores } => {
+                    cached += known;
+                    of_prompts[index / self.per_prompt] = scores;
+                }
+                Event::Token { text, score } => {
+                    choice.text += &text;
+                    choice.scores.push(score);
+                    choice.tokens += 1;
+                }
+                Event::End { text, finish, stop } => {
+                    choice.text += &text;
+                    choice.scores.extend(stop);
+                    choice.finish = Some(reason(finish));
+                    left -= 1;
+                }
+                Event::Failed(failure) => return Err(failure.into()),
+            }
+        }
+        let tokens = written.iter().map(|choice| choice.tokens).sum();
+        let choices: Vec<Value> =
+            written.into_iter().enumerate().map(|(i, choice)| self.choice(i, choice, &of_prompts)).collect();
+        let mut answer = self.head(false);
+        answer["choices"] = Value::from(choices);
+        answer["usage"] = self.usage(tokens, cached);
+        Ok(answer)
+    }
+
+    fn choice(&self, index: usize, written: Written, of_prompts: &[Vec<Score>]) -> Value {
+        match &self.kind {
+            Kind::Chat { tools } => {
+                let (text, calls) = match tools {
+                    true => tools::calls(&written.text, &format!("{}_{index}", self.id)),
+                    false => (written.text, Vec::new()),
+                };
+                let mut message = json!({"role": "assistant", "content": text, "refusal": null});
+                let mut finish = written.finish;
+                if !calls.is_empty() {
+                    message["tool_calls"] = Value::from(calls);
+                    finish = Some("tool_calls");
+                }
+                let log_probs = self.chat_log_probs(&written.scores);
+                json!({"index": index, "message": message, "logprobs": log_probs, "finish_reason": finish})
+            }
+            Kind::Completion { echo } => {
+                let prompt = index / self.per_prompt;
+                let (text, ids) = echo.as_ref().map_or(("", &[][..]), |echo| (&echo[prompt].0, &echo[prompt].1));
+                let log_probs = self.log_probs.then(|| {
+                    let mut list = TokenList::new(&self.vocabulary);
+                    if let Some(&first) = ids.first() {
+                        list.push(&Score { id: first, log_prob: None, top: Vec::new() });
+                        of_prompts[prompt].iter().for_each(|score| list.push(score));
+                    }
+                    written.scores.iter().for_each(|score| list.push(score));
+                    list.value()
+                });
+                let text = text.to_owned() + &written.text;
+                json!({"index": index, "text": text, "logprobs": log_probs, "finish_reason": written.finish})
+            }
+        }
+    }
+
+    fn head(&self, chunk: bool) -> Value {
+        let object = match (&self.kind, chunk) {
+            (Kind::Chat { .. }, false) => "chat.completion",
+            (Kind::Chat { .. }, true) => "chat.completion.chunk",
+            (Kind::Completion { .. }, _) => "text_completion",
+        };
+        json!({"id": self.id, "object": object, "created": self.created, "model": self.model, "choices": []})
+    }
+
+    fn usage(&self, tokens: usize, cached: usize) -> Value {
+        json!({
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": tokens,
+            "total_tokens": self.prompt_tokens + tokens,
+            "prompt_tokens_details": {"cached_tokens": cached},
+        })
+    }
+
+    /// The log-probabilities of a chat's tokens.
+    fn chat_log_probs(&self, scores: &[Score]) -> Value {
+        if !self.log_probs {
+            return Value::Null;
+        }
+        let token = |id: u32, log_prob: Option<f32>| {
+            let (shown, bytes) = (self.vocabulary.shown(id), self.vocabulary.bytes(id));
+            json!({"token": shown, "logprob": log_prob, "bytes": bytes})
+        };
+        let scores = scores.iter().map(|score| {
+            let mut value = token(score.id, score.log_prob);
+            value["top_logprobs"] = score.top.iter().map(|&(id, log_prob)| token(id, Some(log_prob))).collect();
+            value
+        });
+        json!({"content": scores.collect::<Vec<Value>>()})
+    }
+
+    /// Tells of it as it comes, by server-sent events.
+    pub fn stream(self, events: Events) -> Response {
+        let written = vec![Written::default(); self.choices];
+        let left = self.choices;
+        let streaming =
+            Streaming { answer: self, events, written, left, cached: 0, queue: VecDeque::new(), over: false };
+        let events = stream::unfold(streaming, |mut streaming| async {
+            let data = streaming.next().await?;
+            Some((Ok::<_, Infallible>(SseEvent::default().data(data)), streaming))
+        });
+        Sse::new(events).keep_alive(KeepAlive::default()).into_response()
+    }
+}
+
+struct Streaming {
+    answer: Answer,
+    events: Events,
+    written: Vec<Written>,
+    left: usize,
+    cached: usize,
+    queue: VecDeque<String>,
+    over: bool,
+}
+
+impl Streaming {
+    async fn next(&mut self) -> Option<String> {
+        loop {
+            if let Some(data) = self.queue.pop_front() {
+                return Some(data);
+            }
+            if self.over {
+                return None;
+            }
+            let failure = match self.events.recv().await {
+                Some((_, Event::Failed(failure))) => Some(ApiError::from(failure)),
+                Some((index, event)) => {
+                    self.hear(index, event);
+                    None
+                }
+                None => Some(ApiError::internal("a sequence was lost")),
+            };
+            if let Some(failure) = failure {
+                self.queue.push_back(failure.body().to_string());
+                self.over = true;
+            } else if self.left == 0 {
+                if self.answer.include_usage {
+                    let mut last = self.answer.head(true);
+                    let tokens = self.written.iter().map(|written| written.tokens).sum();
+                    last["usage"] = self.answer.usage(tokens, self.cached);
+                    self.queue.push_back(last.to_string());
+                }
+                self.queue.push_back("[DONE]".into());
+                self.over = true;
+            }
+        }
+    }
+
+    fn hear(&mut self, index: usize, event: Event) {
+        match event {
+            Event::Prompt { cached, scores } => {
+                self.cached += cached;
+                for choice in index..index + self.answer.per_prompt {
+                    self.begin(choice, &scores);
+                }
+            }
+            Event::Token { text, score } => {
+                self.written[index].tokens += 1;
+                self.piece(index, text, &[score], None);
+            }
+            Event::End { text, finish, stop } => {
+                self.left -= 1;
+                let scores: Vec<Score> = stop.into_iter().collect();
+                self.piece(index, text, &scores, Some(reason(finish)));
+            }
+            Event::Failed(_) => {}
+        }
+    }
+
+    /// What stands in front of a continuation.
+    fn begin(&mut self, index: usize, scores: &[Score]) {
+        let choice = match &self.answer.kind {
+            Kind::Chat { .. } => {
+                json!({"index": index, "delta": {"role": "assistant", "content": ""}, "logprobs": null, "finish_reason": null})
+            }
+            Kind::Completion { echo: None } => return,
+            Kind::Completion { echo: Some(echo) } => {
+                let (text, ids) = &echo[index / self.answer.per_prompt];
+                let log_probs = self.answer.log_probs.then(|| {
+                    let mut list = TokenList::new(&self.answer.vocabulary);
+                    if let Some(&first) = ids.first() {
+                        list.push(&Score { id: first, log_prob: None, top: Vec::new() });
+                    }
+                    scores.iter().for_each(|score| list.push(score));
+                    list.value()
+                });
+                json!({"index": index, "text": text, "logprobs": log_probs, "finish_reason": null})
+            }
+        };
+        self.send(choice);
+    }
+
+    fn piece(&mut self, index: usize, text: String, scores: &[Score], finish: Option<&'static str>) {
+        // a token that gives no text yet tells nothing
+        let empty = finish.is_none() && !self.answer.log_probs && text.is_empty();
+        let choice = match &self.answer.kind {
+            // calls can be told from text only when all is there
+            Kind::Chat { tools: true } => {
+                self.written[index].text += &text;
+                self.written[index].scores.extend_from_slice(scores);
+                if finish.is_none() {
+                    return;
+                }
+                let written = std::mem::take(&mut self.written[index]);
+                self.written[index].tokens = written.tokens;
+                let mut choice = self.answer.choice(index, Written { finish, ..written }, &[]);
+                let mut delta = choice["message"].take();
+                if let Some(calls) = delta["tool_calls"].as_array_mut() {
+                    calls.iter_mut().enumerate().for_each(|(i, call)| call["index"] = Value::from(i));
+                }
+                if let Some(choice) = choice.as_object_mut() {
+                    choice.remove("message");
+                    choice.insert("delta".into(), delta);
+                }
+                choice
+            }
+            Kind::Chat { tools: false } => {
+                let mut delta = Map::new();
+                if !text.is_empty() {
+                    delta.insert("content".into(), text.into());
+                }
+                let log_probs = if scores.is_empty() { Value::Null } else { self.answer.chat_log_probs(scores) };
+                json!({"index": index, "delta": delta, "logprobs": log_probs, "finish_reason": finish})
+            }
+            Kind::Completion { .. } => {
+                let log_probs = (self.answer.log_probs && !scores.is_empty()).then(|| {
+                    let mut list = TokenList::new(&self.answer.vocabulary);
+                    scores.iter().for_each(|score| list.push(score));
+                    list.value()
+                });
+                json!({"index": index, "text": text, "logprobs": log_probs, "finish_reason": finish})
+            }
+        };
+        if !empty {
+            self.send(choice);
+        }
+    }
+
+    fn send(&mut self, choice: Value) {
+        let mut chunk = self.answer.head(true);
+        chunk["choices"] = Value::from(vec![choice]);
+        self.queue.push_back(chunk.to_string());
+    }
+}
+
+/// Log-probabilities as the older of OpenAI's two ways of asking has them.
+struct TokenList<'a> {
+    vocabulary: &'a Vocabulary,
+    tokens: Vec<String>,
+    log_probs: Vec<Option<f32>>,
+    top: Vec<Value>,
+    offsets: Vec<usize>,
+    offset: usize,
+}
+
+impl<'a> TokenList<'a> {
+    fn new(vocabulary: &'a Vocabulary) -> Self {
+        let (tokens, log_probs, top, offsets) = Default::default();
+        TokenList { vocabulary, tokens, log_probs, top, offsets, offset: 0 }
+    }
+
+    fn push(&mut self, score: &Score) {
+        let shown = self.vocabulary.shown(score.id);
+        self.offsets.push(self.offset);
+        self.offset += shown.chars().count();
+        self.log_probs.push(score.log_prob);
+        let mut top = Map::new();
+        let all = score.top.iter().copied().chain(score.log_prob.map(|log_prob| (score.id, log_prob)));
+        for (id, log_prob) in all {
+            // of several tokens that look the same the most probable
+            top.entry(self.vocabulary.shown(id)).or_insert_with(|| Value::from(log_prob));
+        }
+        self.top.push(if score.log_prob.is_some() { Value::Object(top) } else { Value::Null });
+        self.tokens.push(shown);
+    }
+
+    fn value(self) -> Value {
+        json!({
+            "tokens": self.tokens,
+            "token_logprobs": self.log_probs,
+            "top_logprobs": self.top,
+            "text_offset": self.offsets,
+        })
+    }
+}

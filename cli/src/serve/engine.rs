@@ -1,0 +1,355 @@
+//! Continuous batching: one thread owns the model and takes steps; sequences join and leave between them.
+//!
+//! In each step every sequence that is being generated takes its token, and one of the prompts being read takes a piece, prompts in
+//! turns: so nobody waits for another's prompt for longer than a piece takes. Rows of a batch are what they would be alone, and the
+//! pieces of a prompt follow from the request ([`Prompt`]), so that a sequence is bit for bit the same, whatever else is going on.
+
+mod sequence;
+#[cfg(test)]
+pub mod tests;
+
+use std::collections::VecDeque;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+use std::time::Instant;
+
+use hymba::HymbaLm;
+use hymba::lm::{FinishReason, GenerateOptions, Tokenizer};
+use tokio::sync::OwnedSemaphorePermit;
+use tokio::sync::mpsc::UnboundedSender;
+
+use super::metrics::{End, Metrics};
+use super::prefix::PrefixCache;
+use super::prompt::Prompt;
+use sequence::{Reading, Writing};
+
+/// One prompt, and what is to follow it.
+pub struct Job {
+    pub prompt: Prompt,
+    /// One for each continuation.
+    pub choices: Vec<GenerateOptions>,
+    /// The number of the first one among those that share the channel.
+    pub first_choice: usize,
+    /// How many alternatives are told of beside a token's log-probability; `None` is not even that.
+    pub log_probs: Option<usize>,
+    /// Whether the prompt's tokens get log-probabilities, too.
+    pub score_prompt: bool,
+    pub events: UnboundedSender<(usize, Event)>,
+    pub deadline: Instant,
+    /// Given back when all is over.
+    pub permit: Option<OwnedSemaphorePermit>,
+}
+
+/// What is heard of a continuation. `End` or `Failed` comes last.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Event {
+    /// The prompt was read, of which so many tokens were known. With the log-probabilities of its tokens from the second on, if asked for.
+    Prompt {
+        cached: usize,
+        scores: Vec<Score>,
+    },
+    /// A token, and the text that is certain with it.
+    Token {
+        text: String,
+        score: Score,
+    },
+    /// The end, the text that was held back, and the stop token, if it was one.
+    End {
+        text: String,
+        finish: FinishReason,
+        stop: Option<Score>,
+    },
+    Failed(Failure),
+}
+
+/// A token, ln P of it, and of the most probable ones, where asked for.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Score {
+    pub id: u32,
+    pub log_prob: Option<f32>,
+    pub top: Vec<(u32, f32)>,
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub enum Failure {
+    /// It took too long.
+    Timeout,
+    /// The server is going down.
+    Stopped,
+    /// It cannot be done, for this reason.
+    Refused(String),
+    /// Something broke that should not have.
+    Internal(String),
+}
+
+#[derive(Debug, Clone)]
+pub struct EngineOptions {
+    /// Sequences at a time.
+    pub rows: usize,
+    /// Bytes of cached states.
+    pub cache_bytes: usize,
+}
+
+/// The thread with the model.
+pub struct Engine {
+    jobs: Mutex<Option<Sender<Job>>>,
+    abort: Arc<AtomicBool>,
+    thread: Mutex<Option<JoinHandle<()>>>,
+}
+
+impl Engine {
+    pub fn start(
+        lm: Arc<HymbaLm>,
+        tokenizer: Tokenizer,
+        options: EngineOptions,
+        metrics: Arc<Metrics>,
+    ) -> std::io::Result<Self> {
+        let (sender, receiver) = channel();
+        let abort = Arc::new(AtomicBool::new(false));
+        let flag = abort.clone();
+        let work = move || {
+            // a panic outside of what a step catches loses the sequences at hand, which their clients are told, and nothing else
+            while catch_unwind(AssertUnwindSafe(|| {
+                Loop::new(&lm, &tokenizer, &options, &metrics, &flag).run(&receiver);
+            }))
+            .is_err()
+            {}
+        };
+        let thread = std::thread::Builder::new().name("engine".into()).spawn(work)?;
+        Ok(Engine { jobs: Mutex::new(Some(sender)), abort, thread: Mutex::new(Some(thread)) })
+    }
+
+    /// Hands over a job; gives it back when the engine has been told to stop.
+    pub fn submit(&self, job: Job) -> Result<(), Box<Job>> {
+        match lock(&self.jobs).as_ref() {
+            Some(jobs) => jobs.send(job).map_err(|refused| Box::new(refused.0)),
+            None => Err(Box::new(job)),
+        }
+    }
+
+    /// Takes no more jobs; those that it has come to their end.
+    pub fn close(&self) {
+        lock(&self.jobs).take();
+    }
+
+    /// Ends the jobs that are left, too.
+    pub fn abort(&self) {
+        self.close();
+        self.abort.store(true, Ordering::Relaxed);
+    }
+
+    /// Waits until everything is over, after [`close`](Self::close) or [`abort`](Self::abort).
+    pub fn join(&self) {
+        if let Some(thread) = lock(&self.thread).take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+}
+
+struct Loop<'a> {
+    lm: &'a HymbaLm,
+    tokenizer: &'a Tokenizer,
+    options: &'a EngineOptions,
+    metrics: &'a Metrics,
+    abort: &'a AtomicBool,
+    cache: PrefixCache,
+    waiting: VecDeque<Sequences>,
+    reading: VecDeque<Reading>,
+    writing: Vec<Writing>,
+}
+
+/// A job in its place in the queue, counted.
+struct Sequences {
+    job: Job,
+    since: Instant,
+}
+
+impl<'a> Loop<'a> {
+    fn new(
+        lm: &'a HymbaLm,
+        tokenizer: &'a Tokenizer,
+        options: &'a EngineOptions,
+        metrics: &'a Metrics,
+        abort: &'a AtomicBool,
+    ) -> Self {
+        let cache = PrefixCache::new(options.cache_bytes);
+        let (waiting, reading, writing) = (VecDeque::new(), VecDeque::new(), Vec::new());
+        Loop { lm, tokenizer, options, metrics, abort, cache, waiting, reading, writing }
+    }
+
+    /// Until nobody can send jobs any more and all have ended.
+    fn run(&mut self, jobs: &Receiver<Job>) {
+        loop {
+            let idle = self.waiting.is_empty() && self.reading.is_empty() && self.writing.is_empty();
+            if idle {
+                self.report();
+                match jobs.recv() {
+                    Ok(job) => self.take(job),
+                    Err(_) => return,
+                }
+            }
+            while let Ok(job) = jobs.try_recv() {
+                self.take(job);
+            }
+            self.drop_ended();
+            self.admit();
+            self.report();
+            self.step();
+        }
+    }
+
+    fn take(&mut self, job: Job) {
+        self.metrics.accepted.add(job.choices.len());
+        self.metrics.prompt_tokens.add(job.prompt.ids.len());
+        self.waiting.push_back(Sequences { job, since: Instant::now() });
+    }
+
+    /// Lets go of what nobody waits for, what took too long, and everything if told so.
+    fn drop_ended(&mut self) {
+        let (now, stop) = (Instant::now(), self.abort.load(Ordering::Relaxed));
+        let why = |events: &UnboundedSender<(usize, Event)>, deadline: Instant| {
+            if events.is_closed() {
+                Some((End::Cancelled, Failure::Stopped))
+            } else if stop {
+                Some((End::Failed, Failure::Stopped))
+            } else if now >= deadline {
+                Some((End::Timeout, Failure::Timeout))
+            } else {
+                None
+            }
+        };
+        let metrics = self.metrics;
+        self.waiting.retain(|sequences| {
+            let job = &sequences.job;
+            let Some((end, failure)) = why(&job.events, job.deadline) else { return true };
+            for choice in 0..job.choices.len() {
+                metrics.end(end);
+                let _ = job.events.send((job.first_choice + choice, Event::Failed(failure.clone())));
+            }
+            false
+        });
+        self.reading.retain_mut(|reading| match why(reading.events(), reading.deadline()) {
+            Some((end, failure)) => {
+                reading.fail(metrics, end, &failure);
+                false
+            }
+            None => true,
+        });
+        self.writing.retain(|writing| match why(writing.events(), writing.deadline()) {
+            Some((end, failure)) => {
+                writing.fail(metrics, end, failure);
+                false
+            }
+            None => true,
+        });
+    }
+
+    /// Lets those in that wait, in the order in which they came, while there are rows.
+    fn admit(&mut self) {
+        let mut rows = self.writing.len() + self.reading.iter().map(Reading::rows).sum::<usize>();
+        while let Some(next) = self.waiting.front() {
+            if rows > 0 && rows + next.job.choices.len() > self.options.rows {
+                return;
+            }
+            let Some(Sequences { job, since }) = self.waiting.pop_front() else { return };
+            rows += job.choices.len();
+            // log-probabilities of a prompt need all of it
+            let known = if job.score_prompt { None } else { self.cache.find(&job.prompt) };
+            let (pieces, state) = known.unwrap_or_else(|| (0, self.lm.new_state(1)));
+            let reading = Reading::new(job, since, pieces, state);
+            self.metrics.cached_tokens.add(reading.cached());
+            self.reading.push_back(reading);
+        }
+    }
+
+    fn report(&self) {
+        let metrics = self.metrics;
+        metrics.waiting.set(self.waiting.iter().map(|sequences| sequences.job.choices.len()).sum());
+        metrics.reading.set(self.reading.iter().map(Reading::rows).sum());
+        metrics.writing.set(self.writing.len());
+        metrics.cache_bytes.set(self.cache.bytes());
+        metrics.cache_entries.set(self.cache.len());
+    }
+
+    /// One pass through the model.
+    fn step(&mut self) {
+        let mut reading = self.reading.pop_front();
+        if reading.is_none() && self.writing.is_empty() {
+            return;
+        }
+        let logits = catch_unwind(AssertUnwindSafe(|| self.pass(reading.as_mut())));
+        let logits = match logits {
+            Ok(Ok(logits)) => logits,
+            failed => {
+                let failure = match failed {
+                    Ok(Err(error)) => Failure::Internal(error.to_string()),
+                    _ => Failure::Internal("the model broke down".into()),
+                };
+                self.writing.drain(..).for_each(|writing| writing.fail(self.metrics, End::Failed, failure.clone()));
+                if let Some(mut reading) = reading {
+                    reading.fail(self.metrics, End::Failed, &failure);
+                }
+                return;
+            }
+        };
+        let (metrics, mut at) = (self.metrics, 0);
+        self.writing.retain_mut(|writing| {
+            at += 1;
+            writing.choose(&logits[at - 1], metrics)
+        });
+        if let Some(reading) = reading {
+            reading.offer(&mut self.cache);
+            if reading.is_done() {
+                let last = logits.last().map_or(&[][..], |logits| logits);
+                self.writing.extend(reading.finish(last, self.tokenizer, self.lm, metrics));
+            } else {
+                self.reading.push_back(reading);
+            }
+        }
+    }
+
+    /// The logits after the token of each sequence being generated, in their order; behind them, those after a prompt that is done.
+    fn pass(&mut self, mut reading: Option<&mut Reading>) -> hymba::Result<Vec<Vec<f32>>> {
+        let mut rows: Vec<Vec<u32>> = self.writing.iter().map(|writing| vec![writing.next()]).collect();
+        let mut first = vec![0; rows.len()];
+        let mut states: Vec<_> = self.writing.iter_mut().filter_map(Writing::take_state).collect();
+        if let Some(reading) = &mut reading {
+            let piece = reading.piece();
+            first.push(reading.first());
+            rows.push(piece.to_vec());
+            states.extend(reading.take_state());
+        }
+        self.metrics.steps.add(1);
+        self.metrics.rows.add(rows.len());
+        let writing = self.writing.len();
+        let mut logits: Vec<Vec<f32>> = vec![Vec::new(); writing];
+        let mut states = states.into_iter();
+        let Some(mut state) = states.next() else { return Ok(logits) };
+        states.try_for_each(|other| state.append(other))?;
+        let mut of_prompt = reading.as_deref_mut();
+        self.lm.prefill_each(&rows, &mut state, &first, |row, i, new| {
+            if row < writing {
+                logits[row] = new.to_vec();
+            } else if let Some(reading) = &mut of_prompt
+                && reading.hear(i, new)
+            {
+                logits.push(new.to_vec());
+            }
+        })?;
+        let mut states = state.into_rows().into_iter();
+        for writing in &mut self.writing {
+            writing.put_state(states.next());
+        }
+        if let Some(reading) = reading {
+            reading.read(states.next());
+        }
+        Ok(logits)
+    }
+}

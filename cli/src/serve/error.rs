@@ -1,0 +1,116 @@
+//! Errors as OpenAI's clients know them.
+
+use axum::Json;
+use axum::http::{HeaderValue, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use serde_json::{Value, json};
+
+use super::engine::Failure;
+
+#[derive(Debug)]
+pub struct ApiError {
+    pub status: StatusCode,
+    message: String,
+    param: Option<&'static str>,
+    code: Option<&'static str>,
+}
+
+pub type ApiResult<T> = Result<T, ApiError>;
+
+impl ApiError {
+    fn new(status: StatusCode, message: impl Into<String>) -> Self {
+        ApiError { status, message: message.into(), param: None, code: None }
+    }
+
+    /// The request cannot be served as it is.
+    pub fn bad(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::BAD_REQUEST, message)
+    }
+
+    /// A field of it cannot be used.
+    pub fn field(param: &'static str, message: impl Into<String>) -> Self {
+        ApiError { param: Some(param), ..Self::bad(message) }
+    }
+
+    pub fn too_long(message: impl Into<String>) -> Self {
+        ApiError { code: Some("context_length_exceeded"), ..Self::bad(message) }
+    }
+
+    pub fn status(status: StatusCode, message: impl Into<String>) -> Self {
+        Self::new(status, message)
+    }
+
+    pub fn no_model(asked: &str, served: &str) -> Self {
+        let message = format!("the model {asked:?} is not here; this server has {served:?}");
+        ApiError { code: Some("model_not_found"), ..Self::new(StatusCode::NOT_FOUND, message) }
+    }
+
+    pub fn unauthorized() -> Self {
+        let message = "an API key is needed: Authorization: Bearer KEY";
+        ApiError { code: Some("invalid_api_key"), ..Self::new(StatusCode::UNAUTHORIZED, message) }
+    }
+
+    pub fn busy() -> Self {
+        let message = "all places are taken; try again later";
+        ApiError { code: Some("rate_limit_exceeded"), ..Self::new(StatusCode::TOO_MANY_REQUESTS, message) }
+    }
+
+    pub fn stopping() -> Self {
+        Self::new(StatusCode::SERVICE_UNAVAILABLE, "the server is going down")
+    }
+
+    /// What broke is in the log; strangers are told no more than that.
+    pub fn internal(what: &str) -> Self {
+        eprintln!("hymba: {what}");
+        Self::new(StatusCode::INTERNAL_SERVER_ERROR, "something broke in the server")
+    }
+
+    pub fn body(&self) -> Value {
+        let kind = match self.status.as_u16() {
+            401 => "authentication_error",
+            429 => "rate_limit_error",
+            500.. => "server_error",
+            _ => "invalid_request_error",
+        };
+        json!({"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}})
+    }
+}
+
+/// Of what is wrong with what users say.
+impl From<hymba::Error> for ApiError {
+    fn from(error: hymba::Error) -> Self {
+        use hymba::Error;
+        match error {
+            Error::Option { option, .. } => ApiError::field(option, error.to_string()),
+            Error::Tokens(_) | Error::Text { .. } | Error::Shape { .. } | Error::Lengths(_) | Error::State(_) => {
+                ApiError::bad(error.to_string())
+            }
+            Error::Logits(_) => ApiError::bad(error.to_string()),
+            error => ApiError::internal(&error.to_string()),
+        }
+    }
+}
+
+impl From<Failure> for ApiError {
+    fn from(failure: Failure) -> Self {
+        match failure {
+            Failure::Timeout => ApiError::status(StatusCode::GATEWAY_TIMEOUT, "it took longer than the server allows"),
+            Failure::Stopped => ApiError::stopping(),
+            Failure::Refused(reason) => ApiError::bad(reason),
+            Failure::Internal(what) => ApiError::internal(&what),
+        }
+    }
+}
+
+impl IntoResponse for ApiError {
+    fn into_response(self) -> Response {
+        let mut response = (self.status, Json(self.body())).into_response();
+        if self.status == StatusCode::TOO_MANY_REQUESTS || self.status == StatusCode::SERVICE_UNAVAILABLE {
+            response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
+        }
+        if self.status == StatusCode::UNAUTHORIZED {
+            response.headers_mut().insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+        }
+        response
+    }
+}

@@ -1,0 +1,331 @@
+//! OpenAI's endpoints of a language model.
+
+use std::hash::{BuildHasher, RandomState};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
+
+use anyhow::{Context, Result, ensure};
+use axum::Json;
+use axum::Router;
+use axum::extract::{Request, State};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use hymba::HymbaLm;
+use hymba::lm::{ChatOptions, GenerateOptions, Tokenizer};
+use serde_json::json;
+use tokio::sync::mpsc::unbounded_channel;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+
+use super::Limits;
+use super::answer::{Answer, Events, Kind};
+use super::engine::{Engine, EngineOptions, Job};
+use super::error::{ApiError, ApiResult};
+use super::http::{self, Service};
+use super::metrics::Metrics;
+use super::prompt::Prompt;
+use super::request::{ChatRequest, CompletionRequest, PromptInput, ResponseFormat, Sampling};
+use super::vocabulary::Vocabulary;
+
+struct Language {
+    tokenizer: Tokenizer,
+    vocabulary: Arc<Vocabulary>,
+    engine: Arc<Engine>,
+    defaults: GenerateOptions,
+    name: String,
+    created: u64,
+    limits: Limits,
+    /// Tokens of a prompt and its continuation together.
+    context: usize,
+    vocabulary_size: usize,
+    places: Arc<Semaphore>,
+    count: AtomicU64,
+    random: RandomState,
+    #[cfg(feature = "schema")]
+    schemas: Option<super::schema::Schemas>,
+}
+
+pub fn service(
+    lm: HymbaLm,
+    tokenizer: Tokenizer,
+    defaults: GenerateOptions,
+    name: String,
+    limits: &Limits,
+    metrics: &Arc<Metrics>,
+) -> Result<Service> {
+    let config = lm.config();
+    let size = config.vocab_size;
+    ensure!(
+        tokenizer.vocab_size() <= size,
+        "the tokenizer has {} tokens and the model {size}: it is another model's",
+        tokenizer.vocab_size()
+    );
+    let positions = config.max_position_embeddings.saturating_sub(config.num_memory_tokens).max(2);
+    let vocabulary = Arc::new(Vocabulary::new(&tokenizer, size));
+    #[cfg(feature = "schema")]
+    let schemas = match config.eos_token_id.first() {
+        Some(&eos) => Some(super::schema::Schemas::new(&vocabulary, eos)?),
+        None => None,
+    };
+    let options = EngineOptions { rows: limits.concurrent, cache_bytes: limits.cache_bytes };
+    // what the meta tokens leave behind, before the first request waits for it
+    lm.new_state(1);
+    let engine = Arc::new(Engine::start(Arc::new(lm), tokenizer.clone(), options, metrics.clone())?);
+    let places = Arc::new(Semaphore::new((limits.concurrent + limits.waiting).min(Semaphore::MAX_PERMITS)));
+    let created = SystemTime::now().duration_since(UNIX_EPOCH).context("the clock is before 1970")?.as_secs();
+    let language = Arc::new(Language {
+        tokenizer,
+        vocabulary,
+        engine: engine.clone(),
+        defaults,
+        name,
+        created,
+        context: limits.context.unwrap_or(positions),
+        limits: limits.clone(),
+        vocabulary_size: size,
+        places,
+        count: AtomicU64::new(0),
+        random: RandomState::new(),
+        #[cfg(feature = "schema")]
+        schemas,
+    });
+    let router = Router::new()
+        .route("/v1/chat/completions", post(chat))
+        .route("/v1/completions", post(complete))
+        .route("/v1/models", get(models))
+        .route("/v1/models/{model}", get(model))
+        .with_state(language);
+    let (close, abort) = (engine.clone(), engine.clone());
+    Ok(Service {
+        router,
+        close: Box::new(move || close.close()),
+        abort: Box::new(move || abort.abort()),
+        join: Box::new(move || engine.join()),
+    })
+}
+
+async fn models(State(language): State<Arc<Language>>) -> Response {
+    Json(json!({"object": "list", "data": [language.description()]})).into_response()
+}
+
+async fn model(
+    State(language): State<Arc<Language>>,
+    axum::extract::Path(asked): axum::extract::Path<String>,
+) -> ApiResult<Response> {
+    language.check_model(Some(&asked))?;
+    Ok(Json(language.description()).into_response())
+}
+
+async fn complete(State(language): State<Arc<Language>>, request: Request) -> ApiResult<Response> {
+    let mut asked: CompletionRequest = http::json(request, &language.limits).await?;
+    language.check_model(asked.sampling.model.as_deref())?;
+    asked.check()?;
+    let log_probs = asked.alternatives()?;
+    let prompt = std::mem::replace(&mut asked.prompt, super::request::PromptField::Ids(Vec::new()));
+    let inputs = prompt.into_inputs();
+    if inputs.is_empty() {
+        return Err(ApiError::field("prompt", "there is none"));
+    }
+    let (per_prompt, options) = language.options(&asked.sampling)?;
+    let permits = language.permits(inputs.len(), per_prompt)?;
+    let encoding = language.clone();
+    let echoes = asked.echo;
+    let (prompts, echo) = blocking(move || {
+        let (mut prompts, mut echo) = (Vec::new(), Vec::new());
+        for input in inputs {
+            let (text, ids) = match input {
+                PromptInput::Text(text) => {
+                    let ids = encoding.tokenizer.encode_plain(&text)?;
+                    (text, ids)
+                }
+                PromptInput::Ids(ids) => {
+                    if let Some(id) = ids.iter().find(|id| **id as usize >= encoding.vocabulary_size) {
+                        let size = encoding.vocabulary_size;
+                        return Err(ApiError::field("prompt", format!("id {id} is not below {size}")));
+                    }
+                    let text = if echoes {
+                        encoding.tokenizer.decode_keep_special(&ids).unwrap_or_default()
+                    } else {
+                        String::new()
+                    };
+                    (text, ids)
+                }
+            };
+            if ids.is_empty() {
+                return Err(ApiError::field("prompt", "it has no tokens; give one at least"));
+            }
+            if echoes {
+                echo.push((text, ids.clone()));
+            }
+            prompts.push(Prompt::new(ids, &[], encoding.limits.piece));
+        }
+        Ok((prompts, echo))
+    })
+    .await?;
+    let score_prompt = asked.echo && log_probs.is_some();
+    let max_tokens = asked.max_tokens.unwrap_or(16);
+    let prompt_tokens = prompts.iter().map(|prompt| prompt.ids.len()).sum();
+    let choices = prompts.len() * per_prompt;
+    let events = language.submit(prompts, permits, &options, max_tokens, per_prompt, log_probs, score_prompt)?;
+    let answer = Answer {
+        id: language.id("cmpl"),
+        created: now(),
+        model: language.name.clone(),
+        kind: Kind::Completion { echo: asked.echo.then_some(echo) },
+        choices,
+        per_prompt,
+        prompt_tokens,
+        log_probs: log_probs.is_some(),
+        include_usage: asked.sampling.stream_options.is_some_and(|options| options.include_usage),
+        vocabulary: language.vocabulary.clone(),
+    };
+    respond(answer, events, asked.sampling.stream).await
+}
+
+async fn chat(State(language): State<Arc<Language>>, request: Request) -> ApiResult<Response> {
+    let asked: ChatRequest = http::json(request, &language.limits).await?;
+    language.check_model(asked.sampling.model.as_deref())?;
+    let log_probs = asked.alternatives()?;
+    let (messages, tools) = (asked.messages()?, asked.tools()?);
+    let (per_prompt, mut options) = language.options(&asked.sampling)?;
+    let permits = language.permits(1, per_prompt)?;
+    let with_tools = !tools.is_empty();
+    let (encoding, format) = (language.clone(), asked.response_format);
+    let (prompt, options) = blocking(move || {
+        options.stop_strings.extend(encoding.tokenizer.chat_stop_strings());
+        let options = encoding.format(format, options)?;
+        let chat = ChatOptions::new().tools(tools);
+        let Language { tokenizer, vocabulary, limits, .. } = &*encoding;
+        Ok((Prompt::of_chat(tokenizer, vocabulary, &messages, &chat, limits.piece)?, options))
+    })
+    .await?;
+    let prompt_tokens = prompt.ids.len();
+    let max_tokens = asked.max_completion_tokens.or(asked.max_tokens).unwrap_or(usize::MAX);
+    let events = language.submit(vec![prompt], permits, &options, max_tokens, per_prompt, log_probs, false)?;
+    let answer = Answer {
+        id: language.id("chatcmpl"),
+        created: now(),
+        model: language.name.clone(),
+        kind: Kind::Chat { tools: with_tools },
+        choices: per_prompt,
+        per_prompt,
+        prompt_tokens,
+        log_probs: log_probs.is_some(),
+        include_usage: asked.sampling.stream_options.is_some_and(|options| options.include_usage),
+        vocabulary: language.vocabulary.clone(),
+    };
+    respond(answer, events, asked.sampling.stream).await
+}
+
+async fn respond(answer: Answer, events: Events, stream: Option<bool>) -> ApiResult<Response> {
+    match stream {
+        Some(true) => Ok(answer.stream(events)),
+        _ => Ok(Json(answer.whole(events).await?).into_response()),
+    }
+}
+
+/// Runs what takes a while beside what answers.
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> ApiResult<T> + Send + 'static) -> ApiResult<T> {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(result) => result,
+        Err(_) => Err(ApiError::internal("reading a request broke down")),
+    }
+}
+
+fn now() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs())
+}
+
+impl Language {
+    fn description(&self) -> serde_json::Value {
+        json!({
+            "id": self.name, "object": "model", "created": self.created, "owned_by": "hymba", "max_model_len": self.context,
+        })
+    }
+
+    fn check_model(&self, asked: Option<&str>) -> ApiResult<()> {
+        match asked {
+            Some(asked) if asked != self.name => Err(ApiError::no_model(asked, &self.name)),
+            _ => Ok(()),
+        }
+    }
+
+    fn id(&self, kind: &str) -> String {
+        format!("{kind}-{:016x}", self.random.hash_one(self.count.fetch_add(1, Ordering::Relaxed)))
+    }
+
+    /// Continuations of each prompt, and the options that they have in common.
+    fn options(&self, sampling: &Sampling) -> ApiResult<(usize, GenerateOptions)> {
+        let random = self.random.hash_one((self.count.fetch_add(1, Ordering::Relaxed), 1));
+        Ok((sampling.count(self.limits.concurrent)?, sampling.options(&self.defaults, random)?))
+    }
+
+    #[cfg(feature = "schema")]
+    fn format(&self, format: Option<ResponseFormat>, options: GenerateOptions) -> ApiResult<GenerateOptions> {
+        match (format, &self.schemas) {
+            (None | Some(ResponseFormat::Text), _) => Ok(options),
+            (Some(format), Some(schemas)) => schemas.apply(&format, options),
+            (Some(_), None) => Err(ApiError::field("response_format", "the model has no token that ends a text")),
+        }
+    }
+
+    #[cfg(not(feature = "schema"))]
+    fn format(&self, format: Option<ResponseFormat>, options: GenerateOptions) -> ApiResult<GenerateOptions> {
+        match format {
+            None | Some(ResponseFormat::Text) => Ok(options),
+            Some(ResponseFormat::JsonObject | ResponseFormat::JsonSchema { .. }) => {
+                Err(ApiError::field("response_format", "this server was built without the feature `schema`"))
+            }
+        }
+    }
+
+    /// Places in the queue, for the continuations of each prompt, or none at all.
+    fn permits(&self, prompts: usize, per_prompt: usize) -> ApiResult<Vec<OwnedSemaphorePermit>> {
+        let all = self.limits.concurrent + self.limits.waiting;
+        if prompts.saturating_mul(per_prompt) > all {
+            return Err(ApiError::bad(format!("a request can have {all} sequences at most; send several")));
+        }
+        let one = |_| self.places.clone().try_acquire_many_owned(per_prompt as u32).map_err(|_| ApiError::busy());
+        (0..prompts).map(one).collect()
+    }
+
+    #[allow(clippy::too_many_arguments)]
+    fn submit(
+        &self,
+        prompts: Vec<Prompt>,
+        permits: Vec<OwnedSemaphorePermit>,
+        options: &GenerateOptions,
+        max_tokens: usize,
+        per_prompt: usize,
+        log_probs: Option<usize>,
+        score_prompt: bool,
+    ) -> ApiResult<Events> {
+        // none is begun where one is too long
+        for prompt in &prompts {
+            let most = self.context - usize::from(max_tokens > 0);
+            if prompt.ids.len() > most {
+                let length = prompt.ids.len();
+                return Err(ApiError::too_long(format!("the prompt has {length} tokens, and {most} are the most")));
+            }
+        }
+        let (sender, events) = unbounded_channel();
+        for (i, (prompt, permit)) in prompts.into_iter().zip(permits).enumerate() {
+            let room = self.context - prompt.ids.len();
+            let options = options.clone().max_tokens(max_tokens.min(room).min(self.limits.max_tokens));
+            let first_choice = i * per_prompt;
+            let choice = |choice: usize| options.clone().stream((first_choice + choice) as u64);
+            let job = Job {
+                prompt,
+                choices: (0..per_prompt).map(choice).collect(),
+                first_choice,
+                log_probs,
+                score_prompt,
+                events: sender.clone(),
+                deadline: Instant::now() + self.limits.timeout,
+                permit: Some(permit),
+            };
+            self.engine.submit(job).map_err(|_| ApiError::stopping())?;
+        }
+        Ok(events)
+    }
+}

@@ -1,0 +1,237 @@
+//! A trained predictor: series in, classes or numbers out; and streams of frames.
+
+use std::sync::Arc;
+
+use axum::Json;
+use axum::Router;
+use axum::extract::ws::{Message, WebSocket, WebSocketUpgrade};
+use axum::extract::{Request, State};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use futures_util::SinkExt;
+use hymba::ndarray::{Array2, Array3, ArrayView1};
+use hymba::{Predictor, PredictorState, softmax};
+use serde::Deserialize;
+use serde_json::{Map, Value, json};
+use tokio::sync::Semaphore;
+use tokio::time::timeout;
+
+use super::Limits;
+use super::error::{ApiError, ApiResult};
+use super::http::{self, Service};
+use super::metrics::Metrics;
+
+/// Bytes of a message on a stream, at most.
+const LONGEST_MESSAGE: usize = 1 << 20;
+
+struct Series {
+    predictor: Arc<Predictor>,
+    name: String,
+    limits: Limits,
+    metrics: Arc<Metrics>,
+    /// Requests that are at work or wait.
+    places: Arc<Semaphore>,
+    streams: Arc<Semaphore>,
+    /// One at a time uses the cores.
+    turn: Arc<Semaphore>,
+}
+
+#[derive(Deserialize)]
+struct ClassifyRequest {
+    model: Option<String>,
+    series: Vec<Vec<Vec<f32>>>,
+}
+
+/// One frame, or several.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Frames {
+    One(Vec<f32>),
+    Many(Vec<Vec<f32>>),
+}
+
+pub fn service(predictor: Predictor, name: String, limits: &Limits, metrics: &Arc<Metrics>) -> Service {
+    let series = Arc::new(Series {
+        predictor: Arc::new(predictor),
+        name,
+        limits: limits.clone(),
+        metrics: metrics.clone(),
+        places: Arc::new(Semaphore::new((limits.concurrent + limits.waiting).min(Semaphore::MAX_PERMITS))),
+        streams: Arc::new(Semaphore::new(limits.concurrent.min(Semaphore::MAX_PERMITS))),
+        turn: Arc::new(Semaphore::new(1)),
+    });
+    let router = Router::new()
+        .route("/v1/classify", post(classify))
+        .route("/stream", get(stream))
+        .route("/v1/models", get(models))
+        .with_state(series.clone());
+    let (close, abort) = (series.clone(), series);
+    Service {
+        router,
+        close: Box::new(move || close.streams.close()),
+        abort: Box::new(move || abort.turn.close()),
+        join: Box::new(|| ()),
+    }
+}
+
+async fn models(State(series): State<Arc<Series>>) -> Response {
+    let task = series.predictor.task();
+    let model = json!({
+        "id": series.name, "object": "model", "owned_by": "hymba",
+        "channels": series.predictor.options().embed_dim, "labels": task.labels(), "outputs": task.outputs(),
+    });
+    Json(json!({"object": "list", "data": [model]})).into_response()
+}
+
+async fn classify(State(series): State<Arc<Series>>, request: Request) -> ApiResult<Response> {
+    let asked: ClassifyRequest = http::json(request, &series.limits).await?;
+    if let Some(asked) = asked.model.filter(|asked| *asked != series.name) {
+        return Err(ApiError::no_model(&asked, &series.name));
+    }
+    let _place = series.places.clone().try_acquire_owned().map_err(|_| ApiError::busy())?;
+    if asked.series.is_empty() {
+        return Err(ApiError::field("series", "there are none"));
+    }
+    let all: Vec<Array2<f32>> = asked.series.into_iter().map(array).collect::<ApiResult<_>>()?;
+    let count = all.len();
+    let predictor = series.predictor.clone();
+    let predicted = series.work(move || Ok(predictor.predict_series(&all)?)).await?;
+    series.metrics.series.add(count);
+    let data = predicted.rows().into_iter().enumerate().map(|(index, row)| {
+        let mut one = json!({"index": index});
+        series.describe(row, &mut one);
+        one
+    });
+    Ok(Json(json!({"object": "list", "model": series.name, "data": data.collect::<Vec<_>>()})).into_response())
+}
+
+/// Frames `[length][channels]` as an array.
+fn array(frames: Vec<Vec<f32>>) -> ApiResult<Array2<f32>> {
+    let width = frames.first().map_or(0, Vec::len);
+    if let Some(at) = frames.iter().position(|frame| frame.len() != width) {
+        let message = format!("frame {at} has {} numbers, and the first {width}", frames[at].len());
+        return Err(ApiError::field("series", message));
+    }
+    let (length, numbers) = (frames.len(), frames.concat());
+    Array2::from_shape_vec((length, width), numbers).map_err(|error| ApiError::field("series", error.to_string()))
+}
+
+impl Series {
+    /// Runs on the cores, when it is its turn.
+    async fn work<T: Send + 'static>(&self, work: impl FnOnce() -> ApiResult<T> + Send + 'static) -> ApiResult<T> {
+        let turn = timeout(self.limits.timeout, self.turn.clone().acquire_owned()).await;
+        let turn = match turn {
+            Ok(Ok(turn)) => turn,
+            Ok(Err(_)) => return Err(ApiError::stopping()),
+            Err(_) => return Err(super::engine::Failure::Timeout.into()),
+        };
+        let done = tokio::task::spawn_blocking(move || {
+            let _turn = turn;
+            work()
+        });
+        done.await.unwrap_or_else(|_| Err(ApiError::internal("predicting broke down")))
+    }
+
+    fn describe(&self, row: ArrayView1<f32>, value: &mut Value) {
+        let task = self.predictor.task();
+        if task.labels().is_empty() {
+            value["values"] = row.iter().copied().map(Value::from).collect();
+            return;
+        }
+        let probabilities = softmax(&row.to_owned());
+        let best = hymba::argmax(&row.to_owned()).into_scalar();
+        let named = task.labels().iter().cloned().zip(probabilities.iter().copied().map(Value::from));
+        value["label"] = task.labels()[best].clone().into();
+        value["probabilities"] = Value::Object(named.collect::<Map<_, _>>());
+    }
+}
+
+async fn stream(State(series): State<Arc<Series>>, upgrade: WebSocketUpgrade) -> ApiResult<Response> {
+    let place = series.streams.clone().try_acquire_owned().map_err(|_| ApiError::busy())?;
+    let upgrade = upgrade.max_message_size(LONGEST_MESSAGE).max_frame_size(LONGEST_MESSAGE);
+    Ok(upgrade.on_upgrade(async move |socket| {
+        series.metrics.streams.add(1);
+        series.follow(socket).await;
+        series.metrics.streams.subtract(1);
+        drop(place);
+    }))
+}
+
+impl Series {
+    /// Answers frames with predictions, until the client has enough, falls silent, or the server stops.
+    async fn follow(&self, mut socket: WebSocket) {
+        let mut state = self.predictor.new_state(1);
+        loop {
+            let message = match timeout(self.limits.timeout, socket.recv()).await {
+                Ok(Some(Ok(message))) => message,
+                _ => break,
+            };
+            let bytes = match message {
+                Message::Text(text) => text.as_str().as_bytes().to_vec(),
+                Message::Binary(_) => b"binary".to_vec(),
+                Message::Close(_) => break,
+                Message::Ping(_) | Message::Pong(_) => continue,
+            };
+            let answer = match self.next(state, bytes).await {
+                Ok((next, answer)) => {
+                    state = next;
+                    answer
+                }
+                Err((before, error)) => {
+                    let Some(before) = before else {
+                        let _ = socket.send(Message::Text(error.body().to_string().into())).await;
+                        break;
+                    };
+                    state = before;
+                    error.body()
+                }
+            };
+            let sent = timeout(self.limits.io_timeout, socket.send(Message::Text(answer.to_string().into()))).await;
+            if !matches!(sent, Ok(Ok(()))) || self.streams.is_closed() {
+                break;
+            }
+        }
+        let _ = timeout(self.limits.io_timeout, socket.close()).await;
+    }
+
+    /// The prediction after one frame more, or several. After an error that the client made the state is as before.
+    async fn next(
+        &self,
+        mut state: PredictorState,
+        bytes: Vec<u8>,
+    ) -> Result<(PredictorState, Value), (Option<PredictorState>, ApiError)> {
+        let frames = match serde_json::from_slice(&bytes) {
+            Ok(Frames::One(frame)) => array(vec![frame]),
+            Ok(Frames::Many(frames)) => array(frames),
+            Err(_) => Err(ApiError::bad("a message is one frame as a JSON list of numbers, or a list of frames")),
+        };
+        let frames = match frames {
+            Ok(frames) => frames,
+            Err(error) => return Err((Some(state), error)),
+        };
+        let (count, predictor) = (frames.nrows(), self.predictor.clone());
+        let done = self.work(move || {
+            let predicted = if frames.nrows() == 1 {
+                predictor.step(&frames, &mut state)
+            } else {
+                let (length, width) = frames.dim();
+                let x = Array3::from_shape_vec((1, length, width), frames.into_raw_vec_and_offset().0);
+                match x {
+                    Ok(x) => predictor.prefill(&x, &mut state),
+                    Err(error) => return Ok((state, Err(ApiError::bad(error.to_string())))),
+                }
+            };
+            Ok((state, predicted.map_err(ApiError::from)))
+        });
+        match done.await {
+            Ok((state, Ok(predicted))) => {
+                self.metrics.frames.add(count);
+                let mut answer = json!({"frames": state.frames()});
+                self.describe(predicted.row(0), &mut answer);
+                Ok((state, answer))
+            }
+            Ok((state, Err(error))) => Err((Some(state), error)),
+            Err(error) => Err((None, error)),
+        }
+    }
+}

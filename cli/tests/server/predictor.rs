@@ -1,0 +1,95 @@
+//! Series and streams of frames.
+
+use std::path::Path;
+
+use hymba::ndarray::Array2;
+use hymba::{HymbaOptions, Predictor, Task, softmax};
+use serde_json::{Value, json};
+use tungstenite::Message;
+
+use crate::client::Server;
+
+fn predictor(name: &str) -> (Predictor, std::path::PathBuf) {
+    let options = HymbaOptions::new(3).hidden_size(16).num_layers(2);
+    let predictor = Predictor::build(options, Task::classify(["walking", "standing"])).unwrap();
+    let path = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
+    predictor.save(&path).unwrap();
+    (predictor, path)
+}
+
+fn series(length: usize, seed: usize) -> Array2<f32> {
+    Array2::from_shape_fn((length, 3), |(t, c)| ((t * 7 + c * 5 + seed) % 11) as f32 * 0.25)
+}
+
+fn lists(series: &Array2<f32>) -> Value {
+    series.rows().into_iter().map(|row| row.to_vec()).collect()
+}
+
+fn probabilities(row: &Value) -> Vec<f32> {
+    ["walking", "standing"].map(|label| row["probabilities"][label].as_f64().unwrap() as f32).to_vec()
+}
+
+#[test]
+fn classes_of_series() {
+    let (predictor, path) = predictor("classes.safetensors");
+    let server = Server::start(&path, &[]);
+    let all = [series(9, 1), series(30, 2), series(1, 3)];
+    let asked = json!({"series": all.iter().map(lists).collect::<Vec<_>>(), "model": "classes"});
+    let answer = server.post("/v1/classify", &asked).good();
+    let expected = softmax(&predictor.predict_series(&all).unwrap());
+    for (row, expected) in answer["data"].as_array().unwrap().iter().zip(expected.rows()) {
+        assert_eq!(probabilities(row), expected.to_vec());
+        assert_eq!(row["label"], if expected[0] >= expected[1] { "walking" } else { "standing" });
+    }
+    assert_eq!(server.get("/v1/models").good()["data"][0]["channels"], 3);
+    for bad in [
+        json!({}),
+        json!({"series": []}),
+        json!({"series": [[]]}),
+        json!({"series": [[[1, 2]]]}),
+        json!({"series": [[[1, 2, 3], [1]]]}),
+        json!({"series": [[["a"]]]}),
+    ] {
+        assert_eq!(server.post("/v1/classify", &bad).status, 400, "{bad}");
+    }
+    assert_eq!(server.post("/v1/completions", &json!({"prompt": "a"})).status, 404);
+    assert_eq!(server.metrics()["hymba_series_total"], 3.0);
+}
+
+#[test]
+fn streams_of_frames() {
+    let (predictor, path) = predictor("frames.safetensors");
+    let server = Server::start(&path, &["--concurrent", "2"]);
+    let url = format!("ws://localhost:{}/stream", server.address.port());
+    let connect = || tungstenite::client(url.as_str(), server.connect()).unwrap().0;
+    let (mut one, mut other) = (connect(), connect());
+    let busy = tungstenite::client(url.as_str(), server.connect());
+    assert!(format!("{:?}", busy.err().unwrap()).contains("429"));
+    let frames = series(20, 4);
+    let mut state = predictor.new_state(1);
+    let mut say = |socket: &mut tungstenite::WebSocket<_>, text: Value| -> Value {
+        socket.send(Message::text(text.to_string())).unwrap();
+        serde_json::from_str(socket.read().unwrap().to_text().unwrap()).unwrap()
+    };
+    for t in 0..10 {
+        let expected =
+            softmax(&predictor.step(&frames.slice(hymba::ndarray::s![t..t + 1, ..]).to_owned(), &mut state).unwrap());
+        let answer = say(&mut one, json!(frames.row(t).to_vec()));
+        assert_eq!((probabilities(&answer), &answer["frames"]), (expected.row(0).to_vec(), &json!(t + 1)));
+        // the other stream has a state of its own
+        assert_eq!(say(&mut other, json!([0.0, 0.0, 0.0]))["frames"], t + 1);
+    }
+    // what cannot be used changes nothing
+    for bad in [json!("x"), json!([1, 2]), json!([[1, 2, 3], [1]]), json!([]), json!({})] {
+        assert!(say(&mut one, bad)["error"]["message"].is_string());
+    }
+    let rest = frames.slice(hymba::ndarray::s![10.., ..]).to_owned();
+    let answer = say(&mut one, lists(&rest));
+    assert_eq!(answer["frames"], 20);
+    let whole = softmax(&predictor.predict_series(&[frames]).unwrap());
+    assert!(probabilities(&answer).iter().zip(whole.row(0)).all(|(a, b)| (a - b).abs() < 1e-5));
+    drop(one);
+    server.wait_for("hymba_streams", 1.0);
+    drop(other);
+    server.wait_for("hymba_streams", 0.0);
+}
