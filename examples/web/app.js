@@ -2,7 +2,7 @@
 
 import init, { Examples, Model, ModelOptions, Training, TrainingOptions, simdLevel } from "./pkg/hymba_web.js";
 import { classColour, drawLoss, drawStroke, drawTimeline, thumbnail } from "./charts.js";
-import { FEWEST, Tracer, WIDTH, fitted, framesOf, pointsOf, table, varied } from "./strokes.js";
+import { FEWEST, Tracer, WIDTH, fitted, framesOf, generator, pointsOf, table, varied } from "./strokes.js";
 
 const $ = (id) => document.getElementById(id);
 /// Copies of an example that differ as hands do.
@@ -20,7 +20,7 @@ let stream = null;
 let training = false;
 let busy = false; // a gesture is played
 let stroke = { points: [], tracer: null, history: [] };
-let slowest = 0;
+let slowest = 0; // milliseconds of a step
 
 const nextPicture = () => new Promise((done) => (document.hidden ? setTimeout(done) : requestAnimationFrame(() => setTimeout(done))));
 
@@ -118,9 +118,11 @@ function showHint() {
     $("hint").textContent =
         mode === "record"
             ? `Draw “${classes[chosen]}” in one stroke. Then again, a little differently.`
-            : model
-              ? "Draw a gesture in one stroke."
-              : "No model yet. Train one on the recorded gestures, or add examples of your own.";
+            : training
+              ? "Training …"
+              : model
+                ? "Draw a gesture in one stroke."
+                : "No model yet. Train one on the recorded gestures, or add examples of your own.";
     drawStroke($("board"), []);
 }
 
@@ -233,10 +235,11 @@ async function train(names, learned, heldOut) {
     const set = (all, variants) => {
         const set = new Examples(names, WIDTH);
         for (const { class: name, points } of all) {
-            for (let i = 0; i < variants; i++) set.add(names.indexOf(name), framesOf(i ? varied(points) : points));
+            for (let i = 0; i < variants; i++) set.add(names.indexOf(name), framesOf(i ? varied(points, random) : points));
         }
         return set;
     };
+    const random = generator(0);
     const begin = performance.now();
     try {
         const options = new TrainingOptions();
@@ -373,4 +376,17 @@ drawLoss($("loss"), [], new TrainingOptions().steps);
 setMode("recognise");
 
 /// For the page's test.
-window.page = { predict: (points) => [...model.predict(framesOf(points))], recorded, open };
+window.page = {
+    recorded,
+    predict: (points) => [...model.predict(framesOf(points))],
+    /// The milliseconds that a step takes, of many: browsers' clocks are coarse.
+    time(count) {
+        const stream = model.stream();
+        const frame = framesOf(recorded.test[0].points).subarray(0, WIDTH);
+        const begin = performance.now();
+        for (let i = 0; i < count; i++) stream.step(frame);
+        const spent = performance.now() - begin;
+        stream.free();
+        return spent / count;
+    },
+};

@@ -6,10 +6,12 @@ cd "$(dirname "$0")"
 
 target=wasm32-unknown-unknown
 out=pkg
-flags='-C target-feature=+simd128'
+# small code, but the loops of kernels unrolled, whose sums are to stay in registers
+flags='-C llvm-args=-inline-threshold=25 -C llvm-args=-inlinehint-threshold=60 -C llvm-args=-unroll-threshold=150'
+simd='-C target-feature=+simd128'
 if [ "${1:-}" = scalar ]; then
     out=pkg-scalar
-    flags=
+    simd=
 fi
 
 rustc --print target-libdir --target $target | xargs test -d || rustup target add $target
@@ -19,13 +21,8 @@ if [ "$(wasm-bindgen --version 2>/dev/null)" != "wasm-bindgen $version" ]; then
     cargo install wasm-bindgen-cli --version "$version"
 fi
 
-RUSTFLAGS=$flags cargo build --release --lib --target $target --target-dir "target/$out"
+RUSTFLAGS="$flags $simd" cargo build --release --lib --target $target --target-dir "target/$out"
 rm -rf "$out"
-wasm-bindgen --target web --out-dir "$out" "target/$out/$target/release/hymba_web.wasm"
+wasm-bindgen --target web --remove-name-section --remove-producers-section --out-dir "$out" "target/$out/$target/release/hymba_web.wasm"
 cp package.json README.md "$out"
-if command -v wasm-opt >/dev/null; then
-    wasm-opt -O3 --enable-simd --enable-bulk-memory --enable-nontrapping-float-to-int --enable-sign-ext \
-        --enable-mutable-globals --enable-reference-types --enable-multivalue \
-        "$out/hymba_web_bg.wasm" -o "$out/hymba_web_bg.wasm"
-fi
 echo "$out/hymba_web_bg.wasm: $(wc -c <"$out/hymba_web_bg.wasm") bytes"

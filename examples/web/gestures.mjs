@@ -4,17 +4,12 @@
 //
 // Points are x, y, x, y, …, in thousandths of the square they are drawn in, y pointing down.
 
+import { generator } from "./strokes.js";
+
 const CLASSES = ["circle", "triangle", "square", "zigzag", "wave", "line", "spiral", "check"];
 const [TRAIN, TEST] = [16, 5];
 
-// mulberry32: the same file from every run
-let seed = 16;
-function random() {
-    seed = (seed + 0x6d2b79f5) | 0;
-    let t = Math.imul(seed ^ (seed >>> 15), 1 | seed);
-    t = (t + Math.imul(t ^ (t >>> 7), 61 | t)) ^ t;
-    return ((t ^ (t >>> 14)) >>> 0) / 2 ** 32;
-}
+const random = generator(16);
 const between = (low, high) => low + (high - low) * random();
 const coin = () => random() < 0.5;
 

@@ -41,8 +41,18 @@ export function framesOf(points) {
     return Float32Array.from(points.flatMap((point) => tracer.add(point).flatMap((frame) => [...frame])));
 }
 
+/// Random numbers from 0 to 1, the same ones from the same seed: mulberry32.
+export function generator(seed) {
+    return () => {
+        seed = (seed + 0x6d2b79f5) | 0;
+        let t = Math.imul(seed ^ (seed >>> 15), 1 | seed);
+        t = (t + Math.imul(t ^ (t >>> 7), 61 | t)) ^ t;
+        return ((t ^ (t >>> 14)) >>> 0) / 2 ** 32;
+    };
+}
+
 /// A stroke as another day's hand would draw it: turned a little, stretched, larger or smaller.
-export function varied(points, random = Math.random) {
+export function varied(points, random) {
     const between = (low, high) => low + (high - low) * random();
     const [angle, size, stretch] = [between(-0.25, 0.25), between(0.7, 1.3), between(0.87, 1.15)];
     const [cos, sin] = [Math.cos(angle), Math.sin(angle)];

@@ -1,4 +1,4 @@
-//! Sixteen lanes of `f32` on whatever the CPU has. With its instructions in `x86.rs` and `amx.rs`, and beside
+//! Sixteen lanes of `f32` on whatever the CPU has. With its instructions in `x86.rs`, `amx.rs` and `wasm.rs`, and beside
 //! [`team`](super::team) and `memory`, the only place of the crate with `unsafe` code.
 //!
 //! A kernel is a struct of its arguments that implements [`Kernel`]; its `run` is written once, in safe code, over the
@@ -239,6 +239,10 @@ pub(crate) fn dispatch_at<K: Kernel>(level: Isa, kernel: K) -> K::Output {
     } else if level == Isa::Avx2 && level.is_available() {
         return unsafe { x86::run_avx2(kernel) };
     }
+    #[cfg(all(target_arch = "wasm32", target_feature = "simd128"))]
+    if level == Isa::Simd128 || !cfg!(test) {
+        return kernel.run(wasm::Simd128);
+    }
     let _ = level;
     kernel.run(Scalar)
 }
@@ -353,5 +357,7 @@ const NIBBLES: u32 = 0x0f0f_0f0f;
 /// Adding it to a small whole number n leaves n + 127, an exponent field, in the low bits.
 const EXPONENT_MAGIC: f32 = (3u32 << 22) as f32 + 127.0;
 
+#[cfg(all(target_arch = "wasm32", target_feature = "simd128"))]
+mod wasm;
 #[cfg(target_arch = "x86_64")]
 mod x86;

@@ -77,10 +77,10 @@ impl TrainingOptions {
     #[allow(clippy::new_without_default)]
     pub fn new() -> TrainingOptions {
         TrainingOptions {
-            steps: 240,
+            steps: 320,
             batch_size: 16,
             learning_rate: 5e-3,
-            label_smoothing: 0.05,
+            label_smoothing: 0.1,
         }
     }
 }
