@@ -10,8 +10,8 @@
 
 use hymba::ndarray::Array3;
 use rand::RngExt;
-use rand::seq::SliceRandom;
 use rand::rngs::ChaCha8Rng;
+use rand::seq::SliceRandom;
 
 /// The exponent of the gaps in `mqar`.
 const GAPS: f64 = 0.01;

@@ -19,7 +19,8 @@ pub(crate) enum Isa {
 }
 
 impl Isa {
-    pub(crate) const ALL: [Isa; 7] = [Isa::Scalar, Isa::Simd128, Isa::Avx2, Isa::Avx512, Isa::Avx512Vnni, Isa::Avx512Bf16, Isa::Amx];
+    pub(crate) const ALL: [Isa; 7] =
+        [Isa::Scalar, Isa::Simd128, Isa::Avx2, Isa::Avx512, Isa::Avx512Vnni, Isa::Avx512Bf16, Isa::Amx];
 
     const HAS_SIMD128: bool = cfg!(all(target_arch = "wasm32", target_feature = "simd128"));
 
