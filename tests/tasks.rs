@@ -18,7 +18,7 @@ use std::path::Path;
 use rand::SeedableRng;
 use rand::rngs::ChaCha8Rng;
 use results::{Record, append, is_done, load};
-use tasks::{Example, Generated, POSITION};
+use tasks::{Example, Generated};
 use trial::{Outcome, PATTERNS, Settings, Trial, Work, pattern};
 
 const ALL: [&str; 6] =
@@ -123,7 +123,7 @@ fn sequences_are_what_they_are_said_to_be() {
             assert_eq!(answers, expected, "{name}");
         }
         let x = task.frames(&examples);
-        assert_eq!(x.dim(), (20, task.length(), task.tokens() + POSITION));
+        assert_eq!(x.dim(), (20, task.length(), task.tokens() + task.positions()));
         for (i, token) in examples[7].tokens.iter().enumerate() {
             assert_eq!(x[[7, i, *token]], 1.0);
             assert_eq!(x.slice(hymba::ndarray::s![7, i, ..task.tokens()]).sum(), 1.0);
