@@ -1,14 +1,16 @@
-//! Learns to tell classes of series apart from one `.ts` file, and counts how many of another it gets right.
+//! Learns to tell classes of series apart, or to predict a number of each, from one file, and measures on another how well it does.
 //!
 //! ```sh
 //! cargo run --release --example classify                             # the Japanese Vowels of examples/data
 //! cargo run --release --example classify -- TRAIN.ts TEST.ts         # your own series, of any lengths and widths
+//! cargo run --release --features csv --example classify -- TRAIN.csv TEST.csv --target price --numbers      # tables
 //! cargo run --release --example classify -- TRAIN.ts TEST.ts --resume     # goes on after Ctrl-C, or after a power cut
 //! cargo run --release --example classify -- --help                   # all options
 //! ```
 //!
-//! The files are those of the UEA and UCR time series archives (<https://www.timeseriesclassification.com>). It prints the
-//! accuracy and the confusion matrix of the test file, and writes into the folder of `--out` the model
+//! The files are those of the UEA and UCR time series archives (<https://www.timeseriesclassification.com>), or tables: see
+//! `hymba::series`. It prints the accuracy and the confusion matrix of the test file, for numbers RMSE, MAE and R² (and draws
+//! `scatter.svg`), and writes into the folder of `--out` the model
 //! (`model.safetensors`, for `Ensemble::load`) and, where an encoder is part of it, pictures: how loss and accuracy went
 //! (`curves.svg`), how much each block leans on its Mamba branch (`gate.svg`), how much of its attention goes to the meta tokens
 //! (`meta.svg`), and which frames of a series its class was read from (`saliency.svg`).
@@ -16,12 +18,15 @@
 //! Nothing but the classes, widths and lengths of the test file is looked at before the model is trained.
 
 use std::error::Error;
+use std::fmt;
 use std::io::IsTerminal;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
+use hymba::ndarray::Array2;
+use hymba::series::{ReadOptions, SeriesSet};
 use hymba::train::{Augmentation, Dataset, EpochMetrics, Progress, Targets, Trained, Trainer, TrainerOptions};
 use hymba::{
     Differences, Ensemble, Error as HymbaError, KernelPredictor, Pooling, Predictor, PredictorOptions, Stem, Task,
@@ -29,20 +34,28 @@ use hymba::{
 };
 use indicatif::{ProgressBar, ProgressStyle};
 
-#[path = "support/classes.rs"]
-mod classes;
 #[path = "support/confusion.rs"]
 mod confusion;
 #[path = "support/learned.rs"]
 mod learned;
+#[path = "support/numbers.rs"]
+mod numbers;
 #[path = "support/picture.rs"]
 mod picture;
-#[path = "support/ts.rs"]
-mod ts;
+#[path = "support/reading.rs"]
+mod reading;
 
 use confusion::Confusion;
+use numbers::Numbers;
 
-const USAGE: &str = "usage: classify [TRAIN.ts TEST.ts] [options]
+const USAGE: &str = "usage: classify [TRAIN TEST] [options]
+Files end in .ts; with the feature csv also in .csv and .tsv:
+  --target COLUMN     name, or place from 0, of what is to be predicted (target, class or label)
+  --classes, --numbers     what that is (numbers if there are fractions)
+  --id COLUMN --time-column COLUMN     of a table with a frame in each row (id; time or timestamp)
+  --wide, --long      a series or a frame in each row (long with id and time)
+  --no-header --delimiter C     first row with values; what separates columns
+  --time T            what becomes of timestamps: even (dropped), delta or log-delta (an input)
 What no option sets follows from the training series: see PredictorOptions and TrainerOptions::recommended_for.
   --views V           kernels: ridge regression on features of fixed kernels; encoder: a Hymba encoder; both: the kernels, and the
                       encoder with the share that training series say (both)
@@ -88,17 +101,16 @@ fn run() -> Result<bool, Box<dyn Error>> {
         println!("{USAGE}");
         return Ok(true);
     };
+    let read = |path| read(path, &arguments.reading);
     let (train_file, test_file) = (read(&arguments.train)?, read(&arguments.test)?);
     if let (Some(train), Some(test)) = (train_file.spacing, test_file.spacing)
         && !train.is_like(test)
     {
         println!("  NOTE: the training frames are {} apart, the test frames {}", train.amount(), test.amount());
     }
-    let task = classes::task(&train_file, &arguments.train)?;
-    let train = classes::training(&task, train_file, &arguments.train)?;
-    let name = test_file.name.clone();
-    let (test, notes) = classes::test(&task, test_file, &arguments.test)?;
-    notes.iter().for_each(|note| println!("  {note}"));
+    let (task, name) = (train_file.task()?, test_file.name.clone());
+    test_file.compare_labels(&task).iter().for_each(|note| println!("  {note}"));
+    let (train, test) = (train_file.into_dataset(&task)?, test_file.into_dataset(&task)?);
     if train.width() != test.width() {
         let (train, test) = (train.width(), test.width());
         return Err(
@@ -117,22 +129,50 @@ fn run() -> Result<bool, Box<dyn Error>> {
     println!("fitted in {:.1} s", start.elapsed().as_secs_f64());
 
     let start = Instant::now();
-    let confusion = test_with(&model, &test)?;
+    let outcome = test_with(&model, &test)?;
     let spent = start.elapsed().as_secs_f64();
     println!("predicted {} test series, {:.1} ms a series", test.num_series(), 1e3 * spent / test.num_series() as f64);
-    print!("\nconfusion matrix of the test series:\n{confusion}");
+    print!("\n{outcome}");
 
     let file = out.join("model.safetensors");
     model.save(&file)?;
-    if let Some(trained) = &trained {
-        learned::draw(trained, &test, confusion.accuracy(), &out)?;
+    match (&outcome, &trained) {
+        (Outcome::Classes(confusion), Some(trained)) => learned::draw(trained, &test, confusion.accuracy(), &out)?,
+        (Outcome::Classes(_), None) => {}
+        (Outcome::Numbers(numbers), _) => numbers.draw(&name, &out.join("scatter.svg"))?,
     }
     println!("the model is in {}", out.display());
     // the model is safe now
     if checkpoint.exists() {
         std::fs::remove_dir_all(&checkpoint).map_err(|error| format!("checkpoint: {error}"))?;
     }
-    report(&Model::load(&file, arguments.views)?, &test, &confusion, name == "JapaneseVowels")
+    report(&Model::load(&file, arguments.views)?, &test, &outcome, name == "JapaneseVowels")
+}
+
+/// What came of a test.
+#[derive(PartialEq)]
+enum Outcome {
+    Classes(Confusion),
+    Numbers(Numbers),
+}
+
+impl Outcome {
+    /// The higher the better, and what it is.
+    fn score(&self) -> (f64, &'static str) {
+        match self {
+            Outcome::Classes(confusion) => (confusion.accuracy().into(), "accuracy"),
+            Outcome::Numbers(numbers) => (numbers.metrics.r2, "R²"),
+        }
+    }
+}
+
+impl fmt::Display for Outcome {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Outcome::Classes(confusion) => write!(f, "confusion matrix of the test series:\n{confusion}"),
+            Outcome::Numbers(numbers) => write!(f, "{numbers}"),
+        }
+    }
 }
 
 /// What series are told apart by.
@@ -165,13 +205,12 @@ impl Model {
         })
     }
 
-    /// The class of each series.
-    fn classes(&self, data: &Dataset) -> hymba::Result<Vec<usize>> {
-        Ok(match self {
-            Model::Ensemble(ensemble) => argmax(&ensemble.predict(data.series())?),
-            Model::Encoder(predictor) => argmax(&predictor.predict_series(data.series())?),
+    /// `[series, outputs]`
+    fn predict(&self, data: &Dataset) -> hymba::Result<Array2<f32>> {
+        match self {
+            Model::Ensemble(ensemble) => ensemble.predict(data.series()),
+            Model::Encoder(predictor) => predictor.predict_series(data.series()),
         }
-        .to_vec())
     }
 }
 
@@ -179,6 +218,7 @@ impl Model {
 struct Arguments {
     train: PathBuf,
     test: PathBuf,
+    reading: ReadOptions,
     views: Views,
     seed: u64,
     epochs: Option<usize>,
@@ -213,6 +253,9 @@ impl Arguments {
         let mut files = Vec::new();
         while let Some(argument) = arguments.next() {
             let mut value = || arguments.next().ok_or(format!("{argument} needs a value\n{USAGE}"));
+            if reading::option(&mut parsed.reading, &argument, &mut value)? {
+                continue;
+            }
             match argument.as_str() {
                 "--help" | "-h" => return Ok(None),
                 "--resume" => parsed.resume = true,
@@ -354,19 +397,19 @@ fn pooling(text: &str) -> Result<Pooling, String> {
     })
 }
 
-/// Fits to some of the training series and measures on the others, `folds` times. Prints each accuracy and the mean.
+/// Fits to some of the training series and measures on the others, `folds` times. Prints each score and the mean.
 fn cross_validate(arguments: &Arguments, task: &Task, train: &Dataset, folds: usize) -> Result<bool, Box<dyn Error>> {
-    let mut accuracies = Vec::new();
+    let mut scores = Vec::new();
     for fold in 0..folds as u64 {
         let start = Instant::now();
         let (part, rest) = train.split(1.0 / folds as f32, fold)?;
         let arguments = Arguments { seed: arguments.seed + fold, ..arguments.clone() };
         let (model, _) = fit(&arguments, task, &part, None)?;
-        let accuracy = test_with(&model, &rest)?.accuracy();
-        println!("fold {fold}: {accuracy:.4} of {} in {}", rest.num_series(), time(start.elapsed()));
-        accuracies.push(accuracy);
+        let (score, what) = test_with(&model, &rest)?.score();
+        println!("fold {fold}: {what} {score:.4} of {} in {}", rest.num_series(), time(start.elapsed()));
+        scores.push(score);
     }
-    println!("mean of {folds} folds: {:.4}", accuracies.iter().sum::<f32>() / folds.max(1) as f32);
+    println!("mean of {folds} folds: {:.4}", scores.iter().sum::<f64>() / folds.max(1) as f64);
     Ok(true)
 }
 
@@ -423,12 +466,13 @@ fn default_folder(name: &str, train: &Path) -> PathBuf {
 }
 
 /// The series of a file, without gaps. Says what is in it.
-fn read(path: &Path) -> Result<ts::Dataset, Box<dyn Error>> {
-    let data = classes::read(path)?;
+fn read(path: &Path, options: &ReadOptions) -> Result<SeriesSet, Box<dyn Error>> {
+    let mut data = SeriesSet::read(path, options)?;
+    data.fill_missing();
     let lengths = || data.cases.iter().map(|case| case.frames.nrows());
     let (shortest, longest) = (lengths().min().unwrap_or(0), lengths().max().unwrap_or(0));
     let lengths = if shortest == longest { longest.to_string() } else { format!("{shortest} to {longest}") };
-    println!("{}: {} series of {lengths} frames of {} numbers", path.display(), data.cases.len(), data.dims);
+    println!("{}: {} series of {lengths} frames of {} numbers", path.display(), data.cases.len(), data.width());
     data.notes.iter().for_each(|note| println!("  {note}"));
     Ok(data)
 }
@@ -514,13 +558,9 @@ impl Display {
 
     fn show(&mut self, progress: &Progress) {
         let line = |loss: f32, accuracy: Option<f32>| {
-            format!(
-                "epoch {}/{}  loss {loss:.3}  accuracy {:.3}  {} left",
-                progress.epoch,
-                progress.epochs,
-                accuracy.unwrap_or(f32::NAN),
-                time(progress.remaining)
-            )
+            let accuracy = accuracy.map_or(String::new(), |accuracy| format!("accuracy {accuracy:.3}  "));
+            let (epoch, epochs) = (progress.epoch, progress.epochs);
+            format!("epoch {epoch}/{epochs}  loss {loss:.3}  {accuracy}{} left", time(progress.remaining))
         };
         if self.terminal {
             self.bar.set_length((progress.epochs * progress.batches) as u64);
@@ -536,11 +576,10 @@ impl Display {
 
 fn of_validation(epoch: &EpochMetrics) -> String {
     match &epoch.validation {
-        Some(validation) => format!(
-            "  validation: loss {:.3}, accuracy {:.3}",
-            validation.loss,
-            validation.accuracy.unwrap_or(f32::NAN)
-        ),
+        Some(validation) => {
+            let accuracy = validation.accuracy.map_or(String::new(), |accuracy| format!(", accuracy {accuracy:.3}"));
+            format!("  validation: loss {:.3}{accuracy}", validation.loss)
+        }
         None => String::new(),
     }
 }
@@ -553,30 +592,43 @@ fn time(time: Duration) -> String {
     }
 }
 
-fn test_with(model: &Model, test: &Dataset) -> Result<Confusion, Box<dyn Error>> {
-    let Targets::Classes(classes) = test.targets() else { return Err("the test series have no classes".into()) };
-    // those of the test series may be more
-    let mut confusion = Confusion::new(test.task().labels());
-    for (&class, predicted) in classes.iter().zip(model.classes(test)?) {
-        confusion.count(class, predicted);
+fn test_with(model: &Model, test: &Dataset) -> Result<Outcome, Box<dyn Error>> {
+    let predicted = model.predict(test)?;
+    match test.targets() {
+        Targets::Classes(classes) => {
+            // the labels of the test series may be more
+            let mut confusion = Confusion::new(test.task().labels());
+            classes.iter().zip(argmax(&predicted)).for_each(|(&class, predicted)| confusion.count(class, predicted));
+            Ok(Outcome::Classes(confusion))
+        }
+        Targets::Values(values) => Ok(Outcome::Numbers(Numbers::new(predicted, values.clone())?)),
+        _ => Err("the series have neither classes nor numbers".into()),
     }
-    Ok(confusion)
 }
 
 /// Prints what success looks like, and whether it was reached by the model that was read again.
-fn report(model: &Model, test: &Dataset, confusion: &Confusion, shipped: bool) -> Result<bool, Box<dyn Error>> {
-    let read_again = test_with(model, test)? == *confusion;
-    let most_frequent = confusion.share_of_most_frequent();
-    let learned = confusion.accuracy() > most_frequent;
-    println!();
-    println!("{} the saved model, read again, gives the same answers", mark(read_again));
-    println!(
-        "{} test accuracy {:.4} ({} of {}); always the most frequent class would be {most_frequent:.4}",
-        mark(learned),
-        confusion.accuracy(),
-        confusion.right(),
-        test.num_series()
-    );
+fn report(model: &Model, test: &Dataset, outcome: &Outcome, shipped: bool) -> Result<bool, Box<dyn Error>> {
+    let read_again = test_with(model, test)? == *outcome;
+    println!("\n{} the saved model, read again, gives the same answers", mark(read_again));
+    let learned = match outcome {
+        Outcome::Classes(confusion) => {
+            let most_frequent = confusion.share_of_most_frequent();
+            let learned = confusion.accuracy() > most_frequent;
+            println!(
+                "{} test accuracy {:.4} ({} of {}); always the most frequent class would be {most_frequent:.4}",
+                mark(learned),
+                confusion.accuracy(),
+                confusion.right(),
+                test.num_series()
+            );
+            learned
+        }
+        Outcome::Numbers(numbers) => {
+            let (learned, r2) = (numbers.metrics.r2 > 0.0, numbers.metrics.r2);
+            println!("{} test R² {r2:.4} of {} series; always their mean would be 0", mark(learned), test.num_series());
+            learned
+        }
+    };
     if shipped {
         println!("       (with the default options 0.98 to 0.99 is usual on these data)");
     }

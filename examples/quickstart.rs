@@ -10,21 +10,19 @@ use std::error::Error;
 use std::ops::ControlFlow;
 use std::path::Path;
 
+use hymba::series::{ReadOptions, SeriesSet};
 use hymba::train::{Targets, Trainer, TrainerOptions};
 use hymba::{Predictor, PredictorOptions, argmax};
 
-#[path = "support/classes.rs"]
-mod classes;
-#[path = "support/ts.rs"]
-mod ts;
-
 fn main() -> Result<(), Box<dyn Error>> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let [train, test] = ["TRAIN", "TEST"].map(|part| folder.join(format!("examples/data/JapaneseVowels_{part}.ts")));
-    let (train_file, test_file) = (classes::read(&train)?, classes::read(&test)?);
-    let task = classes::task(&train_file, &train)?;
-    let train = classes::training(&task, train_file, &train)?; // a Dataset: series [length, 12], each with a class
-    let (test, _) = classes::test(&task, test_file, &test)?;
+    let read = |part: &str| {
+        let path = folder.join(format!("examples/data/JapaneseVowels_{part}.ts"));
+        SeriesSet::read(path, &ReadOptions::default())
+    };
+    let (train, test) = (read("TRAIN")?, read("TEST")?);
+    let task = train.task()?; // to tell the nine speakers apart
+    let (train, test) = (train.into_dataset(&task)?, test.into_dataset(&task)?); // series [length, 12], each with a class
 
     let predictor = Predictor::build(PredictorOptions::recommended_for(&train), task)?;
     let trained = Trainer::new(predictor, TrainerOptions::recommended_for(&train))?.fit(&train, |progress| {

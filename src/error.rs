@@ -79,6 +79,10 @@ pub enum Error {
         what: String,
     },
 
+    /// The ranks of a training cannot go on together: one is gone, one has an error of its own, or they do not have the same.
+    #[error("the training over several ranks has ended: {0}")]
+    Collective(String),
+
     /// Text, token ids or a chat cannot be used.
     #[error("{what} cannot be used: {reason}")]
     Text {

@@ -38,6 +38,7 @@
 //! | classify series, predict numbers | [`Predictor`], [`PredictorOptions`]; [`Pooling`], [`Stem`], [`Differences`] |
 //! | take less memory | [`Hymba::store_as`], [`Hymba::load_as`] and [`Storage`]: bf16, f16, 8 or 4 bits, for inference |
 //! | train | [`Predictor`] and [`train::Trainer`]; or by hand [`Hymba::forward_train`], [`Hymba::backward`], [`train::AdamW`] |
+//! | read series from files | [`series::SeriesSet`]: `.ts`, and with the feature `csv` tables |
 //! | run NVIDIA's language model | `hymba::lm` (feature `lm`; with text, feature `tokenizer`) |
 //! | look inside | [`Hymba::summary`], [`Hymba::inspect`], [`Hymba::visit`], [`Hymba::visit_parameters`] |
 //!
@@ -71,6 +72,7 @@
 //! |---|---|---|
 //! | `lm` | no | the language model, `lm::HymbaLm`, on token ids |
 //! | `tokenizer` | no | `lm` with text: `Tokenizer`, chat templates, `Chat` |
+//! | `csv` | no | tables of comma-separated values in [`series`] |
 //! | `rayon` | yes | runs the sequences of a batch, the two branches of a block and large products on several threads |
 //! | `profile` | no | times the parts of the arithmetic, for people who work on its speed |
 //!
@@ -151,6 +153,7 @@ mod parameters;
 mod predictor;
 #[cfg(feature = "profile")]
 pub mod profile;
+pub mod series;
 mod states;
 pub mod train;
 

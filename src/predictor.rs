@@ -293,7 +293,7 @@ impl Predictor {
     /// [`Error::Shape`] unless it is for as many numbers as the task has outputs; [`Error::Option`] in a classification.
     pub fn set_output_normalization(&mut self, normalization: Option<Normalization>) -> Result<()> {
         check_width(normalization.as_ref(), "outputs", self.task.outputs())?;
-        if self.task.is_classification() && normalization.is_some() {
+        if !self.task.is_regression() && normalization.is_some() {
             return Err(Error::Option {
                 option: "output_normalization",
                 given: "one for a classification".into(),
@@ -351,7 +351,11 @@ impl Predictor {
     /// The encoder's table, and what the head adds to it.
     pub fn summary(&self) -> String {
         let (h, outputs) = (self.options.head_inputs(), self.task.outputs());
-        let what = if self.task.is_classification() { "classes" } else { "numbers" };
+        let what = match &self.task {
+            task if task.is_regression() => "numbers",
+            task if task.is_multi_label() => "labels",
+            _ => "classes",
+        };
         let when = match self.options.pooling {
             _ if self.task.is_frame_wise() => "every frame".into(),
             Pooling::Last => "the last frame".into(),

@@ -31,24 +31,32 @@ use ndarray::{ArrayViewD, ArrayViewMutD};
 use crate::Hymba;
 
 mod augment;
+mod collective;
 mod data;
 #[cfg(feature = "lm")]
 mod lm;
 mod loss;
 mod optimizer;
 mod recommend;
+mod regression;
 mod schedule;
 mod trainer;
 
 pub use augment::Augmentation;
-use data::cut;
+pub use collective::{Alone, Collective, Threads, TrainingData};
+use collective::{Hash, Ranks, hash_of, hash_of_text};
 pub use data::{Dataset, Targets};
+use data::{cut, cut_into};
 #[cfg(feature = "lm")]
 pub use lm::{LmEpoch, LmProgress, LmTrained, LmTrainer, LmTrainerOptions, TokenRows};
-pub use loss::{CrossEntropy, Loss, RegressionLoss};
+pub use loss::{BinaryCrossEntropy, CrossEntropy, Loss, RegressionLoss};
 pub use optimizer::{AdamW, AdamWOptions, StepInfo};
+pub use regression::RegressionMetrics;
 pub use schedule::Schedule;
-pub use trainer::{Decay, EpochMetrics, Metrics, Progress, Stopped, Trained, Trainer, TrainerOptions, evaluate};
+pub use trainer::{
+    BatchSource, DatasetBatches, Decay, EpochMetrics, Metrics, Progress, SeriesBatch, Stopped, Trained, Trainer,
+    TrainerOptions, evaluate,
+};
 
 /// What can be trained: anything whose parameters can be walked.
 ///

@@ -1,8 +1,6 @@
 //! The `compare` example: its tasks can be solved from what a model sees, and not by guessing; its models are of one size, and learn;
 //! its results are kept and summed up as they should.
 
-#[path = "../examples/support/classes.rs"]
-mod classes;
 #[path = "../examples/support/picture.rs"]
 mod picture;
 #[path = "../examples/compare/results.rs"]
@@ -13,8 +11,6 @@ mod table;
 mod tasks;
 #[path = "../examples/compare/trial.rs"]
 mod trial;
-#[path = "../examples/support/ts.rs"]
-mod ts;
 
 use std::collections::HashSet;
 use std::path::Path;
@@ -153,6 +149,20 @@ fn gaps_follow_the_power_law() {
     for (gap, (count, weight)) in counts.iter().zip(&weights).enumerate() {
         let expected = 40_000.0 * weight / sum;
         assert!((*count as f64 - expected).abs() < 5.0 * expected.sqrt(), "gap {gap}: {count}, not {expected}");
+    }
+}
+
+/// Which pair is meant follows from the key only: the first query asks for each pair equally often.
+#[test]
+fn places_do_not_tell_the_pair() {
+    let mut counts = [0usize; 4];
+    for example in examples(task("mqar-4-64"), 40_000, 7) {
+        let t = example.answers.iter().position(Option::is_some).unwrap();
+        let pair = (0..4).find(|pair| example.tokens[2 * pair] == example.tokens[t]).unwrap();
+        counts[pair] += 1;
+    }
+    for (pair, count) in counts.into_iter().enumerate() {
+        assert!((count as f64 - 10_000.0).abs() < 5.0 * 7500f64.sqrt(), "pair {pair}: {count} of 40,000");
     }
 }
 

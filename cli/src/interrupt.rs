@@ -1,12 +1,25 @@
 //! Ctrl-C and SIGTERM: the first asks the work to stop where nothing is lost, a second one ends the program.
 
+use std::fmt;
 use std::ops::ControlFlow;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::Result;
 
-/// The exit code of a program that a signal ended: 128 and the signal's number.
-const INTERRUPTED: i32 = 130;
+/// The exit code of a program that Ctrl-C ended: 128 and the signal's number.
+pub const EXIT_CODE: u8 = 130;
+
+/// The error of a command that has ended early, and what that means.
+#[derive(Debug)]
+pub struct Interrupted(pub &'static str);
+
+impl fmt::Display for Interrupted {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "interrupted: {}", self.0)
+    }
+}
+
+impl std::error::Error for Interrupted {}
 
 static ASKED: AtomicBool = AtomicBool::new(false);
 
@@ -14,7 +27,7 @@ static ASKED: AtomicBool = AtomicBool::new(false);
 pub fn listen() -> Result<()> {
     Ok(ctrlc::set_handler(|| {
         if ASKED.swap(true, Ordering::Relaxed) {
-            std::process::exit(INTERRUPTED);
+            std::process::exit(EXIT_CODE.into());
         }
     })?)
 }

@@ -1,11 +1,11 @@
 //! How a language model is read, and with how many threads it runs.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 use clap::{Args, ValueEnum};
 use hymba::HymbaLm;
-use hymba::lm::{Arithmetic, KvStorage, LoadOptions, Quantization, Tokenizer};
+use hymba::lm::{Arithmetic, KvStorage, LoadOptions, Quantization};
 
 use crate::output;
 
@@ -21,6 +21,9 @@ pub struct LoadArgs {
     /// Type of the kept keys and values.
     #[arg(long, value_enum, default_value_t = Float::F32, value_name = "TYPE")]
     kv: Float,
+    /// Folder of a low-rank adapter, as `hymba finetune` and the PEFT library write it.
+    #[arg(long, value_name = "DIR")]
+    lora: Option<PathBuf>,
     #[command(flatten)]
     threads: ThreadArgs,
 }
@@ -85,10 +88,32 @@ impl LoadArgs {
         self.threads.start()
     }
 
-    /// Reads the model of a folder; starts the threads, too.
+    /// Reads the model of a folder, and its adapter; starts the threads, too.
     pub fn read(&self, folder: &Path) -> Result<HymbaLm> {
         self.start()?;
-        read(folder, &self.options())
+        self.read_as(folder, &self.options())
+    }
+
+    /// The same model in these bits and in f32 arithmetic, once the threads are started.
+    pub fn read_in(&self, folder: &Path, bits: Bits) -> Result<HymbaLm> {
+        self.read_as(folder, &self.options().arithmetic(Arithmetic::F32).quantize(bits.into()))
+    }
+
+    fn read_as(&self, folder: &Path, options: &LoadOptions) -> Result<HymbaLm> {
+        let mut lm = read(folder, options)?;
+        if let Some(adapter) = &self.lora {
+            lm.load_lora(adapter)?;
+        }
+        Ok(lm)
+    }
+
+    /// The instruction set of most of the work.
+    pub fn simd_level(&self) -> &'static str {
+        let options = self.options();
+        match options.quantize {
+            Quantization::None => options.arithmetic.simd_level(),
+            _ => hymba::simd_level(),
+        }
     }
 }
 
@@ -101,9 +126,4 @@ pub fn read(folder: &Path, options: &LoadOptions) -> Result<HymbaLm> {
     });
     bar.finish_and_clear();
     Ok(lm?)
-}
-
-/// The tokenizer of a folder.
-pub fn tokenizer(folder: &Path) -> Result<Tokenizer> {
-    Ok(Tokenizer::from_dir(folder)?)
 }

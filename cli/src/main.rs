@@ -1,10 +1,15 @@
 //! The program `hymba`: language models and series models on the CPU, from the command line.
 
+mod bandwidth;
 mod commands;
+mod header;
 mod interrupt;
 mod load;
 mod output;
+mod sampling;
+mod series;
 mod serve;
+mod text;
 
 use std::process::ExitCode;
 
@@ -20,14 +25,14 @@ struct Program {
     command: Command,
 }
 
-/// 0 where all went well, 1 for an error, 2 for arguments that cannot be used, which clap prints itself.
+/// 0 where all went well, 1 for an error, 2 for arguments that cannot be used, which clap prints itself, 130 after Ctrl-C.
 fn main() -> ExitCode {
     match Program::parse().command.run() {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) if output::is_closed(&error) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("hymba: {}", output::one_line(&error));
-            ExitCode::FAILURE
+            if error.is::<interrupt::Interrupted>() { interrupt::EXIT_CODE.into() } else { ExitCode::FAILURE }
         }
     }
 }

@@ -136,7 +136,7 @@ pub fn run(args: Args) -> Result<()> {
     let metrics = Arc::<metrics::Metrics>::default();
     let service = if args.model.is_dir() {
         let lm = args.load.read(&args.model)?;
-        let tokenizer = load::tokenizer(&args.model)?;
+        let tokenizer = hymba::lm::Tokenizer::from_dir(&args.model)?;
         let defaults = hymba::GenerateOptions::from_dir(&args.model)?;
         language::service(lm, tokenizer, defaults, name, &limits, &metrics)?
     } else {

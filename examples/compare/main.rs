@@ -22,16 +22,12 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 use std::time::Instant;
 
-#[path = "../support/classes.rs"]
-mod classes;
 #[path = "../support/picture.rs"]
 mod picture;
 mod results;
 mod table;
 mod tasks;
 mod trial;
-#[path = "../support/ts.rs"]
-mod ts;
 
 use results::Record;
 use trial::{PATTERNS, Settings, Trial, Work};
@@ -44,10 +40,10 @@ const USAGE: &str = "usage: compare [options]
   --rates A,B,…       highest learning rates (0.001,0.003,0.01)
   --seeds N           seeds 0 to N − 1 (3)
   --parameters N      of each model, the head included; the width is fitted (100000)
-  --layers N          blocks (4)
+  --layers N          blocks (2)
   --every N           attention_every of jamba and zamba (2)
   --heads N           (2)
-  --steps N           of a generated task (2000)
+  --steps N           of a generated task (1500)
   --frames N          in a step of a generated task (2048)
   --trial K/N         only every Nth trial, from the Kth on, counted from 1
   --jobs N            processes of one thread each (1, with all threads)
@@ -125,7 +121,7 @@ impl Arguments {
             patterns: PATTERNS.map(String::from).to_vec(),
             rates: vec![1e-3, 3e-3, 1e-2],
             seeds: 3,
-            settings: Settings { parameters: 100_000, layers: 4, every: 2, heads: 2, steps: 2000, frames: 2048 },
+            settings: Settings { parameters: 100_000, layers: 2, every: 2, heads: 2, steps: 1500, frames: 2048 },
             trial: None,
             jobs: 1,
             out: target,

@@ -11,6 +11,7 @@
 use hymba::ndarray::Array3;
 use rand::RngExt;
 use rand::rngs::ChaCha8Rng;
+use rand::seq::SliceRandom;
 
 /// The exponent of the gaps in `mqar`.
 const GAPS: f64 = 0.01;
@@ -142,7 +143,9 @@ fn mqar(pairs: usize, length: usize, vocabulary: usize, rng: &mut ChaCha8Rng) ->
     }
     // a key and its value stand in one of these places, two tokens each
     let places = (length - 2 * pairs) / 2;
-    let gaps = some_of(places, pairs, rng, |gap| ((gap + 1) as f64).powf(GAPS - 1.0));
+    let mut gaps = some_of(places, pairs, rng, |gap| ((gap + 1) as f64).powf(GAPS - 1.0));
+    // the first of them are mostly the shortest: else the place would tell which pair is meant, without a look at the key
+    gaps.shuffle(rng);
     for ((key, value), gap) in keys.iter().zip(&values).zip(gaps) {
         let t = 2 * pairs + 2 * gap;
         (tokens[t], tokens[t + 1]) = (Some(*key), Some(half + value));

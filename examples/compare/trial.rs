@@ -6,13 +6,13 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use hymba::ndarray::{Array2, Array3, Axis, s};
+use hymba::series::{ReadOptions, SeriesSet};
 use hymba::train::{AdamW, AdamWOptions, CrossEntropy, Dataset, Schedule, Targets, Trainer, TrainerOptions};
 use hymba::{Error as HymbaError, HymbaOptions, Pattern, Predictor, Task, argmax};
 use rand::SeedableRng;
 use rand::rngs::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 
-use crate::classes;
 use crate::tasks::{Example, Generated, POSITION};
 
 /// What all trials of a comparison have in common.
@@ -90,11 +90,12 @@ impl Work {
         match (generated, file("TRAIN"), file("TEST")) {
             (Ok(task), ..) => Ok(Work::Generated(task)),
             (Err(_), Some(train_file), Some(test_file)) => {
-                let train = classes::read(&train_file)?;
-                let task = classes::task(&train, &train_file)?;
-                let train = classes::training(&task, train, &train_file)?;
-                let (test, _) = classes::test(&task, classes::read(&test_file)?, &test_file)?;
-                Ok(Work::Series(Box::new([train, test])))
+                let read = |path: &Path| SeriesSet::read(path, &ReadOptions::default());
+                let (mut train, mut test) = (read(&train_file)?, read(&test_file)?);
+                train.fill_missing();
+                test.fill_missing();
+                let task = train.task()?;
+                Ok(Work::Series(Box::new([train.into_dataset(&task)?, test.into_dataset(&task)?])))
             }
             (Err(reason), ..) => {
                 Err(format!("{reason}; nor is there a {name}_TRAIN.ts and a {name}_TEST.ts: see --data").into())

@@ -229,6 +229,8 @@ pub enum Shape {
     Line,
     /// A thin line in front of which others stand out.
     Thin,
+    /// A dot at each point.
+    Dots,
     /// A bar from 0 to each point.
     Bars,
     /// A vertical stroke between each two points, from the lower to the upper.
@@ -271,13 +273,12 @@ fn draw_chart(area: &Drawing, chart: &Chart) -> Result<(), Box<dyn Error>> {
     };
     let y = span(points().map(|&(_, y)| y), 0.06);
     let y = chart.y_range.as_ref().map_or(y.clone(), |range| range.start.min(y.start)..range.end.max(y.end));
-    let digits = if y.end - y.start < 0.1 {
-        3
-    } else if y.end - y.start < 10.0 {
-        2
-    } else {
-        0
+    let digits = |axis: &Range<f32>| match axis.end - axis.start {
+        ..0.1 => 3,
+        0.1..10.0 => 2,
+        _ => 0,
     };
+    let (y_digits, x_digits) = (digits(&y), if chart.whole_x { 0 } else { digits(&x) });
     let ticks = (x.end - x.start).round() as usize + usize::from(bars().next().is_none());
     let x_labels = if chart.whole_x { ticks.clamp(1, 12) } else { 12 };
     let mut context = ChartBuilder::on(area)
@@ -298,8 +299,8 @@ fn draw_chart(area: &Drawing, chart: &Chart) -> Result<(), Box<dyn Error>> {
         .x_desc(&chart.x_label)
         .y_desc(&chart.y_label)
         .x_labels(x_labels)
-        .x_label_formatter(&|x| format!("{x:.0}"))
-        .y_label_formatter(&|y| format!("{y:.digits$}"))
+        .x_label_formatter(&|x| format!("{x:.x_digits$}"))
+        .y_label_formatter(&|y| format!("{y:.y_digits$}"))
         .draw()?;
     for series in &chart.series {
         let style = series.color.stroke_width(if series.shape == Shape::Thin { 1 } else { 2 });
@@ -307,6 +308,9 @@ fn draw_chart(area: &Drawing, chart: &Chart) -> Result<(), Box<dyn Error>> {
         let drawn =
             match series.shape {
                 Shape::Line | Shape::Thin => context.draw_series(LineSeries::new(points, style))?,
+                Shape::Dots => {
+                    context.draw_series(points.map(|point| Circle::new(point, 3, series.color.mix(0.6).filled())))?
+                }
                 Shape::Bars => context
                     .draw_series(points.map(|(x, y)| {
                         Rectangle::new([(x - HALF_BAR, 0.0), (x + HALF_BAR, y)], series.color.filled())

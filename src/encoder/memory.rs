@@ -19,6 +19,18 @@ impl Hymba {
         keeps: Keeps,
         more: usize,
     ) -> Result<(usize, usize)> {
+        self.check_batch_of(1, x, lengths, keeps, more)
+    }
+
+    /// As [`check_batch`](Self::check_batch), for so many encoders of this size one after the other, whose caches are kept together.
+    pub(crate) fn check_batch_of(
+        &self,
+        encoders: usize,
+        x: &ArrayRef3<f32>,
+        lengths: Option<&[usize]>,
+        keeps: Keeps,
+        more: usize,
+    ) -> Result<(usize, usize)> {
         let (batch, l, width) = x.dim();
         if batch == 0 || l == 0 || width != self.options.embed_dim {
             return Err(Error::Shape {
@@ -30,7 +42,7 @@ impl Hymba {
         if let Some(lengths) = lengths {
             check_lengths(lengths, batch, l)?;
         }
-        let mut numbers = self.batch_numbers((batch, l), lengths, keeps, more);
+        let mut numbers = self.batch_numbers(encoders, (batch, l), lengths, keeps, more);
         // a view that repeats itself takes no memory, and can be longer than anybody would wait for
         if x.shape().iter().zip(x.strides()).any(|(length, stride)| *length > 1 && *stride == 0) {
             let frames = lengths
@@ -52,10 +64,17 @@ impl Hymba {
     }
 
     /// Numbers that a call takes, at most.
-    fn batch_numbers(&self, (batch, l): (usize, usize), lengths: Option<&[usize]>, keeps: Keeps, more: usize) -> usize {
+    fn batch_numbers(
+        &self,
+        encoders: usize,
+        (batch, l): (usize, usize),
+        lengths: Option<&[usize]>,
+        keeps: Keeps,
+        more: usize,
+    ) -> usize {
         /// Of the lists of sequences and groups, in numbers.
         const LISTS: usize = 64;
-        let HymbaOptions { hidden_size: h, num_layers, num_heads, num_meta_tokens: k, .. } = self.options;
+        let HymbaOptions { embed_dim, hidden_size: h, num_layers, num_heads, num_meta_tokens: k, .. } = self.options;
         let padded = work([batch, l]);
         let frames = match lengths {
             Some(lengths) if keeps == Keeps::Last => lengths.iter().fold(0, |sum: usize, l| sum.saturating_add(*l)),
@@ -72,7 +91,10 @@ impl Hymba {
             Keeps::Last => work([batch, (2 * h).saturating_add(more)]),
             Keeps::Outputs => work([padded, (2 * h).saturating_add(more)]),
             Keeps::Cache => {
-                let per_frame = self.cache_numbers().saturating_add(2 * self.frame_numbers());
+                // of each further encoder its input and its outputs, too
+                let further = work([encoders - 1, embed_dim + 2 * h]);
+                let per_frame = work([encoders, self.cache_numbers()]).saturating_add(2 * self.frame_numbers());
+                let per_frame = per_frame.saturating_add(further);
                 work([padded, per_frame.saturating_add(more)])
             }
             Keeps::Inspection => {
@@ -81,7 +103,7 @@ impl Hymba {
             }
         };
         // training has a state for each sequence
-        let states = if keeps == Keeps::Cache { work([batch, self.state_numbers(0)]) } else { 0 };
+        let states = if keeps == Keeps::Cache { work([encoders, work([batch, self.state_numbers(0)])]) } else { 0 };
         [lists, passing, kept, states].into_iter().fold(0, usize::saturating_add)
     }
 

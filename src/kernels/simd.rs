@@ -1,4 +1,4 @@
-//! Sixteen lanes of `f32` on whatever the CPU has. With its instructions in `x86.rs` and `amx.rs`, and beside
+//! Sixteen lanes of `f32` on whatever the CPU has. With its instructions in `x86.rs`, `amx.rs` and `wasm.rs`, and beside
 //! [`team`](super::team) and `memory`, the only place of the crate with `unsafe` code.
 //!
 //! A kernel is a struct of its arguments that implements [`Kernel`]; its `run` is written once, in safe code, over the
@@ -22,7 +22,8 @@ pub(crate) trait Kernel {
     fn run<S: Simd>(self, simd: S) -> Self::Output;
 }
 
-/// Vector operations of one instruction set.
+/// Vector operations of one instruction set. What has no default is all that a new one needs; the second half, for numbers of
+/// 16, 8 and 4 bits, is what language models and small files want, in plain code where there is nothing better.
 pub(crate) trait Simd: Copy {
     /// Sixteen numbers.
     type V: Copy;
@@ -35,6 +36,8 @@ pub(crate) trait Simd: Copy {
     fn splat(self, x: f32) -> Self::V;
     fn load(self, x: &[f32; LANES]) -> Self::V;
     fn store(self, v: Self::V, x: &mut [f32; LANES]);
+    fn load_int(self, x: &[u32; LANES]) -> Self::I;
+    fn store_int(self, v: Self::I, x: &mut [u32; LANES]);
     fn add(self, a: Self::V, b: Self::V) -> Self::V;
     fn sub(self, a: Self::V, b: Self::V) -> Self::V;
     fn mul(self, a: Self::V, b: Self::V) -> Self::V;
@@ -45,54 +48,13 @@ pub(crate) trait Simd: Copy {
     fn max(self, a: Self::V, b: Self::V) -> Self::V;
     /// The smaller of a and b; `b` where either is NaN.
     fn min(self, a: Self::V, b: Self::V) -> Self::V;
+
     /// 2^n for whole n in −126 … 127.
-    fn exp2_whole(self, n: Self::V) -> Self::V;
-    /// Sixteen numbers stored as IEEE half precision.
-    fn load_f16(self, x: &[u16; LANES]) -> Self::V;
-    fn load_int(self, x: &[u32; LANES]) -> Self::I;
-    fn splat_int(self, x: u32) -> Self::I;
-    /// Of sixteen pairs of numbers stored as bfloat16, those in the low bits.
-    fn low_bf16(self, x: Self::I) -> Self::V;
-    /// Of sixteen pairs of numbers stored as bfloat16, those in the high bits.
-    fn high_bf16(self, x: Self::I) -> Self::V;
-    /// In each lane, the products of two pairs of numbers stored as bfloat16, and `c`, summed. An instruction for it takes subnormal
-    /// numbers for zero.
     #[inline(always)]
-    fn dot_bf16(self, a: Self::I, b: Self::I, c: Self::V) -> Self::V {
-        dot_bf16(self, a, b, c)
+    fn exp2_whole(self, n: Self::V) -> Self::V {
+        let n = floats(self, n);
+        self.load(&lanewise(|i| f32::from_bits((n[i] + EXPONENT_MAGIC).to_bits() << 23)))
     }
-    /// What sums of [`dot`](Self::dot) begin with if they are to begin with `start`, and `a` is 128 too high.
-    #[inline(always)]
-    fn begin(self, start: Self::I) -> Self::I {
-        start
-    }
-    /// In each lane, the sum of the products of four bytes of `a`, from 0 to 255, and four of `b`, from −127 to 127, and `c`; of
-    /// `a` less 128 where [`begin`](Self::begin) takes no heed of where it is told to start.
-    fn dot(self, a: Self::I, b: Self::I, c: Self::I) -> Self::I;
-    /// As [`begin`](Self::begin), for [`dot_nibbles`](Self::dot_nibbles) and `a` 8 too high.
-    #[inline(always)]
-    fn begin_nibbles(self, start: Self::I) -> Self::I {
-        start
-    }
-    /// As [`dot`](Self::dot) for bytes of `a` from 0 to 15, at most eight times before [`end_nibbles`](Self::end_nibbles).
-    #[inline(always)]
-    fn dot_nibbles(self, a: Self::I, b: Self::I, c: Self::I) -> Self::I {
-        self.dot(a, b, c)
-    }
-    /// The sums that [`dot_nibbles`](Self::dot_nibbles) made.
-    #[inline(always)]
-    fn end_nibbles(self, sums: Self::I, _start: Self::I) -> Self::I {
-        sums
-    }
-    /// The low four bits of each byte.
-    fn low_nibbles(self, x: Self::I) -> Self::I;
-    /// The high four bits of each byte, moved down.
-    fn high_nibbles(self, x: Self::I) -> Self::I;
-    /// Signed numbers of 32 bits, to the nearest.
-    fn to_float(self, x: Self::I) -> Self::V;
-    /// Has the cache line at this address fetched soon. Any address will do.
-    #[inline(always)]
-    fn prefetch<T>(self, _address: *const T) {}
     /// The sum of the lanes, in an order fixed for all instruction sets.
     fn sum(self, v: Self::V) -> f32 {
         let mut lanes = [0.0; LANES];
@@ -106,9 +68,6 @@ pub(crate) trait Simd: Copy {
         }
         lanes[0]
     }
-
-    /// Sixteen numbers of which only the upper halves are kept: bf16.
-    fn load_bf16(self, x: &[u16; LANES]) -> Self::V;
 
     /// The largest lane, if none is NaN.
     fn largest(self, v: Self::V) -> f32 {
@@ -143,6 +102,119 @@ pub(crate) trait Simd: Copy {
             }
         }
     }
+    /// Has the cache line at this address fetched soon. Any address will do.
+    #[inline(always)]
+    fn prefetch<T>(self, _address: *const T) {}
+
+    // numbers of 16 bits
+
+    /// Sixteen numbers stored as IEEE half precision.
+    #[inline(always)]
+    fn load_f16(self, x: &[u16; LANES]) -> Self::V {
+        self.load(&lanewise(|i| {
+            let sign = u32::from(x[i] & 0x8000) << 16;
+            let rest = u32::from(x[i] & 0x7fff) << 13;
+            // the exponent's bias is 127 instead of 15; a product gets subnormal numbers right, too
+            let finite = f32::from_bits(rest) * f32::from_bits((127 + 112) << 23);
+            let special = f32::from_bits(rest | 0xff << 23);
+            f32::from_bits(if rest < 0x1f << 23 { finite } else { special }.to_bits() | sign)
+        }))
+    }
+    /// Sixteen numbers of which only the upper halves are kept: bf16.
+    #[inline(always)]
+    fn load_bf16(self, x: &[u16; LANES]) -> Self::V {
+        self.load(&lanewise(|i| f32::from_bits(u32::from(x[i]) << 16)))
+    }
+    /// Of sixteen pairs of numbers stored as bfloat16, those in the low bits.
+    #[inline(always)]
+    fn low_bf16(self, x: Self::I) -> Self::V {
+        let x = ints(self, x);
+        self.load(&lanewise(|i| f32::from_bits(x[i] << 16)))
+    }
+    /// Of sixteen pairs of numbers stored as bfloat16, those in the high bits.
+    #[inline(always)]
+    fn high_bf16(self, x: Self::I) -> Self::V {
+        let x = ints(self, x);
+        self.load(&lanewise(|i| f32::from_bits(x[i] & BF16_HIGH)))
+    }
+    /// In each lane, the products of two pairs of numbers stored as bfloat16, and `c`, summed. An instruction for it takes subnormal
+    /// numbers for zero.
+    #[inline(always)]
+    fn dot_bf16(self, a: Self::I, b: Self::I, c: Self::V) -> Self::V {
+        dot_bf16(self, a, b, c)
+    }
+
+    // whole numbers
+
+    #[inline(always)]
+    fn splat_int(self, x: u32) -> Self::I {
+        self.load_int(&[x; LANES])
+    }
+    /// What sums of [`dot`](Self::dot) begin with if they are to begin with `start`, and `a` is 128 too high.
+    #[inline(always)]
+    fn begin(self, start: Self::I) -> Self::I {
+        start
+    }
+    /// In each lane, the sum of the products of four bytes of `a`, from 0 to 255, and four of `b`, from −127 to 127, and `c`; of
+    /// `a` less 128 where [`begin`](Self::begin) takes no heed of where it is told to start.
+    #[inline(always)]
+    fn dot(self, a: Self::I, b: Self::I, c: Self::I) -> Self::I {
+        let (a, b, c) = (ints(self, a), ints(self, b), ints(self, c));
+        self.load_int(&lanewise_int(|i| {
+            let product = |byte: u32| {
+                let unsigned = (a[i] >> (8 * byte) & 0xff).cast_signed();
+                unsigned * ((b[i] << (24 - 8 * byte)).cast_signed() >> 24)
+            };
+            c[i].wrapping_add((product(0) + product(1) + product(2) + product(3)).cast_unsigned())
+        }))
+    }
+    /// As [`begin`](Self::begin), for [`dot_nibbles`](Self::dot_nibbles) and `a` 8 too high.
+    #[inline(always)]
+    fn begin_nibbles(self, start: Self::I) -> Self::I {
+        start
+    }
+    /// As [`dot`](Self::dot) for bytes of `a` from 0 to 15, at most eight times before [`end_nibbles`](Self::end_nibbles).
+    #[inline(always)]
+    fn dot_nibbles(self, a: Self::I, b: Self::I, c: Self::I) -> Self::I {
+        self.dot(a, b, c)
+    }
+    /// The sums that [`dot_nibbles`](Self::dot_nibbles) made.
+    #[inline(always)]
+    fn end_nibbles(self, sums: Self::I, _start: Self::I) -> Self::I {
+        sums
+    }
+    /// The low four bits of each byte.
+    #[inline(always)]
+    fn low_nibbles(self, x: Self::I) -> Self::I {
+        let x = ints(self, x);
+        self.load_int(&lanewise_int(|i| x[i] & NIBBLES))
+    }
+    /// The high four bits of each byte, moved down.
+    #[inline(always)]
+    fn high_nibbles(self, x: Self::I) -> Self::I {
+        let x = ints(self, x);
+        self.load_int(&lanewise_int(|i| x[i] >> 4 & NIBBLES))
+    }
+    /// Signed numbers of 32 bits, to the nearest.
+    #[inline(always)]
+    fn to_float(self, x: Self::I) -> Self::V {
+        let x = ints(self, x);
+        self.load(&lanewise(|i| x[i].cast_signed() as f32))
+    }
+}
+
+#[inline(always)]
+fn floats<S: Simd>(s: S, v: S::V) -> [f32; LANES] {
+    let mut lanes = [0.0; LANES];
+    s.store(v, &mut lanes);
+    lanes
+}
+
+#[inline(always)]
+fn ints<S: Simd>(s: S, v: S::I) -> [u32; LANES] {
+    let mut lanes = [0; LANES];
+    s.store_int(v, &mut lanes);
+    lanes
 }
 
 /// What [`Simd::dot_bf16`] is without an instruction for it.
@@ -166,6 +238,10 @@ pub(crate) fn dispatch_at<K: Kernel>(level: Isa, kernel: K) -> K::Output {
         return unsafe { x86::run_avx512(kernel) };
     } else if level == Isa::Avx2 && level.is_available() {
         return unsafe { x86::run_avx2(kernel) };
+    }
+    #[cfg(all(target_arch = "wasm32", target_feature = "simd128"))]
+    if level == Isa::Simd128 || !cfg!(test) {
+        return kernel.run(wasm::Simd128);
     }
     let _ = level;
     kernel.run(Scalar)
@@ -263,61 +339,12 @@ impl Simd for Scalar {
         lanewise(|i| if a[i] < b[i] { a[i] } else { b[i] })
     }
     #[inline(always)]
-    fn load_bf16(self, x: &[u16; LANES]) -> Self::V {
-        lanewise(|i| f32::from_bits(u32::from(x[i]) << 16))
-    }
-    #[inline(always)]
-    fn exp2_whole(self, n: Self::V) -> Self::V {
-        lanewise(|i| f32::from_bits((n[i] + EXPONENT_MAGIC).to_bits() << 23))
-    }
-    #[inline(always)]
-    fn load_f16(self, x: &[u16; LANES]) -> Self::V {
-        lanewise(|i| {
-            let sign = u32::from(x[i] & 0x8000) << 16;
-            let rest = u32::from(x[i] & 0x7fff) << 13;
-            // the exponent's bias is 127 instead of 15; a product gets subnormal numbers right, too
-            let finite = f32::from_bits(rest) * f32::from_bits((127 + 112) << 23);
-            let special = f32::from_bits(rest | 0xff << 23);
-            f32::from_bits(if rest < 0x1f << 23 { finite } else { special }.to_bits() | sign)
-        })
-    }
-    #[inline(always)]
-    fn low_bf16(self, x: Self::I) -> Self::V {
-        lanewise(|i| f32::from_bits(x[i] << 16))
-    }
-    #[inline(always)]
-    fn high_bf16(self, x: Self::I) -> Self::V {
-        lanewise(|i| f32::from_bits(x[i] & BF16_HIGH))
-    }
-    #[inline(always)]
     fn load_int(self, x: &[u32; LANES]) -> Self::I {
         *x
     }
     #[inline(always)]
-    fn splat_int(self, x: u32) -> Self::I {
-        [x; LANES]
-    }
-    #[inline(always)]
-    fn dot(self, a: Self::I, b: Self::I, c: Self::I) -> Self::I {
-        lanewise_int(|i| {
-            let product = |byte: u32| {
-                let unsigned = (a[i] >> (8 * byte) & 0xff).cast_signed();
-                unsigned * ((b[i] << (24 - 8 * byte)).cast_signed() >> 24)
-            };
-            c[i].wrapping_add((product(0) + product(1) + product(2) + product(3)).cast_unsigned())
-        })
-    }
-    #[inline(always)]
-    fn low_nibbles(self, x: Self::I) -> Self::I {
-        lanewise_int(|i| x[i] & NIBBLES)
-    }
-    #[inline(always)]
-    fn high_nibbles(self, x: Self::I) -> Self::I {
-        lanewise_int(|i| x[i] >> 4 & NIBBLES)
-    }
-    #[inline(always)]
-    fn to_float(self, x: Self::I) -> Self::V {
-        lanewise(|i| x[i].cast_signed() as f32)
+    fn store_int(self, v: Self::I, x: &mut [u32; LANES]) {
+        *x = v;
     }
 }
 
@@ -330,5 +357,7 @@ const NIBBLES: u32 = 0x0f0f_0f0f;
 /// Adding it to a small whole number n leaves n + 127, an exponent field, in the low bits.
 const EXPONENT_MAGIC: f32 = (3u32 << 22) as f32 + 127.0;
 
+#[cfg(all(target_arch = "wasm32", target_feature = "simd128"))]
+mod wasm;
 #[cfg(target_arch = "x86_64")]
 mod x86;

@@ -187,7 +187,7 @@ fn loss(predicted: ArrayView2<f32>, targets: &Targets) -> f64 {
                 .mean_axis(Axis(0))
                 .map_or(0.0, |means| means.iter().map(|mean| 0.5 * n * mean.max(1e-30).ln()).sum())
         }
-        Targets::FrameClasses(_) | Targets::FrameValues(_) => 0.0,
+        Targets::FrameClasses(_) | Targets::FrameValues(_) | Targets::Labels(_) => 0.0,
     }
 }
 

@@ -32,12 +32,13 @@ impl Predictor {
     ) -> Result<Entered<'a>> {
         let (_, l, embed_dim) = x.dim();
         let outputs = 2 * self.task.outputs();
+        let encoders = 1 + usize::from(self.reverse.is_some());
         let form = self.options.form();
         if self.stem.is_none() && form.is_plain() {
             // of a row or a frame: the normalised frames, and what the head makes of it
             let normalized = if keeps == Keeps::Last { embed_dim.saturating_mul(l) } else { embed_dim };
             let more = normalized.saturating_add(outputs).saturating_add(self.options.head_inputs());
-            self.reader.encoder.check_batch(x, lengths, keeps, more)?;
+            self.reader.encoder.check_batch_of(encoders, x, lengths, keeps, more)?;
             let lengths = lengths.map(<[usize]>::to_vec);
             return Ok((self.normalized(x), lengths, FrontCache::default()));
         }
@@ -70,7 +71,8 @@ impl Predictor {
             x = CowArray::from(padded(&y, &after, longest));
             of_stem = cache;
         }
-        self.reader.encoder.check_batch(
+        self.reader.encoder.check_batch_of(
+            encoders,
             &x,
             Some(&tokens),
             keeps,

@@ -109,6 +109,13 @@ impl Plan {
         Plan { seed, channels, length, dilations }
     }
 
+    /// With as many biases as go with so many features, and at least one.
+    fn within(seed: u64, channels: usize, length: usize, most: usize) -> Self {
+        let plans = (1..=BIASES_PER_KERNEL).rev().map(|biases| Self::new(seed, channels, length, biases));
+        let fits = |plan: &Self| plan.views().iter().sum::<usize>() <= most;
+        plans.into_iter().find(fits).unwrap_or_else(|| Self::new(seed, channels, length, 1))
+    }
+
     /// Checks what a stranger wrote; the error is what is wrong.
     pub(super) fn check(&self) -> Result<(), String> {
         let ascending = self.dilations.is_sorted_by(|a, b| a.0 < b.0);
@@ -254,9 +261,7 @@ impl KernelFeatures {
         check(series, None)?;
         let channels = series[0].ncols();
         let longest = series.iter().map(|series| series.nrows()).max().unwrap_or(1).min(MAX_DILATION * (TAPS - 1));
-        let [_, competing, levels] = Plan::new(seed, channels, longest, 1).views();
-        let biases = most.saturating_sub(competing + levels) / (2 * KERNELS * STATISTICS);
-        let plan = Plan::new(seed, channels, longest, biases.clamp(1, BIASES_PER_KERNEL));
+        let plan = Plan::within(seed, channels, longest, most);
         let input = Normalization::fit(channels, series.iter().map(|series| series.view()));
         let mut features = Self::with_plan(plan, input);
         features.draw_weights();
@@ -481,5 +486,24 @@ fn check(series: &[Array2<f32>], channels: Option<usize>) -> Result<()> {
             Err(Error::Shape { argument: "series", expected, given: series[i].shape().to_vec() })
         }
         None => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn all_features_are_within_the_budget() {
+        for (channels, length) in [(1, 20), (1, 427), (12, 5000), (60, 200_000)] {
+            for most in [1 << 15, 1 << 28 >> 12, 55_000] {
+                let plan = Plan::within(0, channels, length, most);
+                let total = |plan: &Plan| plan.views().iter().sum::<usize>();
+                let more = Plan::new(0, channels, length, plan.biases() + 1);
+                assert!(total(&plan) <= most || plan.biases() == 1, "{channels} {length} {most}: {}", total(&plan));
+                assert!(total(&more) > most || plan.biases() == BIASES_PER_KERNEL, "{channels} {length} {most}");
+            }
+            assert_eq!(Plan::within(0, channels, length, usize::MAX).biases(), BIASES_PER_KERNEL);
+        }
     }
 }

@@ -227,7 +227,7 @@ impl Predictor {
         options.validate(&task).map_err(|error| tensors.error(error.to_string()))?;
         let has = |of: &str| ["mean", "scale"].iter().any(|part| tensors.shape(&format!("{of}_{part}")).is_some());
         let input = has(INPUT).then(|| Normalization::zeros(options.features()));
-        let output = (has(OUTPUT) && !task.is_classification()).then(|| Normalization::zeros(task.outputs()));
+        let output = (has(OUTPUT) && task.is_regression()).then(|| Normalization::zeros(task.outputs()));
         Ok(Predictor { input, output, ..Predictor::zeros(options, first_storage(in_file, asked), task) })
     }
 

@@ -53,7 +53,7 @@ impl KernelPredictor {
     ///
     /// # Errors
     ///
-    /// [`Error::Data`] if each frame has a target of its own.
+    /// [`Error::Data`] if each frame has a target of its own, or several labels can be right.
     pub fn fit(data: &Dataset, seed: u64) -> Result<Self> {
         Ok(Self::fit_left_out(data, seed)?.0)
     }
@@ -69,6 +69,10 @@ impl KernelPredictor {
                 )
             }
             Targets::Values(values) => values.mapv(f64::from),
+            Targets::Labels(_) => {
+                let reason = "kernels tell one class or numbers; where several labels can be right, train a Predictor";
+                return Err(Error::Data(reason.into()));
+            }
             Targets::FrameClasses(_) | Targets::FrameValues(_) => {
                 let reason = "kernel features are of whole series; for a target at each frame, train a Predictor";
                 return Err(Error::Data(reason.into()));

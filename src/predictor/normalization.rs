@@ -1,5 +1,7 @@
 //! Bringing features of any unit to mean 0 and variance 1.
 
+use std::convert::Infallible;
+
 use ndarray::{Array1, ArrayBase, ArrayView2, ArrayViewD, ArrayViewMutD, DataMut, Dimension};
 
 use crate::{Error, Result};
@@ -53,9 +55,19 @@ impl Normalization {
     /// Fitted to frames `[.., width]`: mean and standard deviation of each feature, a scale of 1 where it does not vary.
     /// Numbers that are not finite are passed over.
     pub(crate) fn fit<'a>(width: usize, frames: impl Iterator<Item = ArrayView2<'a, f32>> + Clone) -> Self {
+        let Ok(fitted) = Self::fit_over(width, frames, None::<fn(&mut [f64]) -> Result<(), Infallible>>);
+        fitted
+    }
+
+    /// As [`fit`](Self::fit), to frames of which others have some, too: `sum` adds up the numbers of all who have.
+    pub(crate) fn fit_over<'a, E>(
+        width: usize,
+        frames: impl Iterator<Item = ArrayView2<'a, f32>> + Clone,
+        mut sum: Option<impl FnMut(&mut [f64]) -> Result<(), E>>,
+    ) -> Result<Self, E> {
         /// A feature that varies less, relative to its size, holds nothing but rounding.
         const CONSTANT: f64 = 1e-7;
-        let mut count = vec![0u64; width];
+        let mut count = vec![0f64; width];
         let mut mean = vec![0f64; width];
         let mut variance = vec![0f64; width];
         let each = |f: &mut dyn FnMut(usize, f64)| {
@@ -66,16 +78,25 @@ impl Normalization {
             }
         };
         each(&mut |i, x| {
-            count[i] += 1;
-            mean[i] += (x - mean[i]) / count[i] as f64;
+            count[i] += 1.0;
+            mean[i] += (x - mean[i]) / count[i];
         });
-        each(&mut |i, x| variance[i] += (x - mean[i]).powi(2) / count[i] as f64);
+        if let Some(sum) = &mut sum {
+            mean.iter_mut().zip(&count).for_each(|(mean, count)| *mean *= count);
+            sum(&mut count)?;
+            sum(&mut mean)?;
+            mean.iter_mut().zip(&count).filter(|(_, count)| **count > 0.0).for_each(|(mean, count)| *mean /= count);
+        }
+        each(&mut |i, x| variance[i] += (x - mean[i]).powi(2) / count[i]);
+        if let Some(sum) = &mut sum {
+            sum(&mut variance)?;
+        }
         let scale = mean.iter().zip(&variance).map(|(mean, variance)| {
             let deviation = variance.sqrt();
             let scale = deviation as f32;
             if scale.is_normal() && deviation > CONSTANT * mean.abs() { scale } else { 1.0 }
         });
-        Normalization { scale: scale.collect(), mean: mean.iter().map(|&mean| mean as f32).collect() }
+        Ok(Normalization { scale: scale.collect(), mean: mean.iter().map(|&mean| mean as f32).collect() })
     }
 
     /// The mean of each feature.

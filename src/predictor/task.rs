@@ -43,6 +43,13 @@ pub enum Task {
         /// How many numbers.
         outputs: usize,
     },
+    /// Any number of labels for each sequence, none or all of them included: of each label, a logit for yes, from its last frame. The
+    /// probability of a label is sigmoid(logit).
+    MultiLabel {
+        /// The names of the labels.
+        #[serde(deserialize_with = "few_labels")]
+        labels: Vec<String>,
+    },
 }
 
 impl Task {
@@ -61,25 +68,47 @@ impl Task {
         Task::ClassifyFrames { labels: labels.into_iter().map(Into::into).collect() }
     }
 
-    /// The names of the classes; none for a regression.
+    /// Any number of labels for each sequence.
+    ///
+    /// ```
+    /// use hymba::Task;
+    ///
+    /// let task = Task::multi_label(["rain", "wind"]);
+    /// assert!(task.outputs() == 2 && task.is_multi_label() && !task.is_classification());
+    /// ```
+    pub fn multi_label(labels: impl IntoIterator<Item = impl Into<String>>) -> Self {
+        Task::MultiLabel { labels: labels.into_iter().map(Into::into).collect() }
+    }
+
+    /// The names of the classes or labels; none for a regression.
     pub fn labels(&self) -> &[String] {
         match self {
-            Task::Classify { labels } | Task::ClassifyFrames { labels } => labels,
+            Task::Classify { labels } | Task::ClassifyFrames { labels } | Task::MultiLabel { labels } => labels,
             Task::Regress { .. } | Task::RegressFrames { .. } => &[],
         }
     }
 
-    /// How many numbers are predicted: one for each class in a classification.
+    /// How many numbers are predicted: one for each class or label.
     pub fn outputs(&self) -> usize {
         match self {
-            Task::Classify { labels } | Task::ClassifyFrames { labels } => labels.len(),
+            Task::Classify { labels } | Task::ClassifyFrames { labels } | Task::MultiLabel { labels } => labels.len(),
             Task::Regress { outputs } | Task::RegressFrames { outputs } => *outputs,
         }
     }
 
-    /// Whether classes are predicted.
+    /// Whether classes are predicted, one of them at a time.
     pub fn is_classification(&self) -> bool {
         matches!(self, Task::Classify { .. } | Task::ClassifyFrames { .. })
+    }
+
+    /// Whether numbers are predicted.
+    pub(crate) fn is_regression(&self) -> bool {
+        matches!(self, Task::Regress { .. } | Task::RegressFrames { .. })
+    }
+
+    /// Whether several labels can be right at once.
+    pub fn is_multi_label(&self) -> bool {
+        matches!(self, Task::MultiLabel { .. })
     }
 
     /// Whether every frame has a target, and not only every sequence.
@@ -91,10 +120,10 @@ impl Task {
     ///
     /// # Errors
     ///
-    /// [`Error::Option`] unless there is an output or there are two different labels, or if there are more than
+    /// [`Error::Option`] unless there is an output, or there are two different classes or one label, or if there are more than
     /// [`MAX_LABELS`](Self::MAX_LABELS) labels or [`MAX_LABEL_BYTES`](Self::MAX_LABEL_BYTES) of them.
     pub fn validate(&self) -> Result<()> {
-        if !self.is_classification() {
+        if self.is_regression() {
             return match self.outputs() {
                 0 => bad("outputs", "0".into(), "a regression predicts 1 number at least".into()),
                 _ => Ok(()),
@@ -109,8 +138,9 @@ impl Task {
                 format!("at most {} labels of {} bytes are allowed", Self::MAX_LABELS, Self::MAX_LABEL_BYTES),
             );
         }
-        if labels.len() < 2 {
-            return bad("labels", format!("{labels:?}"), "a classification has 2 classes at least".into());
+        if labels.len() < 2 && self.is_classification() || labels.is_empty() {
+            let allowed = "a classification has 2 classes at least, and 1 label where any number of them may be right";
+            return bad("labels", format!("{labels:?}"), allowed.into());
         }
         let mut seen = BTreeSet::new();
         match labels.iter().find(|&label| !seen.insert(label)) {

@@ -9,6 +9,7 @@ use rand::SeedableRng;
 use rand::seq::SliceRandom;
 
 use super::augment::{Augmentation, augmented, mix, share};
+use super::{Hash, Ranks};
 use crate::layers::Rng;
 use crate::{Error, Normalization, Predictor, Result, Task};
 
@@ -44,10 +45,27 @@ pub enum Targets {
     Classes(Vec<usize>),
     /// For [`Task::Regress`]: `[series, outputs]`
     Values(Array2<f32>),
-    /// For [`Task::ClassifyFrames`]: the class of each frame of each series.
+    /// For [`Task::ClassifyFrames`]: the class of each frame of each series, or [`Targets::IGNORED`].
     FrameClasses(Vec<Vec<usize>>),
     /// For [`Task::RegressFrames`]: `[length, outputs]` for each series.
     FrameValues(Vec<Array2<f32>>),
+    /// For [`Task::MultiLabel`]: `[series, labels]`, which labels each has.
+    Labels(Array2<bool>),
+}
+
+impl Targets {
+    /// In the place of a class: the frame has none. It counts neither in losses and their gradients nor in metrics.
+    ///
+    /// ```
+    /// use hymba::Task;
+    /// use hymba::ndarray::Array2;
+    /// use hymba::train::{Dataset, Targets};
+    ///
+    /// let task = Task::classify_frames(["still", "moving"]);
+    /// let classes = vec![vec![Targets::IGNORED, 0, 1]];
+    /// assert!(Dataset::new(&task, vec![Array2::ones((3, 6))], Targets::FrameClasses(classes)).is_ok());
+    /// ```
+    pub const IGNORED: usize = usize::MAX;
 }
 
 /// Some series, padded.
@@ -73,6 +91,8 @@ pub(super) enum BatchTargets {
     Classes(Array2<usize>),
     /// `[b, l, outputs]` or `[b, 1, outputs]`
     Values(Array3<f32>),
+    /// `[b, 1, outputs]`, 1 where a label is right and 0 elsewhere
+    Labels(Array3<f32>),
 }
 
 impl Dataset {
@@ -147,17 +167,25 @@ impl Dataset {
                             series.nrows()
                         ));
                     }
-                    for (frame, &given) in classes.iter().enumerate() {
+                    for (frame, &given) in classes.iter().enumerate().filter(|(_, class)| **class != Targets::IGNORED) {
                         class(&format_args!("frame {frame} of series {i}"), given)?;
                     }
                 }
-                Ok(())
+                match all.iter().flatten().all(|class| *class == Targets::IGNORED) {
+                    true => bad("no frame has a class: all are Targets::IGNORED"),
+                    false => Ok(()),
+                }
             }
             (Task::RegressFrames { .. }, Targets::FrameValues(all)) => {
                 counted(all.len())?;
                 let mut each = all.iter().zip(&self.series).enumerate();
                 each.try_for_each(|(i, (targets, series))| values(&format_args!("series {i}"), targets, series.nrows()))
             }
+            (Task::MultiLabel { .. }, Targets::Labels(labels)) => match labels.dim() == (count, outputs) {
+                true => Ok(()),
+                false => bad(format!("the labels have shape {:?}, expected {:?}", labels.shape(), [count, outputs])),
+            },
+            (Task::MultiLabel { .. }, _) => bad("for labels of series, give Targets::Labels"),
             (Task::Classify { .. }, _) => bad("to classify series, give Targets::Classes"),
             (Task::Regress { .. }, _) => bad("for numbers of series, give Targets::Values"),
             (Task::ClassifyFrames { .. }, _) => bad("to classify frames, give Targets::FrameClasses"),
@@ -259,6 +287,7 @@ impl Dataset {
             Targets::Values(all) => Targets::Values(all.select(Axis(0), indices)),
             Targets::FrameClasses(all) => Targets::FrameClasses(indices.iter().map(|&i| all[i].clone()).collect()),
             Targets::FrameValues(all) => Targets::FrameValues(pick(all)),
+            Targets::Labels(all) => Targets::Labels(all.select(Axis(0), indices)),
         };
         Dataset { task: self.task.clone(), series: pick(&self.series), targets }
     }
@@ -296,18 +325,24 @@ impl Dataset {
 
     /// Cuts the series `indices` into batches of `size` or one less, in an order drawn from `rng`.
     pub(super) fn batches_of(&self, indices: &[usize], size: usize, rng: &mut Rng) -> Vec<Vec<usize>> {
+        let mut batches = self.sorted_batches(indices, indices.len().div_ceil(size), rng);
+        batches.shuffle(rng);
+        batches
+    }
+
+    /// Cuts the series `indices` into `count` batches of like size, those of like length in one and all lengths in every few of them, in
+    /// an order drawn from `rng`. Some batches are empty if there are too few series.
+    pub(super) fn sorted_batches(&self, indices: &[usize], count: usize, rng: &mut Rng) -> Vec<Vec<usize>> {
         /// Batches among which series are sorted.
         const POOL: usize = 8;
         let mut order = indices.to_vec();
         order.shuffle(rng);
-        let ranges: Vec<_> = cut(order.len(), size).collect();
+        let ranges: Vec<_> = cut_into(order.len(), count).collect();
         // like lengths go together, so that little padding is computed
         for pool in ranges.chunks(POOL) {
             order[pool[0].start..pool[pool.len() - 1].end].sort_by_key(|&i| self.series[i].nrows());
         }
-        let mut batches: Vec<_> = ranges.into_iter().map(|range| order[range].to_vec()).collect();
-        batches.shuffle(rng);
-        batches
+        ranges.into_iter().map(|range| order[range].to_vec()).collect()
     }
 
     /// Puts series on top of each other: x `[b, l, width]` with zeros past the end of each, and their lengths.
@@ -338,9 +373,13 @@ impl Dataset {
         indices.iter().map(|&i| self.series[i].nrows()).collect()
     }
 
-    /// How many targets some series have: one each, or one a frame.
+    /// How many targets some series have: one each, or one a frame that has any.
     pub(super) fn num_targets(&self, indices: &[usize]) -> usize {
-        if self.task.is_frame_wise() { self.lengths(indices).into_iter().sum() } else { indices.len() }
+        match &self.targets {
+            Targets::FrameClasses(_) => self.classes(indices).count(),
+            Targets::FrameValues(_) => self.lengths(indices).into_iter().sum(),
+            Targets::Classes(_) | Targets::Values(_) | Targets::Labels(_) => indices.len(),
+        }
     }
 
     /// The classes of some series or of their frames; none in a regression.
@@ -350,9 +389,10 @@ impl Dataset {
             .flat_map(|&i| match &self.targets {
                 Targets::Classes(all) => &all[i..=i],
                 Targets::FrameClasses(all) => &all[i],
-                Targets::Values(_) | Targets::FrameValues(_) => &[],
+                Targets::Values(_) | Targets::FrameValues(_) | Targets::Labels(_) => &[],
             })
             .copied()
+            .filter(|class| *class != Targets::IGNORED)
     }
 
     pub(super) fn batch(&self, indices: &[usize]) -> Batch {
@@ -369,6 +409,10 @@ impl Dataset {
                 }))
             }
             Targets::FrameValues(all) => BatchTargets::Values(padded(all, indices)),
+            Targets::Labels(all) => {
+                let labels = all.select(Axis(0), indices).mapv(|label| if label { 1.0 } else { 0.0 });
+                BatchTargets::Labels(labels.insert_axis(Axis(1)))
+            }
         };
         let counts = if self.task.is_frame_wise() { lengths.clone() } else { vec![1; lengths.len()] };
         Batch { x: padded(&self.series, indices), lengths, targets, counts }
@@ -398,29 +442,37 @@ impl Dataset {
         (Batch { x: padded(&series, &all), lengths, ..batch }, mixed)
     }
 
-    /// Fitted to the frames of some series, in the form in which `predictor` sees them.
-    pub(super) fn input_normalization(&self, indices: &[usize], predictor: &Predictor) -> Normalization {
+    /// Fitted to the frames of some series, and of those of other ranks, in the form in which `predictor` sees them.
+    pub(super) fn input_normalization(
+        &self,
+        indices: &[usize],
+        predictor: &Predictor,
+        ranks: &mut Ranks,
+    ) -> Result<Normalization> {
         let formed: Vec<_> = indices.iter().map(|&i| predictor.formed(&self.series[i])).collect();
-        Normalization::fit(predictor.predictor_options().features(), formed.iter().map(|series| series.view()))
+        ranks.fit(predictor.predictor_options().features(), formed.iter().map(|series| series.view()))
     }
 
-    /// Fitted to the targets of some series; `None` for a classification.
-    pub(super) fn output_normalization(&self, indices: &[usize]) -> Option<Normalization> {
+    /// Fitted to the targets of some series, and of those of other ranks; `None` for a classification.
+    pub(super) fn output_normalization(&self, indices: &[usize], ranks: &mut Ranks) -> Result<Option<Normalization>> {
         let outputs = self.task.outputs();
         match &self.targets {
-            Targets::Classes(_) | Targets::FrameClasses(_) => None,
-            Targets::Values(all) => {
-                Some(Normalization::fit(outputs, indices.iter().map(|&i| all.slice(s![i..=i, ..]))))
-            }
-            Targets::FrameValues(all) => Some(Normalization::fit(outputs, indices.iter().map(|&i| all[i].view()))),
+            Targets::Classes(_) | Targets::FrameClasses(_) | Targets::Labels(_) => Ok(None),
+            Targets::Values(all) => ranks.fit(outputs, indices.iter().map(|&i| all.slice(s![i..=i, ..]))).map(Some),
+            Targets::FrameValues(all) => ranks.fit(outputs, indices.iter().map(|&i| all[i].view())).map(Some),
         }
+    }
+
+    /// A number by which to notice that two sets differ, whichever rank has which series of them.
+    pub(super) fn fingerprint_of_parts(&self) -> u64 {
+        let each = (0..self.num_series()).map(|i| self.subset(&[i]).fingerprint());
+        each.fold(0, u64::wrapping_add)
     }
 
     /// A number by which to notice that two sets differ.
     pub(super) fn fingerprint(&self) -> u64 {
-        // FNV-1a over words
-        let mut hash = 0xcbf2_9ce4_8422_2325_u64;
-        let mut add = |word: u64| hash = (hash ^ word).wrapping_mul(0x0000_0100_0000_01b3);
+        let mut hash = Hash::new();
+        let mut add = |word: u64| hash.add(word);
         let mut add_values = |values: &Array2<f32>| {
             add(values.nrows() as u64);
             values.iter().for_each(|x| add(u64::from(x.to_bits())));
@@ -431,14 +483,19 @@ impl Dataset {
             Targets::FrameValues(all) => all.iter().for_each(add_values),
             Targets::Classes(all) => all.iter().for_each(|&class| add(class as u64)),
             Targets::FrameClasses(all) => all.iter().flatten().for_each(|&class| add(class as u64)),
+            Targets::Labels(all) => all.iter().for_each(|&label| add(u64::from(label))),
         }
-        hash
+        hash.finish()
     }
 }
 
 /// Cuts 0..`count` into ranges of like size, at most `most` each.
 pub(super) fn cut(count: usize, most: usize) -> impl Iterator<Item = Range<usize>> {
-    let pieces = count.div_ceil(most);
+    cut_into(count, count.div_ceil(most))
+}
+
+/// Cuts 0..`count` into so many ranges of like size.
+pub(super) fn cut_into(count: usize, pieces: usize) -> impl Iterator<Item = Range<usize>> {
     // in u64: the product may be past a usize of 32 bits
     let start = move |piece: usize| (piece as u64 * count as u64 / pieces as u64) as usize;
     (0..pieces).map(move |piece| start(piece)..start(piece + 1))

@@ -7,7 +7,9 @@ use rand::SeedableRng;
 use rand::seq::SliceRandom;
 use serde::{Deserialize, Serialize};
 
-use super::{AdamW, Parameters, Stopped, cut, views};
+use super::{
+    AdamW, Alone, Collective, Parameters, Ranks, Stopped, TrainingData, cut_into, hash_of, hash_of_text, views,
+};
 use crate::layers::Rng;
 use crate::lm::LmLoss;
 use crate::{Error, HymbaLm, Result};
@@ -163,31 +165,64 @@ impl LmTrainer {
         self,
         train: &TokenRows,
         validation: Option<&TokenRows>,
-        mut callback: impl FnMut(&LmProgress) -> ControlFlow<()>,
+        callback: impl FnMut(&LmProgress) -> ControlFlow<()>,
+    ) -> Result<LmTrained> {
+        self.fit_on(TrainingData::new(train).validation(validation), &mut Alone, callback)
+    }
+
+    /// As [`fit`](Self::fit), together with other processes, the ranks of `collective`: each learns from its share of the rows of every
+    /// step, and all take the same step. Everything that is said of [`Trainer::fit_on`](super::Trainer::fit_on) holds; `batch_size`
+    /// is that of all ranks together.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`fit`](Self::fit), each on the rank it happened on, and [`Error::Collective`] on the others; this also if a rank is
+    /// gone, if ranks do not have the same options, rows or weights at the start, or if their weights, which are compared after
+    /// each epoch, have come to differ.
+    pub fn fit_on<'a>(
+        self,
+        data: impl Into<TrainingData<'a, TokenRows>>,
+        collective: &mut dyn Collective,
+        callback: impl FnMut(&LmProgress) -> ControlFlow<()>,
     ) -> Result<LmTrained> {
         let LmTrainer { options, start } = self;
-        let fingerprint = train.fingerprint() ^ validation.map_or(0, TokenRows::fingerprint).rotate_left(1);
-        let steps = (train.len().div_ceil(options.batch_size) as u64).saturating_mul(options.epochs as u64);
+        let TrainingData { train, validation, sharded } = data.into();
+        let mut ranks = Ranks::new(collective, sharded)?;
         let lm = match &start {
             Start::New(lm) => lm,
             Start::Resumed(state, _) => &state.lm,
         };
-        [Some(train), validation].into_iter().flatten().try_for_each(|rows| lm.check_tokens(&rows.rows))?;
+        let checked = [Some(train), validation].into_iter().flatten().try_for_each(|rows| lm.check_tokens(&rows.rows));
+        ranks.together(checked)?;
+        ranks.compare("the options, or the epochs done,", || start.hash(&options, validation.is_some()))?;
+        let of_train = train.fingerprint_of_all(&mut ranks)?;
+        let of_validation = validation.map_or(Ok(0), |rows| rows.fingerprint_of_all(&mut ranks))?;
+        let fingerprint = of_train ^ of_validation.rotate_left(1);
+        let mut rows = [train.len() as f64];
+        ranks.sum_of_data(&mut rows)?;
+        let in_epoch = (rows[0] as usize).div_ceil(options.batch_size);
+        let steps = (in_epoch as u64).saturating_mul(options.epochs as u64);
+        let folder = options.checkpoint.as_deref().filter(|_| ranks.is_first());
         let mut state = match start {
             Start::Resumed(_, data) if data != fingerprint => {
                 return Err(Error::Data("they are not the rows that the resumed training began with".into()));
             }
             Start::Resumed(state, _) => *state,
-            Start::New(lm) => {
+            Start::New(mut lm) => {
+                ranks.broadcast(&mut *lm)?;
                 let optimizer = AdamW::new(&*lm, options.optimizer(steps))?;
                 let state = State { best: copy_of(&lm), lm: *lm, optimizer, history: Vec::new() };
-                if let Some(folder) = &options.checkpoint {
+                let begun = folder.map_or(Ok(()), |folder| {
                     checkpoint::create(folder)?;
-                    checkpoint::write(folder, &options, &state, fingerprint)?;
-                }
+                    checkpoint::write(folder, &options, &state, fingerprint)
+                });
+                ranks.together(begun)?;
                 state
             }
         };
+        ranks.compare("the weights to begin with", || state.hash())?;
+        let plan = Plan { in_epoch, steps };
+        let mut listener = Listener { callback, listens: ranks.is_first(), stop: false };
         let mut gradient = state.lm.zeros_like();
         let stopped = loop {
             let epoch = state.history.len();
@@ -196,30 +231,30 @@ impl LmTrainer {
             } else if options.patience.is_some_and(|patience| epoch - best_epoch(&state.history) >= patience) {
                 break Stopped::NoImprovement;
             }
-            let Some(last) = state.epoch(train, &options, steps, &mut gradient, &mut callback)? else {
+            let Some(last) = state.epoch(train, &options, &plan, &mut ranks, &mut gradient, &mut listener)? else {
                 break Stopped::Callback;
             };
-            let validation =
-                validation.map(|rows| Ok::<_, Error>((measure(&state.lm, rows, options.pass_size)?, rows.bytes)));
-            let validation = validation.transpose()?;
+            let measured =
+                validation.map(|rows| measure(&state.lm, rows, options.pass_size, &mut ranks)).transpose()?;
             let finished = LmEpoch {
                 train: last.1,
-                validation: validation.map(|(loss, _)| loss),
-                bits_per_byte: validation.and_then(|(loss, bytes)| Some(loss.bits_per_byte(bytes?))),
+                validation: measured.map(|(loss, _)| loss),
+                bits_per_byte: measured.and_then(|(loss, bytes)| Some(loss.bits_per_byte(bytes?))),
             };
             state.check_finite(&finished)?;
             state.history.push(finished);
             if best_epoch(&state.history) == state.history.len() {
                 state.best = copy_of(&state.lm);
             }
-            if let Some(folder) = &options.checkpoint {
-                checkpoint::write(folder, &options, &state, fingerprint)?;
-            }
+            ranks.compare("the weights after an epoch", || state.hash())?;
+            let written = folder.map_or(Ok(()), |folder| checkpoint::write(folder, &options, &state, fingerprint));
             let (loss, learning_rate) = (last.0.0, last.0.1);
             let (epoch, step) = (state.history.len(), state.optimizer.steps());
-            let progress =
-                LmProgress { lm: &state.lm, epoch, step, steps, loss, learning_rate, finished: Some(finished) };
-            if callback(&progress).is_break() {
+            if written.is_ok() {
+                let finished = Some(finished);
+                listener.tell(&LmProgress { lm: &state.lm, epoch, step, steps, loss, learning_rate, finished });
+            }
+            if ranks.agree(written, listener.stop, &mut [])? {
                 break Stopped::Callback;
             }
         };
@@ -235,6 +270,38 @@ impl LmTrainer {
     }
 }
 
+impl Start {
+    /// Of what must be the same on all ranks, but for the weights.
+    fn hash(&self, options: &LmTrainerOptions, validates: bool) -> u64 {
+        let options = LmTrainerOptions { checkpoint: None, ..options.clone() };
+        match self {
+            Start::New(lm) => hash_of_text(&(options, validates, lm.config())),
+            Start::Resumed(state, data) => hash_of_text(&(options, validates, state.lm.config(), &state.history, data)),
+        }
+    }
+}
+
+/// Steps of the optimiser, of all ranks.
+struct Plan {
+    in_epoch: usize,
+    /// In all epochs.
+    steps: u64,
+}
+
+/// Who is told, on rank 0.
+struct Listener<F> {
+    callback: F,
+    listens: bool,
+    /// Whether the callback said so.
+    stop: bool,
+}
+
+impl<F: FnMut(&LmProgress) -> ControlFlow<()>> Listener<F> {
+    fn tell(&mut self, progress: &LmProgress) {
+        self.stop = self.stop || self.listens && (self.callback)(progress).is_break();
+    }
+}
+
 impl State {
     /// Learns from every row once. Returns the loss and the rate of the last step, and the loss of all, or `None` if the callback
     /// said stop.
@@ -242,9 +309,10 @@ impl State {
         &mut self,
         train: &TokenRows,
         options: &LmTrainerOptions,
-        steps: u64,
+        plan: &Plan,
+        ranks: &mut Ranks,
         gradient: &mut HymbaLm,
-        callback: &mut impl FnMut(&LmProgress) -> ControlFlow<()>,
+        listener: &mut Listener<impl FnMut(&LmProgress) -> ControlFlow<()>>,
     ) -> Result<Option<((LmLoss, f32), LmLoss)>> {
         let epoch = self.history.len();
         let mut rng = Rng::seed_from_u64(options.seed);
@@ -252,25 +320,38 @@ impl State {
         let mut order: Vec<usize> = (0..train.len()).collect();
         order.shuffle(&mut rng);
         let (mut of_epoch, mut last) = (LmLoss::default(), (LmLoss::default(), 0.0));
-        for step in cut(order.len(), options.batch_size) {
-            let mut loss = LmLoss::default();
-            for pass in order[step].chunks(options.pass_size) {
-                let (rows, masks) = train.select(pass);
-                loss += self.lm.accumulate(&rows, masks.as_deref(), gradient)?;
-            }
+        for step in cut_into(order.len(), plan.in_epoch) {
+            let share = if listener.stop { Vec::new() } else { ranks.share(&order[step]) };
+            let loss = sum_of_losses(self.learn(train, &share, options.pass_size, gradient), listener.stop, ranks)?;
+            let Some(loss) = loss else { return Ok(None) };
             if loss.tokens > 0 {
+                ranks.sum(gradient)?;
                 let info = self.optimizer.step_accumulated(&mut self.lm, gradient, loss.tokens as f64)?;
                 last = (loss, info.learning_rate);
             }
             of_epoch += loss;
             let (loss, learning_rate) = last;
-            let step = self.optimizer.steps();
-            let progress = LmProgress { lm: &self.lm, epoch, step, steps, loss, learning_rate, finished: None };
-            if callback(&progress).is_break() {
-                return Ok(None);
-            }
+            let (step, steps) = (self.optimizer.steps(), plan.steps);
+            listener.tell(&LmProgress { lm: &self.lm, epoch, step, steps, loss, learning_rate, finished: None });
         }
-        Ok(Some((last, of_epoch)))
+        let stop = ranks.agree(Ok(()), listener.stop, &mut [])?;
+        Ok((!stop).then_some((last, of_epoch)))
+    }
+
+    /// Adds the gradient of some rows to `gradient`.
+    fn learn(&self, train: &TokenRows, rows: &[usize], at_a_time: usize, gradient: &mut HymbaLm) -> Result<LmLoss> {
+        let mut loss = LmLoss::default();
+        for pass in rows.chunks(at_a_time) {
+            let (rows, masks) = train.select(pass);
+            loss += self.lm.accumulate(&rows, masks.as_deref(), gradient)?;
+        }
+        Ok(loss)
+    }
+
+    /// Of all that must be the same on all ranks.
+    fn hash(&self) -> u64 {
+        let [first, second] = self.optimizer.moments();
+        hash_of_text(&([&self.lm, first, second].map(hash_of), self.optimizer.steps()))
     }
 
     /// Refuses an epoch that led out of the numbers: its last step has been looked at by nobody else.
@@ -288,15 +369,25 @@ impl State {
     }
 }
 
-/// The loss of rows, some at a time.
-fn measure(lm: &HymbaLm, rows: &TokenRows, at_a_time: usize) -> Result<LmLoss> {
-    let all: Vec<usize> = (0..rows.len()).collect();
-    let mut loss = LmLoss::default();
-    for some in all.chunks(at_a_time) {
+/// The loss of the rows of all ranks, some at a time, and how many bytes they are if all ranks know.
+fn measure(lm: &HymbaLm, rows: &TokenRows, at_a_time: usize, ranks: &mut Ranks) -> Result<(LmLoss, Option<usize>)> {
+    let share = ranks.share(&(0..rows.len()).collect::<Vec<_>>());
+    let measured = share.chunks(at_a_time).try_fold(LmLoss::default(), |mut loss, some| {
         let (rows, masks) = rows.select(some);
         loss += lm.forward_train(&rows, masks.as_deref())?.0;
-    }
-    Ok(loss)
+        Ok(loss)
+    });
+    let loss = sum_of_losses(measured, false, ranks)?.unwrap_or_default();
+    let mut bytes = [rows.bytes.map_or(f64::NAN, |bytes| bytes as f64)];
+    ranks.sum_of_data(&mut bytes)?;
+    Ok((loss, bytes[0].is_finite().then_some(bytes[0] as usize)))
+}
+
+/// The loss of all ranks, or `None` if one wants to stop.
+fn sum_of_losses(own: Result<LmLoss>, stop: bool, ranks: &mut Ranks) -> Result<Option<LmLoss>> {
+    let mut sums = own.as_ref().map_or([0.0; 2], |loss| [loss.sum, loss.tokens as f64]);
+    let stop = ranks.agree(own.map(drop), stop, &mut sums)?;
+    Ok((!stop).then(|| LmLoss::new(sums[0], sums[1] as usize)))
 }
 
 /// The weights that are trained.

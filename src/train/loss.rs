@@ -7,6 +7,11 @@
 use ndarray::{Array, Array3, ArrayRef2, ArrayRef3, ArrayView1, ArrayView2, ArrayView3, Axis, Dimension, Ix2, Ix3, s};
 use serde::{Deserialize, Serialize};
 
+mod binary;
+
+pub use binary::BinaryCrossEntropy;
+
+use super::Targets;
 use crate::encoder::{check_fits, check_lengths};
 use crate::{Error, Result};
 
@@ -256,7 +261,8 @@ impl CrossEntropy {
     ///
     /// # Errors
     ///
-    /// [`Error::Shape`] if b or c is 0, there are not b labels, or the gradient does not fit into memory, [`Error::Targets`] if a label is not below c, and
+    /// [`Error::Shape`] if b or c is 0, there are not b labels, or the gradient does not fit into memory, [`Error::Targets`] if a label is
+    /// neither below c nor [`Targets::IGNORED`], and
     /// [`Error::Option`] if the label smoothing is not from 0 to 1, or if there are not c class weights that are finite, 0 or
     /// more, and not all 0.
     pub fn evaluate(&self, logits: &ArrayRef2<f32>, labels: &[usize]) -> Result<Loss<Ix2>> {
@@ -264,7 +270,7 @@ impl CrossEntropy {
         check_usable("logits", logits.shape())?;
         self.validate(classes)?;
         check_shape("labels", &[labels.len()], &[b])?;
-        if let Some(row) = labels.iter().position(|&label| label >= classes) {
+        if let Some(row) = labels.iter().position(|&label| label >= classes && label != Targets::IGNORED) {
             return Err(bad_label(&[row], labels[row], classes));
         }
         let (logits, labels) = (logits.view().insert_axis(Axis(1)), ArrayView1::from(labels).insert_axis(Axis(1)));
@@ -272,7 +278,8 @@ impl CrossEntropy {
     }
 
     /// Logits `[b, l, c]` and labels `[b, l]`, of which the first `lengths[i]` frames of row i count, or all without lengths →
-    /// the loss, with a gradient `[b, l, c]`. Other frames are ignored.
+    /// the loss, with a gradient `[b, l, c]`. Other frames are ignored, and so are those with the label
+    /// [`Targets::IGNORED`].
     ///
     /// ```
     /// use hymba::ndarray::{Array3, array};
@@ -310,7 +317,9 @@ impl CrossEntropy {
         self.validate(classes)?;
         check_shape("labels", labels.shape(), &[b, l])?;
         let lengths = counting(lengths, logits.shape())?;
-        let bad = |&((row, frame), label): &(_, &usize)| frame < lengths[row] && *label >= classes;
+        let bad = |&((row, frame), label): &(_, &usize)| {
+            frame < lengths[row] && *label >= classes && *label != Targets::IGNORED
+        };
         if let Some(((row, frame), label)) = labels.indexed_iter().find(bad) {
             return Err(bad_label(&[row, frame], *label, classes));
         }
@@ -356,8 +365,10 @@ impl CrossEntropy {
         let of_any: Vec<f64> = weights.iter().map(|weight| weight * smoothing / classes as f64).collect();
         let of_label: Vec<f64> = weights.iter().map(|weight| weight * (1.0 - smoothing)).collect();
 
-        let frames =
-            || lengths.iter().enumerate().flat_map(|(row, &length)| (0..length).map(move |frame| [row, frame]));
+        let frames = || {
+            let all = lengths.iter().enumerate().flat_map(|(row, &length)| (0..length).map(move |frame| [row, frame]));
+            all.filter(|frame| labels[*frame] != Targets::IGNORED)
+        };
         let weight: f64 = frames().map(|frame| weights[labels[frame]]).sum();
         let scale = reciprocal(divisor.unwrap_or(weight));
         let mut gradient = Array3::zeros(logits.dim());
@@ -420,7 +431,8 @@ fn check_shape(argument: &'static str, given: &[usize], expected: &[usize]) -> R
 
 fn bad_target(index: &[usize], given: f32) -> Error {
     Error::Targets(format!(
-        "targets{index:?} = {given}, but every target must be finite; leave out the row, or fill the gap"
+        "targets{index:?} = {given}, but every target must be finite, and that of a label from 0 to 1; leave out the row, or \
+         fill the gap"
     ))
 }
 

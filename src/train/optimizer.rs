@@ -241,6 +241,11 @@ impl<P: Parameters> AdamW<P> {
         &self.options
     }
 
+    /// m and v.
+    pub(super) fn moments(&self) -> &[P; 2] {
+        &self.moments
+    }
+
     /// Steps taken so far.
     pub fn steps(&self) -> u64 {
         self.steps

@@ -2,21 +2,23 @@
 
 use std::ops::ControlFlow;
 use std::path::Path;
-use std::time::Duration;
 
 use ndarray::Array3;
-use rand::{RngExt, SeedableRng};
+use rand::RngExt;
 
 use super::data::{Batch, Mixed};
-use super::{AdamW, Dataset, Parameters, StepInfo, cut, views, views_mut};
-use crate::layers::Rng;
+use super::{
+    AdamW, Alone, Collective, Dataset, Parameters, Ranks, TrainingData, cut, hash_of, hash_of_text, views, views_mut,
+};
 use crate::{Error, Predictor, Result};
 
+mod batches;
 mod checkpoint;
 mod measure;
 mod options;
 mod report;
 
+pub use batches::{BatchSource, DatasetBatches, SeriesBatch};
 use checkpoint::Checkpoint;
 pub use measure::evaluate;
 use measure::{Part, Totals, score};
@@ -250,15 +252,7 @@ impl Trainer {
         validation: Option<&Dataset>,
         callback: impl FnMut(&Progress, &Predictor) -> ControlFlow<()>,
     ) -> Result<Trained> {
-        if let Some(validation) = validation {
-            return self.run(Part::whole(data), Some(Part::whole(validation)), callback);
-        }
-        let fraction = self.options.validation_fraction;
-        if fraction == 0.0 {
-            return self.run(Part::whole(data), None, callback);
-        }
-        let (train, validation) = data.split_indices(fraction, self.options.seed)?;
-        self.run(Part { data, indices: train }, Some(Part { data, indices: validation }), callback)
+        self.fit_on(TrainingData::new(data).validation(validation), &mut Alone, callback)
     }
 
     /// As [`fit`](Self::fit), with a set of its own to validate on; `validation_fraction` is ignored.
@@ -275,26 +269,95 @@ impl Trainer {
         self.fit_with(train, Some(validation), |progress, _| callback(progress))
     }
 
+    /// As [`fit_with`](Self::fit_with), together with other processes, the ranks of `collective`: each learns from its share of every
+    /// batch, and all take the same step. All must call this, with the same options (the checkpoint folder may differ) and, but for
+    /// [`TrainingData::sharded`], the same data. They begin with the weights of rank 0, or with the same checkpoint.
+    ///
+    /// `batch_size` and `accumulation` say how many series of all ranks are in a step. So a training is the same on any number of
+    /// ranks but for rounding, if nothing in it is drawn at random: dropout and augmentations are drawn on each rank for itself.
+    /// For a given number of ranks the weights are the same, bit for bit, each time. A checkpoint may be resumed by another number.
+    ///
+    /// Rank 0 alone writes checkpoints and calls back, before the next step of all: a callback that stops, or an error on any rank,
+    /// ends the training on all. The result is the same on each.
+    ///
+    /// ```
+    /// use std::ops::ControlFlow;
+    /// use std::thread;
+    ///
+    /// use hymba::ndarray::Array2;
+    /// use hymba::train::{Dataset, Targets, Threads, Trainer, TrainerOptions};
+    /// use hymba::{HymbaOptions, Predictor, Task};
+    ///
+    /// let task = Task::classify(["a", "b"]);
+    /// let data = Dataset::new(&task, vec![Array2::ones((9, 1)); 8], Targets::Classes(vec![0, 1, 0, 1, 0, 1, 1, 1]))?;
+    /// let train = |rank: &mut Threads| {
+    ///     let predictor = Predictor::build(HymbaOptions::new(1).hidden_size(8).num_layers(1), task.clone())?;
+    ///     let trainer = Trainer::new(predictor, TrainerOptions::default().epochs(2).batch_size(4))?;
+    ///     trainer.fit_on(&data, rank, |progress, _| {
+    ///         println!("{progress:?}");
+    ///         ControlFlow::Continue(())
+    ///     })
+    /// };
+    /// let trained = thread::scope(|scope| {
+    ///     let ranks = Threads::new(2).into_iter().map(|mut rank| scope.spawn(move || train(&mut rank)));
+    ///     let ranks: Vec<_> = ranks.collect();
+    ///     ranks.into_iter().map(|rank| rank.join().unwrap()).collect::<hymba::Result<Vec<_>>>()
+    /// })?;
+    /// assert_eq!(trained[0].history, trained[1].history);
+    /// # Ok::<(), hymba::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// Those of [`fit`](Self::fit), each on the rank it happened on, and [`Error::Collective`] on the others; this also if a rank is
+    /// gone, if ranks do not have the same options, data or weights at the start, or if their weights, which are compared after
+    /// each epoch, have come to differ.
+    pub fn fit_on<'a>(
+        self,
+        data: impl Into<TrainingData<'a, Dataset>>,
+        collective: &mut dyn Collective,
+        callback: impl FnMut(&Progress, &Predictor) -> ControlFlow<()>,
+    ) -> Result<Trained> {
+        let TrainingData { train: data, validation, sharded } = data.into();
+        let fraction = self.options.validation_fraction;
+        let parts = if validation.is_some() || fraction == 0.0 {
+            Ok((Part::whole(data), validation.map(Part::whole)))
+        } else {
+            data.split_indices(fraction, self.options.seed)
+                .map(|(train, validation)| (Part { data, indices: train }, Some(Part { data, indices: validation })))
+        };
+        self.run(parts, Ranks::new(collective, sharded)?, callback)
+    }
+
     fn run(
         self,
-        train: Part,
-        validation: Option<Part>,
-        mut callback: impl FnMut(&Progress, &Predictor) -> ControlFlow<()>,
+        parts: Result<(Part, Option<Part>)>,
+        mut ranks: Ranks,
+        callback: impl FnMut(&Progress, &Predictor) -> ControlFlow<()>,
     ) -> Result<Trained> {
         let Trainer { options, start } = self;
         let predictor = match &start {
             Start::New(predictor) => predictor,
             Start::Resumed { state, .. } => &state.predictor,
         };
-        let mut fingerprint = 0u64;
-        for part in std::iter::once(&train).chain(&validation) {
-            part.check(predictor, &options)?;
-            fingerprint = fingerprint.rotate_left(1) ^ part.data.fingerprint();
+        let parts = parts.and_then(|(train, validation)| {
+            std::iter::once(&train).chain(&validation).try_for_each(|part| part.check(predictor, &options))?;
+            Ok((train, validation))
+        });
+        let (train, validation) = ranks.together(parts)?;
+        ranks.compare("the options, or the epochs done,", || start.hash(&options, validation.is_some()))?;
+        let mut fingerprint = train.fingerprint(&mut ranks)?;
+        let mean_weight = train.mean_weight(&options, &mut ranks)?;
+        if let Some(part) = &validation {
+            fingerprint = fingerprint.rotate_left(1) ^ part.fingerprint(&mut ranks)?;
+            part.mean_weight(&options, &mut ranks)?;
         }
-        let checkpoint = options.checkpoint.as_deref().map(Checkpoint::new);
-        let steps = cut(train.indices.len(), options.step_size());
-        let batches = steps.map(|step| step.len().div_ceil(options.batch_size)).sum::<usize>();
-        let steps_of = |epochs: usize| (train.indices.len().div_ceil(options.step_size()) as u64) * epochs as u64;
+
+        let mut series = [train.indices.len() as f64];
+        ranks.sum_of_data(&mut series)?;
+        let steps = (series[0] as usize).div_ceil(options.step_size());
+        let checkpoint = options.checkpoint.as_deref().filter(|_| ranks.is_first()).map(Checkpoint::new);
+        let steps_of = |epochs: usize| steps as u64 * epochs as u64;
         let mut state = match start {
             Start::Resumed { data, .. } if data != fingerprint => {
                 return Err(Error::Data("they are not the data that the resumed training began with".into()));
@@ -315,16 +378,21 @@ impl Trainer {
                 *state
             }
             Start::New(predictor) => {
-                let state = State::new(*predictor, &train, &options, steps_of(options.epochs))?;
-                if let Some(checkpoint) = &checkpoint {
+                let state = State::new(*predictor, &train, &options, steps_of(options.epochs), &mut ranks)?;
+                let begun = checkpoint.as_ref().map_or(Ok(()), |checkpoint| {
                     checkpoint.create()?;
-                    checkpoint.write(&options, &state, fingerprint)?;
-                }
+                    checkpoint.write(&options, &state, fingerprint)
+                });
+                ranks.together(begun)?;
                 state
             }
         };
+        ranks.compare("the weights to begin with", || state.hash())?;
 
+        let batches = ranks.num_batches(train.indices.len(), steps, options.batch_size);
         let clock = Clock::start(batches, state.history.len(), options.epochs);
+        let plan = Plan { steps, batches, mean_weight, clock };
+        let mut listener = Listener { callback, listens: ranks.is_first(), stop: false };
         let mut gradient = state.predictor.zeros_like();
         let stopped = loop {
             let epoch = state.history.len();
@@ -334,15 +402,22 @@ impl Trainer {
             } else if epoch - best_epoch(&state.history).max(state.before_schedule) >= patience {
                 break Stopped::NoImprovement;
             }
-            let Some(progress) = state.epoch(&train, &options, &clock, &mut gradient, &mut callback)? else {
+            let Some(progress) = state.epoch(&train, &options, &plan, &mut ranks, &mut gradient, &mut listener)? else {
                 break Stopped::Callback;
             };
-            let validation = validation.as_ref().map(|part| part.measure(state.current(), &options)).transpose()?;
-            let progress = state.finish(progress, validation)?;
-            if let Some(checkpoint) = &checkpoint {
-                checkpoint.write(&options, &state, fingerprint)?;
+            let measured = match &validation {
+                Some(part) => part.measure(state.current(), &options, &ranks),
+                None => Ok(Totals::default()),
+            };
+            let totals = Totals::of_all(measured, &mut ranks)?;
+            let metrics = validation.as_ref().map(|_| totals.metrics(state.current()));
+            let progress = state.finish(progress, metrics)?;
+            ranks.compare("the weights after an epoch", || state.hash())?;
+            let written = checkpoint.as_ref().map_or(Ok(()), |to| to.write(&options, &state, fingerprint));
+            if written.is_ok() {
+                listener.tell(&plan.clock.at(progress), state.current());
             }
-            if callback(&clock.at(progress), state.current()).is_break() {
+            if ranks.agree(written, listener.stop, &mut [])? {
                 break Stopped::Callback;
             }
         };
@@ -352,18 +427,73 @@ impl Trainer {
     }
 }
 
+impl Start {
+    /// Of what must be the same on all ranks, but for the weights.
+    fn hash(&self, options: &TrainerOptions, validates: bool) -> u64 {
+        let options = TrainerOptions { checkpoint: None, ..options.clone() };
+        let of = |predictor: &Predictor| format!("{:?} {:?}", predictor.task(), predictor.predictor_options());
+        match self {
+            Start::New(predictor) => hash_of_text(&(options, validates, of(predictor))),
+            Start::Resumed { state, data, prolonged } => {
+                hash_of_text(&(options, validates, of(&state.predictor), &state.history, data, prolonged))
+            }
+        }
+    }
+}
+
+/// What is the same in all epochs.
+struct Plan {
+    /// Of the optimiser, in an epoch.
+    steps: usize,
+    /// Of this rank, in an epoch.
+    batches: usize,
+    /// Of the class weights.
+    mean_weight: f64,
+    clock: Clock,
+}
+
+/// Who is told, on rank 0.
+struct Listener<F> {
+    callback: F,
+    listens: bool,
+    /// Whether the callback said so.
+    stop: bool,
+}
+
+impl<F: FnMut(&Progress, &Predictor) -> ControlFlow<()>> Listener<F> {
+    fn tell(&mut self, progress: &Progress, predictor: &Predictor) {
+        self.stop = self.stop || self.listens && (self.callback)(progress, predictor).is_break();
+    }
+}
+
 impl State {
-    fn new(mut predictor: Predictor, train: &Part, options: &TrainerOptions, steps: u64) -> Result<Self> {
+    fn new(
+        mut predictor: Predictor,
+        train: &Part,
+        options: &TrainerOptions,
+        steps: u64,
+        ranks: &mut Ranks,
+    ) -> Result<Self> {
+        ranks.broadcast(&mut predictor)?;
         if options.normalize && predictor.input_normalization().is_none() {
-            let normalization = train.data.input_normalization(&train.indices, &predictor);
+            let normalization = train.data.input_normalization(&train.indices, &predictor, ranks)?;
             predictor.set_input_normalization(Some(normalization))?;
         }
         if options.normalize && predictor.output_normalization().is_none() {
-            predictor.set_output_normalization(train.data.output_normalization(&train.indices))?;
+            predictor.set_output_normalization(train.data.output_normalization(&train.indices, ranks)?)?;
         }
         let optimizer = AdamW::new(&predictor, options.optimizer(steps))?;
         let average = options.average.map(|_| predictor.clone());
         Ok(State { best: predictor.clone(), predictor, average, optimizer, history: Vec::new(), before_schedule: 0 })
+    }
+
+    /// Of all that must be the same on all ranks.
+    fn hash(&self) -> u64 {
+        let [first, second] = self.optimizer.moments();
+        let all = [Some(&self.predictor), self.average.as_ref(), Some(first), Some(second)];
+        let normalizations = (self.predictor.input_normalization(), self.predictor.output_normalization());
+        let numbers = all.into_iter().flatten().map(hash_of).collect::<Vec<_>>();
+        hash_of_text(&(numbers, normalizations, self.optimizer.steps()))
     }
 
     /// What is measured and kept.
@@ -386,73 +516,81 @@ impl State {
         &mut self,
         train: &Part,
         options: &TrainerOptions,
-        clock: &Clock,
+        plan: &Plan,
+        ranks: &mut Ranks,
         gradient: &mut Predictor,
-        callback: &mut impl FnMut(&Progress, &Predictor) -> ControlFlow<()>,
+        listener: &mut Listener<impl FnMut(&Progress, &Predictor) -> ControlFlow<()>>,
     ) -> Result<Option<Progress>> {
         let epoch = self.history.len();
-        let mut rng = Rng::seed_from_u64(options.seed);
-        rng.set_stream(epoch as u64 + 1);
-        let steps = train.data.batches_of(&train.indices, options.step_size(), &mut rng);
-        let mean_weight = train.mean_weight(options);
+        let (steps, mut rng) = train.steps(plan.steps, options.seed, epoch, ranks);
+        // of all ranks
+        let mut targets: Vec<_> = steps.iter().map(|step| train.data.num_targets(step) as f64).collect();
+        ranks.agree(Ok(()), false, &mut targets)?;
         let mut totals = Totals::default();
-        let mut progress = Progress {
-            epoch: epoch + 1,
-            epochs: options.epochs,
-            batch: 0,
-            batches: steps.iter().map(|step| step.len().div_ceil(options.batch_size)).sum(),
-            train: totals.metrics(&self.predictor),
-            learning_rate: 0.0,
-            gradient_norm: 0.0,
-            skipped: 0,
-            finished: None,
-            elapsed: Duration::ZERO,
-            remaining: Duration::ZERO,
-        };
+        let mut progress = Progress::begin(epoch, options.epochs, plan.batches, totals.metrics(&self.predictor));
         let skipped_before = self.history.iter().map(|epoch| epoch.skipped).sum::<usize>();
         let (mut norms, mut taken) = (0.0, 0);
-        for step in steps {
+        for (step, targets) in steps.into_iter().zip(targets) {
             // of the whole step, so that a batch in pieces is the same as in one
-            let divisor = mean_weight * train.data.num_targets(&step) as f64;
-            let (before, mut left_out) = (totals, false);
+            let divisor = plan.mean_weight * targets;
+            let before = totals;
+            if !ranks.is_first() {
+                // rank 0 brings what was before into the sum
+                totals = Totals::default();
+            }
+            let mut learned = Ok(());
+            let may_skip = skipped_before + progress.skipped < options.skip_not_finite;
             for piece in cut(step.len(), options.batch_size) {
-                let (seed, last) = (rng.random(), piece.end == step.len());
-                let learned = match left_out {
-                    true => Ok(None),
-                    false => self
-                        .learn(
-                            train.augmented(&step[piece], options, &mut rng),
-                            divisor,
-                            seed,
-                            options,
-                            &mut totals,
-                            gradient,
-                        )
-                        .and_then(|()| last.then(|| self.optimizer.step(&mut self.predictor, gradient)).transpose()),
-                };
-                match learned {
-                    Ok(None) => {}
-                    Ok(Some(StepInfo { learning_rate, gradient_norm, .. })) => {
-                        self.update_average(options.average);
-                        norms += gradient_norm;
-                        taken += 1;
-                        progress.learning_rate = learning_rate;
-                        progress.gradient_norm = gradient_norm as f32;
-                    }
-                    Err(Error::NotFinite { .. }) if skipped_before + progress.skipped < options.skip_not_finite => {
-                        gradient.fill_zero();
-                        progress.skipped += 1;
-                        (totals, left_out) = (before, true);
-                    }
-                    Err(error) => return Err(error),
+                if listener.stop {
+                    break;
                 }
-                progress.batch += 1;
-                progress.train = totals.metrics(&self.predictor);
-                progress = clock.at(progress);
-                if callback(&progress, self.current()).is_break() {
-                    return Ok(None);
+                let (seed, last) = (rng.random(), piece.end == step.len());
+                if learned.is_ok() {
+                    let batch = train.augmented(&step[piece], options, &mut rng);
+                    learned = self.learn(batch, divisor, seed, options, &mut totals, gradient);
+                }
+                if learned.as_ref().is_err_and(|error| !(may_skip && matches!(error, Error::NotFinite { .. }))) {
+                    break;
+                }
+                if !last {
+                    progress.batch += 1;
+                    progress.train = totals.metrics(&self.predictor);
+                    progress = plan.clock.at(progress);
+                    listener.tell(&progress, self.current());
                 }
             }
+            let mut sums = totals.numbers();
+            let stepped = match ranks.agree(learned, listener.stop, &mut sums) {
+                Ok(true) => return Ok(None),
+                Ok(false) => {
+                    totals = Totals::of_numbers(sums);
+                    ranks.sum(gradient)?;
+                    self.optimizer.step(&mut self.predictor, gradient)
+                }
+                Err(error) => Err(error),
+            };
+            match stepped {
+                Ok(info) => {
+                    self.update_average(options.average);
+                    norms += info.gradient_norm;
+                    taken += 1;
+                    progress.learning_rate = info.learning_rate;
+                    progress.gradient_norm = info.gradient_norm as f32;
+                }
+                Err(Error::NotFinite { .. }) if may_skip => {
+                    gradient.fill_zero();
+                    progress.skipped += 1;
+                    totals = before;
+                }
+                Err(error) => return Err(error),
+            }
+            progress.batch += 1;
+            progress.train = totals.metrics(&self.predictor);
+            progress = plan.clock.at(progress);
+            listener.tell(&progress, self.current());
+        }
+        if ranks.agree(Ok(()), listener.stop, &mut [])? {
+            return Ok(None);
         }
         if taken == 0 {
             return Err(self.not_finite("no step of an epoch could be taken"));

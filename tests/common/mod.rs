@@ -38,8 +38,12 @@ pub fn data(folder: &str) -> PathBuf {
 
 /// All tensors of a file as f64, whatever their type.
 pub fn tensors(path: &Path) -> BTreeMap<String, ArrayD<f64>> {
-    let bytes = std::fs::read(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
-    let file = SafeTensors::deserialize(&bytes).unwrap();
+    tensors_of(&std::fs::read(path).unwrap_or_else(|error| panic!("{}: {error}", path.display())))
+}
+
+/// As [`tensors`], of the bytes of a file.
+pub fn tensors_of(bytes: &[u8]) -> BTreeMap<String, ArrayD<f64>> {
+    let file = SafeTensors::deserialize(bytes).unwrap();
     file.tensors()
         .into_iter()
         .map(|(name, tensor)| {

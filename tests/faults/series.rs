@@ -1,16 +1,11 @@
-//! Series in `.ts` files, as the examples read them.
-
-#[path = "../../examples/support/classes.rs"]
-mod classes;
-#[path = "../../examples/support/ts.rs"]
-mod ts;
+//! Series in `.ts` files.
 
 use std::fs;
 use std::path::PathBuf;
 
 use hymba::ndarray::array;
+use hymba::series::{Case, ReadOptions, SeriesSet, Target};
 use hymba::train::Targets;
-use ts::{Dataset, Target};
 
 const HEADER: &str = "@problemName toy\n@timestamps false\n@univariate true\n";
 
@@ -21,9 +16,13 @@ fn file(folder: &tempfile::TempDir, bytes: impl AsRef<[u8]>) -> PathBuf {
     path
 }
 
-fn read(bytes: &[u8]) -> Result<Dataset, String> {
+fn read(bytes: &[u8]) -> Result<SeriesSet, String> {
     let folder = tempfile::tempdir().unwrap();
-    Dataset::read(&file(&folder, bytes)).map_err(|error| error.to_string())
+    SeriesSet::read(file(&folder, bytes), &ReadOptions::default()).map_err(|error| error.to_string())
+}
+
+fn parse(text: &str) -> hymba::Result<SeriesSet> {
+    SeriesSet::from_ts(text, &ReadOptions::default())
 }
 
 /// A file of one case for each label.
@@ -35,15 +34,15 @@ fn labelled(header: &str, labels: &[&[u8]]) -> Vec<u8> {
     bytes
 }
 
-fn places(data: &Dataset) -> Vec<usize> {
-    let class = |case: &ts::Case| match case.target {
+fn places(data: &SeriesSet) -> Vec<usize> {
+    let class = |case: &Case| match case.target {
         Target::Class(class) => class,
         other => panic!("{other:?}"),
     };
     data.cases.iter().map(class).collect()
 }
 
-fn noted(data: &Dataset, words: &str) -> bool {
+fn noted(data: &SeriesSet, words: &str) -> bool {
     data.notes.iter().any(|note| note.contains(words))
 }
 
@@ -59,22 +58,19 @@ fn every_byte_of_a_label_counts() {
             bytes.extend([b"1,2:", labels[i % 6], b"\r\n"].concat());
         }
         let data = read(&bytes).unwrap();
-        assert_eq!(data.classes.len(), 6, "{:?}", data.classes);
+        assert_eq!(data.labels.len(), 6, "{:?}", data.labels);
         let classes = places(&data);
         for i in 0..18 {
-            assert_eq!(
-                data.classes[classes[i]],
-                labels[i % 6].iter().map(|&byte| char::from(byte)).collect::<String>()
-            );
+            assert_eq!(data.labels[classes[i]], labels[i % 6].iter().map(|&byte| char::from(byte)).collect::<String>());
         }
         assert!(noted(&data, "Latin-1"), "{:?}", data.notes);
     }
     // both ways to write é in one file are two labels, and in two files one
     let both = read(&labelled("@classLabel true", &[b"\xe9", b"\xc3\xa9"])).unwrap();
-    assert_eq!(both.classes.len(), 2);
+    assert_eq!(both.labels.len(), 2);
     let latin = read(&labelled("@classLabel true", &[b"caf\xe9", b"tea"])).unwrap();
     let utf8 = read(&labelled("@classLabel true", &["café".as_bytes(), b"tea"])).unwrap();
-    assert_eq!((&latin.classes, latin.notes.len(), utf8.notes.len()), (&utf8.classes, 1, 0));
+    assert_eq!((&latin.labels, latin.notes.len(), utf8.notes.len()), (&utf8.labels, 1, 0));
 }
 
 #[test]
@@ -83,7 +79,7 @@ fn what_no_label_is_read_from_may_hold_any_bytes() {
     bytes.extend("@classLabel true café thé\r\n@data\r\n# ".as_bytes());
     bytes.extend(b"\xe9\r\n1:th\xc3\xa9\r\n");
     let data = read(&bytes).unwrap();
-    assert_eq!((&data.classes[..], places(&data)), (&["café".to_string(), "thé".into()][..], vec![1]));
+    assert_eq!((&data.labels[..], places(&data)), (&["café".to_string(), "thé".into()][..], vec![1]));
     assert!(data.notes.is_empty(), "{:?}", data.notes);
     let error = read(b"\xff\xfe@\0d\0").unwrap_err();
     assert!(error.contains("UTF-16"), "{error}");
@@ -92,12 +88,12 @@ fn what_no_label_is_read_from_may_hold_any_bytes() {
 #[test]
 fn classes_that_the_header_does_not_list_are_those_of_the_lines() {
     let data = read(&labelled("@classLabel true", &[b"tea", b"b10", b"tea", b"cup"])).unwrap();
-    assert_eq!(data.classes, ["b10", "cup", "tea"]);
+    assert_eq!(data.labels, ["b10", "cup", "tea"]);
     assert_eq!(places(&data), [2, 0, 2, 1]);
     let data = read(&labelled("@classLabel true", &[b"10", b"9", b"-1"])).unwrap();
-    assert_eq!((&data.classes[..], places(&data)), (&["-1", "9", "10"].map(String::from)[..], vec![2, 1, 0]));
+    assert_eq!((&data.labels[..], places(&data)), (&["-1", "9", "10"].map(String::from)[..], vec![2, 1, 0]));
     let data = read(&labelled("@classLabel true", &[b"?", b"a"])).unwrap();
-    assert_eq!((data.classes.len(), data.cases[0].target), (1, Target::None));
+    assert_eq!((data.labels.len(), data.cases[0].target), (1, Target::None));
 }
 
 #[test]
@@ -111,7 +107,7 @@ fn other_spellings_of_a_class_are_that_class_and_said() {
     ] {
         let labels: Vec<_> = labels.iter().map(|label| label.as_bytes()).collect();
         let data = read(&labelled(header, &labels)).unwrap();
-        assert_eq!(data.classes, classes, "{header}");
+        assert_eq!(data.labels, classes, "{header}");
         assert_eq!(places(&data), expected, "{header}");
         assert!(noted(&data, "is read as"), "{:?}", data.notes);
     }
@@ -122,8 +118,8 @@ fn other_spellings_of_a_class_are_that_class_and_said() {
     assert!(error.contains("line 6: class `Ab` is not in the header's list: ab AB"), "{error}");
     // numbers so long that 64 bits take them for one
     let long = [&b"123456789012345678"[..], b"123456789012345679"];
-    assert_eq!(read(&labelled("@classLabel true", &long)).unwrap().classes.len(), 2);
-    assert_eq!(read(&labelled("@classLabel true a b a", &[b"b"])).unwrap().classes, ["a", "b"]);
+    assert_eq!(read(&labelled("@classLabel true", &long)).unwrap().labels.len(), 2);
+    assert_eq!(read(&labelled("@classLabel true a b a", &[b"b"])).unwrap().labels, ["a", "b"]);
 }
 
 #[test]
@@ -143,7 +139,7 @@ fn evenly_spaced_timestamps_are_dropped() {
         ),
     ] {
         let text = format!("@timestamps true\n@univariate true\n@classLabel true a b\n@data\n{lines}");
-        let data = Dataset::parse(&text).unwrap();
+        let data = parse(&text).unwrap();
         assert!(noted(&data, spacing) && noted(&data, "dropped"), "{:?}", data.notes);
         assert_eq!(places(&data), [0, 1, 0]);
         let first = &data.cases[0].frames;
@@ -151,10 +147,10 @@ fn evenly_spaced_timestamps_are_dropped() {
         assert_eq!(data.cases[1].frames, array![[1.0], [2.0]]);
     }
     let rounded = "(0.033,1),(0.067,2),(0.1,3),(0.133,4)";
-    assert!(Dataset::parse(&format!("@timestamps true\n@data\n{rounded}")).is_err(), "rounded to 3 % of the spacing");
+    assert!(parse(&format!("@timestamps true\n@data\n{rounded}")).is_err(), "rounded to 3 % of the spacing");
     let rounded = "(0.0333,1),(0.0667,2),(0.1,3),(0.1333,4)";
-    assert!(Dataset::parse(&format!("@timestamps true\n@data\n{rounded}")).is_ok());
-    let data = Dataset::parse("@timestamps true\n@dimensions 2\n@data\n(0,1),(1,2):(0,3),(1,4)\n").unwrap();
+    assert!(parse(&format!("@timestamps true\n@data\n{rounded}")).is_ok());
+    let data = parse("@timestamps true\n@dimensions 2\n@data\n(0,1),(1,2):(0,3),(1,4)\n").unwrap();
     assert_eq!(data.cases[0].frames, array![[1.0, 3.0], [2.0, 4.0]]);
 }
 
@@ -181,30 +177,34 @@ fn other_timestamps_are_refused_by_name() {
         ("(0,1),", "line 3: dimension 1: value 2"),
         ("", "no cases"),
     ] {
-        let error = Dataset::parse(&format!("@timestamps true\n@data\n{line}")).unwrap_err().to_string();
+        let error = parse(&format!("@timestamps true\n@data\n{line}")).unwrap_err().to_string();
         assert!(error.contains(expected), "{line}: {error}");
     }
     let text = "@timestamps true\n@dimensions 2\n@data\n(0,1),(1,2):(0,3),(2,4)\n";
-    let error = Dataset::parse(text).unwrap_err().to_string();
+    let error = parse(text).unwrap_err().to_string();
     assert!(error.contains("line 4: dimension 2: its timestamps are not those of dimension 1"), "{error}");
     // announced or not, the error speaks of timestamps
     let dates = "(2004-08-10 00:00:00,1.0),(2004-08-10 01:00:00,2.0):a";
     for header in ["@timestamps false\n@univariate true", "@univariate true\n"] {
-        let error = Dataset::parse(&format!("{header}\n@classLabel true a b\n@data\n{dates}")).unwrap_err().to_string();
-        assert!(error.starts_with("line 5: ") && error.contains("with timestamps the header needs"), "{error}");
+        let error = parse(&format!("{header}\n@classLabel true a b\n@data\n{dates}")).unwrap_err().to_string();
+        assert!(error.contains(": line 5: ") && error.contains("with timestamps the header needs"), "{error}");
     }
 }
 
 /// From a training file and a test file.
 fn prepared(train: &str, test: &str) -> Result<(hymba::train::Dataset, Vec<String>), String> {
-    let folder = tempfile::tempdir().unwrap();
+    let filled = |text: &str| {
+        let mut set = parse(text)?;
+        set.fill_missing();
+        Ok::<_, hymba::Error>(set)
+    };
     let prepare = || {
-        let path = file(&folder, train);
-        let data = classes::read(&path)?;
-        let task = classes::task(&data, &path)?;
-        classes::training(&task, data, &path)?;
-        let path = file(&folder, test);
-        classes::test(&task, classes::read(&path)?, &path)
+        let train = filled(train)?;
+        let task = train.task()?;
+        train.into_dataset(&task)?;
+        let test = filled(test)?;
+        let notes = test.compare_labels(&task);
+        Ok::<_, hymba::Error>((test.into_dataset(&task)?, notes))
     };
     prepare().map_err(|error| error.to_string())
 }
@@ -215,9 +215,7 @@ fn a_class_that_training_never_saw_counts_as_wrong() {
     let (test, notes) = prepared(train, "@classLabel true c B d A\n@data\n1:c\n2:B\n3:d\n4:A\n5:c\n").unwrap();
     assert_eq!(test.task().labels(), ["a", "b", "c", "d"]);
     assert_eq!(*test.targets(), Targets::Classes(vec![2, 1, 3, 0, 2]));
-    assert!(
-        notes.iter().any(|note| note.starts_with("3 test series are of classes that no") && note.ends_with("c, d"))
-    );
+    assert!(notes.iter().any(|note| note.starts_with("3 series are of classes that no") && note.ends_with("c, d")));
     assert!(notes.iter().any(|note| note == "class `B` is read as `b`"), "{notes:?}");
 
     let (_, notes) = prepared(train, "@classLabel true\n@data\n1:a\n").unwrap();
@@ -226,10 +224,11 @@ fn a_class_that_training_never_saw_counts_as_wrong() {
     let (test, _) = prepared(numbers, "@classLabel true 2.0 1.0\n@data\n1:2.0\n").unwrap();
     assert_eq!(*test.targets(), Targets::Classes(vec![1]));
     for (train, test, expected) in [
-        ("@targetLabel true\n@data\n1:0.5\n", train, "it is a regression problem"),
+        ("@targetLabel true\n@data\n1:0.5\n", train, "it is a classification"),
+        ("@targetLabel true\n@data\n1:0.5\n2:?\n", train, "series 2 has no number"),
         (train, "@targetLabel true\n@data\n1:0.5\n", "it is a regression problem"),
-        ("@classLabel false\n@data\n1\n", train, "have no classes"),
-        ("@classLabel true\n@data\n1:?\n", train, "have no classes"),
+        ("@classLabel false\n@data\n1\n", train, "have no targets"),
+        ("@classLabel true\n@data\n1:?\n", train, "have no targets"),
         (train, "@classLabel true a b\n@data\n1:?\n", "series 1 has no class"),
         ("@classLabel true a b\n@data\n1:a\n", train, "of 1 classes"),
     ] {
@@ -240,10 +239,10 @@ fn a_class_that_training_never_saw_counts_as_wrong() {
 
 #[test]
 fn what_is_missing_is_filled_and_said() {
-    let folder = tempfile::tempdir().unwrap();
     let text =
         "@dimensions 2\n@classLabel true a b\n@data\n?,?,1,?,2,?:NaN,3,?,?,4,?:a\n?,?,?:?,?,?:b\n?,?:1,2:a\n1:2:b\n";
-    let data = classes::read(&file(&folder, text)).unwrap();
+    let mut data = parse(text).unwrap();
+    data.fill_missing();
     assert_eq!(data.cases[0].frames, array![[1.0, 3.0], [1.0, 3.0], [1.0, 3.0], [1.0, 3.0], [2.0, 4.0]]);
     assert_eq!(data.cases[1].frames, array![[0.0, 0.0]]);
     assert_eq!(data.cases[2].frames, array![[0.0, 1.0], [0.0, 2.0]]);
@@ -256,9 +255,10 @@ fn what_is_missing_is_filled_and_said() {
     ] {
         assert!(noted(&data, words), "{words}: {:?}", data.notes);
     }
-    let whole = classes::read(&file(&folder, "@classLabel true a b\n@data\n1:a\n2:b\n")).unwrap();
+    let mut whole = parse("@classLabel true a b\n@data\n1:a\n2:b\n").unwrap();
+    whole.fill_missing();
     assert!(whole.notes.is_empty(), "{:?}", whole.notes);
     // dimensions of unequal lengths are no frames
-    let error = Dataset::parse("@classLabel true a\n@data\n1,2:3:a\n").unwrap_err().to_string();
+    let error = parse("@classLabel true a\n@data\n1,2:3:a\n").unwrap_err().to_string();
     assert!(error.contains("line 3: lengths differ: dimension 1 has 2, dimension 2 has 1"), "{error}");
 }

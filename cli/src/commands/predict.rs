@@ -1,10 +1,164 @@
-//! `hymba predict`.
+//! `hymba predict MODEL DATA`: classes with their probabilities, or numbers, as CSV; `--stream` frame by frame.
 
-use anyhow::{Result, bail};
+use std::io::{self, BufRead};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+use hymba::ndarray::Array2;
+use hymba::{Predictor, Task};
+use serde_json::{Map, Value, json};
+
+use crate::load::ThreadArgs;
+use crate::output::out;
+use crate::series::{Answer, Model, ReadArgs};
 
 #[derive(clap::Args)]
-pub struct Args {}
+pub struct Args {
+    /// A model that `hymba train` wrote.
+    model: PathBuf,
+    /// Series: .ts, .csv or .tsv. Their targets, if there are any, are not looked at.
+    #[arg(required_unless_present = "stream")]
+    data: Option<PathBuf>,
+    /// Reads frames from the standard input, one in each line, numbers separated by commas or spaces, and answers each line at once
+    /// with one of its own. An empty line begins another series.
+    #[arg(long, conflicts_with = "data")]
+    stream: bool,
+    /// Lines of JSON in place of CSV.
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    reading: ReadArgs,
+    #[command(flatten)]
+    threads: ThreadArgs,
+}
 
-pub fn run(_args: Args) -> Result<()> {
-    bail!("predict is not there yet")
+pub fn run(args: Args) -> Result<()> {
+    args.threads.start()?;
+    let model = Model::load(&args.model)?;
+    match &args.data {
+        Some(data) => whole(&args, &model, data),
+        None => match &model {
+            Model::Encoder(predictor) => stream(&args, predictor),
+            _ => bail!("{}: kernels look at whole series; train with --streaming", args.model.display()),
+        },
+    }
+}
+
+fn whole(args: &Args, model: &Model, data: &Path) -> Result<()> {
+    let task = model.task();
+    let set = args.reading.read_for(data, task)?;
+    let (ids, series): (Vec<_>, Vec<_>) = set.cases.into_iter().map(|case| (case.id, case.frames)).unzip();
+    let answers = Answer::all(task, &model.predict(&series)?);
+    let mut text = String::new();
+    if !args.json {
+        text += &header(task, Some("series"));
+    }
+    for (i, (id, answer)) in ids.into_iter().zip(answers).enumerate() {
+        let id = if id.is_empty() { i.to_string() } else { id };
+        text += &line(task, &answer, args.json, Some(("series", &id)));
+    }
+    out(text)
+}
+
+fn stream(args: &Args, predictor: &Predictor) -> Result<()> {
+    let (task, width) = (predictor.task(), predictor.predictor_options().encoder.embed_dim);
+    let mut state = predictor.new_state(1);
+    if !args.json {
+        out(header(task, None))?;
+    }
+    for (i, text) in io::stdin().lock().lines().enumerate() {
+        let text = text.context("the standard input")?;
+        if text.trim().is_empty() {
+            state = predictor.new_state(1);
+            continue;
+        }
+        let frame = frame(&text, width).with_context(|| format!("line {}", i + 1))?;
+        let outputs = predictor.step(&frame, &mut state)?;
+        for answer in Answer::all(task, &outputs) {
+            out(line(task, &answer, args.json, None))?;
+        }
+    }
+    Ok(())
+}
+
+fn frame(text: &str, width: usize) -> Result<Array2<f32>> {
+    let numbers = text.trim().trim_start_matches('[').trim_end_matches(']').split([',', ' ', '\t', ';']);
+    let numbers: Vec<f32> = numbers
+        .map(str::trim)
+        .filter(|number| !number.is_empty())
+        .map(|number| match number.parse::<f32>() {
+            Ok(parsed) if parsed.is_finite() => Ok(parsed),
+            _ => bail!("{number:?} is not a number"),
+        })
+        .collect::<Result<_>>()?;
+    let count = numbers.len();
+    Array2::from_shape_vec((1, width), numbers)
+        .ok()
+        .with_context(|| format!("it has {count} numbers, and the model's frames have {width}"))
+}
+
+/// The names of the columns.
+fn header(task: &Task, id: Option<&str>) -> String {
+    let mut names: Vec<String> = id.into_iter().map(str::to_string).collect();
+    if task.is_classification() {
+        names.push("predicted".into());
+        names.extend(task.labels().iter().map(|label| format!("p({label})")));
+    } else if task.outputs() == 1 {
+        names.push("predicted".into());
+    } else {
+        names.extend((0..task.outputs()).map(|i| format!("predicted_{i}")));
+    }
+    row(&names)
+}
+
+fn line(task: &Task, answer: &Answer, json: bool, id: Option<(&str, &str)>) -> String {
+    if json {
+        let mut object = Map::new();
+        if let Some((name, id)) = id {
+            object.insert(name.into(), id.into());
+        }
+        match &answer.label {
+            Some(label) => {
+                object.insert("predicted".into(), label.as_str().into());
+                let labels = task.labels().iter().cloned();
+                let all: Map<String, Value> = labels.zip(answer.numbers.iter().map(|p| json!(p))).collect();
+                object.insert("probabilities".into(), all.into());
+            }
+            None if answer.numbers.len() == 1 => drop(object.insert("predicted".into(), json!(answer.numbers[0]))),
+            None => drop(object.insert("predicted".into(), json!(answer.numbers))),
+        }
+        return Value::from(object).to_string() + "\n";
+    }
+    let fields = id.map(|(_, id)| id.to_string()).into_iter().chain(answer.label.clone());
+    let fields: Vec<String> = fields.chain(answer.numbers.iter().map(f32::to_string)).collect();
+    row(&fields)
+}
+
+/// A row of CSV.
+fn row(fields: &[String]) -> String {
+    let quoted = |field: &String| match field.contains([',', '"', '\n', '\r']) {
+        true => format!("\"{}\"", field.replace('"', "\"\"")),
+        false => field.clone(),
+    };
+    fields.iter().map(quoted).collect::<Vec<_>>().join(",") + "\n"
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn frames_are_read_from_lines_of_several_kinds() {
+        for text in ["1,2.5,-3", " 1 2.5 -3\r", "[1, 2.5, -3]", "1\t2.5\t-3"] {
+            assert_eq!(frame(text, 3).unwrap().as_slice(), Some(&[1.0, 2.5, -3.0][..]), "{text:?}");
+        }
+        for text in ["1,2", "1,2,x", "1,2,NaN", "1,2,inf", "1,2,3,4"] {
+            assert!(frame(text, 3).is_err(), "{text:?}");
+        }
+    }
+
+    #[test]
+    fn fields_with_commas_and_quotes_are_quoted() {
+        assert_eq!(row(&["a,b".into(), "say \"x\"".into(), "c".into()]), "\"a,b\",\"say \"\"x\"\"\",c\n");
+    }
 }

@@ -1,10 +1,182 @@
-//! `hymba train`.
+//! `hymba train DATA`: learns classes or numbers of series.
 
-use anyhow::{Result, bail};
+use std::fs;
+use std::path::{Path, PathBuf};
 
+use anyhow::{Context, Result, bail};
+use clap::ValueEnum;
+use hymba::train::{Dataset, Progress, Stopped, Trainer, TrainerOptions};
+use hymba::{Differences, Ensemble, Error, KernelPredictor, Pooling, Predictor, PredictorOptions, Task};
+
+use crate::interrupt::{self, Interrupted};
+use crate::load::ThreadArgs;
+use crate::output;
+use crate::series::{Model, ReadArgs};
+
+/// What no option sets follows from the series. A training that was interrupted goes on when the same is called again.
 #[derive(clap::Args)]
-pub struct Args {}
+pub struct Args {
+    /// Series with their classes or numbers: .ts, .csv or .tsv.
+    data: PathBuf,
+    /// The model to write.
+    #[arg(long, short, value_name = "FILE", default_value = "model.safetensors")]
+    out: PathBuf,
+    /// What tells series apart: ridge regression on features of fixed kernels, a Hymba encoder, or both, with the share that the
+    /// series say.
+    #[arg(long, value_enum, value_name = "WHAT", default_value_t = View::Both)]
+    view: View,
+    /// An encoder that answers frame by frame, for `predict --stream`.
+    #[arg(long, conflicts_with = "view")]
+    streaming: bool,
+    /// How often each series is seen.
+    #[arg(long, value_name = "N")]
+    epochs: Option<usize>,
+    /// Width of the encoder.
+    #[arg(long, value_name = "N")]
+    hidden: Option<usize>,
+    /// Blocks of the encoder.
+    #[arg(long, value_name = "N")]
+    layers: Option<usize>,
+    /// The highest learning rate.
+    #[arg(long, value_name = "X")]
+    learning_rate: Option<f32>,
+    /// Share of the series that only picks the best epoch.
+    #[arg(long, value_name = "X", default_value_t = 0.0)]
+    validation: f32,
+    /// Of kernels, weights, dropout and order.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    seed: u64,
+    /// Begins anew although there is a training to go on with.
+    #[arg(long)]
+    restart: bool,
+    #[command(flatten)]
+    reading: ReadArgs,
+    #[command(flatten)]
+    threads: ThreadArgs,
+}
 
-pub fn run(_args: Args) -> Result<()> {
-    bail!("train is not there yet")
+#[derive(ValueEnum, Clone, Copy, PartialEq)]
+enum View {
+    Both,
+    Kernels,
+    Encoder,
+}
+
+/// Past which a frame of a stream sees only through the state.
+const WINDOW: usize = 128;
+
+pub fn run(args: Args) -> Result<()> {
+    args.threads.start()?;
+    let set = args.reading.read(&args.data)?;
+    let task = set.task()?;
+    let data = set.into_dataset(&task)?;
+    let checkpoint = checkpoint_of(&args.out);
+    if args.restart && checkpoint.exists() {
+        fs::remove_dir_all(&checkpoint).with_context(|| checkpoint.display().to_string())?;
+    }
+    interrupt::listen()?;
+    // one for each training: of an ensemble, with a part of the series, and then with all
+    let mut trainings = 0;
+    let mut train = |part: &Dataset| {
+        trainings += 1;
+        eprintln!("trains an encoder on {} series", part.num_series());
+        train_encoder(&args, &task, part, &checkpoint.join(trainings.to_string()))
+    };
+    let model = match (args.view, args.streaming) {
+        (View::Encoder, _) | (_, true) => Model::Encoder(Box::new(train(&data)?)),
+        (View::Kernels, _) => Model::Kernels(Box::new(KernelPredictor::fit(&data, args.seed)?)),
+        (View::Both, _) => {
+            let ensemble = Ensemble::fit(&data, args.seed, train)?;
+            match ensemble.encoder() {
+                Some(_) => eprintln!("the encoder has a share of {:.1} beside the kernels", ensemble.share()),
+                None => eprintln!("kernels alone: an encoder promises nothing more"),
+            }
+            Model::Ensemble(Box::new(ensemble))
+        }
+    };
+    model.save(&args.out)?;
+    // the model is safe now
+    if checkpoint.exists() {
+        fs::remove_dir_all(&checkpoint).with_context(|| checkpoint.display().to_string())?;
+    }
+    eprintln!("the model is in {}", args.out.display());
+    Ok(())
+}
+
+/// Where a training keeps what it needs to go on.
+pub fn checkpoint_of(out: &Path) -> PathBuf {
+    let mut name = out.as_os_str().to_owned();
+    name.push(".checkpoint");
+    name.into()
+}
+
+fn train_encoder(args: &Args, task: &Task, data: &Dataset, checkpoint: &Path) -> Result<Predictor> {
+    let options = training(args, data).checkpoint(checkpoint);
+    let trainer = match Trainer::resume(checkpoint) {
+        Err(Error::Checkpoint { .. }) => None,
+        other => Some(other?),
+    };
+    let trainer = match trainer {
+        Some(trainer) if *trainer.options() != options => bail!(
+            "{}: a training with other options was interrupted; give the same, or --restart",
+            checkpoint.display()
+        ),
+        Some(trainer) => {
+            eprintln!("goes on with the training in {}", checkpoint.display());
+            trainer
+        }
+        None => {
+            if let Some(folder) = checkpoint.parent() {
+                fs::create_dir_all(folder).with_context(|| folder.display().to_string())?;
+            }
+            Trainer::new(Predictor::build(model(args, data), task.clone())?, options)?
+        }
+    };
+    let bar = output::progress_bar(0, "{wide_bar} {msg}");
+    let trained = trainer.fit(data, |progress| {
+        show(&bar, progress);
+        interrupt::flow()
+    })?;
+    bar.finish_and_clear();
+    match trained.stopped {
+        Stopped::Callback => {
+            Err(Interrupted("the epochs that were done are kept; call the same again to go on").into())
+        }
+        _ => Ok(trained.predictor),
+    }
+}
+
+fn show(bar: &indicatif::ProgressBar, progress: &Progress) {
+    bar.set_length((progress.epochs * progress.batches) as u64);
+    bar.set_position(((progress.epoch - 1) * progress.batches + progress.batch) as u64);
+    let accuracy = progress.train.accuracy.map_or(String::new(), |accuracy| format!(", accuracy {accuracy:.3}"));
+    let line = format!("epoch {}/{}, loss {:.3}{accuracy}", progress.epoch, progress.epochs, progress.train.loss);
+    // some twenty lines where there is no bar
+    let every = progress.epochs.div_ceil(20);
+    if bar.is_hidden() && progress.finished.is_some() && progress.epoch.is_multiple_of(every) {
+        eprintln!("{line}");
+    }
+    bar.set_message(format!("{line}, {} s left", progress.remaining.as_secs()));
+}
+
+fn model(args: &Args, data: &Dataset) -> PredictorOptions {
+    let mut options = PredictorOptions::recommended_for(data);
+    if args.streaming {
+        options.encoder.window_size = data.longest().clamp(1, WINDOW);
+        let differences = Differences::None;
+        options = options.stem(None).normalize_series(false).bidirectional(false).differences(differences);
+        options = options.pooling(Pooling::Last);
+    }
+    let encoder = &mut options.encoder;
+    encoder.seed = args.seed;
+    encoder.hidden_size = args.hidden.unwrap_or(encoder.hidden_size);
+    encoder.num_layers = args.layers.unwrap_or(encoder.num_layers);
+    options
+}
+
+fn training(args: &Args, data: &Dataset) -> TrainerOptions {
+    let mut options = TrainerOptions::recommended_for(data).seed(args.seed).validation_fraction(args.validation);
+    options.epochs = args.epochs.unwrap_or(options.epochs);
+    options.learning_rate = args.learning_rate.unwrap_or(options.learning_rate);
+    options
 }

@@ -117,6 +117,7 @@ impl Left for Columns<'_> {
         match (S::TILE_ROWS, S::TILE_LINES) {
             (12, 2) => columns.tiles::<S, W, N, 12, 2>(s, product, line),
             (6, 1) => columns.tiles::<S, W, N, 6, 1>(s, product, line),
+            (3, 1) => columns.tiles::<S, W, N, 3, 1>(s, product, line),
             _ => columns.tiles::<S, W, N, 2, 2>(s, product, line),
         }
     }

@@ -174,6 +174,8 @@ impl<X: LeftRows> Left for X {
         while row < m {
             // as even as can be: a tile of one row would wait for its own sums
             let rows = (m - row).div_ceil((m - row).div_ceil(most));
+            // no less than they are: the compiler leaves out the tiles that are never taken
+            let (rows, lines) = (rows.min(S::TILE_ROWS), lines.min(S::TILE_ROWS * S::TILE_LINES));
             match (rows, lines) {
                 (1, 8) => product.rows::<S, 1, 8>(s, row, line),
                 (_, 8) => product.rows::<S, 2, 8>(s, row, line),

@@ -6,6 +6,8 @@ use std::sync::OnceLock;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Isa {
     Scalar,
+    /// Of WebAssembly: in a module that is compiled for it, and there the only one outside tests.
+    Simd128,
     Avx2,
     Avx512,
     /// As `Avx512`, with an instruction for [`Simd::dot`](super::Simd::dot), which only [`dispatch_int_at`](super::dispatch_int_at) makes use of.
@@ -17,11 +19,15 @@ pub(crate) enum Isa {
 }
 
 impl Isa {
-    pub(crate) const ALL: [Isa; 6] = [Isa::Scalar, Isa::Avx2, Isa::Avx512, Isa::Avx512Vnni, Isa::Avx512Bf16, Isa::Amx];
+    pub(crate) const ALL: [Isa; 7] =
+        [Isa::Scalar, Isa::Simd128, Isa::Avx2, Isa::Avx512, Isa::Avx512Vnni, Isa::Avx512Bf16, Isa::Amx];
+
+    const HAS_SIMD128: bool = cfg!(all(target_arch = "wasm32", target_feature = "simd128"));
 
     pub(crate) fn name(self) -> &'static str {
         match self {
             Isa::Scalar => "scalar",
+            Isa::Simd128 => "simd128",
             Isa::Avx2 => "avx2",
             Isa::Avx512 | Isa::Avx512Vnni | Isa::Avx512Bf16 => "avx512",
             Isa::Amx => "amx",
@@ -30,7 +36,8 @@ impl Isa {
 
     pub(crate) fn is_available(self) -> bool {
         match self {
-            Isa::Scalar => true,
+            Isa::Scalar => cfg!(test) || !Isa::HAS_SIMD128,
+            Isa::Simd128 => Isa::HAS_SIMD128,
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => {
                 is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c")

@@ -144,6 +144,10 @@ impl<const MORE: u8> Simd for Avx512<MORE> {
         unsafe { _mm512_loadu_si512(x.as_ptr().cast()) }
     }
     #[inline(always)]
+    fn store_int(self, v: __m512i, x: &mut [u32; LANES]) {
+        unsafe { _mm512_storeu_si512(x.as_mut_ptr().cast(), v) }
+    }
+    #[inline(always)]
     fn splat_int(self, x: u32) -> __m512i {
         unsafe { _mm512_set1_epi32(x.cast_signed()) }
     }
@@ -294,6 +298,13 @@ impl Simd for Avx2 {
     #[inline(always)]
     fn load_int(self, x: &[u32; LANES]) -> Self::I {
         unsafe { [_mm256_loadu_si256(x.as_ptr().cast()), _mm256_loadu_si256(x.as_ptr().add(8).cast())] }
+    }
+    #[inline(always)]
+    fn store_int(self, v: Self::I, x: &mut [u32; LANES]) {
+        unsafe {
+            _mm256_storeu_si256(x.as_mut_ptr().cast(), v[0]);
+            _mm256_storeu_si256(x.as_mut_ptr().add(8).cast(), v[1]);
+        }
     }
     #[inline(always)]
     fn splat_int(self, x: u32) -> Self::I {

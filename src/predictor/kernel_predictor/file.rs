@@ -126,6 +126,9 @@ impl KernelPredictor {
         if task.is_frame_wise() {
             return Err(tensors.error("its task is one of frames, and kernel features are of whole series"));
         }
+        if task.is_multi_label() {
+            return Err(tensors.error("its task has several labels at once, which kernel features are not for"));
+        }
         plan.check().map_err(|reason| tensors.error(format!("its kernels are not usable: {reason}")))?;
         // every size of the plan stands in the shape of a tensor, whose numbers the file holds
         let shapes = plan.shapes(task.outputs());

@@ -1,5 +1,8 @@
 //! Rows of tokens to be learned.
 
+use std::ops::Range;
+
+use crate::train::{Hash, Ranks};
 use crate::{Error, Result};
 
 /// Rows of token ids, and which of their tokens are to be predicted.
@@ -92,16 +95,25 @@ impl TokenRows {
         (rows, self.masks.as_ref().map(|masks| indices.iter().map(|&i| masks[i].clone()).collect()))
     }
 
-    /// A number that other rows do not have.
-    pub(super) fn fingerprint(&self) -> u64 {
-        // FNV-1a over words
-        let mut hash = 0xcbf2_9ce4_8422_2325_u64;
-        let mut add = |word: u64| hash = (hash ^ word).wrapping_mul(0x0000_0100_0000_01b3);
-        for row in &self.rows {
-            add(row.len() as u64);
-            row.iter().for_each(|&id| add(u64::from(id)));
+    /// A number that other rows, of all ranks together, do not have.
+    pub(super) fn fingerprint_of_all(&self, ranks: &mut Ranks) -> Result<u64> {
+        let masks = |range: Range<usize>| self.masks.as_ref().map_or(&[][..], |masks| &masks[range]);
+        if ranks.sharded() {
+            let each = (0..self.len()).map(|i| fingerprint(&self.rows[i..=i], masks(i..i + 1)));
+            return ranks.sum_of_hashes(each.fold(0, u64::wrapping_add));
         }
-        self.masks.iter().flatten().flatten().for_each(|&mark| add(u64::from(mark)));
-        hash
+        let fingerprint = fingerprint(&self.rows, masks(0..self.len()));
+        ranks.compare("the rows", || fingerprint)?;
+        Ok(fingerprint)
     }
+}
+
+fn fingerprint(rows: &[Vec<u32>], masks: &[Vec<bool>]) -> u64 {
+    let mut hash = Hash::new();
+    for row in rows {
+        hash.add(row.len() as u64);
+        row.iter().for_each(|&id| hash.add(u64::from(id)));
+    }
+    masks.iter().flatten().for_each(|&mark| hash.add(u64::from(mark)));
+    hash.finish()
 }

@@ -1,11 +1,14 @@
 //! How well a predictor does on data.
 
 use ndarray::{Array3, s};
+use rand::SeedableRng;
+use rand::seq::SliceRandom;
 
 use super::{Metrics, TrainerOptions};
 use crate::layers::Rng;
 use crate::train::data::{Batch, BatchTargets, Mixed};
-use crate::train::{Dataset, cut};
+use crate::train::loss::Sums;
+use crate::train::{Alone, Dataset, Ranks, Targets, cut};
 use crate::{Error, Predictor, Result, argmax};
 
 /// How well `predictor` does on `data`, by the losses of `options`. The batch size has no influence but on memory and time.
@@ -28,9 +31,11 @@ use crate::{Error, Predictor, Result, argmax};
 /// ```
 pub fn evaluate(predictor: &Predictor, data: &Dataset, options: &TrainerOptions) -> Result<Metrics> {
     options.validate()?;
-    let part = Part::whole(data);
+    let (part, mut alone) = (Part::whole(data), Alone);
+    let mut ranks = Ranks::new(&mut alone, false)?;
     part.check(predictor, options)?;
-    part.measure(predictor, options)
+    part.mean_weight(options, &mut ranks)?;
+    Ok(part.measure(predictor, options, &ranks)?.metrics(predictor))
 }
 
 /// Some series of a set.
@@ -59,15 +64,7 @@ impl<'a> Part<'a> {
         options.augmentations.iter().try_for_each(|augmentation| augmentation.check(self.data.task()))?;
         let batch = self.data.batch(&self.indices[..1]);
         let z = Array3::zeros((1, batch.counts[0], predictor.task().outputs()));
-        score(predictor, z, batch, options, None)?;
-        if self.mean_weight(options) == 0.0 {
-            return Err(Error::Option {
-                option: "class_weights",
-                given: format!("{:?}", options.class_weights.as_deref().unwrap_or_default()),
-                allowed: "one class of the data at least must have a weight above 0".into(),
-            });
-        }
-        Ok(())
+        score(predictor, z, batch, options, None).map(drop)
     }
 
     /// Some series as they are learned from.
@@ -75,24 +72,65 @@ impl<'a> Part<'a> {
         self.data.augmented_batch(indices, &options.augmentations, rng)
     }
 
-    /// The mean class weight of the targets; 1 without class weights.
-    pub fn mean_weight(&self, options: &TrainerOptions) -> f64 {
-        let Some(weights) = &options.class_weights else { return 1.0 };
-        let of_all = self.data.classes(&self.indices).map(|class| f64::from(weights[class]));
-        let (sum, count) = of_all.fold((0.0, 0u64), |(sum, count), weight| (sum + weight, count + 1));
-        if count == 0 { 1.0 } else { sum / count as f64 }
+    /// A number by which to notice that the data of all ranks are others. All must have the same where each has all.
+    pub fn fingerprint(&self, ranks: &mut Ranks) -> Result<u64> {
+        if ranks.sharded() {
+            return ranks.sum_of_hashes(self.data.fingerprint_of_parts());
+        }
+        let fingerprint = self.data.fingerprint();
+        ranks.compare("the data", || fingerprint)?;
+        Ok(fingerprint)
     }
 
-    pub fn measure(&self, predictor: &Predictor, options: &TrainerOptions) -> Result<Metrics> {
+    /// The series of this rank in each of the `count` steps of an epoch, in an order drawn from the seed, and what this rank draws
+    /// further from.
+    pub fn steps(&self, count: usize, seed: u64, epoch: usize, ranks: &Ranks) -> (Vec<Vec<usize>>, Rng) {
+        let stream = |stream| {
+            let mut rng = Rng::seed_from_u64(seed);
+            rng.set_stream(stream);
+            rng
+        };
+        let mut of_all = stream(epoch as u64 + 1);
+        let mut own = stream(1 << 63 | (ranks.rank() as u64) << 32 | (epoch as u64 + 1));
+        let mut steps =
+            self.data.sorted_batches(&self.indices, count, if ranks.sharded() { &mut own } else { &mut of_all });
+        // the same order on all ranks, so that they have series of like length at a time
+        steps.shuffle(&mut of_all);
+        let steps = steps.into_iter().map(|step| ranks.share(&step)).collect();
+        (steps, if ranks.is_first() { of_all } else { own })
+    }
+
+    /// The mean class weight of the targets of all ranks; 1 without class weights.
+    pub fn mean_weight(&self, options: &TrainerOptions, ranks: &mut Ranks) -> Result<f64> {
+        let Some(weights) = &options.class_weights else { return Ok(1.0) };
+        let of_all = self.data.classes(&self.indices).map(|class| f64::from(weights[class]));
+        let (sum, count) = of_all.fold((0.0, 0.0), |(sum, count), weight| (sum + weight, count + 1.0));
+        let mut sums = [sum, count];
+        ranks.sum_of_data(&mut sums)?;
+        let [sum, count] = sums;
+        if count == 0.0 {
+            return Ok(1.0);
+        } else if sum == 0.0 {
+            return Err(Error::Option {
+                option: "class_weights",
+                given: format!("{weights:?}"),
+                allowed: "one class of the data at least must have a weight above 0".into(),
+            });
+        }
+        Ok(sum / count)
+    }
+
+    /// This rank's share of what all measure.
+    pub fn measure(&self, predictor: &Predictor, options: &TrainerOptions, ranks: &Ranks) -> Result<Totals> {
         let mut indices = self.indices.clone();
         indices.sort_by_key(|&i| self.data.series()[i].nrows());
-        let mut totals = Totals::default();
+        let (indices, mut totals) = (ranks.share(&indices), Totals::default());
         for batch in cut(indices.len(), options.batch_size) {
             let batch = self.data.batch(&indices[batch]);
             let z = predictor.run(&batch.x, Some(&batch.lengths), self.data.task().is_frame_wise())?;
             totals.add(&score(predictor, z, batch, options, None)?.0);
         }
-        Ok(totals.metrics(predictor))
+        Ok(totals)
     }
 }
 
@@ -116,6 +154,22 @@ impl Totals {
         self.count += other.count;
     }
 
+    /// All of them, to be added up over ranks.
+    pub fn numbers(&self) -> [f64; 5] {
+        [self.loss, self.weight, self.plain_loss, self.right as f64, self.count as f64]
+    }
+
+    pub fn of_numbers([loss, weight, plain_loss, right, count]: [f64; 5]) -> Self {
+        Totals { loss, weight, plain_loss, right: right as usize, count: count as usize }
+    }
+
+    /// Those of all ranks.
+    pub fn of_all(own: Result<Totals>, ranks: &mut Ranks) -> Result<Totals> {
+        let mut numbers = own.as_ref().map_or([0.0; 5], Totals::numbers);
+        ranks.agree(own.map(drop), false, &mut numbers)?;
+        Ok(Totals::of_numbers(numbers))
+    }
+
     /// Of targets that are one's own by a share, and another's for the rest.
     pub fn mixed(self, other: &Totals, share: f32) -> Totals {
         let share = f64::from(share);
@@ -131,7 +185,7 @@ impl Totals {
     pub fn metrics(&self, predictor: &Predictor) -> Metrics {
         // of nothing 0, but not where NaN was seen
         let mean = |sum: f64, of: f64| (if of > 0.0 { sum / of } else { 0.0 * sum }) as f32;
-        let of_all = |sum| predictor.task().is_classification().then(|| mean(sum, self.count as f64));
+        let of_all = |sum| (!predictor.task().is_regression()).then(|| mean(sum, self.count as f64));
         Metrics {
             loss: mean(self.loss, self.weight),
             plain_loss: of_all(self.plain_loss),
@@ -150,12 +204,14 @@ pub(super) fn score(
     divisor: Option<f64>,
 ) -> Result<(Totals, Array3<f32>)> {
     let counts = &batch.counts;
-    let mut right = 0;
+    let (mut right, mut count) = (0, counts.iter().sum());
     let sums = match batch.targets {
         BatchTargets::Classes(classes) => {
             let predicted = argmax(&z);
-            for (row, &count) in counts.iter().enumerate() {
-                let [given, wanted] = [&predicted, &classes].map(|of| of.slice(s![row, ..count]));
+            count = 0;
+            for (row, &frames) in counts.iter().enumerate() {
+                let [given, wanted] = [&predicted, &classes].map(|of| of.slice(s![row, ..frames]));
+                count += wanted.iter().filter(|wanted| **wanted != Targets::IGNORED).count();
                 right += given.iter().zip(wanted).filter(|(given, wanted)| given == wanted).count();
             }
             options.cross_entropy().evaluate_sums(&z, &classes, Some(counts), divisor)?
@@ -166,7 +222,14 @@ pub(super) fn score(
             }
             options.regression_loss.evaluate_sums(&z, &values, Some(counts), divisor)?
         }
+        BatchTargets::Labels(labels) => {
+            right = z.iter().zip(&labels).filter(|(z, label)| (**z > 0.0) == (**label > 0.5)).count();
+            let sums = options.binary_cross_entropy().evaluate_sums(&z, &labels, Some(counts), divisor)?;
+            // right and wrong is counted by the label
+            count = labels.len();
+            let plain = sums.plain * labels.dim().2 as f64;
+            Sums { plain, ..sums }
+        }
     };
-    let count = counts.iter().sum();
     Ok((Totals { loss: sums.loss, weight: sums.weight, plain_loss: sums.plain, right, count }, sums.gradient))
 }

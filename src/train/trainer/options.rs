@@ -7,7 +7,7 @@ use serde::de::Error as _;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use serde_json::{Map, Value};
 
-use crate::train::{AdamWOptions, Augmentation, CrossEntropy, RegressionLoss, Schedule};
+use crate::train::{AdamWOptions, Augmentation, BinaryCrossEntropy, CrossEntropy, RegressionLoss, Schedule};
 use crate::{Error, Result};
 
 /// How the learning rate falls after the warm-up.
@@ -232,6 +232,9 @@ impl TrainerOptions {
     ///
     /// So every target pulls by its own weight, whatever else is in its batch, and the learning rate means the same as without
     /// class weights. Targets are series, or frames where each has a class.
+    ///
+    /// Where several labels can be right ([`Task::MultiLabel`](crate::Task::MultiLabel)) they are the weights of a label's being right,
+    /// [`BinaryCrossEntropy::positive_weights`], and the mean is over all labels.
     pub fn class_weights(mut self, class_weights: impl Into<Vec<f32>>) -> Self {
         self.class_weights = Some(class_weights.into());
         self
@@ -372,6 +375,14 @@ impl TrainerOptions {
         let warm_up = (f64::from(self.warm_up) * steps as f64) as u64;
         let schedule = schedule.warm_up(warm_up.min(steps.saturating_sub(1)));
         self.adamw.clone().schedule(schedule)
+    }
+
+    pub(super) fn binary_cross_entropy(&self) -> BinaryCrossEntropy {
+        let loss = BinaryCrossEntropy::new().label_smoothing(self.label_smoothing);
+        match &self.class_weights {
+            Some(weights) => loss.positive_weights(weights.as_slice()),
+            None => loss,
+        }
     }
 
     pub(super) fn cross_entropy(&self) -> CrossEntropy {

@@ -14,10 +14,11 @@ pub struct Metrics {
     /// with class weights as Σ weight·loss / Σ weight, over all of them together. In a regression with an output normalization
     /// its unit is that of the normalized targets.
     pub loss: f32,
-    /// Mean of −ln p of the right class, in a classification: the cross-entropy without label smoothing and class weights.
+    /// Mean of −ln p of the right class, in a classification: the cross-entropy without label smoothing and class weights. Where several
+    /// labels can be right, the mean over all of them.
     #[serde(default)]
     pub plain_loss: Option<f32>,
-    /// Share of the series or frames whose class is right, in a classification.
+    /// Share of the series or frames whose class is right, in a classification; of the labels, where several can be right.
     pub accuracy: Option<f32>,
 }
 
@@ -74,6 +75,25 @@ pub struct Progress {
     pub remaining: Duration,
 }
 
+impl Progress {
+    /// Before the first batch of an epoch, counted from 0.
+    pub(super) fn begin(epoch: usize, epochs: usize, batches: usize, train: Metrics) -> Self {
+        Progress {
+            epoch: epoch + 1,
+            epochs,
+            batch: 0,
+            batches,
+            train,
+            learning_rate: 0.0,
+            gradient_norm: 0.0,
+            skipped: 0,
+            finished: None,
+            elapsed: Duration::ZERO,
+            remaining: Duration::ZERO,
+        }
+    }
+}
+
 /// Why a training ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
@@ -128,8 +148,9 @@ impl Clock {
     pub fn at(&self, progress: Progress) -> Progress {
         let elapsed = self.began.map_or(Duration::ZERO, |began| began.elapsed());
         let done = (progress.epoch as u64 - 1) * progress.batches as u64 + progress.batch as u64;
-        let pace = elapsed.as_secs_f64() / (done - self.before).max(1) as f64;
-        let remaining = Duration::try_from_secs_f64(pace * (self.all - done) as f64).unwrap_or(Duration::MAX);
+        let pace = elapsed.as_secs_f64() / done.saturating_sub(self.before).max(1) as f64;
+        let remaining =
+            Duration::try_from_secs_f64(pace * self.all.saturating_sub(done) as f64).unwrap_or(Duration::MAX);
         Progress { elapsed, remaining, ..progress }
     }
 }

@@ -1,19 +1,39 @@
-//! Values with timestamps, `(time,value)`: read where the times are evenly spaced, and then left out.
+//! The times of frames: evenly spaced ones are left out, others can become a channel. Values with timestamps, `(time,value)`.
 
-use super::{short, value};
+use super::{TimeInput, short, value};
 
 /// How far a time may lie from where even spacing would have it, as a share of the spacing: times are often rounded.
 const ROUNDED: f64 = 0.01;
 
+const DISORDER: &str = "the timestamps do not ascend: put the values in the order of time, each time once";
+
 /// The times of a series.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Times {
+pub(super) struct Times {
     /// As numbers; dates in seconds.
-    times: Vec<f64>,
-    are_dates: bool,
+    pub times: Vec<f64>,
+    pub are_dates: bool,
 }
 
 impl Times {
+    /// The channel that they become.
+    pub fn channel(&self, time: TimeInput) -> Result<Vec<f32>, String> {
+        let form = |delta: f64| match time {
+            TimeInput::LogDelta => delta.ln() as f32,
+            TimeInput::Even | TimeInput::Delta => delta as f32,
+        };
+        let steps = || self.times.windows(2).map(|pair| pair[1] - pair[0]);
+        let all: Vec<f32> = std::iter::once(steps().next().unwrap_or(1.0)).chain(steps()).map(form).collect();
+        // written so that a number that is none fails
+        if !steps().all(|step| step > 0.0) {
+            return Err(DISORDER.into());
+        }
+        match all.iter().any(|delta| !delta.is_finite()) {
+            true => Err("the timestamps are so far apart that 32-bit numbers do not hold the differences".into()),
+            false => Ok(all),
+        }
+    }
+
     /// The time from one value to the next, `None` for a single one.
     pub fn spacing(&self) -> Result<Option<Spacing>, String> {
         let [first, .., last] = self.times[..] else { return Ok(None) };
@@ -23,13 +43,14 @@ impl Times {
         let (least, most) = (steps().fold(f64::INFINITY, f64::min), steps().fold(f64::NEG_INFINITY, f64::max));
         // false for a number that is none, too
         if !(least > 0.0 && each.is_finite()) {
-            return Err("the timestamps do not ascend: put the values in the order of time, each time once".into());
+            return Err(DISORDER.into());
         }
         let due = |i: usize| first + i as f64 * each;
         if self.times.iter().enumerate().any(|(i, time)| (time - due(i)).abs() > ROUNDED * each) {
             return Err(format!(
                 "the timestamps are uneven, {} to {} apart: a frame has no time of its own, so only evenly spaced \
-                 values are read; resample them, or put `?` where values are missing",
+                 values are read; resample them, put `?` where values are missing, or make the times an input \
+                 (TimeInput)",
                 spacing(least).amount(),
                 spacing(most).amount()
             ));
@@ -46,11 +67,12 @@ pub struct Spacing {
 }
 
 impl Spacing {
-    /// Whether they are equal but for rounding.
+    /// Whether both are equal but for rounding.
     pub fn is_like(self, other: Spacing) -> bool {
         self.are_dates == other.are_dates && (self.each - other.each).abs() <= ROUNDED * self.each.max(other.each)
     }
 
+    /// In seconds where the times are dates, and otherwise in the unit of the file.
     pub fn amount(self) -> String {
         // what is left over is the rounding of f64
         let each = (self.each * 1e6).round() / 1e6;
@@ -59,8 +81,31 @@ impl Spacing {
     }
 }
 
+/// What all series must have the same of, since it is dropped: that of the series before, and of one more.
+pub(super) fn common(before: Option<Spacing>, new: Option<Spacing>) -> Result<Option<Spacing>, String> {
+    match (before, new) {
+        (Some(before), Some(new)) if !before.is_like(new) => Err(format!(
+            "its timestamps are {} apart, those of the series before {}; give all series one spacing",
+            new.amount(),
+            before.amount()
+        )),
+        (before, new) => Ok(before.or(new)),
+    }
+}
+
+/// What was done with timestamps.
+pub(super) fn note(time: TimeInput, spacing: Option<Spacing>) -> String {
+    match time.channel() {
+        Some(name) => format!("the timestamps become the channel `{name}`"),
+        None => {
+            let apart = spacing.map_or("one a series".into(), |spacing| format!("evenly {} apart", spacing.amount()));
+            format!("the timestamps ({apart}) are dropped")
+        }
+    }
+}
+
 /// Reads `(time,value),(time,value)`.
-pub fn read(field: &str) -> Result<(Vec<f32>, Times), String> {
+pub(super) fn read(field: &str) -> Result<(Vec<f32>, Times), String> {
     let mut values = Vec::new();
     let mut times = Times { times: Vec::new(), are_dates: false };
     let mut rest = field;
@@ -88,7 +133,7 @@ pub fn read(field: &str) -> Result<(Vec<f32>, Times), String> {
 }
 
 /// A time, and whether it is a date.
-fn read_time(text: &str) -> Result<(f64, bool), String> {
+pub(super) fn read_time(text: &str) -> Result<(f64, bool), String> {
     let number = text.parse().ok().filter(|number: &f64| number.is_finite()).map(|number| (number, false));
     number.or_else(|| date(text).map(|seconds| (seconds, true))).ok_or_else(|| {
         format!("`{}` is not a timestamp: a number, or a date such as 2004-08-10 or 2004-08-10 14:30:00", short(text))

@@ -6,7 +6,7 @@ use super::short;
 
 /// The classes of one file.
 #[derive(Default)]
-pub struct Labels {
+pub(super) struct Labels {
     names: Vec<String>,
     /// Whether a header lists them all; otherwise they are what the lines have.
     listed: bool,
@@ -81,7 +81,7 @@ impl Labels {
 /// The place of a label among the names of classes: its own spelling, or else the only one that differs from it in nothing but
 /// case, which sktime and aeon ignore, too, or in how a number is written (`1` and `1.0`). Case is that of ASCII: other letters may be
 /// of an encoding that was guessed.
-pub fn find(names: &[String], label: &str) -> Option<usize> {
+pub(super) fn find(names: &[String], label: &str) -> Option<usize> {
     if let Some(class) = names.iter().position(|name| name == label) {
         return Some(class);
     }
@@ -91,7 +91,7 @@ pub fn find(names: &[String], label: &str) -> Option<usize> {
 }
 
 /// What is said where a class is spelled in another way.
-pub fn read_as(label: &str, name: &str) -> String {
+pub(super) fn read_as(label: &str, name: &str) -> String {
     format!("class `{}` is read as `{}`", short(label), short(name))
 }
 

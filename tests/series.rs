@@ -1,20 +1,19 @@
-//! The examples' reader of `.ts` files.
-
-#[path = "../examples/support/ts.rs"]
-mod ts;
-
-use std::path::Path;
+//! Series from files.
 
 use hymba::ndarray::{array, s};
-use ts::{Dataset, Target, cut_missing_end, fill_missing, pad};
+use hymba::series::{ReadOptions, SeriesSet, Target, TimeInput};
 
-fn shipped(part: &str) -> Dataset {
+fn shipped(part: &str) -> SeriesSet {
     let path = format!("{}/examples/data/JapaneseVowels_{part}.ts", env!("CARGO_MANIFEST_DIR"));
-    Dataset::read(Path::new(&path)).expect("a file of this repository")
+    SeriesSet::read(path, &ReadOptions::default()).expect("a file of this repository")
+}
+
+fn parse(text: &str) -> hymba::Result<SeriesSet> {
+    SeriesSet::from_ts(text, &ReadOptions::default())
 }
 
 fn error(text: &str) -> String {
-    Dataset::parse(text).expect_err(text).to_string()
+    parse(text).expect_err(text).to_string()
 }
 
 #[test]
@@ -22,7 +21,7 @@ fn the_shipped_files_are_what_their_authors_say() {
     for (part, cases) in [("TRAIN", 270), ("TEST", 370)] {
         let data = shipped(part);
         let lengths: Vec<usize> = data.cases.iter().map(|case| case.frames.nrows()).collect();
-        assert_eq!((data.name.as_str(), data.dims, data.classes.len()), ("JapaneseVowels", 12, 9));
+        assert_eq!((data.name.as_str(), data.width(), data.labels.len()), ("JapaneseVowels", 12, 9));
         assert_eq!(data.cases.len(), cases);
         assert!(lengths.iter().all(|length| (7..=29).contains(length)));
         assert!(data.cases.iter().all(|case| case.frames.iter().all(|value| value.is_finite())));
@@ -38,9 +37,9 @@ fn the_shipped_files_are_what_their_authors_say() {
 fn univariate_cases_with_classes_missing_values_and_comments() {
     let text = "\u{feff}# a comment\r\n@PROBLEMNAME Tiny\r\n@TimeStamps FALSE\r\n@univariate true\r\n\
                 @classlabel true up down\r\n@Data\r\n1, ?,3:down\r\n\r\n% another\r\nNaN,-2e-1:up\r\n5:?\r\n";
-    let data = Dataset::parse(text).unwrap();
-    assert_eq!((data.name.as_str(), data.dims), ("Tiny", 1));
-    assert_eq!(data.classes, ["up", "down"]);
+    let data = parse(text).unwrap();
+    assert_eq!((data.name.as_str(), data.width()), ("Tiny", 1));
+    assert_eq!(data.labels, ["up", "down"]);
     let targets: Vec<Target> = data.cases.iter().map(|case| case.target).collect();
     assert_eq!(targets, [Target::Class(1), Target::Class(0), Target::None]);
     assert_eq!(data.cases[0].frames.dim(), (3, 1));
@@ -50,12 +49,12 @@ fn univariate_cases_with_classes_missing_values_and_comments() {
 
 #[test]
 fn regression_targets_and_no_targets() {
-    let data = Dataset::parse("@targetLabel true\n@data\n1,2:3,4:0.5\n5:6:?\n").unwrap();
-    assert_eq!((data.dims, data.cases[0].target, data.cases[1].target), (2, Target::Value(0.5), Target::None));
+    let data = parse("@targetLabel true\n@data\n1,2:3,4:0.5\n5:6:?\n").unwrap();
+    assert_eq!((data.width(), data.cases[0].target, data.cases[1].target), (2, Target::Value(0.5), Target::None));
     assert_eq!(data.cases[0].frames, array![[1.0, 3.0], [2.0, 4.0]]);
 
-    let data = Dataset::parse("@classLabel false\n@dimension 2\n@data\n1,2:3,4\n").unwrap();
-    assert_eq!((data.dims, data.cases[0].target), (2, Target::None));
+    let data = parse("@classLabel false\n@dimension 2\n@data\n1,2:3,4\n").unwrap();
+    assert_eq!((data.width(), data.cases[0].target), (2, Target::None));
 }
 
 #[test]
@@ -95,54 +94,42 @@ fn errors_name_the_line_and_the_fault() {
         let error = error(text);
         assert!(error.contains(expected), "{text:?}\n  gives   {error}\n  without {expected}");
     }
-    let missing = Dataset::read(Path::new("no/such/file.ts")).unwrap_err().to_string();
+    let missing = SeriesSet::read("no/such/file.ts", &ReadOptions::default()).unwrap_err().to_string();
     assert!(missing.starts_with("no/such/file.ts: "), "{missing}");
-}
-
-#[test]
-fn missing_values_take_the_one_before() {
-    let nan = f32::NAN;
-    let mut frames = array![[nan, nan, 1.0], [2.0, nan, nan], [nan, nan, nan], [4.0, nan, 3.0]];
-    assert_eq!(fill_missing(&mut frames), 8);
-    assert_eq!(frames, array![[2.0, 0.0, 1.0], [2.0, 0.0, 1.0], [2.0, 0.0, 1.0], [4.0, 0.0, 3.0]]);
-    assert_eq!(fill_missing(&mut frames), 0);
-}
-
-#[test]
-fn frames_missing_at_the_end_are_cut_off() {
-    let nan = f32::NAN;
-    let mut frames = array![[nan, nan], [1.0, nan], [nan, nan], [nan, 2.0], [nan, nan], [nan, nan]];
-    assert_eq!(cut_missing_end(&mut frames), 2);
-    assert_eq!((frames.nrows(), frames[[3, 1]]), (4, 2.0));
-    assert_eq!(cut_missing_end(&mut frames), 0);
-    let mut nothing = array![[nan], [nan]];
-    assert_eq!((cut_missing_end(&mut nothing), nothing.nrows()), (1, 1));
-}
-
-#[test]
-fn padding_keeps_every_frame() {
-    let data = shipped("TEST");
-    let (frames, lengths) = pad(&data.cases[..5]);
-    assert_eq!(frames.dim(), (5, *lengths.iter().max().unwrap(), 12));
-    for (row, case) in data.cases[..5].iter().enumerate() {
-        assert_eq!(frames.slice(s![row, ..lengths[row], ..]), case.frames);
-        assert!(frames.slice(s![row, lengths[row].., ..]).iter().all(|&value| value == 0.0));
-    }
-    let chosen = [&data.cases[300], &data.cases[7]];
-    assert_eq!(pad(&chosen).1, [chosen[0].frames.nrows(), chosen[1].frames.nrows()]);
-    assert_eq!(pad::<ts::Case>(&[]).0.dim(), (0, 0, 0));
 }
 
 #[test]
 fn a_damaged_file_gives_a_dataset_or_an_error() {
     let text = "@univariate false\n@dimensions 2\n@classLabel true a b\n@data\n1,2.5:3,?:a\n-4:5e1:b\n";
     for (at, _) in text.char_indices() {
-        let _ = Dataset::parse(&text[..at]);
+        let _ = parse(&text[..at]);
         for other in ["", ":", ",", "?", "@", "\n", "\0", "é", "9e99", "true", "@data\n"] {
             let damaged = format!("{}{other}{}", &text[..at], &text[at + 1..]);
-            if let Ok(data) = Dataset::parse(&damaged) {
-                assert!(data.cases.iter().all(|case| case.frames.ncols() == data.dims), "{damaged:?}");
+            if let Ok(data) = parse(&damaged) {
+                assert!(data.cases.iter().all(|case| case.frames.ncols() == data.width()), "{damaged:?}");
             }
         }
     }
+}
+
+#[test]
+fn times_become_a_channel_where_that_is_asked_for() {
+    let text = "@timestamps true\n@classLabel true a b\n@data\n(0,5),(1,6),(3,7),(3.5,?):a\n(9,1):b\n";
+    let read = |time| SeriesSet::from_ts(text, &ReadOptions::default().time(time));
+    let set = read(TimeInput::Delta).unwrap();
+    assert_eq!(set.channels, ["dimension 1", "dt"]);
+    assert_eq!(set.cases[0].frames.column(1), array![1.0, 1.0, 2.0, 0.5]);
+    assert_eq!(set.cases[1].frames, array![[1.0, 1.0]]);
+    assert!(set.notes.iter().any(|note| note.contains("become the channel `dt`")), "{:?}", set.notes);
+    let set = read(TimeInput::LogDelta).unwrap();
+    assert_eq!(set.cases[0].frames.column(1), array![0.0, 0.0, 2f32.ln(), 0.5f32.ln()]);
+    assert_eq!(set.cases[1].frames, array![[1.0, 0.0]]);
+
+    let error = read(TimeInput::Even).unwrap_err().to_string();
+    assert!(error.contains("line 4: the timestamps are uneven, 0.5 to 2 apart"), "{error}");
+    let ask =
+        |text: &str| SeriesSet::from_ts(text, &ReadOptions::default().time(TimeInput::Delta)).unwrap_err().to_string();
+    assert!(ask("@data\n1,2\n").contains("line 1: times are to be an input, and the file has no timestamps"));
+    assert!(ask("@timestamps true\n@data\n(1,1),(1,2)\n").contains("line 3: the timestamps do not ascend"));
+    assert!(ask("@timestamps true\n@data\n(-1e300,1),(1e300,2)\n").contains("so far apart"));
 }

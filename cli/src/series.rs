@@ -1,0 +1,166 @@
+//! Series from files: how they are read, and models of them.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Result, bail};
+use clap::{Args, ValueEnum};
+use hymba::ndarray::{Array2, Axis};
+use hymba::series::{Column, CsvLayout, ReadOptions, SeriesSet, TargetKind, TimeInput};
+use hymba::{Ensemble, KernelPredictor, Predictor, Task, argmax, softmax};
+
+use crate::header;
+
+/// How a file of series is read. What ends in .csv or .tsv is a table, everything else in the format .ts of the UEA and UCR archives.
+#[derive(Args, Clone)]
+#[command(next_help_heading = "Reading")]
+pub struct ReadArgs {
+    /// Column of what is to be predicted: its name, or its place from 0 [default: target, class or label].
+    #[arg(long, value_name = "COLUMN")]
+    target: Option<String>,
+    /// Whether the targets are classes or numbers [default: numbers if there are fractions].
+    #[arg(long, value_enum, value_name = "KIND")]
+    targets: Option<Kind>,
+    /// Whether a row of a table is a series or a frame [default: a frame, if there are columns of id and time].
+    #[arg(long, value_enum, value_name = "WHAT")]
+    row: Option<Row>,
+    /// Column that says which series a frame is of.
+    #[arg(long, value_name = "COLUMN")]
+    id: Option<String>,
+    /// Column of the times of frames.
+    #[arg(long, value_name = "COLUMN")]
+    time_column: Option<String>,
+    /// The first row of a table has values, not names.
+    #[arg(long)]
+    no_header: bool,
+    /// What separates the columns of a table.
+    #[arg(long, value_name = "C")]
+    delimiter: Option<char>,
+    /// What becomes of timestamps: dropped, or made an input as the time since the frame before, or its logarithm.
+    #[arg(long, value_enum, value_name = "HOW", default_value_t = Time::Even)]
+    time: Time,
+}
+
+#[derive(ValueEnum, Clone, Copy)]
+enum Kind {
+    Classes,
+    Numbers,
+}
+
+#[derive(ValueEnum, Clone, Copy)]
+enum Row {
+    Series,
+    Frame,
+}
+
+#[derive(ValueEnum, Clone, Copy)]
+enum Time {
+    Even,
+    Delta,
+    LogDelta,
+}
+
+impl ReadArgs {
+    /// The series of a file, without gaps; what is to be known of them goes to stderr.
+    pub fn read(&self, path: &Path) -> Result<SeriesSet> {
+        let column = |text: &String| text.parse().map_or_else(|_| Column::Name(text.clone()), Column::Index);
+        let mut options = ReadOptions::default().header(!self.no_header);
+        options.target = self.target.as_ref().map(column);
+        options.id = self.id.as_ref().map(column);
+        options.time_column = self.time_column.as_ref().map(column);
+        options.delimiter = self.delimiter;
+        options.target_kind = match self.targets {
+            None => TargetKind::Auto,
+            Some(Kind::Classes) => TargetKind::Classes,
+            Some(Kind::Numbers) => TargetKind::Values,
+        };
+        options.layout = self.row.map(|row| match row {
+            Row::Series => CsvLayout::Wide,
+            Row::Frame => CsvLayout::Long,
+        });
+        options.time = match self.time {
+            Time::Even => TimeInput::Even,
+            Time::Delta => TimeInput::Delta,
+            Time::LogDelta => TimeInput::LogDelta,
+        };
+        let mut set = SeriesSet::read(path, &options)?;
+        set.fill_missing();
+        set.notes.iter().for_each(|note| eprintln!("{}: {note}", path.display()));
+        Ok(set)
+    }
+
+    /// As [`read`](Self::read), to be predicted by a model of this task: the targets of a table are of its kind, whatever they look like.
+    pub fn read_for(&self, path: &Path, task: &Task) -> Result<SeriesSet> {
+        let kind = if task.is_classification() { Kind::Classes } else { Kind::Numbers };
+        ReadArgs { targets: self.targets.or(Some(kind)), ..self.clone() }.read(path)
+    }
+}
+
+/// A trained model of series.
+pub enum Model {
+    Ensemble(Box<Ensemble>),
+    Kernels(Box<KernelPredictor>),
+    Encoder(Box<Predictor>),
+}
+
+impl Model {
+    pub fn load(path: &PathBuf) -> Result<Model> {
+        let Some(saved) = header::read(path)?.saved else {
+            bail!("{}: not a model that `hymba train` wrote; `hymba info` says what it is", path.display());
+        };
+        let has = |key: &str| saved.get(key).is_some_and(|value| !value.is_null());
+        Ok(match (has("kernels"), saved.contains_key("encoder"), has("task")) {
+            (true, true, _) => Model::Ensemble(Box::new(Ensemble::load(path)?)),
+            (true, false, _) => Model::Kernels(Box::new(KernelPredictor::load(path)?)),
+            (false, _, true) => Model::Encoder(Box::new(Predictor::load(path)?)),
+            _ => bail!("{}: not a predictor; `hymba info` says what it is", path.display()),
+        })
+    }
+
+    pub fn save(&self, path: &Path) -> Result<()> {
+        Ok(match self {
+            Model::Ensemble(ensemble) => ensemble.save(path)?,
+            Model::Kernels(kernels) => kernels.save(path)?,
+            Model::Encoder(predictor) => predictor.save(path)?,
+        })
+    }
+
+    pub fn task(&self) -> &Task {
+        match self {
+            Model::Ensemble(ensemble) => ensemble.task(),
+            Model::Kernels(kernels) => kernels.task(),
+            Model::Encoder(predictor) => predictor.task(),
+        }
+    }
+
+    /// `[series, outputs]`: logits of classes, or numbers.
+    pub fn predict(&self, series: &[Array2<f32>]) -> Result<Array2<f32>> {
+        Ok(match self {
+            Model::Ensemble(ensemble) => ensemble.predict(series)?,
+            Model::Kernels(kernels) => kernels.predict(series)?,
+            Model::Encoder(predictor) => predictor.predict_series(series)?,
+        })
+    }
+}
+
+/// What a model says of one series or frame, in the form of its answers.
+pub struct Answer {
+    /// Of classes the most probable one.
+    pub label: Option<String>,
+    /// Probabilities of the classes, or the numbers themselves.
+    pub numbers: Vec<f32>,
+}
+
+impl Answer {
+    /// Of the outputs `[·, outputs]`, one for each row.
+    pub fn all(task: &Task, outputs: &Array2<f32>) -> Vec<Answer> {
+        if !task.is_classification() {
+            return outputs.rows().into_iter().map(|row| Answer { label: None, numbers: row.to_vec() }).collect();
+        }
+        let (classes, probabilities) = (argmax(outputs), softmax(outputs));
+        let answer = |(row, &class): (_, &usize)| {
+            let row: hymba::ndarray::ArrayView1<f32> = row;
+            Answer { label: task.labels().get(class).cloned(), numbers: row.to_vec() }
+        };
+        probabilities.axis_iter(Axis(0)).zip(&classes).map(answer).collect()
+    }
+}

@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# Builds the npm package that the page imports: pkg/, with the WebAssembly, its JavaScript and its types.
+# usage: build.sh [scalar]     scalar: without vector instructions, into pkg-scalar/, to compare with
+set -euo pipefail
+cd "$(dirname "$0")"
+
+target=wasm32-unknown-unknown
+out=pkg
+# small code, but the loops of kernels unrolled, whose sums are to stay in registers
+flags='-C llvm-args=-inline-threshold=25 -C llvm-args=-inlinehint-threshold=60 -C llvm-args=-unroll-threshold=150'
+simd='-C target-feature=+simd128'
+if [ "${1:-}" = scalar ]; then
+    out=pkg-scalar
+    simd=
+fi
+
+rustc --print target-libdir --target $target | xargs test -d || rustup target add $target
+# the program must be of the library's version
+version=$(sed -n '/^name = "wasm-bindgen"$/{n;s/version = "\(.*\)"/\1/p}' Cargo.lock)
+if [ "$(wasm-bindgen --version 2>/dev/null)" != "wasm-bindgen $version" ]; then
+    cargo install wasm-bindgen-cli --version "$version"
+fi
+
+RUSTFLAGS="$flags $simd" cargo build --release --lib --target $target --target-dir "target/$out"
+rm -rf "$out"
+wasm-bindgen --target web --remove-name-section --remove-producers-section --out-dir "$out" "target/$out/$target/release/hymba_web.wasm"
+cp package.json README.md "$out"
+echo "$out/hymba_web_bg.wasm: $(wc -c <"$out/hymba_web_bg.wasm") bytes"

@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# Tests the library as WebAssembly in Node, with and without vector instructions, and the page in Chromium. Installs what it needs
+# (with apt-get, where it may), and says loudly what cannot be had.
+# usage: test.sh [folder]     folder: for screenshots of the page
+set -euo pipefail
+cd "$(dirname "$0")"
+
+target=wasm32-unknown-unknown
+left_out() {
+    printf '\n!!! %s cannot be had: %s LEFT OUT\n\n' "$1" "$2" >&2
+    exit 0
+}
+install() { DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends "$@" >/dev/null 2>&1; }
+
+rustc --print target-libdir --target $target | xargs test -d || rustup target add $target ||
+    left_out "the standard library for $target" "wasm tests and the page's test"
+command -v node >/dev/null || install nodejs || left_out Node.js "wasm tests and the page's test"
+
+cargo fmt --check
+./build.sh
+# at most 1 MB
+test "$(wc -c <pkg/hymba_web_bg.wasm)" -le 1000000
+
+for features in +simd128 -simd128; do
+    RUSTFLAGS="-C target-feature=$features" CARGO_TARGET_WASM32_UNKNOWN_UNKNOWN_RUNNER=wasm-bindgen-test-runner \
+        cargo test --target $target --target-dir "target/test$features" --test library
+done
+
+command -v npm >/dev/null || install npm || left_out npm "the page's test"
+test -d node_modules/playwright-core || npm install --no-save --no-package-lock playwright-core ||
+    left_out playwright-core "the page's test"
+command -v chromium >/dev/null || install chromium || left_out Chromium "the page's test"
+node test.mjs "$@"

@@ -1,0 +1,154 @@
+//! `hymba-mpi train`: a predictor of series, trained on many machines.
+
+use std::error::Error;
+use std::ops::ControlFlow;
+use std::path::PathBuf;
+use std::time::Instant;
+
+use clap::{Args, Parser, Subcommand};
+use hymba::train::{Collective, Dataset, Metrics, Progress, Trainer, TrainerOptions, TrainingData, evaluate};
+use hymba::{Predictor, PredictorOptions};
+use hymba_mpi::World;
+
+mod data;
+
+#[derive(Parser)]
+#[command(
+    name = "hymba-mpi",
+    version,
+    about = "Trains models of hymba on many machines: mpirun -n 4 hymba-mpi train …"
+)]
+struct Program {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Trains a predictor on series, and writes it to a file
+    Train(Train),
+}
+
+/// What no option sets follows from the first training file, as PredictorOptions::recommended_for and
+/// TrainerOptions::recommended_for say.
+#[derive(Args)]
+struct Train {
+    #[command(flatten)]
+    data: data::Source,
+    /// Where model.safetensors and the checkpoint go; rank 0 writes, and with --resume every rank reads
+    #[arg(long, default_value = "hymba-mpi-run")]
+    out: PathBuf,
+    /// Goes on after the last epoch of the checkpoint, with any number of ranks; begins where there is none
+    #[arg(long)]
+    resume: bool,
+    /// How often every series is seen
+    #[arg(long)]
+    epochs: Option<usize>,
+    /// Series in a step, of all ranks together
+    #[arg(long)]
+    batch: Option<usize>,
+    /// The highest learning rate
+    #[arg(long)]
+    learning_rate: Option<f32>,
+    /// Share of the series that only picks the best epoch
+    #[arg(long, default_value_t = 0.0)]
+    validation: f32,
+    /// hidden_size
+    #[arg(long)]
+    hidden: Option<usize>,
+    /// num_layers
+    #[arg(long)]
+    layers: Option<usize>,
+    /// Without dropout and augmentations: nothing is drawn at random on a rank, and so any number of them comes to the same
+    #[arg(long)]
+    plain: bool,
+    /// Of weights, order and dropout
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+}
+
+fn main() {
+    let Command::Train(train) = Program::parse().command;
+    World::run(|world| train.run(world));
+}
+
+impl Train {
+    fn run(self, world: &mut World) -> Result<(), Box<dyn Error>> {
+        let data = self.data.read(world)?;
+        let checkpoint = self.out.join("checkpoint");
+        let trainer = match self.resume && checkpoint.join("training.json").exists() {
+            true => Trainer::resume(&checkpoint)?,
+            false => {
+                // of ranks with other data they would differ
+                let predictor = Predictor::build(self.predictor_options(&data), data.task().clone())?;
+                let predictor = Predictor::from_bytes(&world.of_rank_0(predictor.to_bytes()?))?;
+                let options = serde_json::to_vec(&self.options(&data))?;
+                let options: TrainerOptions = serde_json::from_slice(&world.of_rank_0(options))?;
+                Trainer::new(predictor, options.checkpoint(&checkpoint))?
+            }
+        };
+        let mut series = [data.num_series() as f64];
+        if self.data.sharded {
+            world.sum_f64(&mut series)?;
+        }
+        if world.rank() == 0 {
+            println!("{} ranks, {} series", world.size(), series[0]);
+        }
+        let options = trainer.options().clone();
+        let mut given = TrainingData::new(&data);
+        if self.data.sharded {
+            given = given.sharded();
+        }
+        let mut began = Instant::now();
+        let trained = trainer.fit_on(given, world, |progress, _| {
+            if progress.finished.is_some() {
+                tell(progress, series[0] / began.elapsed().as_secs_f64());
+                began = Instant::now();
+            }
+            ControlFlow::Continue(())
+        })?;
+        if world.rank() == 0 {
+            let file = self.out.join("model.safetensors");
+            trained.predictor.save(&file)?;
+            println!("{}: {}, the best was epoch {}", file.display(), trained.stopped, trained.best_epoch);
+            if let Some(test) = self.data.test(&data)? {
+                let metrics = evaluate(&trained.predictor, &test, &options)?;
+                println!("test: {}", line(&metrics));
+            }
+        }
+        Ok(())
+    }
+
+    fn predictor_options(&self, data: &Dataset) -> PredictorOptions {
+        let mut options = PredictorOptions::recommended_for(data);
+        let encoder = &mut options.encoder;
+        encoder.hidden_size = self.hidden.unwrap_or(encoder.hidden_size);
+        encoder.num_layers = self.layers.unwrap_or(encoder.num_layers);
+        encoder.dropout = if self.plain { 0.0 } else { encoder.dropout };
+        encoder.seed = self.seed;
+        options
+    }
+
+    fn options(&self, data: &Dataset) -> TrainerOptions {
+        let mut options = TrainerOptions::recommended_for(data).seed(self.seed).validation_fraction(self.validation);
+        options.epochs = self.epochs.unwrap_or(options.epochs);
+        options.batch_size = self.batch.unwrap_or(options.batch_size);
+        options.learning_rate = self.learning_rate.unwrap_or(options.learning_rate);
+        if self.plain {
+            options.augmentations.clear();
+        }
+        options
+    }
+}
+
+/// A line for each epoch.
+fn tell(progress: &Progress, pace: f64) {
+    let Some(epoch) = &progress.finished else { return };
+    let validation = epoch.validation.map_or(String::new(), |metrics| format!(", validation {}", line(&metrics)));
+    println!("epoch {}: {}{validation}, {pace:.1} series/s", progress.epoch, line(&epoch.train));
+}
+
+fn line(metrics: &Metrics) -> String {
+    let accuracy = metrics.accuracy.map_or(String::new(), |share| format!(", {:.1} % right", 100.0 * share));
+    format!("loss {:.6}{accuracy}", metrics.loss)
+}

@@ -1,0 +1,73 @@
+#!/usr/bin/env bash
+# hymba-mpi under mpirun: two ranks equal one, and whatever happens to one rank ends both. Part of the gate.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+if ! command -v mpirun >/dev/null || ! command -v mpicc >/dev/null; then
+    echo "no Open MPI: trying to install it"
+    { apt-get update && apt-get install -y openmpi-bin libopenmpi-dev libclang-dev; } >/dev/null 2>&1 || true
+fi
+if ! command -v mpirun >/dev/null || ! command -v mpicc >/dev/null; then
+    echo "**** NOT TESTED: hymba-mpi. There is no Open MPI here and apt cannot install it (openmpi-bin libopenmpi-dev libclang-dev). ****"
+    exit 0
+fi
+
+export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 RUST_BACKTRACE=0
+cargo clippy -p hymba-mpi --all-targets -- -D warnings
+cargo build --release -p hymba-mpi --bins --examples
+bin=target/release
+out=$(mktemp -d)
+trap 'rm -rf "$out"' EXIT
+ranks() { # how many, then the program
+    local count=$1
+    shift
+    timeout 120 mpirun --allow-run-as-root --oversubscribe --bind-to none -n "$count" -x RAYON_NUM_THREADS=1 "$@"
+}
+fail() {
+    echo "mpi/test.sh: $*"
+    exit 1
+}
+
+# one rank and two: the same losses but for rounding
+train=("$bin/hymba-mpi" train --synthetic 90 --hidden 16 --layers 1 --batch 16 --epochs 3 --validation 0.2 --plain)
+losses() { grep '^epoch' | tr -d ',' | awk '{ print $2, $4, $9 }'; }
+ranks 1 "${train[@]}" --out "$out/one" | losses >"$out/one.txt"
+ranks 2 "${train[@]}" --out "$out/two" | losses >"$out/two.txt"
+echo "epoch, loss, validation loss of two ranks:"
+cat "$out/two.txt"
+[ "$(wc -l <"$out/two.txt")" = 3 ] || fail "there were not 3 epochs"
+paste "$out/one.txt" "$out/two.txt" | awk '
+    function off(x, y) { return x - y > 1e-5 || y - x > 1e-5 }
+    off($2, $5) || off($3, $6) { exit 1 }' || fail "two ranks do not equal one: $(cat "$out/one.txt")"
+
+# resumed by three ranks, killed in between, and by one
+series=("$bin/hymba-mpi" train examples/data/JapaneseVowels_TRAIN.ts --hidden 16 --layers 1 --epochs 4 --plain --out "$out/vowels")
+ranks 2 "${series[@]}" >"$out/log" 2>&1 &
+job=$!
+until grep -q '^epoch 1' "$out/log"; do
+    kill -0 "$job" 2>/dev/null || break
+    sleep 0.2
+done
+kill -9 "$(pgrep -f "hymba-mpi train.*$out/vowels" | tail -n 1)" 2>/dev/null || true
+if wait "$job"; then echo "the training ended before it could be killed"; else grep -a "signal 9" "$out/log" || fail "nothing says that a rank was killed"; fi
+ranks 3 "${series[@]}" --resume --test examples/data/JapaneseVowels_TEST.ts | tee "$out/log"
+grep -q '^epoch 4' "$out/log" || grep -q 'all epochs are done' "$out/log" || fail "a killed training does not go on"
+ranks 1 "${series[@]}" --resume | grep -q 'all epochs are done' || fail "a training that has ended does not say so"
+
+# what happens to one rank
+fault() { # kind, the exit code's sign, what must be said
+    local code=0 began=$SECONDS
+    ranks 2 "$bin/examples/faults" "$1" >"$out/log" 2>&1 || code=$?
+    [ $((SECONDS - began)) -lt 30 ] || fail "$1: it took $((SECONDS - began)) s"
+    if [ "$2" = fails ]; then [ $code -ne 0 ]; else [ $code -eq 0 ]; fi || fail "$1: exit code $code"
+    grep -a "$3" "$out/log" | head -n 1 | cut -c -150 || true
+    grep -qa "$3" "$out/log" || { cat "$out/log"; fail "$1: not said: $3"; }
+}
+fault nan fails 'rank 1: .*the loss is inf'
+fault error fails 'rank 1: .*width 3'
+fault stop ends 'rank 1: stopped by the callback'
+fault panic fails 'rank 1 panicked'
+fault killed fails 'rank 1 .*signal 9'
+fault differ fails 'the weights after an epoch on rank 1 differ'
+ranks 2 "$bin/examples/waves" | tail -n 1
+echo "hymba-mpi: all good"
