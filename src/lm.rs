@@ -36,6 +36,7 @@ mod files;
 mod generate;
 mod image;
 mod load_options;
+mod lookahead;
 mod lora;
 mod lora_options;
 mod loss;

@@ -37,12 +37,17 @@ pub struct SamplingArgs {
     /// Ends the text there; may be given several times.
     #[arg(long, value_name = "TEXT")]
     stop: Vec<String>,
+    /// Guesses so many tokens where the last ones have occurred before, and checks them in one pass: the same text, sooner where it
+    /// repeats some of the prompt.
+    #[arg(long, value_name = "N", num_args = 0..=1, require_equals = true, default_missing_value = "10", default_value_t = 0)]
+    lookahead: usize,
 }
 
 impl SamplingArgs {
     /// What the folder recommends, and over it what was asked for; Ctrl-C ends the reading of a long prompt.
     pub fn options(&self, folder: &Path) -> Result<GenerateOptions> {
-        let mut options = GenerateOptions::from_dir(folder)?.max_tokens(self.max_tokens).seed(self.seed);
+        let mut options =
+            GenerateOptions::from_dir(folder)?.max_tokens(self.max_tokens).seed(self.seed).lookahead(self.lookahead);
         options.temperature = self.temperature.unwrap_or(options.temperature);
         options.top_k = self.top_k.unwrap_or(options.top_k);
         options.top_p = self.top_p.unwrap_or(options.top_p);

@@ -20,7 +20,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 
 use crate::load::{self, LoadArgs};
 
@@ -141,9 +141,8 @@ pub fn run(args: Args) -> Result<()> {
         language::service(lm, tokenizer, defaults, name, &limits, &metrics)?
     } else {
         args.load.start()?;
-        let predictor = hymba::Predictor::load(&args.model)
-            .with_context(|| format!("{} is no folder of a language model", args.model.display()))?;
-        predictor::service(predictor, name, &limits, &metrics)
+        let model = crate::series::Model::load(&args.model)?;
+        predictor::service(model, name, &limits, &metrics)
     };
     let address = SocketAddr::new(args.host, args.port);
     let door = http::Door::new(args.api_key, args.host.is_loopback());

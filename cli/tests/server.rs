@@ -2,6 +2,8 @@
 
 #[path = "server/client.rs"]
 mod client;
+#[path = "server/clients.rs"]
+mod clients;
 #[path = "server/language.rs"]
 mod language;
 #[path = "server/limits.rs"]

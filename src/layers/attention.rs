@@ -1,6 +1,8 @@
 //! The attention branch: causal multi-head attention with learned meta tokens in front.
 
 mod attend;
+#[cfg(feature = "lm")]
+mod one_by_one;
 mod prepare;
 
 use ndarray::{Array2, Array4, ArrayView2};

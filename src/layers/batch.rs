@@ -68,6 +68,9 @@ pub(crate) struct Batch<'a> {
     pub states: Vec<&'a mut SequenceState>,
     /// Whether the states will be used again. Otherwise keys and values need not be kept.
     pub keeps_kv: bool,
+    /// Whether the numbers of each row are, bit for bit, what they would be in a pass of its own.
+    #[cfg(feature = "lm")]
+    pub one_by_one: bool,
     /// The angles of each row, if there is a rotary embedding.
     pub angles: Vec<Angles>,
     /// Keys and values of this pass that later layers use, by the layer they come from.
@@ -90,7 +93,16 @@ impl<'a> Batch<'a> {
             states.push(state);
             lengths.push(count);
         }
-        Batch { team, spans: Spans::new(lengths), states, keeps_kv, angles, shared: BTreeMap::new() }
+        Batch {
+            team,
+            spans: Spans::new(lengths),
+            states,
+            keeps_kv,
+            #[cfg(feature = "lm")]
+            one_by_one: false,
+            angles,
+            shared: BTreeMap::new(),
+        }
     }
 
     /// To be called when all layers are through.

@@ -1,5 +1,6 @@
 //! Keys and values that several layers read.
 
+use super::kv_cache::KvCache;
 use super::{Buffer, all_rows};
 use crate::kernels::attention::PackedHead;
 use crate::kernels::rows::Rows;
@@ -12,6 +13,9 @@ pub(crate) struct SharedKv {
     /// Per sequence and head of keys, in the order in which products read them; `None` for those that read the cache. Empty until
     /// they are packed.
     pub packed: Vec<Vec<Option<PackedHead>>>,
+    /// Per sequence, the cache as it was before these rows, where they are [`one_by_one`](super::Batch::one_by_one).
+    #[cfg_attr(not(feature = "lm"), allow(dead_code))]
+    pub before: Vec<KvCache>,
 }
 
 #[cfg_attr(not(feature = "lm"), allow(dead_code))]
@@ -23,7 +27,8 @@ impl SharedKv {
 
     /// The same, not packed.
     pub(crate) fn copy(&self) -> Self {
-        SharedKv { keys: Buffer::copy_of(&self.keys), values: Buffer::copy_of(&self.values), packed: Vec::new() }
+        let (keys, values) = (Buffer::copy_of(&self.keys), Buffer::copy_of(&self.values));
+        SharedKv { keys, values, packed: Vec::new(), before: Vec::new() }
     }
 
     pub(crate) fn rows(&self) -> [Rows<'_>; 2] {

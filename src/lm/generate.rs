@@ -3,7 +3,7 @@
 use std::ops::ControlFlow;
 
 use super::model::HymbaLm;
-use super::sample::{GenerateOptions, Sampler, log_softmax_at};
+use super::sample::{Choice, GenerateOptions, Sampler, log_softmax_at};
 use super::state::LmState;
 use crate::{Error, Result};
 
@@ -112,12 +112,30 @@ impl RowOptions<'_> {
 }
 
 /// A row while it is generated.
-struct Row {
-    sampler: Sampler,
-    ids: Vec<u32>,
-    log_probs: Vec<f32>,
+pub(super) struct Row {
+    pub sampler: Sampler,
+    pub ids: Vec<u32>,
+    pub log_probs: Vec<f32>,
     /// `None` as long as it goes on.
-    finish: Option<FinishReason>,
+    pub finish: Option<FinishReason>,
+}
+
+impl Row {
+    fn ended(self) -> Option<Generation> {
+        Some(Generation { finish: self.finish?, ids: self.ids, log_probs: self.log_probs })
+    }
+
+    /// Takes a choice over: whether it is part of the text.
+    pub(super) fn accept(&mut self, choice: Choice, end: &[u32]) -> bool {
+        if self.sampler.options().stop_tokens.as_deref().unwrap_or(end).contains(&choice.id) {
+            self.finish = Some(FinishReason::StopToken);
+            return false;
+        }
+        self.sampler.observe(choice.id);
+        self.ids.push(choice.id);
+        self.log_probs.extend(choice.log_prob);
+        true
+    }
 }
 
 /// How likely a continuation is: see [`HymbaLm::log_likelihood`].
@@ -265,6 +283,13 @@ impl HymbaLm {
             let nothing = || Generation { ids: Vec::new(), log_probs: Vec::new(), finish: FinishReason::Cancelled };
             return Ok(rows.iter().map(|_| nothing()).collect());
         };
+        if let ([row], [prompt]) = (&mut rows[..], prompts)
+            && row.sampler.options().lookahead > 0
+        {
+            let seen = [before, prompt.as_ref()].concat();
+            self.look_ahead(state, seen, row, logits.row(0).to_vec(), &mut |id| on_token(0, id))?;
+            return Ok(rows.into_iter().filter_map(Row::ended).collect());
+        }
         loop {
             for (row, state) in rows.iter_mut().zip(&state.rows) {
                 row.finish = row.finish.or_else(|| self.limit(row, state.position));
@@ -280,14 +305,9 @@ impl HymbaLm {
             let mut next: Vec<Vec<u32>> = vec![Vec::new(); rows.len()];
             for (i, (row, choice)) in rows.iter_mut().zip(choices).enumerate() {
                 let Some(choice) = choice else { continue };
-                let stop_tokens = row.sampler.options().stop_tokens.as_ref().unwrap_or(&self.config().eos_token_id);
-                if stop_tokens.contains(&choice.id) {
-                    row.finish = Some(FinishReason::StopToken);
+                if !row.accept(choice, &self.config().eos_token_id) {
                     continue;
                 }
-                row.sampler.observe(choice.id);
-                row.ids.push(choice.id);
-                row.log_probs.extend(choice.log_prob);
                 next[i].push(choice.id);
                 if on_token(i, choice.id).is_break() {
                     row.finish = Some(FinishReason::Cancelled);
@@ -299,12 +319,11 @@ impl HymbaLm {
                 Ok(())
             })?;
         }
-        let ended = |row: Row| row.finish.map(|finish| Generation { ids: row.ids, log_probs: row.log_probs, finish });
-        Ok(rows.into_iter().filter_map(ended).collect())
+        Ok(rows.into_iter().filter_map(Row::ended).collect())
     }
 
     /// Why a row whose next token would stand at `position` cannot have it.
-    fn limit(&self, row: &Row, position: usize) -> Option<FinishReason> {
+    pub(super) fn limit(&self, row: &Row, position: usize) -> Option<FinishReason> {
         let options = row.sampler.options();
         if row.ids.len() >= options.max_tokens {
             Some(FinishReason::MaxTokens)

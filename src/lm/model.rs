@@ -392,7 +392,7 @@ impl HymbaLm {
         let mut first = 0;
         for input in self.meta_pieces().chain(ids.chunks(MOST_TOKENS).map(Input::Ids)) {
             let mut trace = Vec::new();
-            let x = self.pass(&team, vec![(&mut row, input)], Some(&mut trace));
+            let x = self.pass(&team, vec![(&mut row, input)], false, Some(&mut trace));
             let mut last = Array2::zeros(x.dim());
             self.final_norm.forward(&team, x.view(), 1.0, &mut last, Out::Set);
             trace.push(last);
@@ -493,7 +493,7 @@ impl HymbaLm {
             let inputs = pieces.into_iter().map(|(_, state, piece)| (state, Input::Ids(piece))).collect();
             // a team for each piece: between two of them, other calls and the program's own work get their turn
             let mut logits = with_team(total.saturating_mul(self.num_parameters()), |team| {
-                let x = self.pass(team, inputs, None);
+                let x = self.pass(team, inputs, false, None);
                 self.logits(team, &x, &wanted)
             });
             for ((row, i, _), mut logits) in wanted.into_iter().zip(logits.rows_mut()) {
@@ -503,6 +503,16 @@ impl HymbaLm {
                 return Ok(ControlFlow::Break(()));
             }
         }
+    }
+
+    /// Feeds some tokens, at most [`MOST_TOKENS`] and at least one, to the only row of a state → the logits after each of those from
+    /// `first` on, all bit for bit what [`step`](Self::step) would give, token by token.
+    pub(super) fn step_through(&self, ids: &[u32], state: &mut LmState, first: usize) -> Array2<f32> {
+        let wanted: Vec<_> = (first..ids.len()).map(|i| (0, i, i)).collect();
+        with_team(ids.len().saturating_mul(self.num_parameters()), |team| {
+            let x = self.pass(team, vec![(&mut state.rows[0], Input::Ids(ids))], true, None);
+            self.logits(team, &x, &wanted).to_owned()
+        })
     }
 
     /// The logits `[wanted, vocab_size]` after some rows of x.
@@ -522,11 +532,13 @@ impl HymbaLm {
         }
     }
 
-    /// Sends tokens through all layers → `[tokens, H]`, before the final norm. `trace` gets the input of each layer.
+    /// Sends tokens through all layers → `[tokens, H]`, before the final norm. `trace` gets the input of each layer. `one_by_one`, they
+    /// are bit for bit what passes of one token each would give.
     fn pass(
         &self,
         team: &Team,
         rows: Vec<(&mut SequenceState, Input)>,
+        one_by_one: bool,
         mut trace: Option<&mut Vec<Array2<f32>>>,
     ) -> Buffer {
         let mut x = Buffer::uninit((rows.iter().map(|(_, input)| input.len()).sum(), self.config.hidden_size));
@@ -541,6 +553,7 @@ impl HymbaLm {
         }
         let sequences = rows.into_iter().map(|(state, input)| (state, input.len()));
         let mut batch = Batch::new(team, sequences, true, self.rotary.as_ref());
+        batch.one_by_one = one_by_one;
         for block in &self.blocks {
             if let Some(trace) = &mut trace {
                 trace.push(x.to_owned());
@@ -567,7 +580,7 @@ impl HymbaLm {
             let mut row = self.empty_row(self.kv_storage);
             with_team(self.meta_tokens.nrows().saturating_mul(self.num_parameters()), |team| {
                 for piece in self.meta_pieces() {
-                    self.pass(team, vec![(&mut row, piece)], None);
+                    self.pass(team, vec![(&mut row, piece)], false, None);
                 }
             });
             row

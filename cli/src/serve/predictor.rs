@@ -1,4 +1,4 @@
-//! A trained predictor: series in, classes or numbers out; and streams of frames.
+//! A trained model of series: series in, classes or numbers out; and, of an encoder, streams of frames.
 
 use std::sync::Arc;
 
@@ -20,12 +20,15 @@ use super::Limits;
 use super::error::{ApiError, ApiResult};
 use super::http::{self, Service};
 use super::metrics::Metrics;
+use crate::series::Model;
 
 /// Bytes of a message on a stream, at most.
 const LONGEST_MESSAGE: usize = 1 << 20;
 
 struct Series {
-    predictor: Arc<Predictor>,
+    model: Arc<Model>,
+    /// Numbers in a frame.
+    channels: usize,
     name: String,
     limits: Limits,
     metrics: Arc<Metrics>,
@@ -50,9 +53,15 @@ enum Frames {
     Many(Vec<Vec<f32>>),
 }
 
-pub fn service(predictor: Predictor, name: String, limits: &Limits, metrics: &Arc<Metrics>) -> Service {
+pub fn service(model: Model, name: String, limits: &Limits, metrics: &Arc<Metrics>) -> Service {
+    let channels = match &model {
+        Model::Ensemble(ensemble) => ensemble.kernels().features().channels(),
+        Model::Kernels(kernels) => kernels.features().channels(),
+        Model::Encoder(predictor) => predictor.options().embed_dim,
+    };
     let series = Arc::new(Series {
-        predictor: Arc::new(predictor),
+        model: Arc::new(model),
+        channels,
         name,
         limits: limits.clone(),
         metrics: metrics.clone(),
@@ -75,10 +84,10 @@ pub fn service(predictor: Predictor, name: String, limits: &Limits, metrics: &Ar
 }
 
 async fn models(State(series): State<Arc<Series>>) -> Response {
-    let task = series.predictor.task();
+    let task = series.model.task();
     let model = json!({
         "id": series.name, "object": "model", "owned_by": "hymba",
-        "channels": series.predictor.options().embed_dim, "labels": task.labels(), "outputs": task.outputs(),
+        "channels": series.channels, "labels": task.labels(), "outputs": task.outputs(),
     });
     Json(json!({"object": "list", "data": [model]})).into_response()
 }
@@ -94,8 +103,8 @@ async fn classify(State(series): State<Arc<Series>>, request: Request) -> ApiRes
     }
     let all: Vec<Array2<f32>> = asked.series.into_iter().map(array).collect::<ApiResult<_>>()?;
     let count = all.len();
-    let predictor = series.predictor.clone();
-    let predicted = series.work(move || Ok(predictor.predict_series(&all)?)).await?;
+    let model = series.model.clone();
+    let predicted = series.work(move || model.predict(&all).map_err(refused)).await?;
     series.metrics.series.add(count);
     let data = predicted.rows().into_iter().enumerate().map(|(index, row)| {
         let mut one = json!({"index": index});
@@ -103,6 +112,13 @@ async fn classify(State(series): State<Arc<Series>>, request: Request) -> ApiRes
         one
     });
     Ok(Json(json!({"object": "list", "model": series.name, "data": data.collect::<Vec<_>>()})).into_response())
+}
+
+fn refused(error: anyhow::Error) -> ApiError {
+    match error.downcast::<hymba::Error>() {
+        Ok(error) => error.into(),
+        Err(error) => ApiError::internal(&error.to_string()),
+    }
 }
 
 /// Frames `[length][channels]` as an array.
@@ -117,6 +133,13 @@ fn array(frames: Vec<Vec<f32>>) -> ApiResult<Array2<f32>> {
 }
 
 impl Series {
+    fn encoder(&self) -> Option<&Predictor> {
+        match &*self.model {
+            Model::Encoder(predictor) => Some(predictor),
+            Model::Ensemble(_) | Model::Kernels(_) => None,
+        }
+    }
+
     /// Runs on the cores, when it is its turn.
     async fn work<T: Send + 'static>(&self, work: impl FnOnce() -> ApiResult<T> + Send + 'static) -> ApiResult<T> {
         let turn = timeout(self.limits.timeout, self.turn.clone().acquire_owned()).await;
@@ -133,25 +156,36 @@ impl Series {
     }
 
     fn describe(&self, row: ArrayView1<f32>, value: &mut Value) {
-        let task = self.predictor.task();
+        let task = self.model.task();
         if task.labels().is_empty() {
             value["values"] = row.iter().copied().map(Value::from).collect();
             return;
         }
-        let probabilities = softmax(&row.to_owned());
-        let best = hymba::argmax(&row.to_owned()).into_scalar();
+        let probabilities = match task.is_multi_label() {
+            true => row.mapv(|logit| 1.0 / (1.0 + (-logit).exp())),
+            false => softmax(&row.to_owned()),
+        };
         let named = task.labels().iter().cloned().zip(probabilities.iter().copied().map(Value::from));
-        value["label"] = task.labels()[best].clone().into();
+        if task.is_multi_label() {
+            let labels = task.labels().iter().zip(&probabilities).filter(|(_, probability)| **probability > 0.5);
+            value["labels"] = labels.map(|(label, _)| Value::from(label.as_str())).collect();
+        } else {
+            let best = hymba::argmax(&row.to_owned()).into_scalar();
+            value["label"] = task.labels()[best].clone().into();
+        }
         value["probabilities"] = Value::Object(named.collect::<Map<_, _>>());
     }
 }
 
 async fn stream(State(series): State<Arc<Series>>, upgrade: WebSocketUpgrade) -> ApiResult<Response> {
+    let Some(state) = series.encoder().map(|predictor| predictor.new_state(1)) else {
+        return Err(ApiError::bad("this model reads whole series: only an encoder alone follows streams"));
+    };
     let place = series.streams.clone().try_acquire_owned().map_err(|_| ApiError::busy())?;
     let upgrade = upgrade.max_message_size(LONGEST_MESSAGE).max_frame_size(LONGEST_MESSAGE);
     Ok(upgrade.on_upgrade(async move |socket| {
         series.metrics.streams.add(1);
-        series.follow(socket).await;
+        series.follow(socket, state).await;
         series.metrics.streams.subtract(1);
         drop(place);
     }))
@@ -159,8 +193,7 @@ async fn stream(State(series): State<Arc<Series>>, upgrade: WebSocketUpgrade) ->
 
 impl Series {
     /// Answers frames with predictions, until the client has enough, falls silent, or the server stops.
-    async fn follow(&self, mut socket: WebSocket) {
-        let mut state = self.predictor.new_state(1);
+    async fn follow(&self, mut socket: WebSocket, mut state: PredictorState) {
         loop {
             let message = match timeout(self.limits.timeout, socket.recv()).await {
                 Ok(Some(Ok(message))) => message,
@@ -209,8 +242,11 @@ impl Series {
             Ok(frames) => frames,
             Err(error) => return Err((Some(state), error)),
         };
-        let (count, predictor) = (frames.nrows(), self.predictor.clone());
+        let (count, model) = (frames.nrows(), self.model.clone());
         let done = self.work(move || {
+            let Model::Encoder(predictor) = &*model else {
+                return Ok((state, Err(ApiError::bad("this model follows no streams"))));
+            };
             let predicted = if frames.nrows() == 1 {
                 predictor.step(&frames, &mut state)
             } else {

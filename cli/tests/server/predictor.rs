@@ -67,7 +67,7 @@ fn streams_of_frames() {
     assert!(format!("{:?}", busy.err().unwrap()).contains("429"));
     let frames = series(20, 4);
     let mut state = predictor.new_state(1);
-    let mut say = |socket: &mut tungstenite::WebSocket<_>, text: Value| -> Value {
+    let say = |socket: &mut tungstenite::WebSocket<_>, text: Value| -> Value {
         socket.send(Message::text(text.to_string())).unwrap();
         serde_json::from_str(socket.read().unwrap().to_text().unwrap()).unwrap()
     };

@@ -26,6 +26,10 @@ impl MetaTokenAttention {
         v: Rows,
         log_sums: Option<&mut Array2<f32>>,
     ) -> Buffer {
+        #[cfg(feature = "lm")]
+        if batch.one_by_one {
+            return self.attend_one_by_one(batch, depth, q, k, v);
+        }
         self.attend_at(batch, depth, q, k, v, log_sums, None)
     }
 
@@ -83,7 +87,7 @@ impl MetaTokenAttention {
             pasts.push((0..heads).map(|head| cache.past(head)).collect());
         }
         let (shared_rows, mut packed) = match shared {
-            Some(SharedKv { keys, values, packed }) => (Some((keys, values)), packed),
+            Some(SharedKv { keys, values, packed, .. }) => (Some((keys, values)), packed),
             None => (None, Vec::new()),
         };
         let is_new = packed.is_empty();
@@ -163,7 +167,7 @@ impl MetaTokenAttention {
                 Some(shared) => shared,
                 None => (copy_rows(k, rows, heads * key_width), copy_rows(v, rows, heads * value_width)),
             };
-            batch.shared.insert(depth.kv_layer, SharedKv { keys, values, packed });
+            batch.shared.insert(depth.kv_layer, SharedKv { keys, values, packed, before: Vec::new() });
         }
         mixed
     }
@@ -269,7 +273,7 @@ fn columns(mut rest: ArrayViewMut2<'_, f32>, width: usize) -> Vec<ArrayViewMut2<
     parts
 }
 
-fn copy_rows(from: Rows, rows: usize, width: usize) -> Buffer {
+pub(super) fn copy_rows(from: Rows, rows: usize, width: usize) -> Buffer {
     let mut copy = Buffer::uninit((rows, width));
     copy.rows_mut().into_iter().enumerate().for_each(|(i, mut row)| {
         row.as_slice_mut().expect("a row of an array in standard layout").copy_from_slice(from.row(i, width));

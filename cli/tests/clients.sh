@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# Tests the server with the openai package and lm_eval, which it installs into target/clients. Left out where that cannot be.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+
+venv=target/clients
+left_out() {
+    echo "!! the server is NOT tested with real clients: $*"
+    exit 0
+}
+command -v python3 >/dev/null || left_out "there is no python3"
+[ -x $venv/bin/python ] || python3 -m venv $venv || left_out "python3 has no venv"
+# neither needs torch for this
+$venv/bin/python -c 'import openai, lm_eval, transformers, aiohttp, tenacity' 2>/dev/null ||
+    $venv/bin/pip install --quiet openai 'lm_eval[api]' transformers || left_out "the Python packages cannot be had"
+HYMBA_PYTHON=$PWD/$venv/bin/python cargo test --release -p hymba-cli --test server clients:: -- --nocapture
