@@ -87,7 +87,8 @@
 //!
 //! On 32-bit targets and `wasm32-unknown-unknown` (`default-features = false`) everything builds; for the feature `tokenizer`
 //! on the latter, the random numbers of a dependency need a source: `--cfg getrandom_backend="unsupported"` in `RUSTFLAGS`
-//! (no random number is drawn), or `"wasm_js"` with `getrandom`'s feature of that name in the browser.
+//! (no random number is drawn), or `"wasm_js"` with `getrandom`'s feature of that name in the browser. WebAssembly compiled with
+//! `-C target-feature=+simd128` uses its vectors, and [`simd_level`] is `"simd128"`. `examples/web` is a page and an npm package.
 //!
 //! Rust 1.89 or newer. Arguments such as `&ArrayRef3<f32>` (new in ndarray 0.17, which is [re-exported](ndarray)) take
 //! `&array`, `&view` and `&slice` alike.

@@ -122,7 +122,7 @@ function showHint() {
               ? "Training …"
               : model
                 ? "Draw a gesture in one stroke."
-                : "No model yet. Train one on the recorded gestures, or add examples of your own.";
+                : "No model yet. Train one on the recorded gestures, or on examples of your own.";
     drawStroke($("board"), []);
 }
 
