@@ -1,11 +1,20 @@
 //! The instruction sets there are code paths for, and which of them this machine has.
 
+#[cfg(target_arch = "aarch64")]
+use std::arch::is_aarch64_feature_detected;
 use std::sync::OnceLock;
 
-/// The instruction sets there are code paths for, worst first.
+/// The instruction sets there are code paths for, those of one kind of CPU worst first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Isa {
     Scalar,
+    Neon,
+    /// As `Neon`, with `sdot` for [`Simd::dot`](super::Simd::dot), which only [`dispatch_int_at`](super::dispatch_int_at) makes use of.
+    NeonDot,
+    /// With `usdot` for it.
+    NeonI8mm,
+    /// With `bfdot` for [`Simd::dot_bf16`](super::Simd::dot_bf16) besides, which only [`dispatch_bf16_at`](super::dispatch_bf16_at) makes use of.
+    NeonBf16,
     Avx2,
     Avx512,
     /// As `Avx512`, with an instruction for [`Simd::dot`](super::Simd::dot), which only [`dispatch_int_at`](super::dispatch_int_at) makes use of.
@@ -17,11 +26,23 @@ pub(crate) enum Isa {
 }
 
 impl Isa {
-    pub(crate) const ALL: [Isa; 6] = [Isa::Scalar, Isa::Avx2, Isa::Avx512, Isa::Avx512Vnni, Isa::Avx512Bf16, Isa::Amx];
+    pub(crate) const ALL: [Isa; 10] = [
+        Isa::Scalar,
+        Isa::Neon,
+        Isa::NeonDot,
+        Isa::NeonI8mm,
+        Isa::NeonBf16,
+        Isa::Avx2,
+        Isa::Avx512,
+        Isa::Avx512Vnni,
+        Isa::Avx512Bf16,
+        Isa::Amx,
+    ];
 
     pub(crate) fn name(self) -> &'static str {
         match self {
             Isa::Scalar => "scalar",
+            Isa::Neon | Isa::NeonDot | Isa::NeonI8mm | Isa::NeonBf16 => "neon",
             Isa::Avx2 => "avx2",
             Isa::Avx512 | Isa::Avx512Vnni | Isa::Avx512Bf16 => "avx512",
             Isa::Amx => "amx",
@@ -31,6 +52,14 @@ impl Isa {
     pub(crate) fn is_available(self) -> bool {
         match self {
             Isa::Scalar => true,
+            #[cfg(target_arch = "aarch64")]
+            Isa::Neon => is_aarch64_feature_detected!("neon"),
+            #[cfg(target_arch = "aarch64")]
+            Isa::NeonDot => is_aarch64_feature_detected!("dotprod") && Isa::Neon.is_available(),
+            #[cfg(target_arch = "aarch64")]
+            Isa::NeonI8mm => is_aarch64_feature_detected!("i8mm") && Isa::NeonDot.is_available(),
+            #[cfg(target_arch = "aarch64")]
+            Isa::NeonBf16 => is_aarch64_feature_detected!("bf16") && Isa::NeonI8mm.is_available(),
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => {
                 is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c")
@@ -48,6 +77,11 @@ impl Isa {
             #[allow(unreachable_patterns)]
             _ => false,
         }
+    }
+
+    /// Whether there are instructions for products of bfloat16.
+    pub(crate) fn has_bf16(self) -> bool {
+        self == Isa::NeonBf16 || self >= Isa::Avx512Bf16
     }
 
     /// The level in use: the one `HYMBA_SIMD` names, if the CPU has it, or else the best there is. Tiles are not asked for.
