@@ -84,12 +84,13 @@
 //! inside `ThreadPool::install`. Where the parent's global pool was started by other code alone, this crate cannot know: call
 //! it inside a pool of the child's own, or fork before. Do not fork inside a callback.
 //!
-//! The instruction set (AVX-512, AVX2 or plain code) is chosen at run time: [`simd_level`]. Up to 256 MB of work memory are kept
+//! The instruction set (AVX-512, AVX2, NEON or plain code) is chosen at run time: [`simd_level`]. Up to 256 MB of work memory are kept
 //! for the next call.
 //!
 //! On 32-bit targets and `wasm32-unknown-unknown` (`default-features = false`) everything builds; for the feature `tokenizer`
 //! on the latter, the random numbers of a dependency need a source: `--cfg getrandom_backend="unsupported"` in `RUSTFLAGS`
-//! (no random number is drawn), or `"wasm_js"` with `getrandom`'s feature of that name in the browser.
+//! (no random number is drawn), or `"wasm_js"` with `getrandom`'s feature of that name in the browser. WebAssembly compiled with
+//! `-C target-feature=+simd128` uses its vectors, and [`simd_level`] is `"simd128"`. `examples/web` is a page and an npm package.
 //!
 //! Rust 1.89 or newer. Arguments such as `&ArrayRef3<f32>` (new in ndarray 0.17, which is [re-exported](ndarray)) take
 //! `&array`, `&view` and `&slice` alike.
@@ -140,6 +141,9 @@
 #![warn(missing_docs)]
 #![deny(unsafe_code)]
 
+#[cfg(target_endian = "big")]
+compile_error!("weights of 16, 8 and 4 bits, and the files, are read in the order of little-endian CPUs");
+
 mod encoder;
 mod error;
 mod files;
@@ -173,14 +177,14 @@ pub use predictor::{
     PredictorState, Task, argmax, softmax,
 };
 
-/// The instruction set the kernels use on this machine: `"avx512"`, `"avx2"` or `"scalar"` (which is what the compiler
-/// makes of plain code for the target, NEON on aarch64).
+/// The instruction set the kernels use on this machine: `"avx512"`, `"avx2"`, `"neon"` or `"scalar"` (which is what the
+/// compiler makes of plain code for the target).
 ///
 /// The environment variable `HYMBA_SIMD`, read once, chooses one by name; a name the CPU lacks is ignored. (Language models can
 /// use more than these for matrices in bf16: see `lm::Arithmetic`.)
 ///
 /// ```
-/// assert!(["avx512", "avx2", "scalar"].contains(&hymba::simd_level()));
+/// assert!(["avx512", "avx2", "neon", "scalar"].contains(&hymba::simd_level()));
 /// ```
 pub fn simd_level() -> &'static str {
     kernels::simd::Isa::current().name()

@@ -22,9 +22,16 @@ fn child() {
     y.iter().for_each(|y| println!("y {y}"));
 }
 
-/// Nothing where the system cannot start this program again, as for another kind of CPU under an emulator.
+/// What starts this program, if the system cannot: an emulator of another kind of CPU, with its arguments.
+const RUNNER: &str = "HYMBA_TEST_RUNNER";
+
+/// Nothing where the system cannot start this program again, and nobody says what does.
 fn run(level: &str) -> Option<(String, Vec<f32>)> {
-    let output = Command::new(std::env::current_exe().unwrap())
+    let runner = std::env::var(RUNNER).unwrap_or_default();
+    let program = std::env::current_exe().unwrap();
+    let mut words = runner.split_whitespace().map(std::ffi::OsStr::new).chain([program.as_os_str()]);
+    let output = Command::new(words.next().unwrap())
+        .args(words)
         .args(["child", "--exact", "--nocapture"])
         .env(CHILD, "1")
         .env("HYMBA_SIMD", level)
@@ -48,7 +55,11 @@ fn levels() -> Vec<&'static str> {
         let avx512 = avx2 && is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw");
         [avx2.then_some("avx2"), avx512.then_some("avx512")].into_iter().flatten().collect()
     }
-    #[cfg(not(target_arch = "x86_64"))]
+    #[cfg(target_arch = "aarch64")]
+    {
+        vec!["neon"]
+    }
+    #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
     Vec::new()
 }
 

@@ -20,6 +20,7 @@ let stream = null;
 let training = false;
 let busy = false; // a gesture is played
 let stroke = { points: [], tracer: null, history: [] };
+let curve = [[], 0]; // the losses of the last training, and its steps
 let slowest = 0; // milliseconds of a step
 
 const nextPicture = () => new Promise((done) => (document.hidden ? setTimeout(done) : requestAnimationFrame(() => setTimeout(done))));
@@ -122,7 +123,7 @@ function showHint() {
               ? "Training …"
               : model
                 ? "Draw a gesture in one stroke."
-                : "No model yet. Train one on the recorded gestures, or add examples of your own.";
+                : "No model yet. Train one on the recorded gestures, or on examples of your own.";
     drawStroke($("board"), []);
 }
 
@@ -253,7 +254,8 @@ async function train(names, learned, heldOut) {
             count = Math.max(1, Math.floor((count * SLICE) / Math.max(spent, 1)));
             $("progress").value = run.step / run.steps;
             say(`Step ${run.step} of ${run.steps}`);
-            drawLoss($("loss"), run.losses, run.steps);
+            curve = [run.losses, run.steps];
+            drawLoss($("loss"), ...curve);
             await nextPicture();
         }
         model?.free();
@@ -361,18 +363,23 @@ addEventListener("drop", async (event) => {
 
 // ---- the beginning
 
-const redraw = () => {
+function redraw() {
+    $("bars").replaceChildren();
     drawStroke(board, stroke.points);
-    drawTimeline($("timeline"), stroke.history);
-};
+    drawLoss($("loss"), ...curve);
+    showExamples();
+    showLive();
+}
 addEventListener("resize", redraw);
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
 
 await init();
 recorded = gesturesOf(await (await fetch("gestures.json")).json());
 $("facts").textContent = `Rust compiled to WebAssembly (${simdLevel()}), one thread, no server.`;
 say("Nothing is trained yet.");
 document.body.dataset.state = "empty";
-drawLoss($("loss"), [], new TrainingOptions().steps);
+curve[1] = new TrainingOptions().steps;
+drawLoss($("loss"), ...curve);
 setMode("recognise");
 
 /// For the page's test.

@@ -6,8 +6,8 @@ cd "$(dirname "$0")"
 
 target=wasm32-unknown-unknown
 out=pkg
-# small code, but the loops of kernels unrolled, whose sums are to stay in registers
-flags='-C llvm-args=-inline-threshold=25 -C llvm-args=-inlinehint-threshold=60 -C llvm-args=-unroll-threshold=150'
+# code that is not worth its size stays where it is called; kernels are inlined whatever this says
+flags='-C llvm-args=-inline-threshold=10 -C llvm-args=-inlinehint-threshold=60'
 simd='-C target-feature=+simd128'
 if [ "${1:-}" = scalar ]; then
     out=pkg-scalar

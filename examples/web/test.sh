@@ -7,7 +7,7 @@ cd "$(dirname "$0")"
 
 target=wasm32-unknown-unknown
 left_out() {
-    printf '\n!!! %s cannot be had: %s LEFT OUT\n\n' "$1" "$2" >&2
+    printf '\n!!! %s cannot be had: %s left out\n\n' "$1" "$2" >&2
     exit 0
 }
 install() { DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends "$@" >/dev/null 2>&1; }
@@ -25,6 +25,15 @@ for features in +simd128 -simd128; do
     RUSTFLAGS="-C target-feature=$features" CARGO_TARGET_WASM32_UNKNOWN_UNKNOWN_RUNNER=wasm-bindgen-test-runner \
         cargo test --target $target --target-dir "target/test$features" --test library
 done
+
+# the kernels' own tests, against the scalar ones; wasip1 has what their harness needs
+if rustup target add wasm32-wasip1; then
+    RUSTFLAGS='-C target-feature=+simd128' CARGO_TARGET_WASM32_WASIP1_RUNNER="node --no-warnings $PWD/wasi.mjs" \
+        cargo test --manifest-path ../../Cargo.toml --target wasm32-wasip1 --target-dir target/wasi --no-default-features --lib \
+        -- kernels:: --skip team --skip limits
+else
+    printf '\n!!! the standard library for wasm32-wasip1 cannot be had: the kernels are NOT tested with vector instructions\n\n' >&2
+fi
 
 command -v npm >/dev/null || install npm || left_out npm "the page's test"
 test -d node_modules/playwright-core || npm install --no-save --no-package-lock playwright-core ||

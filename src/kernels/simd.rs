@@ -1,11 +1,11 @@
-//! Sixteen lanes of `f32` on whatever the CPU has. With its instructions in `x86.rs`, `amx.rs` and `wasm.rs`, and beside
+//! Sixteen lanes of `f32` on whatever the CPU has. With its instructions in `x86.rs`, `amx.rs`, `neon.rs` and `wasm.rs`, and beside
 //! [`team`](super::team) and `memory`, the only place of the crate with `unsafe` code.
 //!
 //! A kernel is a struct of its arguments that implements [`Kernel`]; its `run` is written once, in safe code, over the
 //! operations of [`Simd`]. [`dispatch`] compiles it for every instruction set and picks one at run time. A value of a
 //! type implementing `Simd` is the proof that the CPU has the instructions, which is why its methods are safe.
 //!
-//! The environment variable `HYMBA_SIMD=scalar|avx2|avx512` forces a path (if the CPU has it), so that tests can prove
+//! The environment variable `HYMBA_SIMD=scalar|avx2|avx512|neon` forces a path (if the CPU has it), so that tests can prove
 //! each one was taken. `avx512` and less leaves out AMX.
 
 pub(crate) use isa::Isa;
@@ -14,6 +14,11 @@ mod isa;
 
 /// Numbers in one vector, on every instruction set.
 pub(crate) const LANES: usize = 16;
+
+/// Sixteen numbers side by side: a cache line. Of a matrix, half a panel's weights for one input.
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+pub(crate) struct Line(pub [f32; LANES]);
 
 /// A kernel: a struct of arguments whose `run` must be `#[inline(always)]`, so that it is compiled inside the function
 /// that turns the instruction set on.
@@ -32,6 +37,10 @@ pub(crate) trait Simd: Copy {
     /// Rows and vectors of the product tile whose sums fit the register file beside what is multiplied. The rows divide 12.
     const TILE_ROWS: usize;
     const TILE_LINES: usize;
+    /// Whether vectors are multiplied by one lane of another without more ado: then products load four inputs at a time.
+    const BY_LANE: bool = false;
+    /// Rows of a tile for which the compiler keeps the sums in registers then, if [`six_rows`](Self::six_rows) is not for it.
+    const LANE_ROWS: usize = Self::TILE_ROWS;
 
     fn splat(self, x: f32) -> Self::V;
     fn load(self, x: &[f32; LANES]) -> Self::V;
@@ -44,6 +53,17 @@ pub(crate) trait Simd: Copy {
     fn div(self, a: Self::V, b: Self::V) -> Self::V;
     /// a·b + c
     fn mul_add(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V;
+    /// a·b + c for one of four numbers b.
+    #[inline(always)]
+    fn mul_add_lane<const LANE: usize>(self, a: Self::V, b: &[f32; 4], c: Self::V) -> Self::V {
+        self.mul_add(a, self.splat(b[LANE]), c)
+    }
+    /// Adds to the sums of six rows their inputs' products with one of the two lines of weights of each input, and says of how many
+    /// inputs: where the compiler does not keep all of that in registers.
+    #[inline(always)]
+    fn six_rows(self, _x: [&[[f32; 4]]; 6], _w: &[[Line; 2]], _line: usize, _sums: &mut [Self::V; 6]) -> usize {
+        0
+    }
     /// The larger of a and b; `b` where either is NaN.
     fn max(self, a: Self::V, b: Self::V) -> Self::V;
     /// The smaller of a and b; `b` where either is NaN.
@@ -143,6 +163,11 @@ pub(crate) trait Simd: Copy {
     fn dot_bf16(self, a: Self::I, b: Self::I, c: Self::V) -> Self::V {
         dot_bf16(self, a, b, c)
     }
+    /// As [`dot_bf16`](Self::dot_bf16) by one of four pairs b.
+    #[inline(always)]
+    fn dot_bf16_lane<const LANE: usize>(self, a: Self::I, b: &[[u16; 2]; 4], c: Self::V) -> Self::V {
+        self.dot_bf16(a, self.splat_int(pair(b[LANE])), c)
+    }
 
     // whole numbers
 
@@ -168,6 +193,11 @@ pub(crate) trait Simd: Copy {
             c[i].wrapping_add((product(0) + product(1) + product(2) + product(3)).cast_unsigned())
         }))
     }
+    /// As [`dot`](Self::dot) by one of four times four bytes b.
+    #[inline(always)]
+    fn dot_lane<const LANE: usize>(self, a: Self::I, b: &[u32; 4], c: Self::I) -> Self::I {
+        self.dot(a, self.splat_int(b[LANE]), c)
+    }
     /// As [`begin`](Self::begin), for [`dot_nibbles`](Self::dot_nibbles) and `a` 8 too high.
     #[inline(always)]
     fn begin_nibbles(self, start: Self::I) -> Self::I {
@@ -177,6 +207,11 @@ pub(crate) trait Simd: Copy {
     #[inline(always)]
     fn dot_nibbles(self, a: Self::I, b: Self::I, c: Self::I) -> Self::I {
         self.dot(a, b, c)
+    }
+    /// As [`dot_nibbles`](Self::dot_nibbles) by one of four times four bytes b.
+    #[inline(always)]
+    fn dot_nibbles_lane<const LANE: usize>(self, a: Self::I, b: &[u32; 4], c: Self::I) -> Self::I {
+        self.dot_nibbles(a, self.splat_int(b[LANE]), c)
     }
     /// The sums that [`dot_nibbles`](Self::dot_nibbles) made.
     #[inline(always)]
@@ -217,6 +252,12 @@ fn ints<S: Simd>(s: S, v: S::I) -> [u32; LANES] {
     lanes
 }
 
+/// Two numbers stored as bfloat16, the first in the low bits.
+#[inline(always)]
+pub(crate) fn pair([low, high]: [u16; 2]) -> u32 {
+    u32::from(high) << 16 | u32::from(low)
+}
+
 /// What [`Simd::dot_bf16`] is without an instruction for it.
 #[inline(always)]
 fn dot_bf16<S: Simd>(s: S, a: S::I, b: S::I, c: S::V) -> S::V {
@@ -239,6 +280,11 @@ pub(crate) fn dispatch_at<K: Kernel>(level: Isa, kernel: K) -> K::Output {
     } else if level == Isa::Avx2 && level.is_available() {
         return unsafe { x86::run_avx2(kernel) };
     }
+    #[cfg(target_arch = "aarch64")]
+    if level >= Isa::Neon && Isa::Neon.is_available() {
+        // SAFETY: the CPU has the instructions, as just checked.
+        return unsafe { neon::run_neon(kernel) };
+    }
     #[cfg(all(target_arch = "wasm32", target_feature = "simd128"))]
     if level == Isa::Simd128 || !cfg!(test) {
         return kernel.run(wasm::Simd128);
@@ -247,7 +293,8 @@ pub(crate) fn dispatch_at<K: Kernel>(level: Isa, kernel: K) -> K::Output {
     kernel.run(Scalar)
 }
 
-/// As [`dispatch_at`], for a kernel with products of whole numbers: it is compiled once more, for [`Isa::Avx512Vnni`].
+/// As [`dispatch_at`], for a kernel with products of whole numbers: it is compiled once more, for
+/// [`Isa::Avx512Vnni`], [`Isa::NeonDot`] and [`Isa::NeonI8mm`].
 #[inline]
 pub(crate) fn dispatch_int_at<K: Kernel>(level: Isa, kernel: K) -> K::Output {
     #[cfg(target_arch = "x86_64")]
@@ -255,16 +302,29 @@ pub(crate) fn dispatch_int_at<K: Kernel>(level: Isa, kernel: K) -> K::Output {
         // SAFETY: the CPU has the instructions, as just checked.
         return unsafe { x86::run_avx512_vnni(kernel) };
     }
+    #[cfg(target_arch = "aarch64")]
+    // SAFETY: the CPU has the instructions, as just checked.
+    if level >= Isa::NeonI8mm && Isa::NeonI8mm.is_available() {
+        return unsafe { neon::run_neon_i8mm(kernel) };
+    } else if level >= Isa::NeonDot && Isa::NeonDot.is_available() {
+        return unsafe { neon::run_neon_dot(kernel) };
+    }
     dispatch_at(level, kernel)
 }
 
-/// As [`dispatch_at`], for a kernel with products of pairs of bf16: it is compiled once more, for [`Isa::Avx512Bf16`].
+/// As [`dispatch_at`], for a kernel with products of pairs of bf16: it is compiled once more, for [`Isa::Avx512Bf16`]
+/// and [`Isa::NeonBf16`].
 #[inline]
 pub(crate) fn dispatch_bf16_at<K: Kernel>(level: Isa, kernel: K) -> K::Output {
     #[cfg(target_arch = "x86_64")]
     if level >= Isa::Avx512Bf16 && Isa::Avx512Bf16.is_available() {
         // SAFETY: the CPU has the instructions, as just checked.
         return unsafe { x86::run_avx512_bf16(kernel) };
+    }
+    #[cfg(target_arch = "aarch64")]
+    if level >= Isa::NeonBf16 && Isa::NeonBf16.is_available() {
+        // SAFETY: the CPU has the instructions, as just checked.
+        return unsafe { neon::run_neon_bf16(kernel) };
     }
     dispatch_at(level, kernel)
 }
@@ -357,6 +417,8 @@ const NIBBLES: u32 = 0x0f0f_0f0f;
 /// Adding it to a small whole number n leaves n + 127, an exponent field, in the low bits.
 const EXPONENT_MAGIC: f32 = (3u32 << 22) as f32 + 127.0;
 
+#[cfg(target_arch = "aarch64")]
+mod neon;
 #[cfg(all(target_arch = "wasm32", target_feature = "simd128"))]
 mod wasm;
 #[cfg(target_arch = "x86_64")]

@@ -11,7 +11,7 @@ pub enum Arithmetic {
     /// f32: the weights are widened.
     #[default]
     F32,
-    /// bf16, on CPUs that multiply bf16 faster (AVX-512-BF16, or on Linux AMX); on others this is `F32`. Published code
+    /// bf16, on CPUs that multiply bf16 faster (AVX-512-BF16, ARM's `bfdot`, or on Linux AMX); on others this is `F32`. Published code
     /// computes so, too, and rounds the sums besides. Prompts gain most: decoding waits for memory. Subnormal numbers count as
     /// zero.
     ///
@@ -22,13 +22,13 @@ pub enum Arithmetic {
 
 impl Arithmetic {
     /// The instruction set that multiplies matrices in bf16 on this machine: as [`simd_level`](crate::simd_level) says, or, for
-    /// `Bf16`, `"amx"` or `"avx512-bf16"` if it has that. For `Bf16` this, too, asks for AMX.
+    /// `Bf16`, `"amx"`, `"avx512-bf16"` or `"neon-bf16"` if it has that. For `Bf16` this, too, asks for AMX.
     ///
     /// ```
     /// use hymba::lm::Arithmetic;
     ///
     /// assert_eq!(Arithmetic::F32.simd_level(), hymba::simd_level());
-    /// let is_faster = ["amx", "avx512-bf16"].contains(&Arithmetic::Bf16.simd_level());
+    /// let is_faster = ["amx", "avx512-bf16", "neon-bf16"].contains(&Arithmetic::Bf16.simd_level());
     /// assert_eq!(is_faster, Arithmetic::Bf16.simd_level() != hymba::simd_level());
     /// ```
     pub fn simd_level(self) -> &'static str {
@@ -36,6 +36,7 @@ impl Arithmetic {
             Arithmetic::F32 => Isa::current().name(),
             Arithmetic::Bf16 => match Isa::with_tiles() {
                 Isa::Avx512Bf16 => "avx512-bf16",
+                Isa::NeonBf16 => "neon-bf16",
                 level => level.name(),
             },
         }

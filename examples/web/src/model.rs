@@ -129,11 +129,6 @@ impl Model {
         self.0.num_parameters()
     }
 
-    /// A table of the model.
-    pub fn summary(&self) -> String {
-        self.0.summary()
-    }
-
     /// A whole series, frame after frame → the probability of each class.
     pub fn predict(&self, series: &[f32]) -> Result<Vec<f32>, JsError> {
         let x = frames(series, self.width())?.insert_axis(Axis(0)); // [1, l, width]

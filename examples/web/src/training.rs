@@ -76,12 +76,7 @@ impl TrainingOptions {
     #[wasm_bindgen(constructor)]
     #[allow(clippy::new_without_default)]
     pub fn new() -> TrainingOptions {
-        TrainingOptions {
-            steps: 320,
-            batch_size: 16,
-            learning_rate: 5e-3,
-            label_smoothing: 0.1,
-        }
+        TrainingOptions { steps: 320, batch_size: 16, learning_rate: 5e-3, label_smoothing: 0.1 }
     }
 }
 
@@ -118,7 +113,19 @@ impl Training {
         let loss = CrossEntropy::new().label_smoothing(options.label_smoothing);
         let gradient = predictor.zeros_like();
         let (batches, losses) = (Vec::new(), Vec::new());
-        Ok(Training { options, data, classes, predictor, gradient, optimizer, loss, batches, epoch: 0, step: 0, losses })
+        Ok(Training {
+            options,
+            data,
+            classes,
+            predictor,
+            gradient,
+            optimizer,
+            loss,
+            batches,
+            epoch: 0,
+            step: 0,
+            losses,
+        })
     }
 
     /// Takes so many steps, or those that are left → the mean loss of their batches; NaN if none is left.

@@ -160,7 +160,8 @@ fn streams_of_every_pattern_equal_whole_sequences() {
 
 #[test]
 fn files_are_bytes() {
-    let model = Predictor::build(HymbaOptions::new(5).hidden_size(24).num_layers(2), Task::classify(["a", "b"])).unwrap();
+    let model =
+        Predictor::build(HymbaOptions::new(5).hidden_size(24).num_layers(2), Task::classify(["a", "b"])).unwrap();
     let (bytes, x) = (model.to_bytes().unwrap(), wave(3, 20, 5));
     let same = Predictor::from_bytes(&bytes).unwrap();
     assert_eq!(same.predict(&x, None).unwrap(), model.predict(&x, None).unwrap());
@@ -179,7 +180,8 @@ fn files_are_bytes() {
 
 /// Series of which the class is a frequency.
 fn tones(count: usize, first: usize) -> Dataset {
-    let tone = |i: usize| Array2::from_shape_fn((30, 1), |(t, _)| ((0.3 + 0.5 * (i % 3) as f32) * t as f32 + i as f32).sin());
+    let tone =
+        |i: usize| Array2::from_shape_fn((30, 1), |(t, _)| ((0.3 + 0.5 * (i % 3) as f32) * t as f32 + i as f32).sin());
     let task = Task::classify(["slow", "middle", "fast"]);
     let all = first..first + count;
     Dataset::new(&task, all.clone().map(tone).collect(), Targets::Classes(all.map(|i| i % 3).collect())).unwrap()

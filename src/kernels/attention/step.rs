@@ -103,8 +103,9 @@ impl<T: KvElement> Kernel for Step<'_, T> {
     }
 }
 
-/// Queries for which a key is read once. With [`VECTORS`] their sums stay in 32 registers.
-const QUERIES: usize = 5;
+/// Queries for which a key is read once. With [`VECTORS`] their sums stay in 32 registers. Only language models have several queries
+/// for a key: the code for them would be most of what a web page loads of this kernel.
+const QUERIES: usize = if cfg!(feature = "lm") { 5 } else { 1 };
 /// Vectors of a value that are summed in one pass over the rows.
 const VECTORS: usize = 4;
 

@@ -2,7 +2,7 @@
 //!
 //! bfloat16 lies in pairs: a lane of 32 bits holds two consecutive inputs' weights of one output, of which a shift makes the
 //! first number and a mask the second. That is also what CPUs multiply that have instructions for bfloat16: AVX-512 takes
-//! sixteen pairs at once, and a tile of AMX is sixteen lines of sixteen pairs. They want both sides in bfloat16 and sum in
+//! sixteen pairs at once, NEON four, and a tile of AMX is sixteen lines of sixteen pairs. They want both sides in bfloat16 and sum in
 //! `f32`. Each way of doing it sums every output in an order of its own, the same for any number of rows.
 
 use ndarray::ArrayViewMut2;
@@ -14,22 +14,33 @@ use super::product::{Inputs, LeftRows};
 use crate::kernels::memory::{Scratch, with_scratch};
 use crate::kernels::profiler::{Cost, Stage, timed};
 use crate::kernels::rows::{Out, Rows};
-use crate::kernels::simd::{Isa, Kernel, LANES, Simd, dispatch_at};
+use crate::kernels::simd::{Isa, Kernel, LANES, Simd, dispatch_at, pair};
 use crate::kernels::team::Team;
 
 /// Two inputs in bfloat16.
 impl Inputs for [u16; 2] {
     const STEPS: usize = 1;
+    type Four = [[u16; 2]; 4];
     type Wide<S: Simd> = S::I;
 
     #[inline(always)]
+    fn fours(x: &[Self]) -> &[Self::Four] {
+        x.as_chunks().0
+    }
+
+    #[inline(always)]
     fn splat<S: Simd>(self, s: S, _step: usize) -> S::I {
-        s.splat_int(u32::from(self[1]) << 16 | u32::from(self[0]))
+        s.splat_int(pair(self))
     }
 
     #[inline(always)]
     fn multiply<S: Simd>(s: S, x: S::I, w: S::I, sum: S::V) -> S::V {
         s.dot_bf16(x, w, sum)
+    }
+
+    #[inline(always)]
+    fn multiply_lane<S: Simd, const LANE: usize>(s: S, x: &[[u16; 2]; 4], w: S::I, sum: S::V) -> S::V {
+        s.dot_bf16_lane::<LANE>(w, x, sum)
     }
 }
 
@@ -48,7 +59,7 @@ impl LeftRows for Rows<'_, u16> {
 
 /// Whether there are instructions for it. Without them rounding the inputs would only add to the work.
 pub(crate) fn pays(level: Isa) -> bool {
-    level >= Isa::Avx512Bf16
+    level.has_bf16()
 }
 
 /// Inputs of a tile: rows of rounded inputs are filled up with zeros to a multiple of it.

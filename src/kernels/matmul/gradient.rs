@@ -78,6 +78,26 @@ impl<const R: usize> LeftTile<[f32; 1]> for StripColumns<'_, R> {
         let (tiles, _): (&[[f32; R]], _) = self.strip[i].as_chunks();
         [tiles[self.first / R][row]]
     }
+
+    /// The rows lie side by side: four of them are loaded at a time, of six the first or the last.
+    #[inline(always)]
+    fn multiply_lane<S: Simd, const LANE: usize>(self, s: S, row: usize, i: usize, w: S::V, sum: S::V) -> S::V {
+        let (tiles, _): (&[[f32; R]], _) = self.strip[4 * i + LANE].as_chunks();
+        let tile = &tiles[self.first / R];
+        let (Some(first), Some(last)) = (tile.first_chunk(), tile.last_chunk()) else {
+            return s.mul_add(s.splat(tile[row]), w, sum);
+        };
+        match if row < 4 { row } else { row + 4 - R } {
+            0 => s.mul_add_lane::<0>(w, first, sum),
+            1 => s.mul_add_lane::<1>(w, first, sum),
+            lane => match (row < 4, lane) {
+                (true, 2) => s.mul_add_lane::<2>(w, first, sum),
+                (true, _) => s.mul_add_lane::<3>(w, first, sum),
+                (false, 2) => s.mul_add_lane::<2>(w, last, sum),
+                (false, _) => s.mul_add_lane::<3>(w, last, sum),
+            },
+        }
+    }
 }
 
 impl Columns<'_> {

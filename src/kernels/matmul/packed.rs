@@ -3,15 +3,11 @@
 use crate::kernels::memory::filled;
 use crate::kernels::profiler::{Cost, Stage, timed};
 use crate::kernels::simd::LANES;
+pub(crate) use crate::kernels::simd::Line;
 use crate::kernels::team::Team;
 
 /// Outputs of a panel.
 pub(crate) const PANEL: usize = 2 * LANES;
-
-/// Half a panel's weights for one input: a cache line.
-#[derive(Clone, Copy)]
-#[repr(C, align(64))]
-pub(crate) struct Line(pub [f32; LANES]);
 
 /// A panel's weights for one input.
 pub(crate) type PanelRow = [Line; 2];

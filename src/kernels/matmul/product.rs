@@ -14,15 +14,21 @@ const HALVES_AHEAD: usize = 4096;
 pub(crate) trait Inputs: Copy {
     /// Multiplications one after the other that it takes.
     const STEPS: usize;
+    /// Four lanes of consecutive inputs, for as many steps.
+    type Four;
     /// What is multiplied in a step, in all lanes.
     type Wide<S: Simd>: Copy;
     fn splat<S: Simd>(self, s: S, step: usize) -> Self::Wide<S>;
     /// x·w + sum
     fn multiply<S: Simd>(s: S, x: Self::Wide<S>, w: Self::Wide<S>, sum: S::V) -> S::V;
+    fn fours(x: &[Self]) -> &[Self::Four];
+    /// x·w + sum for one of four lanes x.
+    fn multiply_lane<S: Simd, const LANE: usize>(s: S, x: &Self::Four, w: Self::Wide<S>, sum: S::V) -> S::V;
 }
 
 impl<const N: usize> Inputs for [f32; N] {
     const STEPS: usize = N;
+    type Four = [f32; 4];
     type Wide<S: Simd> = S::V;
 
     #[inline(always)]
@@ -33,6 +39,16 @@ impl<const N: usize> Inputs for [f32; N] {
     #[inline(always)]
     fn multiply<S: Simd>(s: S, x: S::V, w: S::V, sum: S::V) -> S::V {
         s.mul_add(x, w, sum)
+    }
+
+    #[inline(always)]
+    fn fours(x: &[Self]) -> &[[f32; 4]] {
+        x.as_flattened().as_chunks().0
+    }
+
+    #[inline(always)]
+    fn multiply_lane<S: Simd, const LANE: usize>(s: S, x: &[f32; 4], w: S::V, sum: S::V) -> S::V {
+        s.mul_add_lane::<LANE>(w, x, sum)
     }
 }
 
@@ -45,6 +61,12 @@ pub(crate) trait Weights<X: Inputs>: Copy {
     const PANELS: usize;
     /// How many bytes ahead they are fetched for few rows: 0 if that is left to the CPU.
     const AHEAD: usize;
+    /// Whether the sums of six rows are made by [`six_rows`](Self::six_rows) if products are [by lane](Simd::BY_LANE).
+    const BY_SIX: bool = false;
+    /// As [`Simd::six_rows`].
+    fn six_rows<S: Simd>(_s: S, _x: [&[X]; 6], _w: &[Self], _line: usize, _sums: &mut [S::V; 6]) -> usize {
+        0
+    }
     /// Those of a step, for the first or the second half of the panel.
     fn load<S: Simd>(&self, s: S, step: usize, half: usize) -> X::Wide<S>;
 }
@@ -53,6 +75,12 @@ impl Weights<[f32; 1]> for PanelRow {
     const MAX_ROWS: usize = 12;
     const PANELS: usize = 4;
     const AHEAD: usize = 0;
+    const BY_SIX: bool = true;
+
+    #[inline(always)]
+    fn six_rows<S: Simd>(s: S, x: [&[[f32; 1]]; 6], w: &[Self], line: usize, sums: &mut [S::V; 6]) -> usize {
+        s.six_rows(x.map(Inputs::fours), w, line, sums)
+    }
 
     #[inline(always)]
     fn load<S: Simd>(&self, s: S, _step: usize, half: usize) -> S::V {
@@ -101,15 +129,35 @@ impl<const N: usize> LeftRows for Floats<'_, N> {
 }
 
 /// Some rows of the left operand.
-pub(super) trait LeftTile<X>: Copy {
+pub(super) trait LeftTile<X: Inputs>: Copy {
     /// What meets the weights number i.
     fn at(self, row: usize, i: usize) -> X;
+    /// Adds to the sums of one line the products of the first inputs, and says of how many.
+    #[inline(always)]
+    fn begin<S: Simd, W: Weights<X>>(self, _s: S, _w: &[W], _line: usize, _sums: &mut [S::V]) -> usize {
+        0
+    }
+    /// x·w + sum for step number `LANE` of four, and four steps number i.
+    fn multiply_lane<S: Simd, const LANE: usize>(self, s: S, row: usize, i: usize, w: X::Wide<S>, sum: S::V) -> S::V;
 }
 
-impl<const R: usize, X: Copy> LeftTile<X> for [&[X]; R] {
+impl<const R: usize, X: Inputs> LeftTile<X> for [&[X]; R] {
     #[inline(always)]
     fn at(self, row: usize, i: usize) -> X {
         self[row][i]
+    }
+
+    #[inline(always)]
+    fn begin<S: Simd, W: Weights<X>>(self, s: S, w: &[W], line: usize, sums: &mut [S::V]) -> usize {
+        match (self.as_slice().try_into(), sums.try_into()) {
+            (Ok(x), Ok(sums)) => W::six_rows(s, x, w, line, sums),
+            _ => 0,
+        }
+    }
+
+    #[inline(always)]
+    fn multiply_lane<S: Simd, const LANE: usize>(self, s: S, row: usize, i: usize, w: X::Wide<S>, sum: S::V) -> S::V {
+        X::multiply_lane::<S, LANE>(s, &X::fours(self[row])[i], w, sum)
     }
 }
 
@@ -169,7 +217,11 @@ impl<X: LeftRows> Left for X {
     ) {
         let m = product.out.nrows();
         // the sums of three rows by two lines would fit the registers of AVX2, too, but not with what they are made of
-        let most = if lines > S::TILE_LINES { S::TILE_ROWS.div_ceil(4) } else { S::TILE_ROWS.min(W::MAX_ROWS) };
+        let most = match lines > S::TILE_LINES {
+            true => S::TILE_ROWS.div_ceil(4),
+            false if S::BY_LANE && !W::BY_SIX => S::LANE_ROWS,
+            false => S::TILE_ROWS.min(W::MAX_ROWS),
+        };
         let mut row = 0;
         while row < m {
             // as even as can be: a tile of one row would wait for its own sums
@@ -177,27 +229,29 @@ impl<X: LeftRows> Left for X {
             // no less than they are: the compiler leaves out the tiles that are never taken
             let (rows, lines) = (rows.min(S::TILE_ROWS), lines.min(S::TILE_ROWS * S::TILE_LINES));
             match (rows, lines) {
-                (1, 8) => product.rows::<S, 1, 8>(s, row, line),
-                (_, 8) => product.rows::<S, 2, 8>(s, row, line),
+                // tiles that do not fit the registers are not even compiled
+                (1, 8) if S::TILE_ROWS > 6 => product.rows::<S, 1, 8>(s, row, line),
+                (_, 8) if S::TILE_ROWS > 6 => product.rows::<S, 2, 8>(s, row, line),
                 (_, 4) => product.rows::<S, 1, 4>(s, row, line),
-                (1, 1) => product.rows::<S, 1, 1>(s, row, line),
-                (2, 1) => product.rows::<S, 2, 1>(s, row, line),
-                (3, 1) => product.rows::<S, 3, 1>(s, row, line),
-                (4, 1) => product.rows::<S, 4, 1>(s, row, line),
-                (5, 1) => product.rows::<S, 5, 1>(s, row, line),
-                (_, 1) => product.rows::<S, 6, 1>(s, row, line),
+                (1, 1) if S::TILE_LINES == 1 => product.rows::<S, 1, 1>(s, row, line),
+                (2, 1) if S::TILE_LINES == 1 => product.rows::<S, 2, 1>(s, row, line),
+                (3, 1) if S::TILE_LINES == 1 => product.rows::<S, 3, 1>(s, row, line),
+                (4, 1) if S::TILE_LINES == 1 => product.rows::<S, 4, 1>(s, row, line),
+                (5, 1) if S::TILE_LINES == 1 => product.rows::<S, 5, 1>(s, row, line),
+                (_, 1) if S::TILE_LINES == 1 => product.rows::<S, 6, 1>(s, row, line),
                 (1, _) => product.rows::<S, 1, 2>(s, row, line),
                 (2, _) => product.rows::<S, 2, 2>(s, row, line),
-                (3, _) => product.rows::<S, 3, 2>(s, row, line),
-                (4, _) => product.rows::<S, 4, 2>(s, row, line),
-                (5, _) => product.rows::<S, 5, 2>(s, row, line),
-                (6, _) => product.rows::<S, 6, 2>(s, row, line),
-                (7, _) => product.rows::<S, 7, 2>(s, row, line),
-                (8, _) => product.rows::<S, 8, 2>(s, row, line),
-                (9, _) => product.rows::<S, 9, 2>(s, row, line),
-                (10, _) => product.rows::<S, 10, 2>(s, row, line),
-                (11, _) => product.rows::<S, 11, 2>(s, row, line),
-                _ => product.rows::<S, 12, 2>(s, row, line),
+                (3, _) if S::TILE_ROWS > 6 => product.rows::<S, 3, 2>(s, row, line),
+                (4, _) if S::TILE_ROWS > 6 => product.rows::<S, 4, 2>(s, row, line),
+                (5, _) if S::TILE_ROWS > 6 => product.rows::<S, 5, 2>(s, row, line),
+                (6, _) if S::TILE_ROWS > 6 => product.rows::<S, 6, 2>(s, row, line),
+                (7, _) if S::TILE_ROWS > 6 => product.rows::<S, 7, 2>(s, row, line),
+                (8, _) if S::TILE_ROWS > 6 => product.rows::<S, 8, 2>(s, row, line),
+                (9, _) if S::TILE_ROWS > 6 => product.rows::<S, 9, 2>(s, row, line),
+                (10, _) if S::TILE_ROWS > 6 => product.rows::<S, 10, 2>(s, row, line),
+                (11, _) if S::TILE_ROWS > 6 => product.rows::<S, 11, 2>(s, row, line),
+                (12, _) if S::TILE_ROWS > 6 => product.rows::<S, 12, 2>(s, row, line),
+                _ => unreachable!("a tile that does not fit the registers"),
             }
             row += rows;
         }
@@ -238,7 +292,19 @@ impl<X: Left, W: Weights<X::Inputs>, const N: usize> Product<'_, X, W, N> {
         // the first rows to pass over one half of a panel fetch both: memory is read fastest from one end to the other
         let fetches = L == 1 && row == 0 && line.is_multiple_of(2);
         let mut sums = [[s.splat(0.0); L]; R];
-        for i in 0..count {
+        let mut first = 0;
+        if S::BY_LANE {
+            if L == 1 && W::BY_SIX {
+                first = x.begin(s, w[0], line, sums.as_flattened_mut());
+            }
+            if first == 0 {
+                first = match X::Inputs::STEPS {
+                    1 => by_lanes::<S, X, W, R, L, 4>(s, x, w, line, &mut sums),
+                    _ => by_lanes::<S, X, W, R, L, 2>(s, x, w, line, &mut sums),
+                };
+            }
+        }
+        for i in first..count {
             for l in (0..L).step_by(2) {
                 if W::AHEAD > 0 && streamed {
                     // a product of few rows waits for memory, and the CPU alone looks not far enough ahead
@@ -277,6 +343,59 @@ impl<X: Left, W: Weights<X::Inputs>, const N: usize> Product<'_, X, W, N> {
                 let Some(out) = row.get_mut(line * LANES - self.outputs.start..) else { break };
                 let bias = self.w.bias.get(line / 2).map(|bias| &bias[line % 2]);
                 finish(s, sum, out, bias, self.mode);
+            }
+        }
+    }
+}
+
+/// Adds to the sums of a tile as many products as there are in fours of steps, of G inputs each, and says of how many inputs.
+#[inline(always)]
+fn by_lanes<S: Simd, X: Left, W: Weights<X::Inputs>, const R: usize, const L: usize, const G: usize>(
+    s: S,
+    x: impl LeftTile<X::Inputs>,
+    w: [&[W]; L],
+    line: usize,
+    sums: &mut [[S::V; L]; R],
+) -> usize {
+    let w = w.map(|w| w.as_chunks::<G>().0);
+    let fours = w[0].len();
+    for i in 0..fours {
+        by_lane::<S, X, W, R, L, G, 0>(s, x, w, i, line, sums);
+        by_lane::<S, X, W, R, L, G, 1>(s, x, w, i, line, sums);
+        by_lane::<S, X, W, R, L, G, 2>(s, x, w, i, line, sums);
+        by_lane::<S, X, W, R, L, G, 3>(s, x, w, i, line, sums);
+    }
+    G * fours
+}
+
+/// Adds one of four steps.
+#[inline(always)]
+#[allow(clippy::needless_range_loop)] // as above
+fn by_lane<
+    S: Simd,
+    X: Left,
+    W: Weights<X::Inputs>,
+    const R: usize,
+    const L: usize,
+    const G: usize,
+    const LANE: usize,
+>(
+    s: S,
+    x: impl LeftTile<X::Inputs>,
+    w: [&[[W; G]]; L],
+    i: usize,
+    line: usize,
+    sums: &mut [[S::V; L]; R],
+) {
+    for l in (0..L).step_by(2) {
+        let w = &w[l][i][LANE * G / 4];
+        let (step, first) = (LANE % (4 / G), if L == 1 { line } else { 0 });
+        let low = w.load(s, step, first);
+        let high = if L == 1 { low } else { w.load(s, step, 1) };
+        for r in 0..R {
+            sums[r][l] = x.multiply_lane::<S, LANE>(s, r, i, low, sums[r][l]);
+            if L > 1 {
+                sums[r][l + 1] = x.multiply_lane::<S, LANE>(s, r, i, high, sums[r][l + 1]);
             }
         }
     }

@@ -313,7 +313,12 @@ fn block<S: Simd, Q: Quants, const R: usize, const H: usize>(
     for r in 0..R {
         whole[r] = [Q::begin(s, s.splat_int(x[r][b].start)); H];
     }
-    for quad in 0..QUADS {
+    if S::BY_LANE {
+        const { assert!(QUADS == 8) };
+        four_quads(s, x, &w[b], b, first, 0, &mut whole);
+        four_quads(s, x, &w[b], b, first, 1, &mut whole);
+    }
+    for quad in if S::BY_LANE { QUADS } else { 0 }..QUADS {
         let mut words = [s.splat_int(0); H];
         for half in 0..H {
             words[half] = w[b].load(s, quad, first + half);
@@ -331,6 +336,47 @@ fn block<S: Simd, Q: Quants, const R: usize, const H: usize>(
             let whole = s.to_float(Q::end(s, whole[r][half], s.splat_int(x[r][b].start)));
             let sum = &mut sums[r][first + half];
             *sum = s.mul_add(s.mul(whole, scales[first + half]), scale, *sum);
+        }
+    }
+}
+
+/// Adds the products of four quads of a block.
+#[inline(always)]
+fn four_quads<S: Simd, Q: Quants, const R: usize, const H: usize>(
+    s: S,
+    x: [&[Inputs]; R],
+    w: &Q,
+    b: usize,
+    first: usize,
+    four: usize,
+    whole: &mut [[S::I; H]; R],
+) {
+    quad::<S, Q, R, H, 0>(s, x, w, b, first, four, whole);
+    quad::<S, Q, R, H, 1>(s, x, w, b, first, four, whole);
+    quad::<S, Q, R, H, 2>(s, x, w, b, first, four, whole);
+    quad::<S, Q, R, H, 3>(s, x, w, b, first, four, whole);
+}
+
+/// Adds those of one.
+#[inline(always)]
+#[allow(clippy::needless_range_loop)] // as above
+fn quad<S: Simd, Q: Quants, const R: usize, const H: usize, const LANE: usize>(
+    s: S,
+    x: [&[Inputs]; R],
+    w: &Q,
+    b: usize,
+    first: usize,
+    four: usize,
+    whole: &mut [[S::I; H]; R],
+) {
+    let mut words = [s.splat_int(0); H];
+    for half in 0..H {
+        words[half] = w.load(s, 4 * four + LANE, first + half);
+    }
+    for r in 0..R {
+        let x = &x[r][b].quads.as_chunks().0[four];
+        for half in 0..H {
+            whole[r][half] = Q::dot_lane::<S, LANE>(s, words[half], x, whole[r][half]);
         }
     }
 }

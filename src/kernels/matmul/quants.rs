@@ -43,6 +43,11 @@ pub(crate) trait Quants: Copy + Send + Sync + 'static {
     fn dot<S: Simd>(s: S, w: S::I, x: S::I, sums: S::I) -> S::I {
         s.dot(w, x, sums)
     }
+    /// The same for one of four quads x.
+    #[inline(always)]
+    fn dot_lane<S: Simd, const LANE: usize>(s: S, w: S::I, x: &[u32; 4], sums: S::I) -> S::I {
+        s.dot_lane::<LANE>(w, x, sums)
+    }
     /// and are ended.
     #[inline(always)]
     fn end<S: Simd>(_s: S, sums: S::I, _start: S::I) -> S::I {
@@ -196,6 +201,11 @@ impl Quants for Q4Block {
     #[inline(always)]
     fn dot<S: Simd>(s: S, w: S::I, x: S::I, sums: S::I) -> S::I {
         s.dot_nibbles(w, x, sums)
+    }
+
+    #[inline(always)]
+    fn dot_lane<S: Simd, const LANE: usize>(s: S, w: S::I, x: &[u32; 4], sums: S::I) -> S::I {
+        s.dot_nibbles_lane::<LANE>(w, x, sums)
     }
 
     #[inline(always)]

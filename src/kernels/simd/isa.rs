@@ -1,13 +1,22 @@
 //! The instruction sets there are code paths for, and which of them this machine has.
 
+#[cfg(target_arch = "aarch64")]
+use std::arch::is_aarch64_feature_detected;
 use std::sync::OnceLock;
 
-/// The instruction sets there are code paths for, worst first.
+/// The instruction sets there are code paths for, those of one kind of CPU worst first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Isa {
     Scalar,
     /// Of WebAssembly: in a module that is compiled for it, and there the only one outside tests.
     Simd128,
+    Neon,
+    /// As `Neon`, with `sdot` for [`Simd::dot`](super::Simd::dot), which only [`dispatch_int_at`](super::dispatch_int_at) makes use of.
+    NeonDot,
+    /// With `usdot` for it.
+    NeonI8mm,
+    /// With `bfdot` for [`Simd::dot_bf16`](super::Simd::dot_bf16) besides, which only [`dispatch_bf16_at`](super::dispatch_bf16_at) makes use of.
+    NeonBf16,
     Avx2,
     Avx512,
     /// As `Avx512`, with an instruction for [`Simd::dot`](super::Simd::dot), which only [`dispatch_int_at`](super::dispatch_int_at) makes use of.
@@ -19,15 +28,27 @@ pub(crate) enum Isa {
 }
 
 impl Isa {
-    pub(crate) const ALL: [Isa; 7] =
-        [Isa::Scalar, Isa::Simd128, Isa::Avx2, Isa::Avx512, Isa::Avx512Vnni, Isa::Avx512Bf16, Isa::Amx];
-
     const HAS_SIMD128: bool = cfg!(all(target_arch = "wasm32", target_feature = "simd128"));
+
+    pub(crate) const ALL: [Isa; 11] = [
+        Isa::Scalar,
+        Isa::Simd128,
+        Isa::Neon,
+        Isa::NeonDot,
+        Isa::NeonI8mm,
+        Isa::NeonBf16,
+        Isa::Avx2,
+        Isa::Avx512,
+        Isa::Avx512Vnni,
+        Isa::Avx512Bf16,
+        Isa::Amx,
+    ];
 
     pub(crate) fn name(self) -> &'static str {
         match self {
             Isa::Scalar => "scalar",
             Isa::Simd128 => "simd128",
+            Isa::Neon | Isa::NeonDot | Isa::NeonI8mm | Isa::NeonBf16 => "neon",
             Isa::Avx2 => "avx2",
             Isa::Avx512 | Isa::Avx512Vnni | Isa::Avx512Bf16 => "avx512",
             Isa::Amx => "amx",
@@ -38,6 +59,14 @@ impl Isa {
         match self {
             Isa::Scalar => cfg!(test) || !Isa::HAS_SIMD128,
             Isa::Simd128 => Isa::HAS_SIMD128,
+            #[cfg(target_arch = "aarch64")]
+            Isa::Neon => is_aarch64_feature_detected!("neon"),
+            #[cfg(target_arch = "aarch64")]
+            Isa::NeonDot => is_aarch64_feature_detected!("dotprod") && Isa::Neon.is_available(),
+            #[cfg(target_arch = "aarch64")]
+            Isa::NeonI8mm => is_aarch64_feature_detected!("i8mm") && Isa::NeonDot.is_available(),
+            #[cfg(target_arch = "aarch64")]
+            Isa::NeonBf16 => is_aarch64_feature_detected!("bf16") && Isa::NeonI8mm.is_available(),
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => {
                 is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c")
@@ -55,6 +84,11 @@ impl Isa {
             #[allow(unreachable_patterns)]
             _ => false,
         }
+    }
+
+    /// Whether there are instructions for products of bfloat16.
+    pub(crate) fn has_bf16(self) -> bool {
+        self == Isa::NeonBf16 || self >= Isa::Avx512Bf16
     }
 
     /// The level in use: the one `HYMBA_SIMD` names, if the CPU has it, or else the best there is. Tiles are not asked for.
