@@ -5,6 +5,9 @@
 //! cargo run --release --example classify -- TRAIN.ts TEST.ts         # your own series, of any lengths and widths
 //! cargo run --release --features csv --example classify -- TRAIN.csv TEST.csv --target price --numbers      # tables
 //! cargo run --release --example classify -- TRAIN.ts TEST.ts --resume     # goes on after Ctrl-C, or after a power cut
+//! cargo run --release --example classify -- TRAIN.ts TEST.ts --search 32     # random search on the training series
+//! parallel -j 8 target/release/examples/classify TRAIN.ts TEST.ts --search 64 --trial {}/8 --results {}.jsonl ::: $(seq 8)
+//! cargo run --release --example classify -- --table *.jsonl          # merges what all have found
 //! cargo run --release --example classify -- --help                   # all options
 //! ```
 //!
@@ -44,6 +47,10 @@ mod numbers;
 mod picture;
 #[path = "support/reading.rs"]
 mod reading;
+#[path = "support/search.rs"]
+mod search;
+#[path = "support/trials.rs"]
+mod trials;
 
 use confusion::Confusion;
 use numbers::Numbers;
@@ -80,6 +87,11 @@ What no option sets follows from the training series: see PredictorOptions and T
   --slice X --jitter X --scale X --warp X --mixup X     augmentations by their numbers; 0 for none
   --validation X      share of the training series that only picks the best epoch (0)
   --folds K           K times trains on all but one in K of the training series, and measures on these; no test
+  --search N          random search of N trials by --folds (3) of the training series, the encoder alone, with successive halving: see
+                      support/search.rs for the ranges; no test. Killed, it goes on where it was
+  --trial K/N         of a search only every Nth trial, from the Kth on, counted from 1
+  --results FILE      of a search, to which lines are added (results.jsonl in the folder of --out)
+  --table FILE...     only prints the table of these results
   --out DIR           for model, pictures and checkpoint (target/classify/<name of the data>)
   --resume            goes on where a training with the same options was interrupted
   --restart           begins anew although there is one to go on with";
@@ -101,6 +113,10 @@ fn run() -> Result<bool, Box<dyn Error>> {
         println!("{USAGE}");
         return Ok(true);
     };
+    if let Some(files) = &arguments.table {
+        search::table(files)?;
+        return Ok(true);
+    }
     let read = |path| read(path, &arguments.reading);
     let (train_file, test_file) = (read(&arguments.train)?, read(&arguments.test)?);
     if let (Some(train), Some(test)) = (train_file.spacing, test_file.spacing)
@@ -120,6 +136,9 @@ fn run() -> Result<bool, Box<dyn Error>> {
     let out = arguments.out.clone().unwrap_or_else(|| default_folder(&name, &arguments.train));
     std::fs::create_dir_all(&out).map_err(|error| format!("{}: {error}", out.display()))?;
 
+    if let Some(trials) = arguments.search {
+        return random_search(&arguments, trials, &task, &train, &out);
+    }
     if let Some(folds) = arguments.folds {
         return cross_validate(&arguments, &task, &train, folds);
     }
@@ -241,6 +260,10 @@ struct Arguments {
     augmentations: Vec<(String, f32)>,
     validation: f32,
     folds: Option<usize>,
+    search: Option<usize>,
+    trial: Option<(usize, usize)>,
+    results: Option<PathBuf>,
+    table: Option<Vec<PathBuf>>,
     out: Option<PathBuf>,
     resume: bool,
     restart: bool,
@@ -302,6 +325,10 @@ impl Arguments {
                     let amount = number(&argument, &value()?)?;
                     parsed.augmentations.push((argument, amount));
                 }
+                "--search" => parsed.search = Some(number(&argument, &value()?)?),
+                "--trial" => parsed.trial = Some(trials::share(&value()?)?),
+                "--results" => parsed.results = Some(value()?.into()),
+                "--table" => parsed.table = Some(Vec::new()),
                 "--folds" => parsed.folds = Some(number(&argument, &value()?)?),
                 "--learning-rate" => parsed.learning_rate = Some(number(&argument, &value()?)?),
                 "--batch" => parsed.batch = Some(number(&argument, &value()?)?),
@@ -309,6 +336,9 @@ impl Arguments {
                 _ if argument.starts_with('-') => return Err(format!("unknown option {argument}\n{USAGE}")),
                 _ => files.push(PathBuf::from(argument)),
             }
+        }
+        if let Some(table) = &mut parsed.table {
+            table.append(&mut files);
         }
         let shipped = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/data");
         [parsed.train, parsed.test] = match files.len() {
@@ -411,6 +441,52 @@ fn cross_validate(arguments: &Arguments, task: &Task, train: &Dataset, folds: us
     }
     println!("mean of {folds} folds: {:.4}", scores.iter().sum::<f64>() / folds.max(1) as f64);
     Ok(true)
+}
+
+/// Searches for options of the encoder, by folds of the training series.
+fn random_search(
+    arguments: &Arguments,
+    trials: usize,
+    task: &Task,
+    train: &Dataset,
+    out: &Path,
+) -> Result<bool, Box<dyn Error>> {
+    let results = arguments.results.clone().unwrap_or_else(|| out.join("results.jsonl"));
+    search::make_folder(&results)?;
+    let folds = arguments.folds.unwrap_or(3);
+    let (model, training) = (arguments.model(train), arguments.training(train));
+    // options that are given hold in all trials that do not draw them
+    let given = hash(&format!("{model:?} {training:?}"));
+    let (path, count, width) = (arguments.train.display(), train.num_series(), train.width());
+    let data = format!("{path}: {count} series of width {width}, options {given:08x}");
+    let found = search::Search { trials, share: arguments.trial, folds, seed: arguments.seed, results, data };
+    found.run(training.epochs, |options, epochs| {
+        let words =
+            std::env::args().skip(1).chain(options.iter().cloned()).chain(["--epochs".into(), epochs.to_string()]);
+        let drawn = Arguments::parse(words)?.ok_or("no help is asked for")?;
+        let mut scores = Vec::new();
+        for fold in 0..folds as u64 {
+            let (part, rest) = train.split(1.0 / folds as f32, fold)?;
+            let drawn = Arguments { seed: drawn.seed + fold, views: Views::Encoder, ..drawn.clone() };
+            scores.push(match fit(&drawn, task, &part, None) {
+                Ok((model, _)) => test_with(&model, &rest)?.score().0,
+                Err(error)
+                    if error.downcast_ref().is_some_and(|error| matches!(error, HymbaError::NotFinite { .. })) =>
+                {
+                    f64::MIN
+                }
+                Err(error) => return Err(error),
+            });
+        }
+        Ok(scores)
+    })?;
+    search::table(std::slice::from_ref(&found.results))?;
+    Ok(true)
+}
+
+/// FNV-1a
+fn hash(text: &str) -> u32 {
+    text.bytes().fold(0x811c_9dc5, |hash, byte| (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193))
 }
 
 /// Fits the views that are asked for; with the training of the encoder, if one was trained with all series and has a checkpoint.

@@ -123,6 +123,7 @@ fn errors_name_the_line_and_the_fault() {
         ("", usual(), "the table is empty"),
         ("a,b\n", usual(), "no rows of values"),
         ("a,b\n1,2\n\n1,2,3\n", usual(), "line 4: 3 fields, and 2 columns"),
+        ("a,b\r\n\r\n1,2\r\n\"1\n\",2\r\n1,x\r\n", usual(), "line 6: column `b`"),
         ("a,b\n1,2\n1\n", usual(), "line 3: 1 fields, and 2 columns"),
         ("a,b\n1,x\n", usual(), "line 2: column `b`: `x` is not a number"),
         ("a,b\n1,1e99\n", usual(), "line 2: column `b`: `1e99` is not a finite 32-bit number"),

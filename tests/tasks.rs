@@ -11,6 +11,9 @@ mod table;
 mod tasks;
 #[path = "../examples/compare/trial.rs"]
 mod trial;
+#[allow(dead_code, reason = "the shares of trials are tested with the search")]
+#[path = "../examples/support/trials.rs"]
+mod trials;
 
 use std::collections::HashSet;
 use std::path::Path;
@@ -246,7 +249,7 @@ fn record(pattern: &str, rate: f32, seed: u64, validation: f64, score: f64) -> R
 fn a_killed_comparison_goes_on() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("results.jsonl");
-    assert_eq!(load(&path).unwrap().0.len(), 0);
+    assert_eq!(load::<Record>(&path).unwrap().0.len(), 0);
     let (first, second) = (record("hymba", 1e-3, 0, 0.5, 0.5), record("hymba", 1e-3, 1, 0.5, 0.5));
     append(&path, &first).unwrap();
     let whole = std::fs::read(&path).unwrap();

@@ -28,6 +28,8 @@ mod results;
 mod table;
 mod tasks;
 mod trial;
+#[path = "../support/trials.rs"]
+mod trials;
 
 use results::Record;
 use trial::{PATTERNS, Settings, Trial, Work};
@@ -150,7 +152,7 @@ impl Arguments {
                 "--heads" => settings.heads = number::<usize>(&argument, &value()?)?.max(1),
                 "--steps" => settings.steps = number(&argument, &value()?)?,
                 "--frames" => settings.frames = number(&argument, &value()?)?,
-                "--trial" => parsed.trial = Some(part(&value()?)?),
+                "--trial" => parsed.trial = Some(trials::share(&value()?)?),
                 "--jobs" => parsed.jobs = number(&argument, &value()?)?,
                 "--out" => parsed.out = value()?.into(),
                 "--note" => parsed.note = value()?,
@@ -245,7 +247,7 @@ fn in_processes(jobs: usize) -> Result<(), Box<dyn Error>> {
 
 /// Prints the table of some files of results, and draws it.
 fn report(files: &[PathBuf], svg: Option<&Path>) -> Result<(), Box<dyn Error>> {
-    let mut records = Vec::new();
+    let mut records: Vec<Record> = Vec::new();
     for file in files {
         let (more, none) = results::load(file).map_err(|error| format!("{}: {error}", file.display()))?;
         if none > 0 {
@@ -287,14 +289,6 @@ fn report(files: &[PathBuf], svg: Option<&Path>) -> Result<(), Box<dyn Error>> {
 
 fn describe(trial: &Trial) -> String {
     format!("{} {}, rate {}, seed {}", trial.task, trial.pattern, trial.rate, trial.seed)
-}
-
-/// K/N
-fn part(text: &str) -> Result<(usize, usize), String> {
-    let numbers = text.split_once('/').and_then(|(k, n)| Some((k.parse().ok()?, n.parse().ok()?)));
-    numbers
-        .filter(|(k, n)| (1..=*n).contains(k))
-        .ok_or_else(|| format!("--trial needs K/N with 1 ≤ K ≤ N, found {text:?}"))
 }
 
 fn number<T: std::str::FromStr>(option: &str, text: &str) -> Result<T, String> {

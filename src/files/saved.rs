@@ -118,3 +118,69 @@ pub(crate) fn origin(tensors: &Tensors) -> &'static str {
         "it is some other model"
     }
 }
+
+/// The calls that save and load what has `write(&self, Target)` and `read(Source)`; `$contents` says what is in the file.
+macro_rules! in_one_file {
+    ($what:ident, $contents:literal) => {
+        impl $what {
+            #[doc = $contents]
+            ///
+            /// # Errors
+            ///
+            /// As [`Hymba::save`](crate::Hymba::save).
+            pub fn save(&self, path: impl AsRef<std::path::Path>) -> crate::Result<()> {
+                self.write(crate::files::Target::File(path.as_ref()))
+            }
+
+            /// What [`save`](Self::save) would write to a file.
+            ///
+            /// # Errors
+            ///
+            /// As [`Hymba::to_bytes`](crate::Hymba::to_bytes).
+            pub fn to_bytes(&self) -> crate::Result<Vec<u8>> {
+                let mut bytes = Vec::new();
+                self.write(crate::files::Target::Writer(&mut bytes))?;
+                Ok(bytes)
+            }
+
+            /// As [`save`](Self::save), to anything that can be written to.
+            ///
+            /// # Errors
+            ///
+            /// As [`save`](Self::save).
+            pub fn write_to(&self, mut writer: impl std::io::Write) -> crate::Result<()> {
+                self.write(crate::files::Target::Writer(&mut writer))
+            }
+
+            /// Reads what [`save`](Self::save) wrote. The file need not be trusted, as in
+            /// [`Hymba::load`](crate::Hymba::load).
+            ///
+            /// # Errors
+            ///
+            /// As [`Hymba::load`](crate::Hymba::load).
+            pub fn load(path: impl AsRef<std::path::Path>) -> crate::Result<Self> {
+                Self::read(crate::files::tensors::Source::open(path.as_ref())?)
+            }
+
+            /// As [`load`](Self::load), from anything that can be read: from its beginning to its end, wherever it stands.
+            ///
+            /// # Errors
+            ///
+            /// As [`load`](Self::load).
+            pub fn read_from(reader: impl std::io::Read + std::io::Seek) -> crate::Result<Self> {
+                Self::read(crate::files::tensors::Source::reader(reader)?)
+            }
+
+            /// As [`load`](Self::load), from what [`save`](Self::save) or [`to_bytes`](Self::to_bytes) wrote.
+            ///
+            /// # Errors
+            ///
+            /// As [`load`](Self::load).
+            pub fn from_bytes(bytes: &[u8]) -> crate::Result<Self> {
+                Self::read(crate::files::tensors::Source::memory(bytes))
+            }
+        }
+    };
+}
+
+pub(crate) use in_one_file;

@@ -33,6 +33,7 @@ pub(super) fn read(bytes: &[u8], options: &ReadOptions) -> Result<SeriesSet, Fau
 
 /// The rows of a file.
 struct Rows<'a> {
+    text: &'a str,
     reader: csv::Reader<&'a [u8]>,
 }
 
@@ -45,14 +46,19 @@ impl<'a> Rows<'a> {
     fn new(text: &'a str, delimiter: char) -> Self {
         let mut builder = csv::ReaderBuilder::new();
         builder.has_headers(false).flexible(true).trim(csv::Trim::All).delimiter(delimiter as u8);
-        Rows { reader: builder.from_reader(text.as_bytes()) }
+        Rows { text, reader: builder.from_reader(text.as_bytes()) }
     }
 
     fn next(&mut self) -> Result<Option<Row>, Fault> {
         let mut fields = csv::StringRecord::new();
         match self.reader.read_record(&mut fields) {
             Ok(true) => {
-                let line = fields.position().map_or(0, |position| position.line() as usize);
+                // a record is said to begin behind the one before it, at the rest of that line's end, or at empty lines
+                let line = fields.position().map_or(0, |position| {
+                    let rest = self.text.as_bytes().get(position.byte() as usize..).unwrap_or_default();
+                    let ends = rest.iter().take_while(|byte| matches!(byte, b'\r' | b'\n'));
+                    position.line() as usize + ends.filter(|byte| **byte == b'\n').count()
+                });
                 Ok(Some(Row { line, fields }))
             }
             Ok(false) => Ok(None),

@@ -1,15 +1,12 @@
 //! Both views in one file.
 
-use std::io::Write;
-use std::path::Path;
-
 use serde::{Deserialize, Serialize};
 
 use super::super::features::Plan;
 use super::super::file;
 use super::{Ensemble, KernelPredictor, Mix, Predictor, Task, check_width};
 use crate::Result;
-use crate::files::saved::{self, entry, fill};
+use crate::files::saved::{self, entry, fill, in_one_file};
 use crate::files::tensors::Source;
 use crate::files::{Target, header};
 use crate::parameters::ParameterMut;
@@ -33,56 +30,12 @@ struct SavedEncoder {
     predictor: file::Saved,
 }
 
+in_one_file!(
+    Ensemble,
+    "Writes both views to one safetensors file: the kernels under names that begin with `features.`, the encoder as [`Predictor::save`] does, the rest in the metadata."
+);
+
 impl Ensemble {
-    /// Writes both views to one safetensors file: the kernels under names that begin with `features.`, the encoder as
-    /// [`Predictor::save`] does, the rest in the metadata.
-    ///
-    /// # Errors
-    ///
-    /// As [`Hymba::save`](crate::Hymba::save).
-    pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
-        self.write(Target::File(path.as_ref()))
-    }
-
-    /// What [`save`](Self::save) would write to a file.
-    ///
-    /// # Errors
-    ///
-    /// As [`Hymba::to_bytes`](crate::Hymba::to_bytes).
-    pub fn to_bytes(&self) -> Result<Vec<u8>> {
-        let mut bytes = Vec::new();
-        self.write(Target::Writer(&mut bytes))?;
-        Ok(bytes)
-    }
-
-    /// As [`save`](Self::save), to anything that can be written to.
-    ///
-    /// # Errors
-    ///
-    /// As [`save`](Self::save).
-    pub fn write_to(&self, mut writer: impl Write) -> Result<()> {
-        self.write(Target::Writer(&mut writer))
-    }
-
-    /// Reads an ensemble that [`save`](Self::save) wrote. The file need not be trusted, as in
-    /// [`Hymba::load`](crate::Hymba::load).
-    ///
-    /// # Errors
-    ///
-    /// As [`Hymba::load`](crate::Hymba::load).
-    pub fn load(path: impl AsRef<Path>) -> Result<Self> {
-        Self::read(Source::open(path.as_ref())?)
-    }
-
-    /// As [`load`](Self::load), from what [`save`](Self::save) or [`to_bytes`](Self::to_bytes) wrote.
-    ///
-    /// # Errors
-    ///
-    /// As [`load`](Self::load).
-    pub fn from_bytes(bytes: &[u8]) -> Result<Self> {
-        Self::read(Source::memory(bytes))
-    }
-
     fn write(&self, target: Target) -> Result<()> {
         let encoder = self.encoder.as_ref().map(|(predictor, Mix { share, factor })| SavedEncoder {
             share: *share,

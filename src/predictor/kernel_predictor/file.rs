@@ -1,15 +1,12 @@
 //! Kernel predictors in files.
 
-use std::io::Write;
-use std::path::Path;
-
 use ndarray::{Array1, Array2, ArrayViewMutD};
 use serde::{Deserialize, Serialize};
 
 use super::super::features::Plan;
 use super::{KernelFeatures, KernelPredictor, Normalization, Ridge, Task};
 use crate::Result;
-use crate::files::saved::{self, entry, fill};
+use crate::files::saved::{self, entry, fill, in_one_file};
 use crate::files::tensors::{Source, Tensors};
 use crate::files::{Target, header};
 use crate::parameters::{Parameter, ParameterMut};
@@ -22,55 +19,12 @@ struct Saved {
     task: Task,
 }
 
+in_one_file!(
+    KernelPredictor,
+    "Writes the predictor to one safetensors file: `kernels.*` and `head.*` as f32, the rest in the metadata."
+);
+
 impl KernelPredictor {
-    /// Writes the predictor to one safetensors file: `kernels.*` and `head.*` as f32, the rest in the metadata.
-    ///
-    /// # Errors
-    ///
-    /// As [`Hymba::save`](crate::Hymba::save).
-    pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
-        self.write(Target::File(path.as_ref()))
-    }
-
-    /// What [`save`](Self::save) would write to a file.
-    ///
-    /// # Errors
-    ///
-    /// As [`Hymba::to_bytes`](crate::Hymba::to_bytes).
-    pub fn to_bytes(&self) -> Result<Vec<u8>> {
-        let mut bytes = Vec::new();
-        self.write(Target::Writer(&mut bytes))?;
-        Ok(bytes)
-    }
-
-    /// As [`save`](Self::save), to anything that can be written to.
-    ///
-    /// # Errors
-    ///
-    /// As [`save`](Self::save).
-    pub fn write_to(&self, mut writer: impl Write) -> Result<()> {
-        self.write(Target::Writer(&mut writer))
-    }
-
-    /// Reads a predictor that [`save`](Self::save) wrote. The file need not be trusted, as in
-    /// [`Hymba::load`](crate::Hymba::load).
-    ///
-    /// # Errors
-    ///
-    /// As [`Hymba::load`](crate::Hymba::load).
-    pub fn load(path: impl AsRef<Path>) -> Result<Self> {
-        Self::read(Source::open(path.as_ref())?)
-    }
-
-    /// As [`load`](Self::load), from what [`save`](Self::save) or [`to_bytes`](Self::to_bytes) wrote.
-    ///
-    /// # Errors
-    ///
-    /// As [`load`](Self::load).
-    pub fn from_bytes(bytes: &[u8]) -> Result<Self> {
-        Self::read(Source::memory(bytes))
-    }
-
     fn write(&self, target: Target) -> Result<()> {
         let saved = Saved { version: saved::VERSION, kernels: self.plan().clone(), task: self.task.clone() };
         saved::write(target, &saved, self.tensors(""))
