@@ -3,11 +3,16 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-if ! command -v mpirun >/dev/null || ! command -v mpicc >/dev/null; then
-    echo "no Open MPI: trying to install it"
+have_mpi() {
+    command -v mpirun >/dev/null && command -v mpicc >/dev/null && {
+        [ -n "${LIBCLANG_PATH:-}" ] || ldconfig -p 2>/dev/null | grep -q libclang || compgen -G '/usr/lib/llvm-*/lib/libclang*.so*' >/dev/null
+    }
+}
+if ! have_mpi; then
+    echo "no Open MPI, or no libclang: trying to install them"
     { apt-get update && apt-get install -y openmpi-bin libopenmpi-dev libclang-dev; } >/dev/null 2>&1 || true
 fi
-if ! command -v mpirun >/dev/null || ! command -v mpicc >/dev/null; then
+if ! have_mpi; then
     echo "**** NOT TESTED: hymba-mpi. There is no Open MPI here and apt cannot install it (openmpi-bin libopenmpi-dev libclang-dev). ****"
     exit 0
 fi

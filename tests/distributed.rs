@@ -379,7 +379,7 @@ mod lm {
 
     fn rows(from: usize, to: usize) -> TokenRows {
         let row = |i: usize| (0..2 + i * 5 % 17).map(|t| ((i * t + t * t / 3) % 11) as u32).collect();
-        let mask = |i: usize| (0..2 + i * 5 % 17).map(|t| (i + t) % 4 > 0).collect();
+        let mask = |i: usize| (0..2 + i * 5 % 17).map(|t| !(i + t).is_multiple_of(4)).collect();
         TokenRows::new((from..to).map(row).collect(), Some((from..to).map(mask).collect())).unwrap().bytes(100)
     }
 
