@@ -482,7 +482,11 @@ impl Dataset {
             Targets::Values(all) => add_values(all),
             Targets::FrameValues(all) => all.iter().for_each(add_values),
             Targets::Classes(all) => all.iter().for_each(|&class| add(class as u64)),
-            Targets::FrameClasses(all) => all.iter().flatten().for_each(|&class| add(class as u64)),
+            // no class is a number that depends on the size of a word
+            Targets::FrameClasses(all) => all.iter().flatten().for_each(|&class| match class {
+                Targets::IGNORED => add(u64::MAX),
+                class => add(class as u64),
+            }),
             Targets::Labels(all) => all.iter().for_each(|&label| add(u64::from(label))),
         }
         hash.finish()
