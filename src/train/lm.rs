@@ -183,7 +183,7 @@ impl LmTrainer {
         self,
         data: impl Into<TrainingData<'a, TokenRows>>,
         collective: &mut dyn Collective,
-        callback: impl FnMut(&LmProgress) -> ControlFlow<()>,
+        mut callback: impl FnMut(&LmProgress) -> ControlFlow<()>,
     ) -> Result<LmTrained> {
         let LmTrainer { options, start } = self;
         let TrainingData { train, validation, sharded } = data.into();
@@ -222,7 +222,6 @@ impl LmTrainer {
         };
         ranks.compare("the weights to begin with", || state.hash())?;
         let plan = Plan { in_epoch, steps };
-        let mut listener = Listener { callback, listens: ranks.is_first(), stop: false };
         let mut gradient = state.lm.zeros_like();
         let stopped = loop {
             let epoch = state.history.len();
@@ -231,7 +230,7 @@ impl LmTrainer {
             } else if options.patience.is_some_and(|patience| epoch - best_epoch(&state.history) >= patience) {
                 break Stopped::NoImprovement;
             }
-            let Some(last) = state.epoch(train, &options, &plan, &mut ranks, &mut gradient, &mut listener)? else {
+            let Some(last) = state.epoch(train, &options, &plan, &mut ranks, &mut gradient, &mut callback)? else {
                 break Stopped::Callback;
             };
             let measured =
@@ -252,9 +251,10 @@ impl LmTrainer {
             let (epoch, step) = (state.history.len(), state.optimizer.steps());
             if written.is_ok() {
                 let finished = Some(finished);
-                listener.tell(&LmProgress { lm: &state.lm, epoch, step, steps, loss, learning_rate, finished });
+                let progress = LmProgress { lm: &state.lm, epoch, step, steps, loss, learning_rate, finished };
+                ranks.tell(|| callback(&progress));
             }
-            if ranks.agree(written, listener.stop, &mut [])? {
+            if ranks.agree(written, &mut [])? {
                 break Stopped::Callback;
             }
         };
@@ -288,20 +288,6 @@ struct Plan {
     steps: u64,
 }
 
-/// Who is told, on rank 0.
-struct Listener<F> {
-    callback: F,
-    listens: bool,
-    /// Whether the callback said so.
-    stop: bool,
-}
-
-impl<F: FnMut(&LmProgress) -> ControlFlow<()>> Listener<F> {
-    fn tell(&mut self, progress: &LmProgress) {
-        self.stop = self.stop || self.listens && (self.callback)(progress).is_break();
-    }
-}
-
 impl State {
     /// Learns from every row once. Returns the loss and the rate of the last step, and the loss of all, or `None` if the callback
     /// said stop.
@@ -312,7 +298,7 @@ impl State {
         plan: &Plan,
         ranks: &mut Ranks,
         gradient: &mut HymbaLm,
-        listener: &mut Listener<impl FnMut(&LmProgress) -> ControlFlow<()>>,
+        callback: &mut impl FnMut(&LmProgress) -> ControlFlow<()>,
     ) -> Result<Option<((LmLoss, f32), LmLoss)>> {
         let epoch = self.history.len();
         let mut rng = Rng::seed_from_u64(options.seed);
@@ -321,8 +307,8 @@ impl State {
         order.shuffle(&mut rng);
         let (mut of_epoch, mut last) = (LmLoss::default(), (LmLoss::default(), 0.0));
         for step in cut_into(order.len(), plan.in_epoch) {
-            let share = if listener.stop { Vec::new() } else { ranks.share(&order[step]) };
-            let loss = sum_of_losses(self.learn(train, &share, options.pass_size, gradient), listener.stop, ranks)?;
+            let share = if ranks.stop() { Vec::new() } else { ranks.share(&order[step]) };
+            let loss = sum_of_losses(self.learn(train, &share, options.pass_size, gradient), ranks)?;
             let Some(loss) = loss else { return Ok(None) };
             if loss.tokens > 0 {
                 ranks.sum(gradient)?;
@@ -332,9 +318,10 @@ impl State {
             of_epoch += loss;
             let (loss, learning_rate) = last;
             let (step, steps) = (self.optimizer.steps(), plan.steps);
-            listener.tell(&LmProgress { lm: &self.lm, epoch, step, steps, loss, learning_rate, finished: None });
+            let progress = LmProgress { lm: &self.lm, epoch, step, steps, loss, learning_rate, finished: None };
+            ranks.tell(|| callback(&progress));
         }
-        let stop = ranks.agree(Ok(()), listener.stop, &mut [])?;
+        let stop = ranks.agree(Ok(()), &mut [])?;
         Ok((!stop).then_some((last, of_epoch)))
     }
 
@@ -377,16 +364,16 @@ fn measure(lm: &HymbaLm, rows: &TokenRows, at_a_time: usize, ranks: &mut Ranks) 
         loss += lm.forward_train(&rows, masks.as_deref())?.0;
         Ok(loss)
     });
-    let loss = sum_of_losses(measured, false, ranks)?.unwrap_or_default();
+    let loss = sum_of_losses(measured, ranks)?.unwrap_or_default();
     let mut bytes = [rows.bytes.map_or(f64::NAN, |bytes| bytes as f64)];
     ranks.sum_of_data(&mut bytes)?;
     Ok((loss, bytes[0].is_finite().then_some(bytes[0] as usize)))
 }
 
 /// The loss of all ranks, or `None` if one wants to stop.
-fn sum_of_losses(own: Result<LmLoss>, stop: bool, ranks: &mut Ranks) -> Result<Option<LmLoss>> {
+fn sum_of_losses(own: Result<LmLoss>, ranks: &mut Ranks) -> Result<Option<LmLoss>> {
     let mut sums = own.as_ref().map_or([0.0; 2], |loss| [loss.sum, loss.tokens as f64]);
-    let stop = ranks.agree(own.map(drop), stop, &mut sums)?;
+    let stop = ranks.agree(own.map(drop), &mut sums)?;
     Ok((!stop).then(|| LmLoss::new(sums[0], sums[1] as usize)))
 }
 

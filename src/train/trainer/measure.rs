@@ -166,7 +166,7 @@ impl Totals {
     /// Those of all ranks.
     pub fn of_all(own: Result<Totals>, ranks: &mut Ranks) -> Result<Totals> {
         let mut numbers = own.as_ref().map_or([0.0; 5], Totals::numbers);
-        ranks.agree(own.map(drop), false, &mut numbers)?;
+        ranks.agree(own.map(drop), &mut numbers)?;
         Ok(Totals::of_numbers(numbers))
     }
 
