@@ -8,11 +8,11 @@ use rand::seq::SliceRandom;
 use serde::{Deserialize, Serialize};
 
 use super::{
-    AdamW, Alone, Collective, Parameters, Ranks, Stopped, TrainingData, cut_into, hash_of, hash_of_text, views,
+    AdamW, Alone, Collective, Hash, Parameters, Ranks, Stopped, TrainingData, cut_into, hash_of, hash_of_text, views,
 };
 use crate::layers::Rng;
 use crate::lm::LmLoss;
-use crate::{Error, HymbaLm, Result};
+use crate::{Error, HymbaLm, Parameter, Result};
 
 mod checkpoint;
 mod data;
@@ -194,7 +194,7 @@ impl LmTrainer {
         };
         let checked = [Some(train), validation].into_iter().flatten().try_for_each(|rows| lm.check_tokens(&rows.rows));
         ranks.together(checked)?;
-        ranks.compare("the options, or the epochs done,", || start.hash(&options, validation.is_some()))?;
+        ranks.compare("the options, or the epochs done,", || start.hash(&options, validation.is_some(), sharded))?;
         let of_train = train.fingerprint_of_all(&mut ranks)?;
         let of_validation = validation.map_or(Ok(0), |rows| rows.fingerprint_of_all(&mut ranks))?;
         let fingerprint = of_train ^ of_validation.rotate_left(1);
@@ -220,7 +220,7 @@ impl LmTrainer {
                 state
             }
         };
-        ranks.compare("the weights to begin with", || state.hash())?;
+        ranks.compare("the weights to begin with", || hash_of_text(&[state.hash(), hash_of_all(&state.lm)]))?;
         let plan = Plan { in_epoch, steps };
         let mut gradient = state.lm.zeros_like();
         let stopped = loop {
@@ -240,12 +240,13 @@ impl LmTrainer {
                 validation: measured.map(|(loss, _)| loss),
                 bits_per_byte: measured.and_then(|(loss, bytes)| Some(loss.bits_per_byte(bytes?))),
             };
+            // first, so that all ranks find the same fault in them
+            ranks.compare("the weights after an epoch", || state.hash())?;
             state.check_finite(&finished)?;
             state.history.push(finished);
             if best_epoch(&state.history) == state.history.len() {
                 state.best = copy_of(&state.lm);
             }
-            ranks.compare("the weights after an epoch", || state.hash())?;
             let written = folder.map_or(Ok(()), |folder| checkpoint::write(folder, &options, &state, fingerprint));
             let (loss, learning_rate) = (last.0.0, last.0.1);
             let (epoch, step) = (state.history.len(), state.optimizer.steps());
@@ -272,11 +273,16 @@ impl LmTrainer {
 
 impl Start {
     /// Of what must be the same on all ranks, but for the weights.
-    fn hash(&self, options: &LmTrainerOptions, validates: bool) -> u64 {
+    fn hash(&self, options: &LmTrainerOptions, validates: bool, sharded: bool) -> u64 {
         let options = LmTrainerOptions { checkpoint: None, ..options.clone() };
+        let of = |lm: &HymbaLm| {
+            let trained: Vec<_> = views(lm).into_iter().map(|(name, array)| (name, array.shape().to_vec())).collect();
+            hash_of_text(&(lm.config(), trained))
+        };
+        let given = (options, validates, sharded);
         match self {
-            Start::New(lm) => hash_of_text(&(options, validates, lm.config())),
-            Start::Resumed(state, data) => hash_of_text(&(options, validates, state.lm.config(), &state.history, data)),
+            Start::New(lm) => hash_of_text(&(given, of(lm))),
+            Start::Resumed(state, data) => hash_of_text(&(given, of(&state.lm), &state.history, data)),
         }
     }
 }
@@ -375,6 +381,20 @@ fn sum_of_losses(own: Result<LmLoss>, ranks: &mut Ranks) -> Result<Option<LmLoss
     let mut sums = own.as_ref().map_or([0.0; 2], |loss| [loss.sum, loss.tokens as f64]);
     let stop = ranks.agree(own.map(drop), &mut sums)?;
     Ok((!stop).then(|| LmLoss::new(sums[0], sums[1] as usize)))
+}
+
+/// Of all weights, those that are not trained, too.
+fn hash_of_all(lm: &HymbaLm) -> u64 {
+    let mut hash = Hash::new();
+    lm.visit(&mut |name, parameter| {
+        hash.add(hash_of_text(&(name, parameter.storage())));
+        match parameter {
+            Parameter::Array(array) => array.iter().for_each(|number| hash.add(number.to_bits().into())),
+            Parameter::Stored(matrix) => (0..matrix.shape()[0])
+                .for_each(|output| matrix.row(output).iter().for_each(|number| hash.add(number.to_bits().into()))),
+        }
+    });
+    hash.finish()
 }
 
 /// The weights that are trained.

@@ -273,7 +273,8 @@ impl Trainer {
     ///
     /// `batch_size` and `accumulation` say how many series of all ranks are in a step. So a training is the same on any number of
     /// ranks but for rounding, if nothing in it is drawn at random: dropout and augmentations are drawn on each rank for itself.
-    /// For a given number of ranks the weights are the same, bit for bit, each time. A checkpoint may be resumed by another number.
+    /// For a given number of ranks the weights are the same, bit for bit, each time. A checkpoint may be resumed by another number, but
+    /// where the data are [sharded](TrainingData::sharded) and `validation_fraction` takes its part of each shard.
     ///
     /// Rank 0 alone writes checkpoints and calls back, before the next step of all: a callback that stops, or an error on any rank,
     /// ends the training on all. The result is the same on each.
@@ -343,10 +344,13 @@ impl Trainer {
             Ok((train, validation))
         });
         let (train, validation) = ranks.together(parts)?;
-        ranks.compare("the options, or the epochs done,", || start.hash(&options, validation.is_some()))?;
+        let sharded = ranks.sharded();
+        ranks.compare("the options, or the epochs done,", || start.hash(&options, validation.is_some(), sharded))?;
+        train.check_targets("training", &mut ranks)?;
         let mut fingerprint = train.fingerprint(&mut ranks)?;
         let mean_weight = train.mean_weight(&options, &mut ranks)?;
         if let Some(part) = &validation {
+            part.check_targets("validation", &mut ranks)?;
             fingerprint = fingerprint.rotate_left(1) ^ part.fingerprint(&mut ranks)?;
             part.mean_weight(&options, &mut ranks)?;
         }
@@ -358,7 +362,11 @@ impl Trainer {
         let steps_of = |epochs: usize| steps as u64 * epochs as u64;
         let mut state = match start {
             Start::Resumed { data, .. } if data != fingerprint => {
-                return Err(Error::Data("they are not the data that the resumed training began with".into()));
+                let mut reason = "they are not the data that the resumed training began with".to_string();
+                if sharded && options.validation_fraction > 0.0 {
+                    reason += ", or not divided among the ranks as then: each has its own validation part";
+                }
+                return Err(Error::Data(reason));
             }
             Start::Resumed { mut state, prolonged, .. } => {
                 let optimizer = options.optimizer(steps_of(options.epochs - state.before_schedule));
@@ -408,8 +416,9 @@ impl Trainer {
             };
             let totals = Totals::of_all(measured, &mut ranks)?;
             let metrics = validation.as_ref().map(|_| totals.metrics(state.current()));
-            let progress = state.finish(progress, metrics)?;
+            // first, so that all ranks find the same fault in them
             ranks.compare("the weights after an epoch", || state.hash())?;
+            let progress = state.finish(progress, metrics)?;
             let written = checkpoint.as_ref().map_or(Ok(()), |to| to.write(&options, &state, fingerprint));
             if written.is_ok() {
                 let progress = plan.clock.at(progress);
@@ -427,13 +436,17 @@ impl Trainer {
 
 impl Start {
     /// Of what must be the same on all ranks, but for the weights.
-    fn hash(&self, options: &TrainerOptions, validates: bool) -> u64 {
+    fn hash(&self, options: &TrainerOptions, validates: bool, sharded: bool) -> u64 {
         let options = TrainerOptions { checkpoint: None, ..options.clone() };
-        let of = |predictor: &Predictor| format!("{:?} {:?}", predictor.task(), predictor.predictor_options());
+        let of = |predictor: &Predictor| {
+            let normalized = [predictor.input_normalization(), predictor.output_normalization()].map(|of| of.is_some());
+            format!("{:?} {:?} {normalized:?}", predictor.task(), predictor.predictor_options())
+        };
+        let given = (options, validates, sharded);
         match self {
-            Start::New(predictor) => hash_of_text(&(options, validates, of(predictor))),
+            Start::New(predictor) => hash_of_text(&(given, of(predictor))),
             Start::Resumed { state, data, prolonged } => {
-                hash_of_text(&(options, validates, of(&state.predictor), &state.history, data, prolonged))
+                hash_of_text(&(given, of(&state.predictor), &state.history, data, prolonged))
             }
         }
     }

@@ -44,6 +44,11 @@ impl State {
         let skipped_before = self.history.iter().map(|epoch| epoch.skipped).sum::<usize>();
         let (mut norms, mut taken) = (0.0, 0);
         for (step, targets) in steps.into_iter().zip(targets) {
+            if targets == 0.0 {
+                // nothing to learn on any rank: no step, or the optimiser would go on by its momentum
+                progress.batch += cut(step.len(), options.batch_size).count().max(1);
+                continue;
+            }
             // of the whole step, so that a batch in pieces is the same as in one
             let divisor = plan.mean_weight * targets;
             let before = totals;
