@@ -21,7 +21,7 @@ use std::path::Path;
 use rand::SeedableRng;
 use rand::rngs::ChaCha8Rng;
 use results::{Record, append, is_done, load};
-use tasks::{Example, Generated};
+use tasks::{Example, Generated, POSITION};
 use trial::{Outcome, PATTERNS, Settings, Trial, Work, pattern};
 
 const ALL: [&str; 6] =
@@ -126,7 +126,7 @@ fn sequences_are_what_they_are_said_to_be() {
             assert_eq!(answers, expected, "{name}");
         }
         let x = task.frames(&examples);
-        assert_eq!(x.dim(), (20, task.length(), task.tokens() + task.positions()));
+        assert_eq!(x.dim(), (20, task.length(), task.tokens() + POSITION));
         for (i, token) in examples[7].tokens.iter().enumerate() {
             assert_eq!(x[[7, i, *token]], 1.0);
             assert_eq!(x.slice(hymba::ndarray::s![7, i, ..task.tokens()]).sum(), 1.0);

@@ -17,8 +17,8 @@ use rand::seq::SliceRandom;
 const GAPS: f64 = 0.01;
 /// Tokens that are to be copied or looked up.
 const SYMBOLS: usize = 16;
-/// Periods that tell a position: 2, 4, … 256.
-const PERIODS: usize = 8;
+/// Numbers of a frame that tell its position: sine and cosine of each of the periods 2, 4, … 256.
+pub const POSITION: usize = 16;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Generated {
@@ -114,30 +114,16 @@ impl Generated {
         }
     }
 
-    /// Numbers of a frame that tell its position. Recall and copying have one of their own for each position, as models with learned
-    /// positions have; induction, which is tested at lengths that no training has seen, sine and cosine of the periods 2, 4, … 256.
-    pub fn positions(&self) -> usize {
-        match *self {
-            Generated::Mqar { length, .. } | Generated::Copying { length, .. } => length,
-            Generated::Induction { .. } => 2 * PERIODS,
-        }
-    }
-
-    /// The frames of sequences of one length `[b, l, tokens + positions]`: a one-hot token, and where it stands.
+    /// The frames of sequences of one length `[b, l, tokens + POSITION]`: a one-hot token, and where it stands.
     pub fn frames(&self, examples: &[Example]) -> Array3<f32> {
         let (l, width) = (examples.first().map_or(0, |example| example.tokens.len()), self.tokens());
-        let mut x = Array3::zeros((examples.len(), l, width + self.positions()));
+        let mut x = Array3::zeros((examples.len(), l, width + POSITION));
         for (example, mut x) in examples.iter().zip(x.outer_iter_mut()) {
             for (t, (&token, mut x)) in example.tokens.iter().zip(x.outer_iter_mut()).enumerate() {
                 x[token] = 1.0;
-                match self {
-                    Generated::Induction { .. } => {
-                        for i in 0..PERIODS {
-                            let angle = std::f32::consts::TAU * (t % (2 << i)) as f32 / (2 << i) as f32;
-                            (x[width + 2 * i], x[width + 2 * i + 1]) = angle.sin_cos();
-                        }
-                    }
-                    _ => x[width + t] = 1.0,
+                for i in 0..POSITION / 2 {
+                    let angle = std::f32::consts::TAU * (t % (2 << i)) as f32 / (2 << i) as f32;
+                    (x[width + 2 * i], x[width + 2 * i + 1]) = angle.sin_cos();
                 }
             }
         }

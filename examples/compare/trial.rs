@@ -13,7 +13,7 @@ use rand::SeedableRng;
 use rand::rngs::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 
-use crate::tasks::{Example, Generated};
+use crate::tasks::{Example, Generated, POSITION};
 
 /// What all trials of a comparison have in common.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -110,10 +110,7 @@ impl Work {
                 let longest = task.test_lengths().into_iter().max().unwrap_or(1);
                 // the last class is that of frames without an answer, which do not count
                 let labels = (0..=task.classes()).map(|class| class.to_string());
-                (
-                    HymbaOptions::new(task.tokens() + task.positions()).window_size(longest),
-                    Task::classify_frames(labels),
-                )
+                (HymbaOptions::new(task.tokens() + POSITION).window_size(longest), Task::classify_frames(labels))
             }
             Work::Series(data) => {
                 let [train, test] = &**data;
