@@ -22,7 +22,7 @@ use std::time::Duration;
 
 use anyhow::{Result, ensure};
 
-use crate::load::{self, LoadArgs};
+use crate::load::LoadArgs;
 
 /// Serve a language model (a folder) or a trained predictor (a file) to programs.
 #[derive(clap::Args)]

@@ -263,7 +263,14 @@ impl<'a> Loop<'a> {
             // log-probabilities of a prompt need all of it
             let known = if job.score_prompt { None } else { self.cache.find(&job.prompt) };
             let (pieces, state) = known.unwrap_or_else(|| (0, self.lm.new_state(1)));
-            let reading = Reading::new(job, since, pieces, state);
+            let fits = state.batch() == 1;
+            let mut reading = Reading::new(job, since, pieces, state);
+            if !fits {
+                rows -= reading.rows();
+                let failure = Failure::Internal("there is no memory for another sequence".into());
+                reading.fail(self.metrics, End::Failed, &failure);
+                continue;
+            }
             self.metrics.cached_tokens.add(reading.cached());
             self.reading.push_back(reading);
         }

@@ -33,6 +33,8 @@ fn classes_are_learned_predicted_and_measured() {
 
     let info = hymba(&["info", model, "--json"]).json();
     assert!(info["kind"].as_str().unwrap().starts_with("predictor"), "{info}");
+    let series = hymba(&["info", &test, "--json"]).json();
+    assert_eq!((series["kind"].as_str(), series["options"]["series"].as_u64()), (Some("series"), Some(370)));
     let stream = hymba(&["predict", model, "--stream"]);
     assert_eq!(stream.code, 1);
     assert!(stream.stderr.contains("--streaming"), "{}", stream.stderr);

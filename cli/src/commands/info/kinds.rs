@@ -4,7 +4,9 @@ use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
+use hymba::Task;
 use hymba::lm::{HymbaLmConfig, LoadOptions};
+use hymba::series::{ReadOptions, SeriesSet};
 use hymba::{Ensemble, Hymba, HymbaLm, KernelPredictor, Predictor};
 use serde_json::{Map, Value};
 
@@ -81,10 +83,35 @@ fn file(path: &Path, bytes: u64) -> Result<Facts> {
         "nx" => {
             facts.kind = EDIFICE;
         }
+        "ts" | "csv" | "tsv" => {
+            facts.kind = "series";
+            match SeriesSet::read(path, &ReadOptions::default()) {
+                Ok(set) => facts.options = series(&set),
+                Err(error) => facts.problem = Some(error.to_string()),
+            }
+        }
         "json" | "txt" | "md" => bail!("{}: not a file of a model or of series; give its folder", path.display()),
         _ => safetensors(path, &mut facts)?,
     }
     Ok(facts)
+}
+
+fn series(set: &SeriesSet) -> Map<String, Value> {
+    let lengths = || set.cases.iter().map(|case| case.frames.nrows());
+    let targets = match set.task() {
+        Ok(Task::Regress { .. }) => "numbers".into(),
+        Ok(task) => task.labels().to_vec().into(),
+        Err(_) => Value::Null,
+    };
+    let facts = [
+        ("series", set.cases.len().into()),
+        ("channels", set.channels.clone().into()),
+        ("shortest", lengths().min().into()),
+        ("longest", lengths().max().into()),
+        ("targets", targets),
+        ("notes", set.notes.clone().into()),
+    ];
+    facts.into_iter().map(|(name, value)| (name.to_string(), value)).collect()
 }
 
 fn encoder(model: hymba::Result<Hymba>, facts: &mut Facts) {
