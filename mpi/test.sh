@@ -59,6 +59,19 @@ ranks 3 "${series[@]}" --resume --test examples/data/JapaneseVowels_TEST.ts | te
 grep -q '^epoch 4' "$out/log" || grep -q 'all epochs are done' "$out/log" || fail "a killed training does not go on"
 ranks 1 "${series[@]}" --resume | grep -q 'all epochs are done' || fail "a training that has ended does not say so"
 
+# each rank reads a file with a class of its own; a class that only the test file has; options for a training that goes on
+series_of() { # classes
+    printf '@classLabel true\n@data\n'
+    for class in "$@"; do for i in 1 2 3 4 5 6; do echo "$i,$((i * i)),1,2:$class"; done; done
+}
+series_of left >"$out/left.ts"
+series_of right >"$out/right.ts"
+series_of left right other >"$out/test.ts"
+files=("$bin/hymba-mpi" train "$out/left.ts" "$out/right.ts" --test "$out/test.ts" --hidden 8 --layers 1 --plain --out "$out/files")
+ranks 2 "${files[@]}" --sharded --epochs 2 >"$out/log" 2>&1 || { cat "$out/log"; fail "a class for each rank"; }
+grep -q '6 series are of classes that no' "$out/log" || fail "a class that is not known is not named"
+ranks 1 "${files[@]}" --sharded --epochs 3 --learning-rate 1e-4 --resume | grep -q '^epoch 3' || fail "--epochs with --resume"
+
 # what happens to one rank
 fault() { # kind, the exit code's sign, what must be said
     local code=0 began=$SECONDS

@@ -64,6 +64,11 @@ fn a_loss_of_ones_own_is_learned_and_a_stopped_training_goes_on() {
     let whole = fit(&data, new(options()), 99).unwrap();
     assert!(whole.history[5].train.loss < 0.5 * whole.history[0].train.loss, "{:?}", whole.history);
     assert!(whole.history[5].learning_rate < 1e-4, "the cosine is near its end");
+    assert_eq!(
+        (whole.history[0].train.accuracy, whole.history[0].train.plain_loss),
+        (None, None),
+        "nobody measured them"
+    );
 
     let folder = folder.path().join("run");
     fit(&data, new(options().checkpoint(&folder)), 2).unwrap();
@@ -276,5 +281,31 @@ fn binary_cross_entropy_by_definition() {
         (BinaryCrossEntropy::new(), &array![[1.0, 0.0, 1.5], [0.0, 0.0, 0.0]]),
     ] {
         assert!(matches!(loss.evaluate(&z, targets), Err(Error::Option { .. } | Error::Targets(_))));
+    }
+}
+
+#[test]
+fn parts_and_steps_in_which_no_frame_has_a_class() {
+    let task = Task::classify_frames(["low", "high"]);
+    let series: Vec<_> = (0..10).map(|i| Array2::from_shape_fn((8, 1), |(t, _)| ((t + i) as f32).sin())).collect();
+    let only =
+        |i: usize| Targets::FrameClasses((0..10).map(|j| vec![if i == j { 1 } else { Targets::IGNORED }; 8]).collect());
+    let data = Dataset::new(&task, series.clone(), only(4)).unwrap();
+    let options =
+        TrainerOptions::default().epochs(2).batch_size(1).normalize(false).decay(Decay::Constant).warm_up(0.0);
+    let fit = |data, options: &TrainerOptions| {
+        Trainer::new(predictor(task.clone()), options.clone()).unwrap().fit(data, go_on)
+    };
+
+    // such a step is none: the optimiser does not go on by its momentum
+    let alone = Dataset::new(&task, vec![series[4].clone()], Targets::FrameClasses(vec![vec![1; 8]])).unwrap();
+    let [given, expected] = [&data, &alone].map(|data| fit(data, &options).unwrap());
+    assert_eq!(parameters(&given.predictor), parameters(&expected.predictor));
+    assert_eq!(given.history, expected.history);
+
+    // and nothing can be validated on, or learned from, such a part
+    for seed in 0..3 {
+        let error = fit(&data, &options.clone().validation_fraction(0.5).seed(seed)).unwrap_err().to_string();
+        assert!(error.contains("part has a class"), "{error}");
     }
 }

@@ -6,12 +6,12 @@ use std::sync::mpsc::channel;
 use std::thread;
 use std::time::Duration;
 
-use hymba::ndarray::{Array2, ArrayD};
+use hymba::ndarray::{Array1, Array2, ArrayD};
 use hymba::train::{
     AdamWOptions, Collective, Dataset, Parameters, Progress, Stopped, Targets, Threads, Trained, Trainer,
     TrainerOptions, TrainingData,
 };
-use hymba::{Error, HymbaOptions, Predictor, Result, Task};
+use hymba::{Error, HymbaOptions, Normalization, Predictor, Result, Task};
 
 #[cfg(feature = "lm")]
 #[path = "common/tiny_lm.rs"]
@@ -192,6 +192,34 @@ fn a_training_goes_on_with_another_number_of_ranks() {
     close(&weights(&end.predictor), &weights(&whole.predictor));
 }
 
+#[test]
+fn a_sharded_training_goes_on_with_its_own_validation_parts() {
+    let folder = tempfile::tempdir().unwrap();
+    let options = options().epochs(2).validation_fraction(0.25).checkpoint(folder.path().join("run"));
+    let run = |count: usize, first: bool| {
+        let options = options.clone();
+        all_ranks(count, move |mut rank| {
+            let (data, size) = (numbers(24), 24 / count);
+            let range = rank.rank() * size..(rank.rank() + 1) * size;
+            let series = data.series()[range.clone()].to_vec();
+            let targets = Targets::Values(Array2::from_shape_fn((size, 1), |(i, _)| ((range.start + i) % 5) as f32));
+            let mine = Dataset::new(data.task(), series, targets).unwrap();
+            let folder = options.checkpoint.clone().unwrap();
+            let trainer = if first { trainer(&data, options.clone()) } else { Trainer::resume(folder).unwrap() };
+            trainer.fit_on(TrainingData::new(&mine).sharded(), &mut rank, go_on)
+        })
+    };
+    let begun: Vec<_> = run(2, true).into_iter().map(Result::unwrap).collect();
+    for again in run(2, false) {
+        assert_eq!(again.unwrap().history, begun[0].history);
+    }
+    // others would validate on what these have learned from
+    for refused in run(3, false) {
+        let error = refused.unwrap_err();
+        assert!(matches!(error, Error::Data(_)) && error.to_string().contains("divided among the ranks"), "{error}");
+    }
+}
+
 // ---- what happens to one happens to all ----
 
 /// Every rank's error, of which the one at `fault` is its own.
@@ -355,6 +383,26 @@ fn what_must_be_the_same_is_compared_at_the_start() {
     assert!(found.contains("the options"), "{found}");
     let found = error(|rank| (numbers([9, 10][rank]), options()));
     assert!(found.contains("the data"), "{found}");
+    // one of them has a part of the data only, or brings a normalization
+    for sharded in [true, false] {
+        let all = all_ranks(2, move |mut rank| {
+            let data = numbers(9);
+            let mut predictor = Predictor::build(HymbaOptions::new(2).hidden_size(8), data.task().clone()).unwrap();
+            if rank.rank() == 1 && !sharded {
+                let normalization = Normalization::new(Array1::zeros(2), Array1::ones(2)).unwrap();
+                predictor.set_input_normalization(Some(normalization)).unwrap();
+            }
+            let mut given = TrainingData::new(&data);
+            if rank.rank() == 1 && sharded {
+                given = given.sharded();
+            }
+            Trainer::new(predictor, options()).unwrap().fit_on(given, &mut rank, go_on)
+        });
+        for done in all {
+            let error = done.unwrap_err().to_string();
+            assert!(error.contains("the options"), "{error}");
+        }
+    }
 
     // and weights need not be: rank 0 has them
     let all = all_ranks(2, |mut rank| {
@@ -373,6 +421,7 @@ fn what_must_be_the_same_is_compared_at_the_start() {
 #[cfg(feature = "lm")]
 mod lm {
     use hymba::HymbaLm;
+    use hymba::lm::LoraOptions;
     use hymba::train::{LmProgress, LmTrained, LmTrainer, LmTrainerOptions, TokenRows};
 
     use super::*;
@@ -419,6 +468,25 @@ mod lm {
             assert_eq!(given.tokens, expected.tokens);
             assert!((given.mean() - expected.mean()).abs() < 1e-6);
         }
+    }
+
+    #[test]
+    fn weights_that_are_not_trained_must_be_the_same() {
+        let error = |seeds: [u64; 2], parts: [bool; 2]| {
+            let all = all_ranks(2, move |mut rank| {
+                let mut model = HymbaLm::build(tiny_lm::config(11), seeds[rank.rank()]).unwrap();
+                if parts[rank.rank()] {
+                    model.add_lora(&LoraOptions::default().rank(2).maps(["out_proj"]), 0).unwrap();
+                }
+                LmTrainer::new(model, options()).unwrap().fit_on(&rows(0, 9), &mut rank, go_on).map(drop)
+            });
+            let said: Vec<_> = all.into_iter().map(|done| done.err().map(|error| error.to_string())).collect();
+            assert_eq!(said[0], said[1]);
+            said[0].clone()
+        };
+        assert_eq!(error([3, 3], [true, true]), None);
+        assert!(error([3, 4], [true, true]).is_some_and(|error| error.contains("the weights to begin with")));
+        assert!(error([3, 3], [true, false]).is_some_and(|error| error.contains("the options")));
     }
 
     #[test]
