@@ -63,6 +63,18 @@ fn numbers_of_a_table_are_learned_and_predicted() {
     assert!(json["r2"].as_f64().unwrap() > 0.9, "{json}");
     let csv = hymba(&["predict", &path("m.safetensors"), &path("data.csv")]).success();
     assert!(csv.starts_with("series,predicted\ns0,"), "{csv}");
+    // targets are not looked at
+    fs::write(path("words.csv"), table(false)).unwrap();
+    let words = hymba(&["predict", &path("m.safetensors"), &path("words.csv")]);
+    assert_eq!((words.stderr.matches("target").count(), words.success()), (0, csv));
+    let info = hymba(&["info", &path("data.csv"), "--json"]).json();
+    let (kind, options) = (&info["kind"], &info["options"]);
+    assert_eq!((kind.as_str(), &options["series"], &options["channels"]), (Some("series"), &40.into(), &2.into()));
+    assert_eq!((&options["longest"], &options["missing_values"]), (&12.into(), &0.into()));
+    fs::write(path("bad.csv"), "x,y\n1,a\n").unwrap();
+    let bad = hymba(&["info", &path("bad.csv")]);
+    assert_eq!(bad.code, 1);
+    assert!(bad.stderr.contains("line 2"), "{}", bad.stderr);
 }
 
 #[test]

@@ -5,6 +5,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result, bail};
 use hymba::lm::{HymbaLmConfig, LoadOptions};
+use hymba::series::{ReadOptions, SeriesSet};
 use hymba::{Ensemble, Hymba, HymbaLm, KernelPredictor, Predictor};
 use serde_json::{Map, Value};
 
@@ -81,10 +82,28 @@ fn file(path: &Path, bytes: u64) -> Result<Facts> {
         "nx" => {
             facts.kind = EDIFICE;
         }
+        "ts" | "csv" | "tsv" => series(path, &mut facts),
         "json" | "txt" | "md" => bail!("{}: not a file of a model or of series; give its folder", path.display()),
         _ => safetensors(path, &mut facts)?,
     }
     Ok(facts)
+}
+
+fn series(path: &Path, facts: &mut Facts) {
+    facts.kind = "series";
+    let set = match SeriesSet::read(path, &ReadOptions::default()) {
+        Ok(set) => set,
+        Err(error) => return facts.problem = Some(error.to_string()),
+    };
+    let lengths = || set.cases.iter().map(|case| case.frames.nrows());
+    let missing = set.cases.iter().flat_map(|case| &case.frames).filter(|value| value.is_nan()).count();
+    facts.options.insert("series".into(), set.cases.len().into());
+    facts.options.insert("channels".into(), set.width().into());
+    facts.options.insert("shortest".into(), lengths().min().into());
+    facts.options.insert("longest".into(), lengths().max().into());
+    facts.options.insert("missing_values".into(), missing.into());
+    facts.options.insert("classes".into(), set.labels.into());
+    facts.options.insert("notes".into(), set.notes.into());
 }
 
 fn encoder(model: hymba::Result<Hymba>, facts: &mut Facts) {
