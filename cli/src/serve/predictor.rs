@@ -119,6 +119,11 @@ async fn classify(State(series): State<Arc<Series>>, request: Request) -> ApiRes
     if let Some(length) = all.iter().map(Array2::nrows).find(|length| *length > most) {
         return Err(ApiError::field("series", format!("one has {length} frames, and {most} are the most")));
     }
+    // none is predicted where one cannot be
+    if let Some(at) = all.iter().position(|one| one.is_empty() || one.ncols() != series.channels) {
+        let message = format!("series {at} must have frames of {} numbers, one at least", series.channels);
+        return Err(ApiError::field("series", message));
+    }
     let mut data = Vec::new();
     for part in parts(all) {
         let model = series.model.clone();
