@@ -5,7 +5,7 @@
 #     benches/many_cores.sh run DIR      there (any Linux with this kind of CPU): tests, then one table
 #
 # Run: the kernels' tests on every instruction set that the CPU has (AMX included), the models' tests, `throughput` at 1, 2, 4, 8 and 16
-# threads, and `generate --random` in every storage. SECONDS_LEFT (600) bounds the whole: what does not fit is left out, which is said.
+# threads, and `hymba bench --random` in every storage. SECONDS_LEFT (600) bounds the whole: what does not fit is left out, which is said.
 set -uo pipefail
 
 usage() {
@@ -17,8 +17,8 @@ pack() {
     cd "$(dirname "$0")/.." || exit
     mkdir -p "$1/tests"
     local messages programs
-    cargo build --release --features tokenizer --example throughput --example generate || exit
-    cp target/release/examples/{throughput,generate} "$1/"
+    cargo build --release --example throughput && cargo build --release -p hymba-cli || exit
+    cp target/release/examples/throughput target/release/hymba "$1/"
     messages=$(cargo test --release --features lm --no-run --message-format json --lib \
         --test golden --test streaming --test determinism --test lm) || exit
     programs=$(python3 -c '
@@ -30,7 +30,7 @@ for line in sys.stdin:
     while read -r name program; do
         cp "$program" "$1/test_$name"
     done <<<"$programs"
-    strip "$1"/throughput "$1"/generate "$1"/test_*
+    strip "$1"/throughput "$1"/hymba "$1"/test_*
     cp -r tests/data "$1/tests/"
     cp "$0" "$1/"
     du -sh "$1"
@@ -75,7 +75,7 @@ generate() {
         for storage in "--quantize none" "--arithmetic bf16" "--quantize 8" "--quantize 4"; do
             in_time 45 "generate $storage, $threads threads" || continue
             # shellcheck disable=SC2086 # two words
-            timeout 90 ./generate --random $storage --threads $threads --max-tokens 16 >generate.out 2>&1 ||
+            timeout 90 ./hymba bench --random $storage --threads $threads --tokens 16 >generate.out 2>&1 ||
                 { failed=1; tail -5 generate.out; continue; }
             echo "$threads threads, $storage: $(sed -nE '
                 s/^threads .*(\(.*\))/\1/p

@@ -19,7 +19,7 @@ fi
 
 export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 RUST_BACKTRACE=0
 cargo clippy -p hymba-mpi --all-targets -- -D warnings
-cargo build --release -p hymba-mpi --bins --examples
+cargo build --release --all-features -p hymba -p hymba-mpi --bin hymba-mpi --example faults --example waves
 bin=target/release
 out=$(mktemp -d)
 trap 'rm -rf "$out"' EXIT

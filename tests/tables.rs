@@ -56,6 +56,44 @@ fn numbered_columns_are_frames_of_channels() {
 }
 
 #[test]
+fn a_row_that_is_a_series_has_no_time() {
+    let text = "time,x_0,x_1,class\n2024-01-01,1,2,a\n2024-01-02,3,4,b\n";
+    let set = read(text, &usual()).unwrap();
+    assert_eq!((&set.channels[..], &set.cases[1].frames), (&["x".into()][..], &array![[3.0], [4.0]]));
+    assert!(
+        set.notes.iter().any(|note| note == "the column `time` is left out: each row is a series"),
+        "{:?}",
+        set.notes
+    );
+    let error = read(text, &usual().time_column("time")).unwrap_err();
+    assert!(error.contains("line 1: a series in each row has no column of times, such as `time`"), "{error}");
+    // but a target may be called so
+    let set = read("time,x\n0.5,1\n1,2\n", &usual().target("time")).unwrap();
+    assert_eq!(targets(&set), [Target::Value(0.5), Target::Value(1.0)]);
+}
+
+#[test]
+fn targets_that_are_not_known() {
+    let set = read("x,target\n1,0.5\n2,NaN\n3,nan\n4,?\n5,\n6,2\n", &usual()).unwrap();
+    let none = Target::None;
+    assert_eq!(targets(&set), [Target::Value(0.5), none, none, none, none, Target::Value(2.0)]);
+}
+
+#[test]
+fn more_classes_than_there_may_be() {
+    let most = Task::MAX_LABELS;
+    let text: String = (0..most).map(|i| format!("1,{i}\n")).collect();
+    let text = format!("x,target\n{text}");
+    assert_eq!(read(&text, &usual()).unwrap().labels.len(), most);
+    let more = format!("{text}1,0\n1,{most}\n");
+    let error = read(&more, &usual()).unwrap_err();
+    let line = most + 3;
+    assert!(error.contains(&format!("line {line}: `{most}` is a class more than")), "{error}");
+    let set = read(&more, &usual().target_kind(TargetKind::Values)).unwrap();
+    assert_eq!(set.cases[most + 1].target, Target::Value(most as f32));
+}
+
+#[test]
 fn tables_without_a_header_and_with_other_delimiters() {
     let options = usual().header(false).target(0).delimiter(';');
     let set = read("1; 2;3\n2;4;5\n", &options).unwrap();

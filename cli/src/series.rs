@@ -127,11 +127,12 @@ impl Model {
     }
 
     pub fn save(&self, path: &Path) -> Result<()> {
-        Ok(match self {
-            Model::Ensemble(ensemble) => ensemble.save(path)?,
-            Model::Kernels(kernels) => kernels.save(path)?,
-            Model::Encoder(predictor) => predictor.save(path)?,
-        })
+        let saved = match self {
+            Model::Ensemble(ensemble) => ensemble.save(path),
+            Model::Kernels(kernels) => kernels.save(path),
+            Model::Encoder(predictor) => predictor.save(path),
+        };
+        Ok(saved?)
     }
 
     pub fn task(&self) -> &Task {

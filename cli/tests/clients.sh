@@ -13,4 +13,4 @@ command -v python3 >/dev/null || left_out "there is no python3"
 # neither needs torch for this
 $venv/bin/python -c 'import openai, lm_eval, transformers, aiohttp, tenacity' 2>/dev/null ||
     $venv/bin/pip install --quiet openai 'lm_eval[api]' transformers || left_out "the Python packages cannot be had"
-HYMBA_PYTHON=$PWD/$venv/bin/python cargo test --release -p hymba-cli --test server clients:: -- --nocapture
+HYMBA_PYTHON=$PWD/$venv/bin/python cargo test --release --all-features -p hymba -p hymba-cli --test server clients:: -- --nocapture

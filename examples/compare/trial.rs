@@ -110,7 +110,10 @@ impl Work {
                 let longest = task.test_lengths().into_iter().max().unwrap_or(1);
                 // the last class is that of frames without an answer, which do not count
                 let labels = (0..=task.classes()).map(|class| class.to_string());
-                (HymbaOptions::new(task.tokens() + task.positions()).window_size(longest), Task::classify_frames(labels))
+                (
+                    HymbaOptions::new(task.tokens() + task.positions()).window_size(longest),
+                    Task::classify_frames(labels),
+                )
             }
             Work::Series(data) => {
                 let [train, test] = &**data;

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 use hymba::Task;
 use hymba::ndarray::Array2;
-use hymba::series::{ReadOptions, SeriesSet};
+use hymba::series::{ReadOptions, SeriesSet, Target};
 use hymba::train::{Collective, Dataset, Targets};
 use hymba_mpi::World;
 
@@ -27,7 +27,7 @@ pub struct Source {
 }
 
 impl Source {
-    /// What this rank trains on. The classes are those of the first file.
+    /// What this rank trains on. The classes are those of all files.
     pub fn read(&self, world: &mut World) -> Result<Dataset, Box<dyn Error>> {
         let (rank, size) = (world.rank(), world.size());
         let (first, step) = if self.sharded { (rank, size) } else { (0, 1) };
@@ -39,15 +39,54 @@ impl Source {
         }
         let sets = self.files.iter().skip(first).step_by(step).map(|file| read(file));
         let sets = sets.collect::<hymba::Result<Vec<_>>>()?;
-        let task = serde_json::to_vec(&sets[0].task()?)?;
-        let task: Task = serde_json::from_slice(&world.of_rank_0(task))?;
+        let task = self.task(&sets, world)?;
         let all = sets.into_iter().map(|set| set.into_dataset(&task)).collect::<hymba::Result<Vec<_>>>()?;
         joined(&task, all)
     }
 
-    /// What is measured on at the end, for a predictor of the task of `data`.
-    pub fn test(&self, data: &Dataset) -> hymba::Result<Option<Dataset>> {
-        self.test.as_ref().map(|file| read(file)?.into_dataset(data.task())).transpose()
+    /// To predict numbers if the first file has some, and else to tell the classes of all files apart, whichever rank reads them.
+    fn task(&self, sets: &[SeriesSet], world: &mut World) -> Result<Task, Box<dyn Error>> {
+        let has_numbers = sets[0].cases.iter().any(|case| matches!(case.target, Target::Value(_)));
+        if world.of_rank_0(vec![u8::from(has_numbers)]) == [1] {
+            return Ok(Task::Regress { outputs: 1 });
+        }
+        let mut labels = Vec::new();
+        // in the order of the files, so that it is the same for any number of ranks
+        for file in 0..self.files.len() {
+            let (reader, place) = if self.sharded { (file % world.size(), file / world.size()) } else { (0, file) };
+            if world.rank() == reader {
+                labels = sets[place].labels_with(&labels);
+            }
+            labels = serde_json::from_slice(&world.of_rank(reader, serde_json::to_vec(&labels)?))?;
+        }
+        match labels.len() {
+            0 => Err("the files have no targets: no classes and no numbers to predict".into()),
+            1 => Err(format!("all series are of the class `{}`, two at least are needed", labels[0]).into()),
+            _ => Ok(Task::classify(labels)),
+        }
+    }
+
+    /// What is measured on at the end, for a predictor of the task of `data`, and how many series more are of classes that it does not
+    /// know.
+    pub fn test(&self, data: &Dataset) -> Result<Option<(Dataset, usize)>, Box<dyn Error>> {
+        let Some(file) = &self.test else { return Ok(None) };
+        let (set, task) = (read(file)?, data.task());
+        set.compare_labels(task).iter().for_each(|note| eprintln!("{}: {note}", file.display()));
+        let test = set.into_dataset(task)?;
+        if test.width() != data.width() {
+            let (width, other) = (test.width(), data.width());
+            return Err(
+                format!("{}: its frames have width {width}, those of the training {other}", file.display()).into()
+            );
+        }
+        let Targets::Classes(classes) = test.targets() else { return Ok(Some((test, 0))) };
+        let known: Vec<usize> = (0..classes.len()).filter(|&i| classes[i] < task.labels().len()).collect();
+        if known.is_empty() {
+            return Err(format!("{}: no series is of a class of the training files", file.display()).into());
+        }
+        let series = known.iter().map(|&i| test.series()[i].clone()).collect();
+        let targets = Targets::Classes(known.iter().map(|&i| classes[i]).collect());
+        Ok(Some((Dataset::new(task, series, targets)?, classes.len() - known.len())))
     }
 }
 
@@ -62,9 +101,6 @@ fn read(file: &Path) -> hymba::Result<SeriesSet> {
 fn joined(task: &Task, sets: Vec<Dataset>) -> Result<Dataset, Box<dyn Error>> {
     let (mut series, mut classes, mut values) = (Vec::new(), Vec::new(), Vec::new());
     for set in sets {
-        if set.task() != task {
-            return Err("a file has classes that the first does not have: name all in its @classLabel".into());
-        }
         series.extend_from_slice(set.series());
         match set.targets() {
             Targets::Classes(all) => classes.extend(all),

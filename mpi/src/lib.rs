@@ -87,14 +87,20 @@ impl World {
 
     /// Gives the bytes of rank 0 to all ranks: those of a file that it alone has, or of options that follow from its data.
     pub fn of_rank_0(&mut self, own: Vec<u8>) -> Vec<u8> {
+        self.of_rank(0, own)
+    }
+
+    /// As [`of_rank_0`](Self::of_rank_0), the bytes of any rank below the number of ranks.
+    pub fn of_rank(&mut self, rank: usize, own: Vec<u8>) -> Vec<u8> {
         let (mut bytes, mut length) = (own, 0u64);
-        if self.rank() == 0 {
+        if self.rank() == rank {
             length = bytes.len() as u64;
         }
-        self.world.process_at_rank(0).broadcast_into(&mut length);
+        let root = self.world.process_at_rank(rank as i32);
+        root.broadcast_into(&mut length);
         bytes.resize(length as usize, 0);
         for some in bytes.chunks_mut(MOST) {
-            self.world.process_at_rank(0).broadcast_into(some);
+            root.broadcast_into(some);
         }
         bytes
     }

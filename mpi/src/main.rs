@@ -38,7 +38,9 @@ struct Train {
     /// Where model.safetensors and the checkpoint go; rank 0 writes, and with --resume every rank reads
     #[arg(long, default_value = "hymba-mpi-run")]
     out: PathBuf,
-    /// Goes on after the last epoch of the checkpoint, with any number of ranks; begins where there is none
+    /// Goes on after the last epoch of the checkpoint, with any number of ranks (with --sharded and --validation, with the same); begins
+    /// where there is none. Of the options below, --hidden, --layers and --plain are only for a training that begins, and --validation
+    /// and --seed must stay as they were
     #[arg(long)]
     resume: bool,
     /// How often every series is seen
@@ -50,9 +52,9 @@ struct Train {
     /// The highest learning rate
     #[arg(long)]
     learning_rate: Option<f32>,
-    /// Share of the series that only picks the best epoch
-    #[arg(long, default_value_t = 0.0)]
-    validation: f32,
+    /// Share of the series that only picks the best epoch; 0 by default
+    #[arg(long)]
+    validation: Option<f32>,
     /// hidden_size
     #[arg(long)]
     hidden: Option<usize>,
@@ -62,9 +64,9 @@ struct Train {
     /// Without dropout and augmentations: nothing is drawn at random on a rank, and so any number of them comes to the same
     #[arg(long)]
     plain: bool,
-    /// Of weights, order and dropout
-    #[arg(long, default_value_t = 0)]
-    seed: u64,
+    /// Of weights, order and dropout; 0 by default
+    #[arg(long)]
+    seed: Option<u64>,
 }
 
 fn main() {
@@ -75,9 +77,16 @@ fn main() {
 impl Train {
     fn run(self, world: &mut World) -> Result<(), Box<dyn Error>> {
         let data = self.data.read(world)?;
+        let test = if world.rank() == 0 { self.data.test(&data)? } else { None };
         let checkpoint = self.out.join("checkpoint");
-        let trainer = match self.resume && checkpoint.join("training.json").exists() {
-            true => Trainer::resume(&checkpoint)?,
+        // as rank 0 finds it: each by itself, some would wait for the others for ever
+        let goes_on = self.resume && checkpoint.join("training.json").exists();
+        let trainer = match world.of_rank_0(vec![u8::from(goes_on)]) == [1] {
+            true => {
+                let trainer = Trainer::resume(&checkpoint)?;
+                let options = self.changed(trainer.options().clone());
+                trainer.prolong(options)?
+            }
             false => {
                 // of ranks with other data they would differ
                 let predictor = Predictor::build(self.predictor_options(&data), data.task().clone())?;
@@ -111,8 +120,11 @@ impl Train {
             let file = self.out.join("model.safetensors");
             trained.predictor.save(&file)?;
             println!("{}: {}, the best was epoch {}", file.display(), trained.stopped, trained.best_epoch);
-            if let Some(test) = self.data.test(&data)? {
-                let metrics = evaluate(&trained.predictor, &test, &options)?;
+            if let Some((test, unknown)) = test {
+                let mut metrics = evaluate(&trained.predictor, &test, &options)?;
+                // of a class that is not known any answer is wrong, and has no loss
+                let share = test.num_series() as f32 / (test.num_series() + unknown) as f32;
+                metrics.accuracy = metrics.accuracy.map(|accuracy| accuracy * share);
                 println!("test: {}", line(&metrics));
             }
         }
@@ -125,18 +137,25 @@ impl Train {
         encoder.hidden_size = self.hidden.unwrap_or(encoder.hidden_size);
         encoder.num_layers = self.layers.unwrap_or(encoder.num_layers);
         encoder.dropout = if self.plain { 0.0 } else { encoder.dropout };
-        encoder.seed = self.seed;
+        encoder.seed = self.seed.unwrap_or(0);
         options
     }
 
     fn options(&self, data: &Dataset) -> TrainerOptions {
-        let mut options = TrainerOptions::recommended_for(data).seed(self.seed).validation_fraction(self.validation);
-        options.epochs = self.epochs.unwrap_or(options.epochs);
-        options.batch_size = self.batch.unwrap_or(options.batch_size);
-        options.learning_rate = self.learning_rate.unwrap_or(options.learning_rate);
+        let mut options = self.changed(TrainerOptions::recommended_for(data).seed(0).validation_fraction(0.0));
         if self.plain {
             options.augmentations.clear();
         }
+        options
+    }
+
+    /// The options with those that are given.
+    fn changed(&self, mut options: TrainerOptions) -> TrainerOptions {
+        options.epochs = self.epochs.unwrap_or(options.epochs);
+        options.batch_size = self.batch.unwrap_or(options.batch_size);
+        options.learning_rate = self.learning_rate.unwrap_or(options.learning_rate);
+        options.validation_fraction = self.validation.unwrap_or(options.validation_fraction);
+        options.seed = self.seed.unwrap_or(options.seed);
         options
     }
 }

@@ -162,3 +162,17 @@ impl Hymba {
         kinds.fold(0, |sum: usize, (kind, count)| sum.saturating_add(work([count, numbers(kind)])))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_caches_of_all_encoders_are_counted() {
+        let model = Hymba::build(HymbaOptions::new(3).hidden_size(16).num_layers(2)).unwrap();
+        let numbers = |encoders, keeps| model.batch_numbers(encoders, (4, 100), None, keeps, 0);
+        let more = numbers(2, Keeps::Cache) - numbers(1, Keeps::Cache);
+        assert!(more >= 400 * model.cache_numbers() + 4 * model.state_numbers(0), "{more}");
+        assert_eq!(numbers(2, Keeps::Outputs), numbers(1, Keeps::Outputs));
+    }
+}

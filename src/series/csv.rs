@@ -76,6 +76,7 @@ struct Table {
     layout: CsvLayout,
     /// The other columns.
     values: Vec<usize>,
+    note: Option<String>,
 }
 
 impl Table {
@@ -107,7 +108,17 @@ impl Table {
             None => CsvLayout::Wide,
         });
         // a row that is a series has no time
-        let time = time.filter(|_| layout == CsvLayout::Long);
+        let is_wide = layout == CsvLayout::Wide;
+        let unused = time.filter(|_| is_wide && time != target && time != id);
+        if let (Some(column), Some(_)) = (unused, &options.time_column) {
+            let name = short(&names[column]);
+            return Err(format!(
+                "a series in each row has no column of times, such as `{name}`: for frames give an `id`, too"
+            ));
+        }
+        let note =
+            unused.map(|column| format!("the column `{}` is left out: each row is a series", short(&names[column])));
+        let time = time.filter(|_| !is_wide);
         if options.time != TimeInput::Even && time.is_none() {
             return Err("times are to be an input, and there is no column of times (in the long layout)".into());
         }
@@ -118,18 +129,20 @@ impl Table {
         if (1..roles.len()).any(|i| roles[..i].contains(&roles[i])) {
             return Err("id, time and target must be different columns".into());
         }
-        let values: Vec<usize> = (0..names.len()).filter(|column| !roles.contains(column)).collect();
+        let values: Vec<usize> =
+            (0..names.len()).filter(|column| !roles.contains(column) && unused != Some(*column)).collect();
         match values.is_empty() {
             true => Err("there are no columns of values".into()),
             false => {
                 let target = target.filter(|_| options.target_kind != TargetKind::Ignored);
-                Ok(Table { names, target, id, time, layout, values })
+                Ok(Table { names, target, id, time, layout, values, note })
             }
         }
     }
 
     fn series(&self, mut rows: Rows, first: Option<Row>, options: &ReadOptions) -> Result<SeriesSet, Fault> {
         let (mut set, mut targets) = (SeriesSet::default(), Found::default());
+        set.notes.extend(self.note.clone());
         let mut reader = match self.layout {
             CsvLayout::Wide => Reader::Wide(self.wide().map_err(|reason| Fault::at(1, reason))?),
             CsvLayout::Long => Reader::Long(Groups::default()),
@@ -361,7 +374,7 @@ impl Found {
     }
 
     fn finish(self, column: &str, kind: TargetKind, set: &mut SeriesSet) -> Result<(), Fault> {
-        let known = || self.texts.iter().filter(|(_, text)| !text.is_empty() && text != "?");
+        let known = || self.texts.iter().filter(|(_, text)| !is_missing(text));
         let whole = |text: &str| number(text).map(|number| number.fract() == 0.0);
         let kind = match kind {
             TargetKind::Auto if known().next().is_none() => return Ok(()),
@@ -378,7 +391,7 @@ impl Found {
         let mut labels = Labels::default();
         for (case, (line, text)) in set.cases.iter_mut().zip(&self.texts) {
             case.target = match (text.as_str(), kind) {
-                ("" | "?", _) => Target::None,
+                (text, _) if is_missing(text) => Target::None,
                 (text, TargetKind::Values) => {
                     let value = number(text).map_err(|reason| Fault::at(*line, format!("target: {reason}")))?;
                     Target::Value(value)
@@ -397,4 +410,9 @@ impl Found {
         set.notes.extend(notes);
         Ok(())
     }
+}
+
+/// Whether a target is not known.
+fn is_missing(text: &str) -> bool {
+    text.is_empty() || text == "?" || text.eq_ignore_ascii_case("nan")
 }

@@ -19,16 +19,7 @@ impl SeriesSet {
         if self.cases.iter().any(|case| matches!(case.target, Target::Value(_))) {
             return Ok(Task::Regress { outputs: 1 });
         }
-        let mut occurs = vec![false; self.labels.len()];
-        for case in &self.cases {
-            if let Target::Class(class) = case.target
-                && let Some(occurs) = occurs.get_mut(class)
-            {
-                *occurs = true;
-            }
-        }
-        let labels: Vec<&String> =
-            self.labels.iter().zip(&occurs).filter(|(_, occurs)| **occurs).map(|(label, _)| label).collect();
+        let labels = self.labels_with(&[]);
         match labels.len() {
             0 => Err(self.error("its series have no targets: no classes and no numbers to predict")),
             1 => Err(self.error("the series are of 1 classes, two at least are needed")),
@@ -124,22 +115,47 @@ impl SeriesSet {
         notes
     }
 
+    /// The labels `known` with those that occur here and are not among them, under another spelling either: the classes of several files.
+    ///
+    /// ```
+    /// use hymba::series::{ReadOptions, SeriesSet};
+    ///
+    /// let set = |lines: &str| SeriesSet::from_ts(format!("@classLabel true\n@data\n{lines}"), &ReadOptions::default());
+    /// let (first, second) = (set("1:b\n2:a\n")?, set("3:c\n4:B\n")?);
+    /// assert_eq!(second.labels_with(&first.labels_with(&[])), ["a", "b", "c"]);
+    /// # Ok::<(), hymba::Error>(())
+    /// ```
+    pub fn labels_with(&self, known: &[String]) -> Vec<String> {
+        self.places(known).0
+    }
+
     /// The labels of a task with those that it lacks, and the place of each class among them. Classes without a series are not added.
     fn places(&self, known: &[String]) -> (Vec<String>, Vec<usize>) {
+        let (of_known, occurs) = (labels::Places::new(known), self.occurs());
         let mut all = known.to_vec();
-        let mut places = vec![None; self.labels.len()];
+        let places = self.labels.iter().zip(occurs).map(|(label, occurs)| match of_known.find(label) {
+            _ if !occurs => 0,
+            Some(place) => place,
+            None => {
+                all.push(label.clone());
+                all.len() - 1
+            }
+        });
+        let places = places.collect();
+        (all, places)
+    }
+
+    /// Whether each class has a series.
+    fn occurs(&self) -> Vec<bool> {
+        let mut occurs = vec![false; self.labels.len()];
         for case in &self.cases {
-            let Target::Class(class) = case.target else { continue };
-            let Some(place) = places.get_mut(class) else { continue };
-            place.get_or_insert_with(|| {
-                let label = &self.labels[class];
-                labels::find(&all, label).unwrap_or_else(|| {
-                    all.push(label.clone());
-                    all.len() - 1
-                })
-            });
+            if let Target::Class(class) = case.target
+                && let Some(occurs) = occurs.get_mut(class)
+            {
+                *occurs = true;
+            }
         }
-        (all, places.into_iter().map(|place| place.unwrap_or(0)).collect())
+        occurs
     }
 
     fn lacks(&self, i: usize, what: &str) -> Error {

@@ -1,13 +1,16 @@
 //! The names of classes: as a header lists them, and as the lines of a file spell them.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use super::short;
+use crate::Task;
 
 /// The classes of one file.
 #[derive(Default)]
 pub(super) struct Labels {
     names: Vec<String>,
+    /// Where each is among them.
+    places: Places,
     /// Whether a header lists them all; otherwise they are what the lines have.
     listed: bool,
     /// Other spellings, and the class that each was read as.
@@ -19,22 +22,26 @@ impl Labels {
     pub fn new(mut names: Vec<String>) -> Self {
         let mut seen = BTreeSet::new();
         names.retain(|name| seen.insert(name.clone()));
-        Labels { listed: !names.is_empty(), names, spellings: BTreeMap::new() }
+        Labels { listed: !names.is_empty(), places: Places::new(&names), names, spellings: BTreeMap::new() }
     }
 
     /// The class that a line names.
     pub fn class(&mut self, label: &str) -> Result<usize, String> {
-        let known = self.names.iter().position(|name| name == label).or_else(|| self.spellings.get(label).copied());
-        if let Some(class) = known {
-            return Ok(class);
-        }
-        if let Some(class) = find(&self.names, label) {
-            self.spellings.insert(label.to_string(), class);
+        if let Some(class) = self.places.find(label) {
+            if self.names[class] != label {
+                self.spellings.entry(label.to_string()).or_insert(class);
+            }
             return Ok(class);
         }
         match (self.listed, label.is_empty()) {
             (false, true) => Err("there is no class after the last `:`".into()),
+            (false, false) if self.names.len() == Task::MAX_LABELS => Err(format!(
+                "`{}` is a class more than there may be, {}; are they numbers to predict?",
+                short(label),
+                Task::MAX_LABELS
+            )),
             (false, false) => {
+                self.places.add(label, self.names.len());
                 self.names.push(label.to_string());
                 Ok(self.names.len() - 1)
             }
@@ -78,16 +85,32 @@ impl Labels {
     }
 }
 
-/// The place of a label among the names of classes: its own spelling, or else the only one that differs from it in nothing but
-/// case, which sktime and aeon ignore, too, or in how a number is written (`1` and `1.0`). Case is that of ASCII: other letters may be
-/// of an encoding that was guessed.
-pub(super) fn find(names: &[String], label: &str) -> Option<usize> {
-    if let Some(class) = names.iter().position(|name| name == label) {
-        return Some(class);
+/// Where labels are among the names of classes.
+#[derive(Default)]
+pub(super) struct Places {
+    exact: HashMap<String, usize>,
+    /// By [`key`]; `None` where several names have the same.
+    similar: HashMap<String, Option<usize>>,
+}
+
+impl Places {
+    pub fn new(names: &[String]) -> Self {
+        let mut places = Places::default();
+        names.iter().enumerate().for_each(|(class, name)| places.add(name, class));
+        places
     }
-    let wanted = key(label);
-    let mut similar = names.iter().enumerate().filter(|(_, name)| key(name) == wanted).map(|(class, _)| class);
-    similar.next().filter(|_| similar.next().is_none())
+
+    fn add(&mut self, name: &str, class: usize) {
+        self.exact.entry(name.to_string()).or_insert(class);
+        self.similar.entry(key(name)).and_modify(|class| *class = None).or_insert(Some(class));
+    }
+
+    /// The place of a label: of its own spelling, or else of the only name that differs from it in nothing but case, which sktime and
+    /// aeon ignore, too, or in how a number is written (`1` and `1.0`). Case is that of ASCII: other letters may be of an encoding
+    /// that was guessed.
+    pub fn find(&self, label: &str) -> Option<usize> {
+        self.exact.get(label).copied().or_else(|| self.similar.get(&key(label)).copied().flatten())
+    }
 }
 
 /// What is said where a class is spelled in another way.

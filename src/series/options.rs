@@ -11,10 +11,10 @@ use crate::{Error, Result};
 /// | `layout` | long if there are columns of id and time, else wide | what a row of the table is |
 /// | `header` | yes | whether the first row has the names of the columns; else they are called `0`, `1` and so on |
 /// | `delimiter` | `,` and in a `.tsv` file the tab | what separates columns, an ASCII character |
-/// | `target` | the column `target`, `class` or `label`, if there is one | what is to be predicted |
+/// | `target` | the column `target`, `class` or `label`, if there is one | what is to be predicted; not known where it is empty, `?` or `NaN` |
 /// | `target_kind` | [`TargetKind::Auto`] | whether that is classes or numbers |
 /// | `id` | the column `id`, if there is one | what a series is called; no value |
-/// | `time_column` | the column `time` or `timestamp`, if there is one | in the long layout, the times of frames: numbers, or dates such as `2004-08-10 14:30:00` |
+/// | `time_column` | the column `time` or `timestamp`, if there is one | in the long layout, the times of frames: numbers, or dates such as `2004-08-10 14:30:00`; in the wide layout it is left out |
 ///
 /// Names of columns that are looked for by default may be in any case of letters.
 ///

@@ -463,9 +463,9 @@ impl Dataset {
         }
     }
 
-    /// A number by which to notice that two sets differ, whichever rank has which series of them.
-    pub(super) fn fingerprint_of_parts(&self) -> u64 {
-        let each = (0..self.num_series()).map(|i| self.subset(&[i]).fingerprint());
+    /// A number by which to notice that the series `indices` of two sets differ, whichever rank has which of them.
+    pub(super) fn fingerprint_of_parts(&self, indices: &[usize]) -> u64 {
+        let each = indices.iter().map(|&i| self.subset(&[i]).fingerprint());
         each.fold(0, u64::wrapping_add)
     }
 
@@ -482,7 +482,11 @@ impl Dataset {
             Targets::Values(all) => add_values(all),
             Targets::FrameValues(all) => all.iter().for_each(add_values),
             Targets::Classes(all) => all.iter().for_each(|&class| add(class as u64)),
-            Targets::FrameClasses(all) => all.iter().flatten().for_each(|&class| add(class as u64)),
+            // no class is a number that depends on the size of a word
+            Targets::FrameClasses(all) => all.iter().flatten().for_each(|&class| match class {
+                Targets::IGNORED => add(u64::MAX),
+                class => add(class as u64),
+            }),
             Targets::Labels(all) => all.iter().for_each(|&label| add(u64::from(label))),
         }
         hash.finish()

@@ -8,11 +8,11 @@ use rand::seq::SliceRandom;
 use serde::{Deserialize, Serialize};
 
 use super::{
-    AdamW, Alone, Collective, Parameters, Ranks, Stopped, TrainingData, cut_into, hash_of, hash_of_text, views,
+    AdamW, Alone, Collective, Hash, Parameters, Ranks, Stopped, TrainingData, cut_into, hash_of, hash_of_text, views,
 };
 use crate::layers::Rng;
 use crate::lm::LmLoss;
-use crate::{Error, HymbaLm, Result};
+use crate::{Error, HymbaLm, Parameter, Result};
 
 mod checkpoint;
 mod data;
@@ -183,7 +183,7 @@ impl LmTrainer {
         self,
         data: impl Into<TrainingData<'a, TokenRows>>,
         collective: &mut dyn Collective,
-        callback: impl FnMut(&LmProgress) -> ControlFlow<()>,
+        mut callback: impl FnMut(&LmProgress) -> ControlFlow<()>,
     ) -> Result<LmTrained> {
         let LmTrainer { options, start } = self;
         let TrainingData { train, validation, sharded } = data.into();
@@ -194,7 +194,7 @@ impl LmTrainer {
         };
         let checked = [Some(train), validation].into_iter().flatten().try_for_each(|rows| lm.check_tokens(&rows.rows));
         ranks.together(checked)?;
-        ranks.compare("the options, or the epochs done,", || start.hash(&options, validation.is_some()))?;
+        ranks.compare("the options, or the epochs done,", || start.hash(&options, validation.is_some(), sharded))?;
         let of_train = train.fingerprint_of_all(&mut ranks)?;
         let of_validation = validation.map_or(Ok(0), |rows| rows.fingerprint_of_all(&mut ranks))?;
         let fingerprint = of_train ^ of_validation.rotate_left(1);
@@ -220,9 +220,8 @@ impl LmTrainer {
                 state
             }
         };
-        ranks.compare("the weights to begin with", || state.hash())?;
+        ranks.compare("the weights to begin with", || hash_of_text(&[state.hash(), hash_of_all(&state.lm)]))?;
         let plan = Plan { in_epoch, steps };
-        let mut listener = Listener { callback, listens: ranks.is_first(), stop: false };
         let mut gradient = state.lm.zeros_like();
         let stopped = loop {
             let epoch = state.history.len();
@@ -231,7 +230,7 @@ impl LmTrainer {
             } else if options.patience.is_some_and(|patience| epoch - best_epoch(&state.history) >= patience) {
                 break Stopped::NoImprovement;
             }
-            let Some(last) = state.epoch(train, &options, &plan, &mut ranks, &mut gradient, &mut listener)? else {
+            let Some(last) = state.epoch(train, &options, &plan, &mut ranks, &mut gradient, &mut callback)? else {
                 break Stopped::Callback;
             };
             let measured =
@@ -241,20 +240,22 @@ impl LmTrainer {
                 validation: measured.map(|(loss, _)| loss),
                 bits_per_byte: measured.and_then(|(loss, bytes)| Some(loss.bits_per_byte(bytes?))),
             };
+            // first, so that all ranks find the same fault in them
+            ranks.compare("the weights after an epoch", || state.hash())?;
             state.check_finite(&finished)?;
             state.history.push(finished);
             if best_epoch(&state.history) == state.history.len() {
                 state.best = copy_of(&state.lm);
             }
-            ranks.compare("the weights after an epoch", || state.hash())?;
             let written = folder.map_or(Ok(()), |folder| checkpoint::write(folder, &options, &state, fingerprint));
             let (loss, learning_rate) = (last.0.0, last.0.1);
             let (epoch, step) = (state.history.len(), state.optimizer.steps());
             if written.is_ok() {
                 let finished = Some(finished);
-                listener.tell(&LmProgress { lm: &state.lm, epoch, step, steps, loss, learning_rate, finished });
+                let progress = LmProgress { lm: &state.lm, epoch, step, steps, loss, learning_rate, finished };
+                ranks.tell(|| callback(&progress));
             }
-            if ranks.agree(written, listener.stop, &mut [])? {
+            if ranks.agree(written, &mut [])? {
                 break Stopped::Callback;
             }
         };
@@ -272,11 +273,16 @@ impl LmTrainer {
 
 impl Start {
     /// Of what must be the same on all ranks, but for the weights.
-    fn hash(&self, options: &LmTrainerOptions, validates: bool) -> u64 {
+    fn hash(&self, options: &LmTrainerOptions, validates: bool, sharded: bool) -> u64 {
         let options = LmTrainerOptions { checkpoint: None, ..options.clone() };
+        let of = |lm: &HymbaLm| {
+            let trained: Vec<_> = views(lm).into_iter().map(|(name, array)| (name, array.shape().to_vec())).collect();
+            hash_of_text(&(lm.config(), trained))
+        };
+        let given = (options, validates, sharded);
         match self {
-            Start::New(lm) => hash_of_text(&(options, validates, lm.config())),
-            Start::Resumed(state, data) => hash_of_text(&(options, validates, state.lm.config(), &state.history, data)),
+            Start::New(lm) => hash_of_text(&(given, of(lm))),
+            Start::Resumed(state, data) => hash_of_text(&(given, of(&state.lm), &state.history, data)),
         }
     }
 }
@@ -286,20 +292,6 @@ struct Plan {
     in_epoch: usize,
     /// In all epochs.
     steps: u64,
-}
-
-/// Who is told, on rank 0.
-struct Listener<F> {
-    callback: F,
-    listens: bool,
-    /// Whether the callback said so.
-    stop: bool,
-}
-
-impl<F: FnMut(&LmProgress) -> ControlFlow<()>> Listener<F> {
-    fn tell(&mut self, progress: &LmProgress) {
-        self.stop = self.stop || self.listens && (self.callback)(progress).is_break();
-    }
 }
 
 impl State {
@@ -312,7 +304,7 @@ impl State {
         plan: &Plan,
         ranks: &mut Ranks,
         gradient: &mut HymbaLm,
-        listener: &mut Listener<impl FnMut(&LmProgress) -> ControlFlow<()>>,
+        callback: &mut impl FnMut(&LmProgress) -> ControlFlow<()>,
     ) -> Result<Option<((LmLoss, f32), LmLoss)>> {
         let epoch = self.history.len();
         let mut rng = Rng::seed_from_u64(options.seed);
@@ -321,8 +313,8 @@ impl State {
         order.shuffle(&mut rng);
         let (mut of_epoch, mut last) = (LmLoss::default(), (LmLoss::default(), 0.0));
         for step in cut_into(order.len(), plan.in_epoch) {
-            let share = if listener.stop { Vec::new() } else { ranks.share(&order[step]) };
-            let loss = sum_of_losses(self.learn(train, &share, options.pass_size, gradient), listener.stop, ranks)?;
+            let share = if ranks.stop() { Vec::new() } else { ranks.share(&order[step]) };
+            let loss = sum_of_losses(self.learn(train, &share, options.pass_size, gradient), ranks)?;
             let Some(loss) = loss else { return Ok(None) };
             if loss.tokens > 0 {
                 ranks.sum(gradient)?;
@@ -332,9 +324,10 @@ impl State {
             of_epoch += loss;
             let (loss, learning_rate) = last;
             let (step, steps) = (self.optimizer.steps(), plan.steps);
-            listener.tell(&LmProgress { lm: &self.lm, epoch, step, steps, loss, learning_rate, finished: None });
+            let progress = LmProgress { lm: &self.lm, epoch, step, steps, loss, learning_rate, finished: None };
+            ranks.tell(|| callback(&progress));
         }
-        let stop = ranks.agree(Ok(()), listener.stop, &mut [])?;
+        let stop = ranks.agree(Ok(()), &mut [])?;
         Ok((!stop).then_some((last, of_epoch)))
     }
 
@@ -377,17 +370,31 @@ fn measure(lm: &HymbaLm, rows: &TokenRows, at_a_time: usize, ranks: &mut Ranks) 
         loss += lm.forward_train(&rows, masks.as_deref())?.0;
         Ok(loss)
     });
-    let loss = sum_of_losses(measured, false, ranks)?.unwrap_or_default();
+    let loss = sum_of_losses(measured, ranks)?.unwrap_or_default();
     let mut bytes = [rows.bytes.map_or(f64::NAN, |bytes| bytes as f64)];
     ranks.sum_of_data(&mut bytes)?;
     Ok((loss, bytes[0].is_finite().then_some(bytes[0] as usize)))
 }
 
 /// The loss of all ranks, or `None` if one wants to stop.
-fn sum_of_losses(own: Result<LmLoss>, stop: bool, ranks: &mut Ranks) -> Result<Option<LmLoss>> {
+fn sum_of_losses(own: Result<LmLoss>, ranks: &mut Ranks) -> Result<Option<LmLoss>> {
     let mut sums = own.as_ref().map_or([0.0; 2], |loss| [loss.sum, loss.tokens as f64]);
-    let stop = ranks.agree(own.map(drop), stop, &mut sums)?;
+    let stop = ranks.agree(own.map(drop), &mut sums)?;
     Ok((!stop).then(|| LmLoss::new(sums[0], sums[1] as usize)))
+}
+
+/// Of all weights, those that are not trained, too.
+fn hash_of_all(lm: &HymbaLm) -> u64 {
+    let mut hash = Hash::new();
+    lm.visit(&mut |name, parameter| {
+        hash.add(hash_of_text(&(name, parameter.storage())));
+        match parameter {
+            Parameter::Array(array) => array.iter().for_each(|number| hash.add(number.to_bits().into())),
+            Parameter::Stored(matrix) => (0..matrix.shape()[0])
+                .for_each(|output| matrix.row(output).iter().for_each(|number| hash.add(number.to_bits().into()))),
+        }
+    });
+    hash.finish()
 }
 
 /// The weights that are trained.

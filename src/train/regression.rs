@@ -53,9 +53,24 @@ impl RegressionMetrics {
             squares += errors;
             r2 += match spread > 0.0 {
                 true => 1.0 - errors / spread,
+                false if errors.is_nan() => f64::NAN,
                 false => f64::from(errors == 0.0),
             };
         }
         Ok(RegressionMetrics { rmse: (squares / count).sqrt(), mae: absolute / count, r2: r2 / targets.ncols() as f64 })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use ndarray::array;
+
+    use super::*;
+
+    #[test]
+    fn targets_that_are_all_the_same() {
+        let r2 = |predicted: f32| RegressionMetrics::of(&array![[2.0], [predicted]], &array![[2.0], [2.0]]).unwrap().r2;
+        assert_eq!((r2(2.0), r2(3.0)), (1.0, 0.0));
+        assert!(r2(f32::NAN).is_nan());
     }
 }

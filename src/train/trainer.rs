@@ -3,25 +3,23 @@
 use std::ops::ControlFlow;
 use std::path::Path;
 
-use ndarray::Array3;
-use rand::RngExt;
-
-use super::data::{Batch, Mixed};
 use super::{
-    AdamW, Alone, Collective, Dataset, Parameters, Ranks, TrainingData, cut, hash_of, hash_of_text, views, views_mut,
+    AdamW, Alone, Collective, Dataset, Parameters, Ranks, TrainingData, hash_of, hash_of_text, views, views_mut,
 };
 use crate::{Error, Predictor, Result};
 
 mod batches;
 mod checkpoint;
+mod epoch;
 mod measure;
 mod options;
 mod report;
 
 pub use batches::{BatchSource, DatasetBatches, SeriesBatch};
 use checkpoint::Checkpoint;
+use epoch::Plan;
 pub use measure::evaluate;
-use measure::{Part, Totals, score};
+use measure::{Part, Totals};
 pub use options::{Decay, TrainerOptions};
 use report::{Clock, best_epoch};
 pub use report::{EpochMetrics, Metrics, Progress, Stopped, Trained};
@@ -275,7 +273,8 @@ impl Trainer {
     ///
     /// `batch_size` and `accumulation` say how many series of all ranks are in a step. So a training is the same on any number of
     /// ranks but for rounding, if nothing in it is drawn at random: dropout and augmentations are drawn on each rank for itself.
-    /// For a given number of ranks the weights are the same, bit for bit, each time. A checkpoint may be resumed by another number.
+    /// For a given number of ranks the weights are the same, bit for bit, each time. A checkpoint may be resumed by another number, but
+    /// where the data are [sharded](TrainingData::sharded) and `validation_fraction` takes its part of each shard.
     ///
     /// Rank 0 alone writes checkpoints and calls back, before the next step of all: a callback that stops, or an error on any rank,
     /// ends the training on all. The result is the same on each.
@@ -333,7 +332,7 @@ impl Trainer {
         self,
         parts: Result<(Part, Option<Part>)>,
         mut ranks: Ranks,
-        callback: impl FnMut(&Progress, &Predictor) -> ControlFlow<()>,
+        mut callback: impl FnMut(&Progress, &Predictor) -> ControlFlow<()>,
     ) -> Result<Trained> {
         let Trainer { options, start } = self;
         let predictor = match &start {
@@ -345,10 +344,13 @@ impl Trainer {
             Ok((train, validation))
         });
         let (train, validation) = ranks.together(parts)?;
-        ranks.compare("the options, or the epochs done,", || start.hash(&options, validation.is_some()))?;
+        let sharded = ranks.sharded();
+        ranks.compare("the options, or the epochs done,", || start.hash(&options, validation.is_some(), sharded))?;
+        train.check_targets("training", &mut ranks)?;
         let mut fingerprint = train.fingerprint(&mut ranks)?;
         let mean_weight = train.mean_weight(&options, &mut ranks)?;
         if let Some(part) = &validation {
+            part.check_targets("validation", &mut ranks)?;
             fingerprint = fingerprint.rotate_left(1) ^ part.fingerprint(&mut ranks)?;
             part.mean_weight(&options, &mut ranks)?;
         }
@@ -360,7 +362,11 @@ impl Trainer {
         let steps_of = |epochs: usize| steps as u64 * epochs as u64;
         let mut state = match start {
             Start::Resumed { data, .. } if data != fingerprint => {
-                return Err(Error::Data("they are not the data that the resumed training began with".into()));
+                let mut reason = "they are not the data that the resumed training began with".to_string();
+                if sharded && options.validation_fraction > 0.0 {
+                    reason += ", or not divided among the ranks as then: each has its own validation part";
+                }
+                return Err(Error::Data(reason));
             }
             Start::Resumed { mut state, prolonged, .. } => {
                 let optimizer = options.optimizer(steps_of(options.epochs - state.before_schedule));
@@ -392,7 +398,6 @@ impl Trainer {
         let batches = ranks.num_batches(train.indices.len(), steps, options.batch_size);
         let clock = Clock::start(batches, state.history.len(), options.epochs);
         let plan = Plan { steps, batches, mean_weight, clock };
-        let mut listener = Listener { callback, listens: ranks.is_first(), stop: false };
         let mut gradient = state.predictor.zeros_like();
         let stopped = loop {
             let epoch = state.history.len();
@@ -402,7 +407,7 @@ impl Trainer {
             } else if epoch - best_epoch(&state.history).max(state.before_schedule) >= patience {
                 break Stopped::NoImprovement;
             }
-            let Some(progress) = state.epoch(&train, &options, &plan, &mut ranks, &mut gradient, &mut listener)? else {
+            let Some(progress) = state.epoch(&train, &options, &plan, &mut ranks, &mut gradient, &mut callback)? else {
                 break Stopped::Callback;
             };
             let measured = match &validation {
@@ -411,13 +416,15 @@ impl Trainer {
             };
             let totals = Totals::of_all(measured, &mut ranks)?;
             let metrics = validation.as_ref().map(|_| totals.metrics(state.current()));
-            let progress = state.finish(progress, metrics)?;
+            // first, so that all ranks find the same fault in them
             ranks.compare("the weights after an epoch", || state.hash())?;
+            let progress = state.finish(progress, metrics)?;
             let written = checkpoint.as_ref().map_or(Ok(()), |to| to.write(&options, &state, fingerprint));
             if written.is_ok() {
-                listener.tell(&plan.clock.at(progress), state.current());
+                let progress = plan.clock.at(progress);
+                ranks.tell(|| callback(&progress, state.current()));
             }
-            if ranks.agree(written, listener.stop, &mut [])? {
+            if ranks.agree(written, &mut [])? {
                 break Stopped::Callback;
             }
         };
@@ -429,40 +436,19 @@ impl Trainer {
 
 impl Start {
     /// Of what must be the same on all ranks, but for the weights.
-    fn hash(&self, options: &TrainerOptions, validates: bool) -> u64 {
+    fn hash(&self, options: &TrainerOptions, validates: bool, sharded: bool) -> u64 {
         let options = TrainerOptions { checkpoint: None, ..options.clone() };
-        let of = |predictor: &Predictor| format!("{:?} {:?}", predictor.task(), predictor.predictor_options());
+        let of = |predictor: &Predictor| {
+            let normalized = [predictor.input_normalization(), predictor.output_normalization()].map(|of| of.is_some());
+            format!("{:?} {:?} {normalized:?}", predictor.task(), predictor.predictor_options())
+        };
+        let given = (options, validates, sharded);
         match self {
-            Start::New(predictor) => hash_of_text(&(options, validates, of(predictor))),
+            Start::New(predictor) => hash_of_text(&(given, of(predictor))),
             Start::Resumed { state, data, prolonged } => {
-                hash_of_text(&(options, validates, of(&state.predictor), &state.history, data, prolonged))
+                hash_of_text(&(given, of(&state.predictor), &state.history, data, prolonged))
             }
         }
-    }
-}
-
-/// What is the same in all epochs.
-struct Plan {
-    /// Of the optimiser, in an epoch.
-    steps: usize,
-    /// Of this rank, in an epoch.
-    batches: usize,
-    /// Of the class weights.
-    mean_weight: f64,
-    clock: Clock,
-}
-
-/// Who is told, on rank 0.
-struct Listener<F> {
-    callback: F,
-    listens: bool,
-    /// Whether the callback said so.
-    stop: bool,
-}
-
-impl<F: FnMut(&Progress, &Predictor) -> ControlFlow<()>> Listener<F> {
-    fn tell(&mut self, progress: &Progress, predictor: &Predictor) {
-        self.stop = self.stop || self.listens && (self.callback)(progress, predictor).is_break();
     }
 }
 
@@ -509,124 +495,6 @@ impl State {
         for ((_, mut average), (_, weights)) in views_mut(average).into_iter().zip(views(&self.predictor)) {
             average.zip_mut_with(&weights, |average, weight| *average += (1.0 - keep) * (weight - *average));
         }
-    }
-
-    /// Learns from every series once. Returns where it stands, or `None` if the callback said stop.
-    fn epoch(
-        &mut self,
-        train: &Part,
-        options: &TrainerOptions,
-        plan: &Plan,
-        ranks: &mut Ranks,
-        gradient: &mut Predictor,
-        listener: &mut Listener<impl FnMut(&Progress, &Predictor) -> ControlFlow<()>>,
-    ) -> Result<Option<Progress>> {
-        let epoch = self.history.len();
-        let (steps, mut rng) = train.steps(plan.steps, options.seed, epoch, ranks);
-        // of all ranks
-        let mut targets: Vec<_> = steps.iter().map(|step| train.data.num_targets(step) as f64).collect();
-        ranks.agree(Ok(()), false, &mut targets)?;
-        let mut totals = Totals::default();
-        let mut progress = Progress::begin(epoch, options.epochs, plan.batches, totals.metrics(&self.predictor));
-        let skipped_before = self.history.iter().map(|epoch| epoch.skipped).sum::<usize>();
-        let (mut norms, mut taken) = (0.0, 0);
-        for (step, targets) in steps.into_iter().zip(targets) {
-            // of the whole step, so that a batch in pieces is the same as in one
-            let divisor = plan.mean_weight * targets;
-            let before = totals;
-            if !ranks.is_first() {
-                // rank 0 brings what was before into the sum
-                totals = Totals::default();
-            }
-            let mut learned = Ok(());
-            let may_skip = skipped_before + progress.skipped < options.skip_not_finite;
-            for piece in cut(step.len(), options.batch_size) {
-                if listener.stop {
-                    break;
-                }
-                let (seed, last) = (rng.random(), piece.end == step.len());
-                if learned.is_ok() {
-                    let batch = train.augmented(&step[piece], options, &mut rng);
-                    learned = self.learn(batch, divisor, seed, options, &mut totals, gradient);
-                }
-                if learned.as_ref().is_err_and(|error| !(may_skip && matches!(error, Error::NotFinite { .. }))) {
-                    break;
-                }
-                if !last {
-                    progress.batch += 1;
-                    progress.train = totals.metrics(&self.predictor);
-                    progress = plan.clock.at(progress);
-                    listener.tell(&progress, self.current());
-                }
-            }
-            let mut sums = totals.numbers();
-            let stepped = match ranks.agree(learned, listener.stop, &mut sums) {
-                Ok(true) => return Ok(None),
-                Ok(false) => {
-                    totals = Totals::of_numbers(sums);
-                    ranks.sum(gradient)?;
-                    self.optimizer.step(&mut self.predictor, gradient)
-                }
-                Err(error) => Err(error),
-            };
-            match stepped {
-                Ok(info) => {
-                    self.update_average(options.average);
-                    norms += info.gradient_norm;
-                    taken += 1;
-                    progress.learning_rate = info.learning_rate;
-                    progress.gradient_norm = info.gradient_norm as f32;
-                }
-                Err(Error::NotFinite { .. }) if may_skip => {
-                    gradient.fill_zero();
-                    progress.skipped += 1;
-                    totals = before;
-                }
-                Err(error) => return Err(error),
-            }
-            progress.batch += 1;
-            progress.train = totals.metrics(&self.predictor);
-            progress = plan.clock.at(progress);
-            listener.tell(&progress, self.current());
-        }
-        if ranks.agree(Ok(()), listener.stop, &mut [])? {
-            return Ok(None);
-        }
-        if taken == 0 {
-            return Err(self.not_finite("no step of an epoch could be taken"));
-        }
-        progress.gradient_norm = (norms / f64::from(taken)) as f32;
-        Ok(Some(progress))
-    }
-
-    /// Adds the losses of a batch to `totals`, and the gradient of their sum divided by `divisor` to `gradient`.
-    fn learn(
-        &self,
-        (batch, mixed): (Batch, Option<Mixed>),
-        divisor: f64,
-        seed: u64,
-        options: &TrainerOptions,
-        totals: &mut Totals,
-        gradient: &mut Predictor,
-    ) -> Result<()> {
-        let frame_wise = self.predictor.task().is_frame_wise();
-        let (z, cache) = self.predictor.run_train(&batch.x, Some(&batch.lengths), seed, frame_wise)?;
-        let other = mixed.map(|Mixed { share, targets }| {
-            let Batch { counts, .. } = &batch;
-            let other = Batch { x: Array3::zeros((0, 0, 0)), lengths: Vec::new(), targets, counts: counts.clone() };
-            score(&self.predictor, z.clone(), other, options, Some(divisor)).map(|scored| (share, scored))
-        });
-        let (mut of_batch, mut dz) = score(&self.predictor, z, batch, options, Some(divisor))?;
-        if let Some((share, (of_other, dz_of_other))) = other.transpose()? {
-            of_batch = of_batch.mixed(&of_other, share);
-            dz.zip_mut_with(&dz_of_other, |dz, other| *dz = *dz * share + other * (1.0 - share));
-        }
-        let loss = of_batch.metrics(&self.predictor).loss;
-        if !loss.is_finite() {
-            return Err(self.not_finite(&format!("the loss is {loss}")));
-        }
-        totals.add(&of_batch);
-        self.predictor.run_backward(&cache, dz, gradient).map(drop)
     }
 
     /// Writes an epoch down, and keeps the predictor if it is the best so far.

@@ -259,21 +259,18 @@ impl<'a> Loop<'a> {
                 return;
             }
             let Some(Sequences { job, since }) = self.waiting.pop_front() else { return };
+            rows += job.choices.len();
             // log-probabilities of a prompt need all of it
             let known = if job.score_prompt { None } else { self.cache.find(&job.prompt) };
             let (pieces, state) = known.unwrap_or_else(|| (0, self.lm.new_state(1)));
             let fits = state.batch() == 1;
             let mut reading = Reading::new(job, since, pieces, state);
-            // in a step it would take the others along
             if !fits {
-                reading.fail(
-                    self.metrics,
-                    End::Failed,
-                    &Failure::Internal("memory does not hold another state".into()),
-                );
+                rows -= reading.rows();
+                let failure = Failure::Internal("there is no memory for another sequence".into());
+                reading.fail(self.metrics, End::Failed, &failure);
                 continue;
             }
-            rows += reading.rows();
             self.metrics.cached_tokens.add(reading.cached());
             self.reading.push_back(reading);
         }

@@ -82,7 +82,8 @@ impl<const R: usize> LeftTile<[f32; 1]> for StripColumns<'_, R> {
     /// The rows lie side by side: four of them are loaded at a time, of six the first or the last.
     #[inline(always)]
     fn multiply_lane<S: Simd, const LANE: usize>(self, s: S, row: usize, i: usize, w: S::V, sum: S::V) -> S::V {
-        let (tiles, _): (&[[f32; R]], _) = self.strip[4 * i + LANE].as_chunks();
+        let (fours, _) = self.strip.as_chunks::<4>();
+        let (tiles, _): (&[[f32; R]], _) = fours[i][LANE].as_chunks();
         let tile = &tiles[self.first / R];
         let (Some(first), Some(last)) = (tile.first_chunk(), tile.last_chunk()) else {
             return s.mul_add(s.splat(tile[row]), w, sum);

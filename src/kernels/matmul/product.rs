@@ -222,6 +222,8 @@ impl<X: LeftRows> Left for X {
             false if S::BY_LANE && !W::BY_SIX => S::LANE_ROWS,
             false => S::TILE_ROWS.min(W::MAX_ROWS),
         };
+        // whether there are tiles of five and six rows by one line
+        let wide = S::TILE_LINES == 1 && (W::BY_SIX || !S::BY_LANE);
         let mut row = 0;
         while row < m {
             // as even as can be: a tile of one row would wait for its own sums
@@ -237,8 +239,8 @@ impl<X: LeftRows> Left for X {
                 (2, 1) if S::TILE_LINES == 1 => product.rows::<S, 2, 1>(s, row, line),
                 (3, 1) if S::TILE_LINES == 1 => product.rows::<S, 3, 1>(s, row, line),
                 (4, 1) if S::TILE_LINES == 1 => product.rows::<S, 4, 1>(s, row, line),
-                (5, 1) if S::TILE_LINES == 1 => product.rows::<S, 5, 1>(s, row, line),
-                (_, 1) if S::TILE_LINES == 1 => product.rows::<S, 6, 1>(s, row, line),
+                (5, 1) if wide => product.rows::<S, 5, 1>(s, row, line),
+                (_, 1) if wide => product.rows::<S, 6, 1>(s, row, line),
                 (1, _) => product.rows::<S, 1, 2>(s, row, line),
                 (2, _) => product.rows::<S, 2, 2>(s, row, line),
                 (3, _) if S::TILE_ROWS > 6 => product.rows::<S, 3, 2>(s, row, line),

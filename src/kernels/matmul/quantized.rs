@@ -248,8 +248,9 @@ impl<Q: Quants> Kernel for Product<'_, Q> {
                     2 => self.tile::<S, 2>(s, row, panel),
                     3 => self.tile::<S, 3>(s, row, panel),
                     4 => self.tile::<S, 4>(s, row, panel),
-                    5 => self.tile::<S, 5>(s, row, panel),
-                    _ => self.tile::<S, 6>(s, row, panel),
+                    5 if S::TILE_LINES > 1 => self.tile::<S, 5>(s, row, panel),
+                    _ if S::TILE_LINES > 1 => self.tile::<S, 6>(s, row, panel),
+                    _ => unreachable!("a tile that does not fit the registers"),
                 }
                 row += rows;
             }
@@ -313,12 +314,14 @@ fn block<S: Simd, Q: Quants, const R: usize, const H: usize>(
     for r in 0..R {
         whole[r] = [Q::begin(s, s.splat_int(x[r][b].start)); H];
     }
-    if S::BY_LANE {
-        const { assert!(QUADS == 8) };
-        four_quads(s, x, &w[b], b, first, 0, &mut whole);
-        four_quads(s, x, &w[b], b, first, 1, &mut whole);
+    // a loop of two rounds: unrolled, the compiler no longer keeps the sums in registers
+    for four in 0..if S::BY_LANE { QUADS / 4 } else { 0 } {
+        quad::<S, Q, R, H, 0>(s, x, &w[b], b, first, four, &mut whole);
+        quad::<S, Q, R, H, 1>(s, x, &w[b], b, first, four, &mut whole);
+        quad::<S, Q, R, H, 2>(s, x, &w[b], b, first, four, &mut whole);
+        quad::<S, Q, R, H, 3>(s, x, &w[b], b, first, four, &mut whole);
     }
-    for quad in if S::BY_LANE { QUADS } else { 0 }..QUADS {
+    for quad in 0..if S::BY_LANE { 0 } else { QUADS } {
         let mut words = [s.splat_int(0); H];
         for half in 0..H {
             words[half] = w[b].load(s, quad, first + half);
@@ -340,24 +343,7 @@ fn block<S: Simd, Q: Quants, const R: usize, const H: usize>(
     }
 }
 
-/// Adds the products of four quads of a block.
-#[inline(always)]
-fn four_quads<S: Simd, Q: Quants, const R: usize, const H: usize>(
-    s: S,
-    x: [&[Inputs]; R],
-    w: &Q,
-    b: usize,
-    first: usize,
-    four: usize,
-    whole: &mut [[S::I; H]; R],
-) {
-    quad::<S, Q, R, H, 0>(s, x, w, b, first, four, whole);
-    quad::<S, Q, R, H, 1>(s, x, w, b, first, four, whole);
-    quad::<S, Q, R, H, 2>(s, x, w, b, first, four, whole);
-    quad::<S, Q, R, H, 3>(s, x, w, b, first, four, whole);
-}
-
-/// Adds those of one.
+/// Adds the products of one of four quads of a block.
 #[inline(always)]
 #[allow(clippy::needless_range_loop)] // as above
 fn quad<S: Simd, Q: Quants, const R: usize, const H: usize, const LANE: usize>(

@@ -213,7 +213,7 @@ impl<const MORE: u8> Simd for Neon<MORE> {
     fn dot_bf16_lane<const LANE: usize>(self, a: Self::I, b: &[[u16; 2]; 4], c: Self::V) -> Self::V {
         if const { MORE >= BF16 } {
             let pairs = unsafe { vld1q_u16(b.as_ptr().cast()) };
-            return quarters!(|a, c| { accumulate_lane!(LANE, "bfdot {0:v}.4s, {1:v}.8h, {2:v}.2h", c, a, pairs) });
+            return quarters!(|a, c| accumulate_lane!(LANE, "bfdot {0:v}.4s, {1:v}.8h, {2:v}.2h", c, a, pairs));
         }
         dot_bf16(self, a, self.splat_int(pair(b[LANE])), c)
     }
@@ -237,7 +237,7 @@ impl<const MORE: u8> Simd for Neon<MORE> {
     fn dot_lane<const LANE: usize>(self, a: Self::I, b: &[u32; 4], c: Self::I) -> Self::I {
         if const { MORE >= I8MM } {
             let quads = unsafe { vld1q_u32(b.as_ptr()) };
-            return quarters!(|a, c| { accumulate_lane!(LANE, "usdot {0:v}.4s, {1:v}.16b, {2:v}.4b", c, a, quads) });
+            return quarters!(|a, c| accumulate_lane!(LANE, "usdot {0:v}.4s, {1:v}.16b, {2:v}.4b", c, a, quads));
         }
         self.dot_nibbles_lane::<LANE>(less_128(a), b, c)
     }
@@ -259,7 +259,7 @@ impl<const MORE: u8> Simd for Neon<MORE> {
     fn dot_nibbles_lane<const LANE: usize>(self, a: Self::I, b: &[u32; 4], c: Self::I) -> Self::I {
         if const { MORE >= DOT } {
             let quads = unsafe { vld1q_u32(b.as_ptr()) };
-            return quarters!(|a, c| { accumulate_lane!(LANE, "sdot {0:v}.4s, {1:v}.16b, {2:v}.4b", c, a, quads) });
+            return quarters!(|a, c| accumulate_lane!(LANE, "sdot {0:v}.4s, {1:v}.16b, {2:v}.4b", c, a, quads));
         }
         self.dot_nibbles(a, self.splat_int(b[LANE]), c)
     }

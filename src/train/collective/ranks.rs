@@ -1,5 +1,7 @@
 //! What a training asks of its ranks.
 
+use std::ops::ControlFlow;
+
 use ndarray::ArrayView2;
 
 use super::Collective;
@@ -13,6 +15,8 @@ pub(in crate::train) struct Ranks<'a> {
     sharded: bool,
     /// All numbers of a gradient.
     flat: Vec<f32>,
+    /// Whether the callback said so, on rank 0.
+    stop: bool,
 }
 
 impl<'a> Ranks<'a> {
@@ -21,7 +25,7 @@ impl<'a> Ranks<'a> {
         if rank >= size {
             return Err(Error::Collective(format!("there is no rank {rank} of {size}: ranks count from 0")));
         }
-        Ok(Ranks { collective, sharded, flat: Vec::new() })
+        Ok(Ranks { collective, sharded, flat: Vec::new(), stop: false })
     }
 
     pub fn rank(&self) -> usize {
@@ -57,11 +61,21 @@ impl<'a> Ranks<'a> {
         cut_into(count, steps).map(|step| share(step.len()).div_ceil(most).max(1)).sum()
     }
 
-    /// Every rank says what became of its work, and whether it wants to stop, and adds to `sums`. An error of one rank is an error of
-    /// all, and so nobody waits for it. Returns whether one wants to stop.
+    /// Calls back on rank 0, until the callback says stop.
+    pub fn tell(&mut self, callback: impl FnOnce() -> ControlFlow<()>) {
+        self.stop = self.stop || self.is_first() && callback().is_break();
+    }
+
+    /// Whether this rank was told to stop. The others learn of it when they [agree](Self::agree).
+    pub fn stop(&self) -> bool {
+        self.stop
+    }
+
+    /// Every rank says what became of its work, and whether it was told to stop, and adds to `sums`. An error of one rank is an error
+    /// of all, and so nobody waits for it. Returns whether to stop.
     ///
     /// Where numbers are not finite on one rank, all get [`Error::NotFinite`].
-    pub fn agree(&mut self, done: Result<()>, stop: bool, sums: &mut [f64]) -> Result<bool> {
+    pub fn agree(&mut self, done: Result<()>, sums: &mut [f64]) -> Result<bool> {
         let rank = self.rank() as f64;
         let mut all = [0.0; 6].to_vec();
         match &done {
@@ -69,7 +83,7 @@ impl<'a> Ranks<'a> {
             Err(Error::NotFinite { step, .. }) => all[..3].copy_from_slice(&[1.0, rank, *step as f64]),
             Err(_) => all[3..5].copy_from_slice(&[1.0, rank]),
         }
-        all[5] = f64::from(stop);
+        all[5] = f64::from(self.stop);
         all.extend_from_slice(sums);
         self.collective.sum_f64(&mut all)?;
         let (said, rest) = all.split_at(6);
@@ -93,8 +107,8 @@ impl<'a> Ranks<'a> {
     /// As [`agree`](Self::agree), for work that gives something.
     pub fn together<T>(&mut self, done: Result<T>) -> Result<T> {
         match done {
-            Ok(value) => self.agree(Ok(()), false, &mut []).map(|_| value),
-            Err(error) => self.agree(Err(error), false, &mut []).and(Err(Error::Collective("no rank failed".into()))),
+            Ok(value) => self.agree(Ok(()), &mut []).map(|_| value),
+            Err(error) => self.agree(Err(error), &mut []).and(Err(Error::Collective("no rank failed".into()))),
         }
     }
 

@@ -25,7 +25,7 @@ use crate::{Error, Result};
 pub struct Threads {
     rank: usize,
     size: usize,
-    /// Of rank 0 one to each of the others, of the others one to rank 0.
+    /// Of rank 0 one to each of the others, of the others one to rank 0; none after an error, of which the others learn so.
     links: Vec<Link>,
 }
 
@@ -59,9 +59,19 @@ impl Threads {
         all
     }
 
-    /// Rank 0 adds up what all ranks have, or of a broadcast takes its own, and sends it to the others.
     fn call(&mut self, call: Call, numbers: impl Iterator<Item = f64>) -> Result<Vec<f64>> {
-        let mut numbers: Vec<f64> = numbers.collect();
+        if self.links.is_empty() && self.size > 1 {
+            return Err(Error::Collective("an earlier call failed: a rank is gone".into()));
+        }
+        let done = self.exchange(call, numbers.collect());
+        if done.is_err() {
+            self.links.clear();
+        }
+        done
+    }
+
+    /// Rank 0 adds up what all ranks have, or of a broadcast takes its own, and sends it to the others.
+    fn exchange(&self, call: Call, mut numbers: Vec<f64>) -> Result<Vec<f64>> {
         if self.rank > 0 {
             self.links[0].send((call, numbers))?;
             return self.links[0].receive().map(|(_, numbers)| numbers);
@@ -122,5 +132,25 @@ impl Collective for Threads {
 
     fn broadcast(&mut self, numbers: &mut [f32]) -> Result<()> {
         self.call_f32(Call::Broadcast, numbers)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_error_is_one_of_all_ranks_and_of_all_later_calls() {
+        let [mut first, mut second, mut third] = Threads::new(3).try_into().unwrap();
+        let second = std::thread::spawn(move || second.sum(&mut [1.0]).unwrap_err().to_string());
+        let third = std::thread::spawn(move || third.broadcast(&mut [1.0]).unwrap_err().to_string());
+        let error = first.sum(&mut [1.0]).unwrap_err().to_string();
+        assert!(error.contains("rank 2 makes another call"), "{error}");
+        // though rank 0 is still there
+        for error in [second, third].map(|rank| rank.join().unwrap()) {
+            assert!(error.contains("rank 0 is gone"), "{error}");
+        }
+        let error = first.sum_f64(&mut [1.0]).unwrap_err().to_string();
+        assert!(error.contains("an earlier call failed"), "{error}");
     }
 }

@@ -6,9 +6,8 @@ use ndarray::{Array3, Ix3};
 use rand::{RngExt, SeedableRng};
 
 use super::checkpoint::Checkpoint;
-use super::measure::Totals;
 use super::report::{Clock, best_epoch};
-use super::{Decay, Progress, Start, State, Stopped, Trained, Trainer, TrainerOptions};
+use super::{Decay, Metrics, Progress, Start, State, Stopped, Trained, Trainer, TrainerOptions};
 use crate::layers::Rng;
 use crate::train::{AdamW, Dataset, Loss, Parameters, Targets};
 use crate::{Error, Predictor, Result};
@@ -247,8 +246,7 @@ impl Trainer {
             }
             let learned = state.epoch_of_batches(source, &options, &clock, &mut gradient, &mut loss, &mut callback)?;
             let Some(progress) = learned else { break Stopped::Callback };
-            let validation =
-                metric(state.current())?.map(|loss| super::Metrics { loss, plain_loss: None, accuracy: None });
+            let validation = metric(state.current())?.map(|loss| Metrics { loss, plain_loss: None, accuracy: None });
             let progress = state.finish(progress, validation)?;
             if let Some(checkpoint) = &checkpoint {
                 checkpoint.write(&options, &state, SOURCE)?;
@@ -289,8 +287,8 @@ impl State {
         source.begin(rng.random())?;
         let known = source.batches();
         let frame_wise = self.predictor.task().is_frame_wise();
-        let mut progress =
-            Progress::begin(epoch, options.epochs, known.unwrap_or(1), Totals::default().metrics(&self.predictor));
+        let nothing = Metrics { loss: 0.0, plain_loss: None, accuracy: None };
+        let mut progress = Progress::begin(epoch, options.epochs, known.unwrap_or(1), nothing);
         let (mut sum, mut weight, mut norms, mut steps) = (0.0, 0.0, 0.0, 0u32);
         let (mut pieces, mut of_step) = (0, 0.0);
         let mut next = source.next_batch()?;

@@ -75,11 +75,21 @@ impl<'a> Part<'a> {
     /// A number by which to notice that the data of all ranks are others. All must have the same where each has all.
     pub fn fingerprint(&self, ranks: &mut Ranks) -> Result<u64> {
         if ranks.sharded() {
-            return ranks.sum_of_hashes(self.data.fingerprint_of_parts());
+            return ranks.sum_of_hashes(self.data.fingerprint_of_parts(&self.indices));
         }
         let fingerprint = self.data.fingerprint();
         ranks.compare("the data", || fingerprint)?;
         Ok(fingerprint)
+    }
+
+    /// Refuses a part that has no targets on any rank.
+    pub fn check_targets(&self, called: &str, ranks: &mut Ranks) -> Result<()> {
+        let mut count = [self.data.num_targets(&self.indices) as f64];
+        ranks.sum_of_data(&mut count)?;
+        match count[0] > 0.0 {
+            true => Ok(()),
+            false => Err(Error::Data(format!("no frame of the {called} part has a class: all are Targets::IGNORED"))),
+        }
     }
 
     /// The series of this rank in each of the `count` steps of an epoch, in an order drawn from the seed, and what this rank draws
@@ -166,7 +176,7 @@ impl Totals {
     /// Those of all ranks.
     pub fn of_all(own: Result<Totals>, ranks: &mut Ranks) -> Result<Totals> {
         let mut numbers = own.as_ref().map_or([0.0; 5], Totals::numbers);
-        ranks.agree(own.map(drop), false, &mut numbers)?;
+        ranks.agree(own.map(drop), &mut numbers)?;
         Ok(Totals::of_numbers(numbers))
     }
 

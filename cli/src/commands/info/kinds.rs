@@ -4,6 +4,7 @@ use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
+use hymba::Task;
 use hymba::lm::{HymbaLmConfig, LoadOptions};
 use hymba::series::{ReadOptions, SeriesSet};
 use hymba::{Ensemble, Hymba, HymbaLm, KernelPredictor, Predictor};
@@ -82,28 +83,35 @@ fn file(path: &Path, bytes: u64) -> Result<Facts> {
         "nx" => {
             facts.kind = EDIFICE;
         }
-        "ts" | "csv" | "tsv" => series(path, &mut facts),
+        "ts" | "csv" | "tsv" => {
+            facts.kind = "series";
+            match SeriesSet::read(path, &ReadOptions::default()) {
+                Ok(set) => facts.options = series(&set),
+                Err(error) => facts.problem = Some(error.to_string()),
+            }
+        }
         "json" | "txt" | "md" => bail!("{}: not a file of a model or of series; give its folder", path.display()),
         _ => safetensors(path, &mut facts)?,
     }
     Ok(facts)
 }
 
-fn series(path: &Path, facts: &mut Facts) {
-    facts.kind = "series";
-    let set = match SeriesSet::read(path, &ReadOptions::default()) {
-        Ok(set) => set,
-        Err(error) => return facts.problem = Some(error.to_string()),
-    };
+fn series(set: &SeriesSet) -> Map<String, Value> {
     let lengths = || set.cases.iter().map(|case| case.frames.nrows());
-    let missing = set.cases.iter().flat_map(|case| &case.frames).filter(|value| value.is_nan()).count();
-    facts.options.insert("series".into(), set.cases.len().into());
-    facts.options.insert("channels".into(), set.width().into());
-    facts.options.insert("shortest".into(), lengths().min().into());
-    facts.options.insert("longest".into(), lengths().max().into());
-    facts.options.insert("missing_values".into(), missing.into());
-    facts.options.insert("classes".into(), set.labels.into());
-    facts.options.insert("notes".into(), set.notes.into());
+    let targets = match set.task() {
+        Ok(Task::Regress { .. }) => "numbers".into(),
+        Ok(task) => task.labels().to_vec().into(),
+        Err(_) => Value::Null,
+    };
+    let facts = [
+        ("series", set.cases.len().into()),
+        ("channels", set.channels.clone().into()),
+        ("shortest", lengths().min().into()),
+        ("longest", lengths().max().into()),
+        ("targets", targets),
+        ("notes", set.notes.clone().into()),
+    ];
+    facts.into_iter().map(|(name, value)| (name.to_string(), value)).collect()
 }
 
 fn encoder(model: hymba::Result<Hymba>, facts: &mut Facts) {

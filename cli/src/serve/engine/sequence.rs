@@ -263,7 +263,8 @@ impl Writing {
 /// What the model itself makes of a token, with `alternatives` of the most probable ones.
 fn score(logits: &[f32], id: u32, alternatives: Option<usize>) -> Score {
     let Some(count) = alternatives else { return Score { id, log_prob: None, top: Vec::new() } };
-    let mut order: Vec<u32> = (0..logits.len() as u32).collect();
+    let candidates = if count == 0 { 0 } else { logits.len() };
+    let mut order: Vec<u32> = (0..candidates as u32).collect();
     let descending = |&a: &u32, &b: &u32| logits[b as usize].total_cmp(&logits[a as usize]).then(a.cmp(&b));
     if count > 0 && count < order.len() {
         order.select_nth_unstable_by(count - 1, descending);
