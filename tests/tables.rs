@@ -150,6 +150,10 @@ fn targets_are_what_they_look_like_or_what_is_said() {
     assert_eq!((targets(&set), set.notes.len()), (vec![Target::Value(0.0), Target::Value(1.0)], 0));
     let set = read("x,target\n1,0.5\n2,1\n", &usual().target_kind(TargetKind::Classes)).unwrap();
     assert_eq!(set.labels, ["0.5", "1"]);
+    let set = read("x,target\n1,a\n2,0.5\n", &usual().target_kind(TargetKind::Ignored)).unwrap();
+    assert_eq!((set.width(), targets(&set), set.notes.len()), (1, vec![Target::None; 2], 0));
+    let long = usual().layout(CsvLayout::Long).target_kind(TargetKind::Ignored);
+    assert_eq!(targets(&read("id,x,target\n1,5,a\n1,6,b\n", &long).unwrap()), [Target::None]);
     let error = read("x,target\n1,a\n", &usual().target_kind(TargetKind::Values)).unwrap_err();
     assert!(error.contains("line 2: target: `a` is not a number"), "{error}");
 }
@@ -165,6 +169,7 @@ fn errors_name_the_line_and_the_fault() {
         ("a,b\n1,2\n1\n", usual(), "line 3: 1 fields, and 2 columns"),
         ("a,b\n1,x\n", usual(), "line 2: column `b`: `x` is not a number"),
         ("a,b\n1,1e99\n", usual(), "line 2: column `b`: `1e99` is not a finite 32-bit number"),
+        ("x_0,x_1,price\n1,2,3\n", usual(), "line 1: some columns of values have a number, such as `x_0`"),
         ("a,b\n1,2\n", usual().target("c"), "line 1: there is no column `c`: a, b"),
         ("a,b\n1,2\n", usual().target("a").id("a"), "line 1: id, time and target must be different columns"),
         ("id,class\n1,2\n", usual(), "line 1: there are no columns of values"),

@@ -23,8 +23,13 @@ impl std::error::Error for Interrupted {}
 
 static ASKED: AtomicBool = AtomicBool::new(false);
 
-/// From now on Ctrl-C only asks.
+static LISTENING: AtomicBool = AtomicBool::new(false);
+
+/// From now on Ctrl-C only asks. So call it where what goes on looks at [`asked`].
 pub fn listen() -> Result<()> {
+    if LISTENING.swap(true, Ordering::Relaxed) {
+        return Ok(());
+    }
     Ok(ctrlc::set_handler(|| {
         if ASKED.swap(true, Ordering::Relaxed) {
             std::process::exit(EXIT_CODE.into());

@@ -62,17 +62,27 @@ enum Time {
 impl ReadArgs {
     /// The series of a file, without gaps; what is to be known of them goes to stderr.
     pub fn read(&self, path: &Path) -> Result<SeriesSet> {
+        let kind = match self.targets {
+            None => TargetKind::Auto,
+            Some(Kind::Classes) => TargetKind::Classes,
+            Some(Kind::Numbers) => TargetKind::Values,
+        };
+        self.read_as(path, kind)
+    }
+
+    /// As [`read`](Self::read), without what is to be predicted.
+    pub fn read_inputs(&self, path: &Path) -> Result<SeriesSet> {
+        self.read_as(path, TargetKind::Ignored)
+    }
+
+    fn read_as(&self, path: &Path, kind: TargetKind) -> Result<SeriesSet> {
         let column = |text: &String| text.parse().map_or_else(|_| Column::Name(text.clone()), Column::Index);
         let mut options = ReadOptions::default().header(!self.no_header);
         options.target = self.target.as_ref().map(column);
         options.id = self.id.as_ref().map(column);
         options.time_column = self.time_column.as_ref().map(column);
         options.delimiter = self.delimiter;
-        options.target_kind = match self.targets {
-            None => TargetKind::Auto,
-            Some(Kind::Classes) => TargetKind::Classes,
-            Some(Kind::Numbers) => TargetKind::Values,
-        };
+        options.target_kind = kind;
         options.layout = self.row.map(|row| match row {
             Row::Series => CsvLayout::Wide,
             Row::Frame => CsvLayout::Long,
@@ -88,7 +98,7 @@ impl ReadArgs {
         Ok(set)
     }
 
-    /// As [`read`](Self::read), to be predicted by a model of this task: the targets of a table are of its kind, whatever they look like.
+    /// As [`read`](Self::read), to measure a model of this task on: the targets of a table are of its kind, whatever they look like.
     pub fn read_for(&self, path: &Path, task: &Task) -> Result<SeriesSet> {
         let kind = if task.is_classification() { Kind::Classes } else { Kind::Numbers };
         ReadArgs { targets: self.targets.or(Some(kind)), ..self.clone() }.read(path)

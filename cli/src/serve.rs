@@ -21,6 +21,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
+use tokio::sync::watch;
 
 use crate::load::LoadArgs;
 
@@ -51,12 +52,13 @@ pub struct Args {
 #[command(next_help_heading = "Limits")]
 pub struct LimitArgs {
     /// Sequences generated, series predicted or streams held at a time.
-    #[arg(long, default_value_t = 16, value_name = "N", value_parser = at_least_one)]
+    #[arg(long, default_value_t = 16, value_name = "N", value_parser = count::<1, PLACES>)]
     concurrent: usize,
     /// Sequences that may wait; more are refused with status 429.
-    #[arg(long, default_value_t = 64, value_name = "N")]
+    #[arg(long, default_value_t = 64, value_name = "N", value_parser = count::<0, PLACES>)]
     waiting: usize,
-    /// Tokens of a prompt and its continuation together; those of the model's positions where it is left out.
+    /// Tokens of a prompt and its continuation together, or frames of a series; where it is left out, the model's positions, or 65536
+    /// frames.
     #[arg(long, value_name = "N", value_parser = at_least_one)]
     context: Option<usize>,
     /// Tokens of a continuation.
@@ -66,22 +68,22 @@ pub struct LimitArgs {
     #[arg(long, default_value_t = 2 << 20, value_name = "BYTES")]
     max_body: usize,
     /// Connections at a time; more wait.
-    #[arg(long, default_value_t = 256, value_name = "N", value_parser = at_least_one)]
+    #[arg(long, default_value_t = 256, value_name = "N", value_parser = count::<1, PLACES>)]
     connections: usize,
     /// Seconds that a request may take, waiting included.
-    #[arg(long, default_value_t = 600, value_name = "S")]
+    #[arg(long, default_value_t = 600, value_name = "S", value_parser = clap::value_parser!(u64).range(..=YEAR))]
     timeout: u64,
     /// Seconds that a client may take to send a request, or to read on.
-    #[arg(long, default_value_t = 30, value_name = "S")]
+    #[arg(long, default_value_t = 30, value_name = "S", value_parser = clap::value_parser!(u64).range(1..=YEAR))]
     io_timeout: u64,
     /// Seconds that requests get to end when the server is told to.
-    #[arg(long, default_value_t = 30, value_name = "S")]
+    #[arg(long, default_value_t = 30, value_name = "S", value_parser = clap::value_parser!(u64).range(..=YEAR))]
     drain: u64,
     /// Megabytes of states kept of prompts' beginnings; 0 keeps none.
     #[arg(long, default_value_t = 512, value_name = "MB")]
     cache: usize,
     /// Tokens of a prompt that are read between two steps of the sequences being generated.
-    #[arg(long, default_value_t = 128, value_name = "N", value_parser = piece)]
+    #[arg(long, default_value_t = 128, value_name = "N", value_parser = count::<1, 512>)]
     piece: usize,
 }
 
@@ -89,8 +91,14 @@ fn at_least_one(text: &str) -> Result<usize, String> {
     text.parse().ok().filter(|&n| n > 0).ok_or_else(|| "it takes a whole number of at least 1".into())
 }
 
-fn piece(text: &str) -> Result<usize, String> {
-    text.parse().ok().filter(|n| (1..=512).contains(n)).ok_or_else(|| "it takes a whole number from 1 to 512".into())
+/// Requests or connections at a time, at most.
+const PLACES: usize = 1_000_000;
+/// In seconds.
+const YEAR: u64 = 365 * 24 * 3600;
+
+fn count<const LEAST: usize, const MOST: usize>(text: &str) -> Result<usize, String> {
+    let given = text.parse().ok().filter(|n| (LEAST..=MOST).contains(n));
+    given.ok_or_else(|| format!("it takes a whole number from {LEAST} to {MOST}"))
 }
 
 /// What one client may take from the others.
@@ -120,7 +128,7 @@ impl From<LimitArgs> for Limits {
             max_body,
             connections,
             timeout: Duration::from_secs(args.timeout),
-            io_timeout: Duration::from_secs(args.io_timeout.max(1)),
+            io_timeout: Duration::from_secs(args.io_timeout),
             drain: Duration::from_secs(args.drain),
             cache_bytes: args.cache.saturating_mul(1_000_000),
             piece,
@@ -134,6 +142,8 @@ pub fn run(args: Args) -> Result<()> {
     let named = args.model.file_stem().filter(|_| args.model.is_file()).or(args.model.file_name());
     let name = args.name.or_else(|| Some(named?.to_string_lossy().into_owned())).unwrap_or_else(|| "hymba".into());
     let metrics = Arc::<metrics::Metrics>::default();
+    // connections and streams hold a receiver each
+    let stop = watch::Sender::new(false);
     let service = if args.model.is_dir() {
         let lm = args.load.read(&args.model)?;
         let tokenizer = hymba::lm::Tokenizer::from_dir(&args.model)?;
@@ -142,11 +152,45 @@ pub fn run(args: Args) -> Result<()> {
     } else {
         args.load.start()?;
         let model = crate::series::Model::load(&args.model)?;
-        predictor::service(model, name, &limits, &metrics)
+        predictor::service(model, name, &limits, &metrics, &stop)
     };
     let address = SocketAddr::new(args.host, args.port);
     let door = http::Door::new(args.api_key, args.host.is_loopback());
     let runtime =
         tokio::runtime::Builder::new_multi_thread().worker_threads(2).max_blocking_threads(4).enable_all().build()?;
-    runtime.block_on(http::serve(address, service, door, limits, metrics))
+    let ended = runtime.block_on(http::serve(address, service, door, limits, metrics, stop));
+    // what cannot be cut short, such as the prediction of a long series, is left behind
+    runtime.shutdown_timeout(Duration::from_secs(1));
+    ended
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Program {
+        #[command(flatten)]
+        limits: LimitArgs,
+    }
+
+    #[test]
+    fn limits_have_limits() {
+        let largest = u64::MAX.to_string();
+        for (name, least) in [
+            ("--concurrent", 1),
+            ("--waiting", 0),
+            ("--connections", 1),
+            ("--timeout", 0),
+            ("--io-timeout", 1),
+            ("--drain", 0),
+            ("--piece", 1),
+        ] {
+            assert!(Program::try_parse_from(["hymba", name, &largest]).is_err(), "{name}");
+            assert!(Program::try_parse_from(["hymba", name, &format!("{least}")]).is_ok(), "{name}");
+            assert_eq!(Program::try_parse_from(["hymba", name, "0"]).is_ok(), least == 0, "{name}");
+        }
+    }
 }

@@ -133,7 +133,10 @@ impl Table {
             (0..names.len()).filter(|column| !roles.contains(column) && unused != Some(*column)).collect();
         match values.is_empty() {
             true => Err("there are no columns of values".into()),
-            false => Ok(Table { names, target, id, time, layout, values, note }),
+            false => {
+                let target = target.filter(|_| options.target_kind != TargetKind::Ignored);
+                Ok(Table { names, target, id, time, layout, values, note })
+            }
         }
     }
 
@@ -186,10 +189,21 @@ impl Table {
             let digits = !t.is_empty() && t.bytes().all(|byte| byte.is_ascii_digit());
             Some((name, t.parse().ok().filter(|_| digits)?))
         }
-        let parts: Option<Vec<(&str, u64)>> = self.values.iter().map(|&column| numbered(&self.names[column])).collect();
-        let Some(parts) = parts else {
-            return Ok(Places { channels: vec!["value".into()], columns: vec![self.values.clone()] });
-        };
+        let (with, without): (Vec<usize>, _) =
+            self.values.iter().partition(|&&column| numbered(&self.names[column]).is_some());
+        match (with.first(), without.first()) {
+            (Some(&with), Some(&without)) => {
+                return Err(format!(
+                    "some columns of values have a number, such as `{}`, and some have none, such as `{}`: if that is the target or the \
+                     id, say so, otherwise rename it",
+                    short(&self.names[with]),
+                    short(&self.names[without])
+                ));
+            }
+            (None, _) => return Ok(Places { channels: vec!["value".into()], columns: vec![self.values.clone()] }),
+            (Some(_), None) => {}
+        }
+        let parts: Vec<(&str, u64)> = self.values.iter().filter_map(|&column| numbered(&self.names[column])).collect();
         let (mut channels, mut columns) = (Vec::<String>::new(), Vec::<Vec<(u64, usize)>>::new());
         let mut places = HashMap::new();
         for (&(name, t), &column) in parts.iter().zip(&self.values) {

@@ -73,9 +73,10 @@ impl TimeInput {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum CsvLayout {
     /// A series. If the names of all columns of values are `name_t`, where t is a whole number, there is a channel for each name, with
-    /// its frames in the order of t, and each has the same t. Otherwise there is one channel, `value`, and the columns are its
-    /// frames from left to right. Empty cells are missing values: at the end, where a series is shorter than others, they
-    /// are cut off by [`SeriesSet::fill_missing`](super::SeriesSet::fill_missing).
+    /// its frames in the order of t, and each has the same t. If none is, there is one channel, `value`, and the columns are its
+    /// frames from left to right; if only some are, the table is refused, since the others may be targets. Empty cells are missing
+    /// values: at the end, where a series is shorter than others, they are cut off by
+    /// [`SeriesSet::fill_missing`](super::SeriesSet::fill_missing).
     Wide,
     /// A frame: the `id` of its series, its time if there is such a column, a column per channel, and perhaps the target of
     /// the series, the same in all its rows or empty. The rows of a series need not follow each other; they are put in the order of
@@ -93,6 +94,8 @@ pub enum TargetKind {
     Classes,
     /// Numbers.
     Values,
+    /// The column of a table is not looked at, and no series has a target: where only the rest is wanted, to predict from.
+    Ignored,
 }
 
 /// A column of a table.

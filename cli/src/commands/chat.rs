@@ -65,7 +65,7 @@ pub fn run(args: Args) -> Result<()> {
 
 fn answer(chat: &mut Chat, said: &str, options: &GenerateOptions, tells: bool) -> Result<()> {
     let mut clock = Clock::start();
-    let before = chat.state().lengths()[0];
+    let before = seen(chat);
     let mut closed = None;
     let answer = chat.ask(said, options, |piece| {
         clock.tick();
@@ -90,12 +90,17 @@ fn answer(chat: &mut Chat, said: &str, options: &GenerateOptions, tells: bool) -
     };
     if tells {
         // all are new where the template writes down otherwise what was said
-        let seen = chat.state().lengths()[0] + 1;
+        let seen = seen(chat) + 1;
         let new = seen.checked_sub(before).unwrap_or(seen);
         let line = clock.line(new, generation.ids.len(), generation.finish);
         eprintln!("({line}; {} of state)", size(chat.state().num_bytes()));
     }
     Ok(())
+}
+
+/// Tokens in the state; none where it did not fit into memory.
+fn seen(chat: &Chat) -> usize {
+    chat.state().lengths().first().copied().unwrap_or_default()
 }
 
 /// What is said: with an editor at a terminal, otherwise as it comes.

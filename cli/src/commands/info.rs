@@ -37,7 +37,7 @@ pub fn run(args: Args) -> Result<()> {
     let facts = kinds::look(&args.path)?;
     if args.json {
         output::json(&serde_json::json!({
-            "path": args.path,
+            "path": args.path.display().to_string(),
             "kind": facts.kind,
             "bytes": facts.bytes,
             "parameters": facts.parameters,

@@ -51,9 +51,10 @@ pub fn run(args: Args) -> Result<()> {
     let mut ids = match Text::of(&args.dir, &lm)? {
         // a text need not be UTF-8 where its bytes are the tokens
         Text::Bytes { .. } => given.into_iter().map(u32::from).collect(),
-        text => {
+        // each window gets the beginning-of-text token below
+        Text::Tokens(tokenizer) => {
             let given = String::from_utf8(given).ok().with_context(|| format!("{}: not UTF-8", args.file.display()))?;
-            text.encode(&given)?
+            tokenizer.encode_without_special(&given)?
         }
     };
     ids.truncate(args.tokens);

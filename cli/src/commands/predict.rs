@@ -46,7 +46,7 @@ pub fn run(args: Args) -> Result<()> {
 
 fn whole(args: &Args, model: &Model, data: &Path) -> Result<()> {
     let task = model.task();
-    let set = args.reading.read_for(data, task)?;
+    let set = args.reading.read_inputs(data)?;
     let (ids, series): (Vec<_>, Vec<_>) = set.cases.into_iter().map(|case| (case.id, case.frames)).unzip();
     let answers = Answer::all(task, &model.predict(&series)?);
     let mut text = String::new();
@@ -136,7 +136,7 @@ fn line(task: &Task, answer: &Answer, json: bool, id: Option<(&str, &str)>) -> S
 
 /// A row of CSV.
 fn row(fields: &[String]) -> String {
-    let quoted = |field: &String| match field.contains([',', '"', '\n', '\r']) {
+    let quoted = |field: &String| match field.contains([',', '"', '\n', '\r']) || field.trim() != field {
         true => format!("\"{}\"", field.replace('"', "\"\"")),
         false => field.clone(),
     };
@@ -160,5 +160,6 @@ mod tests {
     #[test]
     fn fields_with_commas_and_quotes_are_quoted() {
         assert_eq!(row(&["a,b".into(), "say \"x\"".into(), "c".into()]), "\"a,b\",\"say \"\"x\"\"\",c\n");
+        assert_eq!(row(&[" a".into(), "b c".into()]), "\" a\",b c\n");
     }
 }

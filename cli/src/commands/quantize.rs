@@ -69,8 +69,10 @@ pub fn run(args: Args) -> Result<()> {
     }
     let (before, after) = (weights(&args.dir)?, weights(&args.out)?);
     if args.json {
-        return output::json(&json!({"out": args.out, "parameters": lm.num_parameters(), "bytes_before": before,
-            "bytes_after": after}));
+        return output::json(
+            &json!({"out": args.out.display().to_string(), "parameters": lm.num_parameters(), "bytes_before": before,
+            "bytes_after": after}),
+        );
     }
     let (parameters, out_dir) = (lm.num_parameters() as f64 / 1e6, args.out.display());
     out(format!("{parameters:.1} M parameters: {} became {} in {out_dir}\n", size(before), size(after)))

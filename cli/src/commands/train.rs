@@ -74,7 +74,6 @@ pub fn run(args: Args) -> Result<()> {
     if args.restart && checkpoint.exists() {
         fs::remove_dir_all(&checkpoint).with_context(|| checkpoint.display().to_string())?;
     }
-    interrupt::listen()?;
     // one for each training: of an ensemble, with a part of the series, and then with all
     let mut trainings = 0;
     let mut train = |part: &Dataset| {
@@ -132,6 +131,8 @@ fn train_encoder(args: &Args, task: &Task, data: &Dataset, checkpoint: &Path) ->
             Trainer::new(Predictor::build(model(args, data), task.clone())?, options)?
         }
     };
+    // not before: kernels, which come first, are fitted in one go
+    interrupt::listen()?;
     let bar = output::progress_bar(0, "{wide_bar} {msg}");
     let trained = trainer.fit(data, |progress| {
         show(&bar, progress);

@@ -39,8 +39,16 @@ pub enum Kind {
         /// Whether calls of tools are looked for.
         tools: bool,
     },
-    /// The texts and tokens of the prompts, if the answer begins with them.
-    Completion { echo: Option<Vec<(String, Vec<u32>)>> },
+    /// The prompts, if the answer begins with them.
+    Completion { echo: Option<Vec<Echo>> },
+}
+
+/// A prompt that an answer begins with.
+pub struct Echo {
+    pub text: String,
+    pub ids: Vec<u32>,
+    /// Whether special tokens are spelled out in the text: as they are where ids were given.
+    pub spells_special: bool,
 }
 
 /// One continuation, as far as it is known.
@@ -49,6 +57,8 @@ struct Written {
     text: String,
     scores: Vec<Score>,
     tokens: usize,
+    /// Characters told of, in a list of tokens that comes piece by piece.
+    offset: usize,
     finish: Option<&'static str>,
 }
 
@@ -114,17 +124,16 @@ impl Answer {
             }
             Kind::Completion { echo } => {
                 let prompt = index / self.per_prompt;
-                let (text, ids) = echo.as_ref().map_or(("", &[][..]), |echo| (&echo[prompt].0, &echo[prompt].1));
+                let echo = echo.as_ref().map(|echo| &echo[prompt]);
                 let log_probs = self.log_probs.then(|| {
-                    let mut list = TokenList::new(&self.vocabulary);
-                    if let Some(&first) = ids.first() {
-                        list.push(&Score { id: first, log_prob: None, top: Vec::new() });
-                        of_prompts[prompt].iter().for_each(|score| list.push(score));
+                    let mut list = TokenList::new(&self.vocabulary, 0);
+                    if let Some(echo) = echo {
+                        list.push_prompt(echo, &of_prompts[prompt]);
                     }
                     written.scores.iter().for_each(|score| list.push(score));
                     list.value()
                 });
-                let text = text.to_owned() + &written.text;
+                let text = echo.map_or(String::new(), |echo| echo.text.clone()) + &written.text;
                 json!({"index": index, "text": text, "logprobs": log_probs, "finish_reason": written.finish})
             }
         }
@@ -251,16 +260,14 @@ impl Streaming {
             }
             Kind::Completion { echo: None } => return,
             Kind::Completion { echo: Some(echo) } => {
-                let (text, ids) = &echo[index / self.answer.per_prompt];
+                let echo = &echo[index / self.answer.per_prompt];
                 let log_probs = self.answer.log_probs.then(|| {
-                    let mut list = TokenList::new(&self.answer.vocabulary);
-                    if let Some(&first) = ids.first() {
-                        list.push(&Score { id: first, log_prob: None, top: Vec::new() });
-                    }
-                    scores.iter().for_each(|score| list.push(score));
+                    let mut list = TokenList::new(&self.answer.vocabulary, 0);
+                    list.push_prompt(echo, scores);
+                    self.written[index].offset = list.offset;
                     list.value()
                 });
-                json!({"index": index, "text": text, "logprobs": log_probs, "finish_reason": null})
+                json!({"index": index, "text": echo.text, "logprobs": log_probs, "finish_reason": null})
             }
         };
         self.send(choice);
@@ -281,6 +288,11 @@ impl Streaming {
                 self.written[index].tokens = written.tokens;
                 let mut choice = self.answer.choice(index, Written { finish, ..written }, &[]);
                 let mut delta = choice["message"].take();
+                // the first chunk has said it, and clients join what chunks say
+                if let Some(delta) = delta.as_object_mut() {
+                    delta.remove("role");
+                    delta.remove("refusal");
+                }
                 if let Some(calls) = delta["tool_calls"].as_array_mut() {
                     calls.iter_mut().enumerate().for_each(|(i, call)| call["index"] = Value::from(i));
                 }
@@ -300,8 +312,9 @@ impl Streaming {
             }
             Kind::Completion { .. } => {
                 let log_probs = (self.answer.log_probs && !scores.is_empty()).then(|| {
-                    let mut list = TokenList::new(&self.answer.vocabulary);
+                    let mut list = TokenList::new(&self.answer.vocabulary, self.written[index].offset);
                     scores.iter().for_each(|score| list.push(score));
+                    self.written[index].offset = list.offset;
                     list.value()
                 });
                 json!({"index": index, "text": text, "logprobs": log_probs, "finish_reason": finish})
@@ -330,15 +343,35 @@ struct TokenList<'a> {
 }
 
 impl<'a> TokenList<'a> {
-    fn new(vocabulary: &'a Vocabulary) -> Self {
+    /// Of tokens in front of which the text has `offset` characters.
+    fn new(vocabulary: &'a Vocabulary, offset: usize) -> Self {
         let (tokens, log_probs, top, offsets) = Default::default();
-        TokenList { vocabulary, tokens, log_probs, top, offsets, offset: 0 }
+        TokenList { vocabulary, tokens, log_probs, top, offsets, offset }
+    }
+
+    /// The tokens of a prompt, of which the first has no log-probability.
+    fn push_prompt(&mut self, echo: &Echo, scores: &[Score]) {
+        let width = |&id: &u32| self.vocabulary.characters(id, echo.spells_special);
+        // the space that encoding puts in front is not in the text
+        let mut added = echo.ids.iter().map(width).sum::<usize>().saturating_sub(echo.text.chars().count());
+        let first = echo.ids.first().map(|&id| Score { id, log_prob: None, top: Vec::new() });
+        for score in first.iter().chain(scores) {
+            let width = self.vocabulary.characters(score.id, echo.spells_special);
+            let left_out = added.min(width);
+            added -= left_out;
+            self.add(score, width - left_out);
+        }
     }
 
     fn push(&mut self, score: &Score) {
+        self.add(score, self.vocabulary.characters(score.id, false));
+    }
+
+    /// A token that has so many characters in the text.
+    fn add(&mut self, score: &Score, characters: usize) {
         let shown = self.vocabulary.shown(score.id);
         self.offsets.push(self.offset);
-        self.offset += shown.chars().count();
+        self.offset += characters;
         self.log_probs.push(score.log_prob);
         let mut top = Map::new();
         let all = score.top.iter().copied().chain(score.log_prob.map(|log_prob| (score.id, log_prob)));

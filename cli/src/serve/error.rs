@@ -1,11 +1,18 @@
 //! Errors as OpenAI's clients know them.
 
+use std::io::Write;
+
 use axum::Json;
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde_json::{Value, json};
 
 use super::engine::Failure;
+
+/// A line of the log. Nobody need read it: `eprintln!` would panic where it was closed.
+pub fn log(line: &str) {
+    let _ = writeln!(std::io::stderr(), "hymba: {line}");
+}
 
 #[derive(Debug)]
 pub struct ApiError {
@@ -61,7 +68,7 @@ impl ApiError {
 
     /// What broke is in the log; strangers are told no more than that.
     pub fn internal(what: &str) -> Self {
-        eprintln!("hymba: {what}");
+        log(what);
         Self::new(StatusCode::INTERNAL_SERVER_ERROR, "something broke in the server")
     }
 

@@ -21,8 +21,9 @@ use tokio::sync::{Semaphore, watch};
 use tower_http::catch_panic::CatchPanicLayer;
 
 use super::Limits;
-use super::error::{ApiError, ApiResult};
+use super::error::{ApiError, ApiResult, log};
 use super::metrics::Metrics;
+use crate::{interrupt, output};
 use patience::Patience;
 
 /// The endpoints of a model, and how its work ends.
@@ -101,6 +102,7 @@ pub async fn serve(
     door: Door,
     limits: Limits,
     metrics: Arc<Metrics>,
+    stop: watch::Sender<bool>,
 ) -> Result<()> {
     let Service { router, close, abort, join } = service;
     let listener = TcpListener::bind(address).await.with_context(|| format!("cannot listen on {address}"))?;
@@ -113,10 +115,10 @@ pub async fn serve(
         .method_not_allowed_fallback(async || ApiError::status(StatusCode::METHOD_NOT_ALLOWED, "not by this method"))
         .layer(CatchPanicLayer::custom(|_| ApiError::internal("a handler broke down").into_response()))
         .layer(middleware::from_fn_with_state(common, watch_over));
-    println!("listening on http://{}", listener.local_addr()?);
+    // nobody need read it
+    let _ = output::out(format!("listening on http://{}\n", listener.local_addr()?));
 
     let places = Arc::new(Semaphore::new(limits.connections));
-    let (stop, stopping) = watch::channel(false);
     loop {
         let place = tokio::select! {
             place = places.clone().acquire_owned() => place?,
@@ -133,23 +135,22 @@ pub async fn serve(
             },
             () = &mut signal => break,
         };
-        let (router, stopping, io_timeout) = (router.clone(), stopping.clone(), limits.io_timeout);
+        let (router, stopping, io_timeout) = (router.clone(), stop.subscribe(), limits.io_timeout);
         tokio::spawn(async move {
             let _place = place;
             connection(stream, router, stopping, io_timeout).await;
         });
     }
+    let second = stop_signal()?;
+    tokio::spawn(async move {
+        second.await;
+        std::process::exit(interrupt::EXIT_CODE.into());
+    });
     drop(listener);
-    eprintln!("hymba: stopping; a second signal ends it at once");
-    let _ = stop.send(true);
+    log("stopping; a second signal ends it at once");
+    stop.send_replace(true);
     close();
-    // connections hold a receiver each
-    drop(stopping);
-    tokio::select! {
-        () = stop.closed() => {}
-        () = tokio::time::sleep(limits.drain) => {}
-        () = stop_signal()? => {}
-    }
+    let _ = tokio::time::timeout(limits.drain, stop.closed()).await;
     abort();
     let _ = tokio::time::timeout(Duration::from_secs(1), stop.closed()).await;
     tokio::task::spawn_blocking(join).await?;
@@ -180,11 +181,14 @@ async fn connection(
 /// Ctrl-C, or what `kill` and service managers send.
 fn stop_signal() -> Result<impl Future<Output = ()>> {
     #[cfg(unix)]
-    let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
+    let (mut interrupt, mut terminate) = {
+        use tokio::signal::unix::{SignalKind, signal};
+        (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?)
+    };
     Ok(async move {
         #[cfg(unix)]
         tokio::select! {
-            _ = tokio::signal::ctrl_c() => {}
+            _ = interrupt.recv() => {}
             _ = terminate.recv() => {}
         }
         #[cfg(not(unix))]

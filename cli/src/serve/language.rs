@@ -15,10 +15,10 @@ use hymba::HymbaLm;
 use hymba::lm::{ChatOptions, GenerateOptions, Tokenizer};
 use serde_json::json;
 use tokio::sync::mpsc::unbounded_channel;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 
 use super::Limits;
-use super::answer::{Answer, Events, Kind};
+use super::answer::{Answer, Echo, Events, Kind};
 use super::engine::{Engine, EngineOptions, Job};
 use super::error::{ApiError, ApiResult};
 use super::http::{self, Service};
@@ -129,10 +129,12 @@ async fn complete(State(language): State<Arc<Language>>, request: Request) -> Ap
     let (per_prompt, options) = language.options(&asked.sampling)?;
     let permits = language.permits(inputs.len(), per_prompt)?;
     let encoding = language.clone();
-    let echoes = asked.echo;
-    let (prompts, echo) = blocking(move || {
+    let echoes = asked.echo.unwrap_or_default();
+    let max_tokens = asked.max_tokens.unwrap_or(16);
+    let (prompts, echo, permits) = blocking(move || {
         let (mut prompts, mut echo) = (Vec::new(), Vec::new());
         for input in inputs {
+            let spells_special = matches!(input, PromptInput::Ids(_));
             let (text, ids) = match input {
                 PromptInput::Text(text) => {
                     let ids = encoding.tokenizer.encode_plain(&text)?;
@@ -154,16 +156,16 @@ async fn complete(State(language): State<Arc<Language>>, request: Request) -> Ap
             if ids.is_empty() {
                 return Err(ApiError::field("prompt", "it has no tokens; give one at least"));
             }
+            encoding.check_length(ids.len(), max_tokens)?;
             if echoes {
-                echo.push((text, ids.clone()));
+                echo.push(Echo { text, ids: ids.clone(), spells_special });
             }
             prompts.push(Prompt::new(ids, &[], encoding.limits.piece));
         }
-        Ok((prompts, echo))
+        Ok((prompts, echo, permits))
     })
     .await?;
-    let score_prompt = asked.echo && log_probs.is_some();
-    let max_tokens = asked.max_tokens.unwrap_or(16);
+    let score_prompt = echoes && log_probs.is_some();
     let prompt_tokens = prompts.iter().map(|prompt| prompt.ids.len()).sum();
     let choices = prompts.len() * per_prompt;
     let events = language.submit(prompts, permits, &options, max_tokens, per_prompt, log_probs, score_prompt)?;
@@ -171,12 +173,12 @@ async fn complete(State(language): State<Arc<Language>>, request: Request) -> Ap
         id: language.id("cmpl"),
         created: now(),
         model: language.name.clone(),
-        kind: Kind::Completion { echo: asked.echo.then_some(echo) },
+        kind: Kind::Completion { echo: echoes.then_some(echo) },
         choices,
         per_prompt,
         prompt_tokens,
         log_probs: log_probs.is_some(),
-        include_usage: asked.sampling.stream_options.is_some_and(|options| options.include_usage),
+        include_usage: asked.sampling.includes_usage(),
         vocabulary: language.vocabulary.clone(),
     };
     respond(answer, events, asked.sampling.stream).await
@@ -191,16 +193,18 @@ async fn chat(State(language): State<Arc<Language>>, request: Request) -> ApiRes
     let permits = language.permits(1, per_prompt)?;
     let with_tools = !tools.is_empty();
     let (encoding, format) = (language.clone(), asked.response_format);
-    let (prompt, options) = blocking(move || {
+    let max_tokens = asked.max_completion_tokens.or(asked.max_tokens).unwrap_or(usize::MAX);
+    let (prompt, options, permits) = blocking(move || {
         options.stop_strings.extend(encoding.tokenizer.chat_stop_strings());
         let options = encoding.format(format, options)?;
         let chat = ChatOptions::new().tools(tools);
         let Language { tokenizer, vocabulary, limits, .. } = &*encoding;
-        Ok((Prompt::of_chat(tokenizer, vocabulary, &messages, &chat, limits.piece)?, options))
+        let check = |tokens| encoding.check_length(tokens, max_tokens);
+        let prompt = Prompt::of_chat(tokenizer, vocabulary, &messages, &chat, limits.piece, check)?;
+        Ok((prompt, options, permits))
     })
     .await?;
     let prompt_tokens = prompt.ids.len();
-    let max_tokens = asked.max_completion_tokens.or(asked.max_tokens).unwrap_or(usize::MAX);
     let events = language.submit(vec![prompt], permits, &options, max_tokens, per_prompt, log_probs, false)?;
     let answer = Answer {
         id: language.id("chatcmpl"),
@@ -211,7 +215,7 @@ async fn chat(State(language): State<Arc<Language>>, request: Request) -> ApiRes
         per_prompt,
         prompt_tokens,
         log_probs: log_probs.is_some(),
-        include_usage: asked.sampling.stream_options.is_some_and(|options| options.include_usage),
+        include_usage: asked.sampling.includes_usage(),
         vocabulary: language.vocabulary.clone(),
     };
     respond(answer, events, asked.sampling.stream).await
@@ -224,12 +228,16 @@ async fn respond(answer: Answer, events: Events, stream: Option<bool>) -> ApiRes
     }
 }
 
-/// Runs what takes a while beside what answers.
+/// Runs what takes a while beside what answers. When the client leaves, what has not begun never does; but it stays in its queue for
+/// a while, so places that it takes must be moved into it, or leaving would make room for more than there is.
 async fn blocking<T: Send + 'static>(work: impl FnOnce() -> ApiResult<T> + Send + 'static) -> ApiResult<T> {
-    match tokio::task::spawn_blocking(work).await {
-        Ok(result) => result,
-        Err(_) => Err(ApiError::internal("reading a request broke down")),
-    }
+    let (sender, done) = oneshot::channel();
+    tokio::task::spawn_blocking(move || {
+        if !sender.is_closed() {
+            let _ = sender.send(work());
+        }
+    });
+    done.await.unwrap_or_else(|_| Err(ApiError::internal("reading a request broke down")))
 }
 
 fn now() -> u64 {
@@ -289,6 +297,16 @@ impl Language {
         (0..prompts).map(one).collect()
     }
 
+    /// Whether a prompt of so many tokens leaves room for a continuation.
+    fn check_length(&self, tokens: usize, max_tokens: usize) -> ApiResult<()> {
+        let most = self.context - usize::from(max_tokens > 0);
+        match tokens > most {
+            true => Err(ApiError::too_long(format!("the prompt has {tokens} tokens, and {most} are the most"))),
+            false => Ok(()),
+        }
+    }
+
+    /// Begins the continuations of prompts whose length is checked.
     #[allow(clippy::too_many_arguments)]
     fn submit(
         &self,
@@ -300,14 +318,6 @@ impl Language {
         log_probs: Option<usize>,
         score_prompt: bool,
     ) -> ApiResult<Events> {
-        // none is begun where one is too long
-        for prompt in &prompts {
-            let most = self.context - usize::from(max_tokens > 0);
-            if prompt.ids.len() > most {
-                let length = prompt.ids.len();
-                return Err(ApiError::too_long(format!("the prompt has {length} tokens, and {most} are the most")));
-            }
-        }
         let (sender, events) = unbounded_channel();
         for (i, (prompt, permit)) in prompts.into_iter().zip(permits).enumerate() {
             let room = self.context - prompt.ids.len();
@@ -327,5 +337,37 @@ impl Language {
             self.engine.submit(job).map_err(|_| ApiError::stopping())?;
         }
         Ok(events)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::future::poll_fn;
+    use std::sync::atomic::AtomicBool;
+    use std::task::Poll;
+
+    use super::*;
+
+    #[test]
+    fn who_leaves_keeps_a_place_until_the_queue_is_rid_of_the_work() {
+        let mut builder = tokio::runtime::Builder::new_multi_thread();
+        let runtime = builder.worker_threads(1).max_blocking_threads(1).enable_all().build().unwrap();
+        let (go, wait) = std::sync::mpsc::channel::<()>();
+        runtime.spawn_blocking(move || wait.recv());
+        let (places, done) = (Arc::new(Semaphore::new(1)), Arc::new(AtomicBool::new(false)));
+        let (place, does) = (places.clone().try_acquire_owned().unwrap(), done.clone());
+        let mut work = Box::pin(blocking(move || {
+            does.store(true, Ordering::Relaxed);
+            Ok(place)
+        }));
+        runtime.block_on(async {
+            let pending = poll_fn(|context| Poll::Ready(work.as_mut().poll(context).is_pending()));
+            assert!(pending.await);
+            drop(work);
+            assert_eq!(places.available_permits(), 0);
+            go.send(()).unwrap();
+            assert!(places.acquire().await.is_ok());
+        });
+        assert!(!done.load(Ordering::Relaxed));
     }
 }

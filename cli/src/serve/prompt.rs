@@ -6,7 +6,11 @@
 
 use hymba::lm::{ChatOptions, Message, Role, Tokenizer};
 
+use super::error::{ApiError, ApiResult};
 use super::vocabulary::Vocabulary;
+
+/// Bytes that the template may write to find the boundaries of a chat, each of which takes the chat up to it; there are no more after them.
+const MOST_RENDERED: usize = 8 << 20;
 
 /// The ids of a prompt, in pieces.
 #[derive(Debug, Clone, PartialEq)]
@@ -41,24 +45,32 @@ impl Prompt {
         Prompt { ids, cuts, keep }
     }
 
-    /// The prompt that the chat template makes of these messages.
+    /// The prompt that the chat template makes of these messages, if `check` takes it, of so many tokens.
     pub fn of_chat(
         tokenizer: &Tokenizer,
         vocabulary: &Vocabulary,
         messages: &[Message],
         options: &ChatOptions,
         piece: usize,
-    ) -> hymba::Result<Self> {
+        check: impl FnOnce(usize) -> ApiResult<()>,
+    ) -> ApiResult<Self> {
         let ids = tokenizer.encode_chat(messages, options)?;
         if ids.is_empty() {
-            return Err(hymba::Error::Tokens("the chat template writes nothing".into()));
+            return Err(ApiError::bad("the chat template writes nothing"));
         }
+        check(ids.len())?;
         let text = tokenizer.render_chat(messages, options)?;
         let without_answer = options.clone().add_generation_prompt(false);
-        let mut offsets = Vec::new();
+        let (mut offsets, mut rendered) = (Vec::new(), 0);
         for end in turns(messages) {
+            // the first ones, so that a chat that has grown has the same
+            if rendered > MOST_RENDERED {
+                break;
+            }
             // a template may refuse a part of a chat; then there is no boundary
-            if let Ok(beginning) = tokenizer.render_chat(&messages[..end], &without_answer)
+            let beginning = tokenizer.render_chat(&messages[..end], &without_answer);
+            rendered += beginning.as_ref().map_or(text.len(), String::len);
+            if let Ok(beginning) = beginning
                 && text.starts_with(&beginning)
             {
                 offsets.push(beginning.len());

@@ -25,7 +25,7 @@ pub struct Sampling {
     pub model: Option<String>,
     pub n: Option<usize>,
     pub stream: Option<bool>,
-    pub stream_options: Option<StreamOptions>,
+    stream_options: Option<StreamOptions>,
     temperature: Option<f32>,
     top_p: Option<f32>,
     top_k: Option<i64>,
@@ -38,10 +38,9 @@ pub struct Sampling {
     stop: Option<OneOrMany>,
 }
 
-#[derive(Deserialize, Default)]
-#[serde(default)]
+#[derive(Deserialize)]
 pub struct StreamOptions {
-    pub include_usage: bool,
+    include_usage: Option<bool>,
 }
 
 #[derive(Deserialize)]
@@ -55,8 +54,7 @@ enum OneOrMany {
 pub struct CompletionRequest {
     pub prompt: PromptField,
     pub max_tokens: Option<usize>,
-    #[serde(default)]
-    pub echo: bool,
+    pub echo: Option<bool>,
     logprobs: Option<usize>,
     best_of: Option<usize>,
     suffix: Option<String>,
@@ -84,12 +82,10 @@ pub struct ChatRequest {
     pub messages: Vec<MessageField>,
     pub max_tokens: Option<usize>,
     pub max_completion_tokens: Option<usize>,
-    #[serde(default)]
-    pub logprobs: bool,
+    logprobs: Option<bool>,
     top_logprobs: Option<usize>,
     pub response_format: Option<ResponseFormat>,
-    #[serde(default)]
-    tools: Vec<Value>,
+    tools: Option<Vec<Value>>,
     tool_choice: Option<Value>,
     #[serde(flatten)]
     pub sampling: Sampling,
@@ -130,6 +126,11 @@ pub struct SchemaField {
 }
 
 impl Sampling {
+    /// Whether a stream ends with what was used.
+    pub fn includes_usage(&self) -> bool {
+        self.stream_options.as_ref().and_then(|options| options.include_usage).unwrap_or_default()
+    }
+
     /// How many continuations of each prompt.
     pub fn count(&self, most: usize) -> ApiResult<usize> {
         match self.n.unwrap_or(1) {
@@ -213,10 +214,11 @@ impl PromptField {
 
 impl ChatRequest {
     pub fn alternatives(&self) -> ApiResult<Option<usize>> {
-        if self.top_logprobs.is_some_and(|count| count > 0) && !self.logprobs {
+        let asked = self.logprobs.unwrap_or_default();
+        if self.top_logprobs.is_some_and(|count| count > 0) && !asked {
             return Err(ApiError::field("top_logprobs", "it needs logprobs: true"));
         }
-        alternatives("top_logprobs", self.logprobs.then(|| self.top_logprobs.unwrap_or(0)))
+        alternatives("top_logprobs", asked.then(|| self.top_logprobs.unwrap_or(0)))
     }
 
     /// The tools that the model may call, without what could forge turns.
@@ -237,7 +239,7 @@ impl ChatRequest {
                 ));
             }
         }
-        let mut tools: Vec<Value> = self.tools.iter().map(tools::described).collect::<ApiResult<_>>()?;
+        let mut tools: Vec<Value> = self.tools.iter().flatten().map(tools::described).collect::<ApiResult<_>>()?;
         tools.iter_mut().for_each(json_without_marks);
         Ok(tools)
     }

@@ -41,6 +41,15 @@ impl Vocabulary {
         self.tokens.get(id as usize).is_none_or(|token| token.special)
     }
 
+    /// How many characters of a text begin in a token; a special one has none, unless it is spelled out.
+    pub fn characters(&self, id: u32, spells_special: bool) -> usize {
+        if self.is_special(id) && !spells_special {
+            return 0;
+        }
+        // the first byte of each character
+        self.bytes(id).iter().filter(|byte| **byte & 0xc0 != 0x80).count()
+    }
+
     /// A token as OpenAI writes it: its text, or its bytes where they are a part of a character.
     pub fn shown(&self, id: u32) -> String {
         let bytes = self.bytes(id);

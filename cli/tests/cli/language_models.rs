@@ -3,7 +3,7 @@
 use std::fs;
 use std::io::Read;
 
-use hymba::lm::{HymbaLmConfig, LoadOptions};
+use hymba::lm::{HymbaLmConfig, LoadOptions, Tokenizer};
 use hymba::{GenerateOptions, HymbaLm};
 
 use crate::support::{command, data, hymba, hymba_with};
@@ -156,4 +156,18 @@ fn speed_is_measured_of_random_weights() {
     let json = hymba(&[&["bench", "--random", "--json", "--threads", "1"][..], &sizes].concat()).json();
     assert_eq!((json["prompt"]["tokens"].as_u64(), json["threads"].as_u64()), (Some(5), Some(1)));
     assert!(json["decoding"]["tokens_per_s"]["median"].as_f64().unwrap() > 0.0, "{json}");
+}
+
+#[test]
+fn a_text_is_scored_behind_one_beginning_token() {
+    let folder = small_with_tokenizer();
+    let (lm, tokenizer) = (HymbaLm::from_dir(folder.path()).unwrap(), Tokenizer::from_dir(folder.path()).unwrap());
+    let text = folder.path().join("text.txt");
+    fs::write(&text, "It was the best of times.").unwrap();
+    let ids = tokenizer.encode_without_special("It was the best of times.").unwrap();
+    let first = [lm.config().bos_token_id.unwrap()];
+    let want = -lm.log_likelihood(&first, &ids).unwrap().total / ids.len() as f64;
+    let json = hymba(&["perplexity", folder.path().to_str().unwrap(), text.to_str().unwrap(), "--json"]).json();
+    assert_eq!(json["tokens"].as_u64(), Some(ids.len() as u64));
+    assert!((json["nats_per_token"].as_f64().unwrap() - want).abs() < 1e-9, "{json} {want}");
 }

@@ -65,6 +65,17 @@ fn numbers_of_a_table_are_learned_and_predicted() {
     assert!(json["r2"].as_f64().unwrap() > 0.9, "{json}");
     let csv = hymba(&["predict", &path("m.safetensors"), &path("data.csv")]).success();
     assert!(csv.starts_with("series,predicted\ns0,"), "{csv}");
+    // targets are not looked at
+    fs::write(path("words.csv"), table(false)).unwrap();
+    let words = hymba(&["predict", &path("m.safetensors"), &path("words.csv")]);
+    assert_eq!((words.stderr.matches("target").count(), words.success()), (0, csv));
+    let info = hymba(&["info", &path("data.csv"), "--json"]).json();
+    let options = &info["options"];
+    assert_eq!((&options["channels"], &options["longest"]), (&serde_json::json!(["x", "y"]), &12.into()));
+    fs::write(path("bad.csv"), "x,y\n1,a\n").unwrap();
+    let bad = hymba(&["info", &path("bad.csv")]);
+    assert_eq!(bad.code, 1);
+    assert!(bad.stderr.contains("line 2"), "{}", bad.stderr);
 }
 
 #[test]

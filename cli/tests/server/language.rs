@@ -41,6 +41,13 @@ fn answers_are_those_of_the_library() {
     let messages = json!([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]);
     let answer = server.post(CHAT, &json!({"messages": messages, "max_tokens": 12})).good();
     assert_eq!(answer["choices"][0]["message"]["content"], expected.text);
+    // null is as good as nothing
+    let null = Value::Null;
+    let nulls = json!({"messages": messages, "max_tokens": 12, "logprobs": null, "top_logprobs": null, "tools": null,
+        "tool_choice": null, "stop": null, "stream": null, "stream_options": {"include_usage": null}, "n": null});
+    assert_eq!(server.post(CHAT, &nulls).good()["choices"], answer["choices"]);
+    let nulls = json!({"prompt": "a", "max_tokens": 1, "echo": null, "logprobs": null, "stream_options": null});
+    assert_eq!(server.post(COMPLETE, &nulls).good()["choices"][0]["logprobs"], null);
     assert_eq!(server.get("/v1/models").good()["data"][0]["id"], "small");
     assert_eq!(server.get("/health").good()["status"], "ok");
 }
@@ -66,7 +73,27 @@ fn prompts_with_log_probabilities() {
         for name in ["tokens", "text_offset", "top_logprobs"] {
             assert_eq!(list[name].as_array().unwrap().len(), ids.len() + 1);
         }
+        check_offsets(choice["text"].as_str().unwrap(), list);
     }
+}
+
+/// Whether tokens stand in the text where they are said to; `logprobs` of a whole answer, or of all pieces.
+fn check_offsets(text: &str, list: &Value) {
+    let text: Vec<char> = text.chars().collect();
+    let (tokens, offsets) = (list["tokens"].as_array().unwrap(), list["text_offset"].as_array().unwrap());
+    let mut seen = 0;
+    for (i, (token, offset)) in tokens.iter().zip(offsets).enumerate() {
+        let (token, offset) = (token.as_str().unwrap(), offset.as_u64().unwrap() as usize);
+        let next = offsets.get(i + 1).map_or(text.len(), |next| next.as_u64().unwrap() as usize);
+        let there: String = text[offset..next].iter().collect();
+        // bytes, special tokens, and the first space, are not there
+        assert!(
+            there == token || token.starts_with("bytes:") || token.trim_start() == there || there.is_empty(),
+            "{i}: {token:?} {there:?}"
+        );
+        seen += usize::from(there == token);
+    }
+    assert!(2 * seen > tokens.len(), "{list}");
 }
 
 #[test]
@@ -93,6 +120,19 @@ fn pieces_make_the_whole() {
                 .collect()
         };
         assert_eq!(of(&events, "/text"), whole["choices"][index]["text"].as_str().unwrap());
+        let list = &whole["choices"][index]["logprobs"];
+        check_offsets(whole["choices"][index]["text"].as_str().unwrap(), list);
+        assert_eq!(
+            (&list["text_offset"][0], &list["text_offset"][1]),
+            (&0.into(), &0.into()),
+            "<s> is not in the text"
+        );
+        let choices = events.iter().flat_map(|event| event["choices"].as_array().unwrap());
+        let offsets = choices
+            .filter(|choice| choice["index"] == index)
+            .filter_map(|choice| choice.pointer("/logprobs/text_offset"));
+        let offsets: Vec<&Value> = offsets.flat_map(|offsets| offsets.as_array().unwrap()).collect();
+        assert_eq!(offsets, list["text_offset"].as_array().unwrap().iter().collect::<Vec<_>>());
         assert_eq!(of(&chunks, "/delta/content"), chat["choices"][index]["message"]["content"].as_str().unwrap());
         assert_eq!(of(&chunks, "/finish_reason"), "length");
         assert_eq!(of(&chunks, "/delta/role"), "assistant");
@@ -198,5 +238,7 @@ fn tools_are_told_of() {
     let events = server.post(CHAT, &streamed).events();
     let text: Value = serde_json::from_str(&events[1]).unwrap();
     assert_eq!(text["choices"][0]["delta"]["content"], with["choices"][0]["message"]["content"]);
+    // clients join what the pieces say
+    assert_eq!(events.iter().filter(|event| event.contains("\"role\"")).count(), 1, "{events:?}");
     assert_eq!(server.post(CHAT, &json!({"messages": messages, "tools": [{}]})).status, 400);
 }

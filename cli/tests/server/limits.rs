@@ -178,4 +178,14 @@ fn what_was_begun_comes_to_its_end() {
     server.terminate();
     assert!(server.child.wait().unwrap().success());
     assert!(since.elapsed() < Duration::from_secs(20), "{:?}", since.elapsed());
+    // nor where it is told twice
+    let mut server = Server::language(&["--drain", "600"]);
+    let mut stream = server.begin_post(COMPLETE, &endless());
+    first_words(&mut stream);
+    server.terminate();
+    while std::net::TcpStream::connect(server.address).is_ok() {
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    server.terminate();
+    assert_eq!(server.child.wait().unwrap().code(), Some(130));
 }

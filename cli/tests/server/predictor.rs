@@ -32,8 +32,9 @@ fn probabilities(row: &Value) -> Vec<f32> {
 #[test]
 fn classes_of_series() {
     let (predictor, path) = predictor("classes.safetensors");
-    let server = Server::start(&path, &[]);
-    let all = [series(9, 1), series(30, 2), series(1, 3)];
+    let server = Server::start(&path, &["--context", "3000"]);
+    // more than are predicted in one turn
+    let all = [series(9, 1), series(3000, 2), series(1, 3), series(2000, 5)];
     let asked = json!({"series": all.iter().map(lists).collect::<Vec<_>>(), "model": "classes"});
     let answer = server.post("/v1/classify", &asked).good();
     let expected = softmax(&predictor.predict_series(&all).unwrap());
@@ -49,11 +50,38 @@ fn classes_of_series() {
         json!({"series": [[[1, 2]]]}),
         json!({"series": [[[1, 2, 3], [1]]]}),
         json!({"series": [[["a"]]]}),
+        json!({"series": [[[1, 2, 1e39]]]}),
     ] {
         assert_eq!(server.post("/v1/classify", &bad).status, 400, "{bad}");
     }
     assert_eq!(server.post("/v1/completions", &json!({"prompt": "a"})).status, 404);
-    assert_eq!(server.metrics()["hymba_series_total"], 3.0);
+    assert_eq!(server.metrics()["hymba_series_total"], 4.0);
+    let long = server.post("/v1/classify", &json!({"series": [lists(&series(3001, 1))]}));
+    assert_eq!((long.status, long.body.contains("3001 frames")), (400, true), "{long:?}");
+}
+
+#[test]
+fn time_for_series_runs_out() {
+    let (_, path) = predictor("late.safetensors");
+    let server = Server::start(&path, &["--timeout", "0"]);
+    let all: Vec<Value> = (0..4).map(|seed| lists(&series(4000, seed))).collect();
+    assert_eq!(server.post("/v1/classify", &json!({"series": all})).status, 504);
+}
+
+#[test]
+#[cfg(target_os = "linux")]
+fn streams_are_told_that_the_server_goes_down() {
+    let (_, path) = predictor("closing.safetensors");
+    let mut server = Server::start(&path, &[]);
+    let url = format!("ws://localhost:{}/stream", server.address.port());
+    let mut socket = tungstenite::client(url.as_str(), server.connect()).unwrap().0;
+    socket.send(Message::text("[1, 2, 3]")).unwrap();
+    assert!(socket.read().unwrap().is_text());
+    server.terminate();
+    let Message::Close(Some(close)) = socket.read().unwrap() else { panic!("it ends without a word") };
+    assert_eq!(u16::from(close.code), 1001);
+    let _ = socket.read();
+    assert!(server.child.wait().unwrap().success());
 }
 
 #[test]
@@ -80,7 +108,8 @@ fn streams_of_frames() {
         assert_eq!(say(&mut other, json!([0.0, 0.0, 0.0]))["frames"], t + 1);
     }
     // what cannot be used changes nothing
-    for bad in [json!("x"), json!([1, 2]), json!([[1, 2, 3], [1]]), json!([]), json!({})] {
+    let long = lists(&series(4097, 0));
+    for bad in [json!("x"), json!([1, 2]), json!([1, 2, 1e39]), json!([[1, 2, 3], [1]]), json!([]), json!({}), long] {
         assert!(say(&mut one, bad)["error"]["message"].is_string());
     }
     let rest = frames.slice(hymba::ndarray::s![10.., ..]).to_owned();
