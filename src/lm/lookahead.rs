@@ -125,7 +125,7 @@ fn guess(seen: &[u32], most: usize) -> &[u32] {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::lm::{GenerateOptions, HymbaLmConfig, LoadOptions, Sampler};
+    use crate::lm::{GenerateOptions, HymbaLmConfig, LoadOptions, LogitsProcessor, Sampler};
 
     #[test]
     fn a_guess_is_what_followed_the_longest_run_the_last_time() {
@@ -135,6 +135,23 @@ mod tests {
         assert!(guess(&[1, 2, 3, 1], 5).is_empty() && guess(&[1, 2, 1, 2], 0).is_empty() && guess(&[], 5).is_empty());
     }
 
+    /// Tokens 0 to 4 in turn, whatever the model says.
+    #[derive(Clone)]
+    struct InTurn {
+        next: usize,
+    }
+
+    impl LogitsProcessor for InTurn {
+        fn observe(&mut self, id: u32) {
+            self.next = (id as usize + 1) % 5;
+        }
+
+        fn process(&mut self, logits: &mut [f32]) -> Result<()> {
+            logits[self.next] = 1e6;
+            Ok(())
+        }
+    }
+
     #[test]
     fn text_that_repeats_itself_takes_fewer_passes() {
         let mut config = HymbaLmConfig::hymba_1_5b();
@@ -142,7 +159,7 @@ mod tests {
         let lm = HymbaLm::random(config, 0, &LoadOptions::default()).unwrap();
         let passes = |lookahead| {
             let options = GenerateOptions::default().max_tokens(100).stop_tokens(vec![]).lookahead(lookahead);
-            let sampler = Sampler::new(&options).unwrap();
+            let sampler = Sampler::new(&options.processor(InTurn { next: 4 })).unwrap();
             let mut row = Row { sampler, ids: Vec::new(), log_probs: Vec::new(), finish: None };
             let mut state = lm.new_state(1);
             let logits = lm.prefill_ragged(&[[1, 2, 3]], &mut state).unwrap().row(0).to_vec();
@@ -152,7 +169,9 @@ mod tests {
             (passes, row.ids)
         };
         let ((plain, text), (ahead, same)) = (passes(0), passes(8));
-        assert_eq!((plain, text), (100, same));
-        assert!(ahead < 60, "{ahead} passes");
+        assert_eq!((plain, &text[..7]), (100, &[4, 0, 1, 2, 3, 4, 0][..]));
+        assert_eq!(text, same);
+        // until the text repeats itself, one token a pass; then five guessed ones and the next
+        assert!(ahead <= 25, "{ahead} passes");
     }
 }
