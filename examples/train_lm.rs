@@ -42,7 +42,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let train = TokenRows::packed(text, WINDOW)?;
     let validation = TokenRows::packed(held_out, WINDOW)?.bytes(held_out.len().saturating_sub(1));
 
-    let options = LmTrainerOptions::default().learning_rate(2e-3);
+    let options = LmTrainerOptions::default().epochs(20).learning_rate(2e-3);
     let trainer = LmTrainer::new(HymbaLm::build(config(), 0)?, options)?;
     let trained = trainer.fit(&train, Some(&validation), |progress| {
         if let Some(finished) = progress.finished {
