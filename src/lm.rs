@@ -68,7 +68,7 @@ pub use model::{HymbaLm, LmInspection};
 pub(crate) use python_json::python_json;
 pub use sample::{
     Choice, FrequencyPenalty, GenerateOptions, LogitBias, LogitsProcessor, OnPrompt, PresencePenalty, Processor,
-    Sampler, log_prob,
+    Sampler, log_prob, log_probs,
 };
 pub use state::{LmLayerState, LmState};
 #[cfg(feature = "tokenizer")]

@@ -13,6 +13,11 @@ pub const EXIT_CODE: u8 = 130;
 #[derive(Debug)]
 pub struct Interrupted(pub &'static str);
 
+impl Interrupted {
+    /// Of a training, which keeps a checkpoint.
+    pub const TRAINING: Interrupted = Interrupted("the epochs that were done are kept; call the same again to go on");
+}
+
 impl fmt::Display for Interrupted {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "interrupted: {}", self.0)

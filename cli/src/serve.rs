@@ -51,7 +51,7 @@ pub struct Args {
 #[derive(clap::Args, Clone)]
 #[command(next_help_heading = "Limits")]
 pub struct LimitArgs {
-    /// Sequences generated, series predicted or streams held at a time.
+    /// Sequences generated, or streams held, at a time.
     #[arg(long, default_value_t = 16, value_name = "N", value_parser = count::<1, PLACES>)]
     concurrent: usize,
     /// Sequences that may wait; more are refused with status 429.

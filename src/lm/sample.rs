@@ -351,11 +351,31 @@ fn first_largest(scores: &[f32]) -> u32 {
 /// assert_eq!(log_prob(&[0.0, 1.0], 2), None);
 /// ```
 pub fn log_prob(logits: &[f32], id: u32) -> Option<f32> {
-    ((id as usize) < logits.len()).then(|| log_softmax_at(logits, id))
+    log_probs(logits)(id)
+}
+
+/// As [`log_prob`], of several tokens: the sum over the vocabulary is taken once.
+///
+/// ```
+/// use hymba::lm::{log_prob, log_probs};
+///
+/// let logits = [0.5, 1.0, -2.0];
+/// let of = log_probs(&logits);
+/// assert_eq!((of(0), of(2), of(3)), (log_prob(&logits, 0), log_prob(&logits, 2), None));
+/// ```
+pub fn log_probs(logits: &[f32]) -> impl Fn(u32) -> Option<f32> {
+    let (largest, ln) = log_sum(logits);
+    move |id| logits.get(id as usize).map(|&logit| (f64::from(logit) - largest - ln) as f32)
 }
 
 /// As [`log_prob`], of a token that is there.
 pub(crate) fn log_softmax_at(logits: &[f32], id: u32) -> f32 {
+    let (largest, ln) = log_sum(logits);
+    (f64::from(logits[id as usize]) - largest - ln) as f32
+}
+
+/// The largest logit, and ln Σ e^(logit − largest).
+fn log_sum(logits: &[f32]) -> (f64, f64) {
     let largest = largest(logits);
     let mut sum = 0.0;
     let mut exps = [0.0; 256];
@@ -367,7 +387,7 @@ pub(crate) fn log_softmax_at(logits: &[f32], id: u32) -> f32 {
         math::map::<Exp>(exps);
         sum += exps.iter().map(|&exp| f64::from(exp)).sum::<f64>();
     }
-    (f64::from(logits[id as usize]) - f64::from(largest) - sum.ln()) as f32
+    (f64::from(largest), sum.ln())
 }
 
 struct Exp;

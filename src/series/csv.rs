@@ -399,13 +399,7 @@ impl Found {
                 (text, _) => Target::Class(labels.class(text).map_err(|reason| Fault::at(*line, reason))?),
             };
         }
-        let places = labels.sort();
-        for case in &mut set.cases {
-            if let Target::Class(class) = &mut case.target {
-                *class = places[*class];
-            }
-        }
-        let (labels, notes) = labels.finish();
+        let (labels, notes) = labels.finish(&mut set.cases);
         set.labels = labels;
         set.notes.extend(notes);
         Ok(())

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use ndarray::Array2;
+use ndarray::{Array1, Axis};
 
 use super::{SeriesSet, TEXT, Target, labels};
 use crate::train::{Dataset, Targets};
@@ -63,9 +63,8 @@ impl SeriesSet {
                     Target::Value(value) => Ok(value),
                     _ => Err(self.lacks(i, "number")),
                 });
-                let values: Vec<f32> = values.collect::<Result<_>>()?;
-                let values = Array2::from_shape_vec((values.len(), 1), values).expect("a column");
-                (task.clone(), Targets::Values(values))
+                let values = Array1::from(values.collect::<Result<Vec<f32>>>()?);
+                (task.clone(), Targets::Values(values.insert_axis(Axis(1))))
             }
             _ => {
                 return Err(

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
-use super::short;
+use super::{Case, Target, short};
 use crate::Task;
 
 /// The classes of one file.
@@ -53,7 +53,7 @@ impl Labels {
     }
 
     /// Sorts names that no header has put in order. Returns the place of each class among the sorted ones.
-    pub fn sort(&mut self) -> Vec<usize> {
+    fn sort(&mut self) -> Vec<usize> {
         let mut order: Vec<usize> = (0..self.names.len()).collect();
         if !self.listed {
             let numbers: Option<Vec<f64>> = self.names.iter().map(|name| number(name)).collect();
@@ -69,8 +69,14 @@ impl Labels {
         places
     }
 
-    /// The names, and what is to be said of them.
-    pub fn finish(self) -> (Vec<String>, Vec<String>) {
+    /// The names, in the order that the classes of `cases` then have, and what is to be said of them.
+    pub fn finish(mut self, cases: &mut [Case]) -> (Vec<String>, Vec<String>) {
+        let places = self.sort();
+        for case in cases {
+            if let Target::Class(class) = &mut case.target {
+                *class = places[*class];
+            }
+        }
         let mut notes: Vec<String> =
             self.spellings.iter().map(|(label, &class)| read_as(label, &self.names[class])).collect();
         let mut seen = BTreeSet::new();

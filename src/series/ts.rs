@@ -185,14 +185,8 @@ impl Header {
     }
 
     /// What was read.
-    fn set(mut self, mut cases: Vec<Case>) -> SeriesSet {
-        let places = self.labels.sort();
-        for case in &mut cases {
-            if let Target::Class(class) = &mut case.target {
-                *class = places[*class];
-            }
-        }
-        let (labels, mut notes) = self.labels.finish();
+    fn set(self, mut cases: Vec<Case>) -> SeriesSet {
+        let (labels, mut notes) = self.labels.finish(&mut cases);
         let mut channels: Vec<String> = (1..=self.dims.unwrap_or(0)).map(|dim| format!("dimension {dim}")).collect();
         if self.has_timestamps {
             notes.push(timestamps::note(self.time, self.spacing));

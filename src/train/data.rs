@@ -66,6 +66,16 @@ impl Targets {
     /// assert!(Dataset::new(&task, vec![Array2::ones((3, 6))], Targets::FrameClasses(classes)).is_ok());
     /// ```
     pub const IGNORED: usize = usize::MAX;
+
+    pub(super) fn select(&self, indices: &[usize]) -> Targets {
+        match self {
+            Targets::Classes(all) => Targets::Classes(indices.iter().map(|&i| all[i]).collect()),
+            Targets::Values(all) => Targets::Values(all.select(Axis(0), indices)),
+            Targets::FrameClasses(all) => Targets::FrameClasses(indices.iter().map(|&i| all[i].clone()).collect()),
+            Targets::FrameValues(all) => Targets::FrameValues(indices.iter().map(|&i| all[i].clone()).collect()),
+            Targets::Labels(all) => Targets::Labels(all.select(Axis(0), indices)),
+        }
+    }
 }
 
 /// Some series, padded.
@@ -281,15 +291,11 @@ impl Dataset {
     }
 
     pub(crate) fn subset(&self, indices: &[usize]) -> Dataset {
-        let pick = |of: &[Array2<f32>]| indices.iter().map(|&i| of[i].clone()).collect();
-        let targets = match &self.targets {
-            Targets::Classes(all) => Targets::Classes(indices.iter().map(|&i| all[i]).collect()),
-            Targets::Values(all) => Targets::Values(all.select(Axis(0), indices)),
-            Targets::FrameClasses(all) => Targets::FrameClasses(indices.iter().map(|&i| all[i].clone()).collect()),
-            Targets::FrameValues(all) => Targets::FrameValues(pick(all)),
-            Targets::Labels(all) => Targets::Labels(all.select(Axis(0), indices)),
-        };
-        Dataset { task: self.task.clone(), series: pick(&self.series), targets }
+        Dataset {
+            task: self.task.clone(),
+            series: indices.iter().map(|&i| self.series[i].clone()).collect(),
+            targets: self.targets.select(indices),
+        }
     }
 
     /// Cuts all series into batches of `size` or one less, in an order drawn from `seed`, with series of like length in one batch: those
@@ -396,14 +402,24 @@ impl Dataset {
     }
 
     pub(super) fn batch(&self, indices: &[usize]) -> Batch {
-        let lengths = self.lengths(indices);
-        let longest = lengths.iter().copied().max().unwrap_or(0);
-        let targets = match &self.targets {
+        self.padded_batch(&self.series, indices, indices)
+    }
+
+    /// The targets of some series, with frames `frames` of any `series`.
+    fn padded_batch(&self, series: &[Array2<f32>], frames: &[usize], indices: &[usize]) -> Batch {
+        let lengths = frames.iter().map(|&i| series[i].nrows()).collect();
+        let counts = if self.task.is_frame_wise() { self.lengths(indices) } else { vec![1; indices.len()] };
+        Batch { x: padded(series, frames), lengths, targets: self.batch_targets(indices), counts }
+    }
+
+    fn batch_targets(&self, indices: &[usize]) -> BatchTargets {
+        match &self.targets {
             Targets::Classes(all) => {
                 BatchTargets::Classes(Array2::from_shape_fn((indices.len(), 1), |(row, _)| all[indices[row]]))
             }
             Targets::Values(all) => BatchTargets::Values(all.select(Axis(0), indices).insert_axis(Axis(1))),
             Targets::FrameClasses(all) => {
+                let longest = self.lengths(indices).into_iter().max().unwrap_or(0);
                 BatchTargets::Classes(Array2::from_shape_fn((indices.len(), longest), |(row, frame)| {
                     all[indices[row]].get(frame).copied().unwrap_or(0)
                 }))
@@ -413,9 +429,7 @@ impl Dataset {
                 let labels = all.select(Axis(0), indices).mapv(|label| if label { 1.0 } else { 0.0 });
                 BatchTargets::Labels(labels.insert_axis(Axis(1)))
             }
-        };
-        let counts = if self.task.is_frame_wise() { lengths.clone() } else { vec![1; lengths.len()] };
-        Batch { x: padded(&self.series, indices), lengths, targets, counts }
+        }
     }
 
     /// As [`batch`](Self::batch), with series that are changed at random, and the targets of those they are mixed with.
@@ -425,9 +439,8 @@ impl Dataset {
         augmentations: &[Augmentation],
         rng: &mut Rng,
     ) -> (Batch, Option<Mixed>) {
-        let batch = self.batch(indices);
         if augmentations.is_empty() {
-            return (batch, None);
+            return (self.batch(indices), None);
         }
         let mut series: Vec<_> = indices.iter().map(|&i| augmented(&self.series[i], augmentations, rng)).collect();
         let mixed = share(augmentations, rng).map(|share| {
@@ -435,11 +448,10 @@ impl Dataset {
             others.shuffle(rng);
             series = mix(&series, &others, share);
             let others: Vec<_> = others.into_iter().map(|other| indices[other]).collect();
-            Mixed { share, targets: self.batch(&others).targets }
+            Mixed { share, targets: self.batch_targets(&others) }
         });
         let all: Vec<_> = (0..series.len()).collect();
-        let lengths = series.iter().map(Array2::nrows).collect();
-        (Batch { x: padded(&series, &all), lengths, ..batch }, mixed)
+        (self.padded_batch(&series, &all, indices), mixed)
     }
 
     /// Fitted to the frames of some series, and of those of other ranks, in the form in which `predictor` sees them.
@@ -465,29 +477,32 @@ impl Dataset {
 
     /// A number by which to notice that the series `indices` of two sets differ, whichever rank has which of them.
     pub(super) fn fingerprint_of_parts(&self, indices: &[usize]) -> u64 {
-        let each = indices.iter().map(|&i| self.subset(&[i]).fingerprint());
-        each.fold(0, u64::wrapping_add)
+        indices.iter().map(|&i| self.fingerprint_of(&[i])).fold(0, u64::wrapping_add)
     }
 
     /// A number by which to notice that two sets differ.
     pub(super) fn fingerprint(&self) -> u64 {
+        self.fingerprint_of(&(0..self.num_series()).collect::<Vec<_>>())
+    }
+
+    fn fingerprint_of(&self, indices: &[usize]) -> u64 {
         let mut hash = Hash::new();
         let mut add = |word: u64| hash.add(word);
         let mut add_values = |values: &Array2<f32>| {
             add(values.nrows() as u64);
             values.iter().for_each(|x| add(u64::from(x.to_bits())));
         };
-        self.series.iter().for_each(&mut add_values);
+        indices.iter().for_each(|&i| add_values(&self.series[i]));
         match &self.targets {
-            Targets::Values(all) => add_values(all),
-            Targets::FrameValues(all) => all.iter().for_each(add_values),
-            Targets::Classes(all) => all.iter().for_each(|&class| add(class as u64)),
+            Targets::Values(all) => add_values(&all.select(Axis(0), indices)),
+            Targets::FrameValues(all) => indices.iter().for_each(|&i| add_values(&all[i])),
+            Targets::Classes(all) => indices.iter().for_each(|&i| add(all[i] as u64)),
             // no class is a number that depends on the size of a word
-            Targets::FrameClasses(all) => all.iter().flatten().for_each(|&class| match class {
+            Targets::FrameClasses(all) => indices.iter().flat_map(|&i| &all[i]).for_each(|&class| match class {
                 Targets::IGNORED => add(u64::MAX),
                 class => add(class as u64),
             }),
-            Targets::Labels(all) => all.iter().for_each(|&label| add(u64::from(label))),
+            Targets::Labels(all) => all.select(Axis(0), indices).iter().for_each(|&label| add(u64::from(label))),
         }
         hash.finish()
     }

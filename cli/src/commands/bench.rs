@@ -98,7 +98,7 @@ pub fn run(args: Args) -> Result<()> {
             "state_bytes": state.num_bytes(),
             "peak_bytes": bandwidth::peak_memory(),
             "threads": rayon::current_num_threads(),
-            "instruction_set": hymba::simd_level(),
+            "instruction_set": args.load.simd_level(),
             "ready_s": ready,
             "prompt": {"tokens": ids.len(), "tokens_per_s": ids.len() as f64 / first, "first_token_s": first},
             "decoding": token.json(1.0, "tokens_per_s"),

@@ -29,7 +29,7 @@ pub struct Args {
 }
 
 pub fn run(args: Args) -> Result<()> {
-    let mut options = args.sampling.options(&args.dir)?.log_probs(args.json);
+    let options = args.sampling.options(&args.dir)?.log_probs(args.json);
     let prompt = match args.prompt {
         Some(prompt) => prompt,
         None if io::stdin().is_terminal() => bail!("no prompt: give one as an argument, or pipe it in"),
@@ -49,7 +49,6 @@ pub fn run(args: Args) -> Result<()> {
     if !args.json {
         out(&prompt)?;
     }
-    options.log_probs = args.json;
     let mut clock = Clock::start();
     let mut closed = None;
     let (written, generation) = text.generate(&lm, &ids, &options, |piece| {

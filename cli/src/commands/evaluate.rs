@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use anyhow::{Result, bail};
 use hymba::argmax;
 use hymba::ndarray::Array2;
-use hymba::train::Targets;
+use hymba::train::{RegressionMetrics, Targets};
 use serde_json::{Value, json};
 
 use crate::load::ThreadArgs;
@@ -37,7 +37,7 @@ pub fn run(args: Args) -> Result<()> {
     let predicted = model.predict(data.series())?;
     let (json, words) = match data.targets() {
         Targets::Classes(classes) => of_classes(data.task().labels(), classes, &argmax(&predicted).to_vec()),
-        Targets::Values(values) => of_numbers(values, &predicted),
+        Targets::Values(values) => of_numbers(values, &predicted)?,
         _ => bail!("{}: its targets are neither classes nor numbers of whole series", args.data.display()),
     };
     if args.json { output::json(&json) } else { out(words) }
@@ -54,10 +54,10 @@ fn of_classes(labels: &[String], classes: &[usize], predicted: &[usize]) -> (Val
         "confusion": confusion});
     let mut words =
         format!("accuracy  {accuracy:.4} ({right} of {}); always the most frequent class: {most:.4}\n", classes.len());
-    for (label, row) in labels.iter().zip(&confusion) {
+    for (class, (label, row)) in labels.iter().zip(&confusion).enumerate() {
         let wrong = labels.iter().zip(row).filter(|(other, count)| *other != label && **count > 0);
         let wrong: Vec<String> = wrong.map(|(other, count)| format!("{count} as {other}")).collect();
-        let right = row[labels.iter().position(|other| other == label).unwrap_or(0)];
+        let right = row[class];
         let all: usize = row.iter().sum();
         words +=
             &format!("{label}  {right} of {all}{}{}\n", if wrong.is_empty() { "" } else { "; " }, wrong.join(", "));
@@ -65,18 +65,13 @@ fn of_classes(labels: &[String], classes: &[usize], predicted: &[usize]) -> (Val
     (json, words)
 }
 
-fn of_numbers(values: &Array2<f32>, predicted: &Array2<f32>) -> (Value, String) {
-    let pairs = || values.iter().zip(predicted).map(|(&value, &predicted)| (f64::from(value), f64::from(predicted)));
-    let count = values.len() as f64;
-    let mean = pairs().map(|(value, _)| value).sum::<f64>() / count;
-    let squares: f64 = pairs().map(|(value, predicted)| (value - predicted).powi(2)).sum();
-    let spread: f64 = pairs().map(|(value, _)| (value - mean).powi(2)).sum();
-    let (rmse, mae) = ((squares / count).sqrt(), pairs().map(|(a, b)| (a - b).abs()).sum::<f64>() / count);
+fn of_numbers(values: &Array2<f32>, predicted: &Array2<f32>) -> Result<(Value, String)> {
+    let RegressionMetrics { rmse, mae, r2, .. } = RegressionMetrics::of(predicted, values)?;
     // of targets that are all the same nothing can be explained
-    let r2 = (spread > 0.0).then(|| 1.0 - squares / spread);
+    let r2 = values.iter().any(|value| *value != values[[0, 0]]).then_some(r2);
     let json = json!({"series": values.nrows(), "rmse": rmse, "mae": mae, "r2": r2});
     let r2 = r2.map_or("none".to_string(), |r2| format!("{r2:.4}"));
-    (json, format!("series  {}\nRMSE    {rmse:.6}\nMAE     {mae:.6}\nR²      {r2}\n", values.nrows()))
+    Ok((json, format!("series  {}\nRMSE    {rmse:.6}\nMAE     {mae:.6}\nR²      {r2}\n", values.nrows())))
 }
 
 #[cfg(test)]
@@ -86,7 +81,7 @@ mod tests {
 
     #[test]
     fn figures_of_numbers_and_classes() {
-        let (json, _) = of_numbers(&arr2(&[[1.0], [2.0], [3.0]]), &arr2(&[[1.0], [2.0], [5.0]]));
+        let (json, _) = of_numbers(&arr2(&[[1.0], [2.0], [3.0]]), &arr2(&[[1.0], [2.0], [5.0]])).unwrap();
         assert_eq!((json["mae"].as_f64(), json["r2"].as_f64()), (Some(2.0 / 3.0), Some(-1.0)));
         let labels = ["a", "b"].map(String::from);
         let (json, words) = of_classes(&labels, &[0, 0, 1, 1], &[0, 1, 1, 1]);

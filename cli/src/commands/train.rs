@@ -8,6 +8,7 @@ use clap::ValueEnum;
 use hymba::train::{Dataset, Progress, Stopped, Trainer, TrainerOptions};
 use hymba::{Differences, Ensemble, Error, KernelPredictor, Pooling, Predictor, PredictorOptions, Task};
 
+use super::train_lm;
 use crate::interrupt::{self, Interrupted};
 use crate::load::ThreadArgs;
 use crate::output;
@@ -71,8 +72,8 @@ pub fn run(args: Args) -> Result<()> {
     let task = set.task()?;
     let data = set.into_dataset(&task)?;
     let checkpoint = checkpoint_of(&args.out);
-    if args.restart && checkpoint.exists() {
-        fs::remove_dir_all(&checkpoint).with_context(|| checkpoint.display().to_string())?;
+    if args.restart {
+        train_lm::remove(&checkpoint)?;
     }
     // one for each training: of an ensemble, with a part of the series, and then with all
     let mut trainings = 0;
@@ -95,9 +96,7 @@ pub fn run(args: Args) -> Result<()> {
     };
     model.save(&args.out)?;
     // the model is safe now
-    if checkpoint.exists() {
-        fs::remove_dir_all(&checkpoint).with_context(|| checkpoint.display().to_string())?;
-    }
+    train_lm::remove(&checkpoint)?;
     eprintln!("the model is in {}", args.out.display());
     Ok(())
 }
@@ -140,9 +139,7 @@ fn train_encoder(args: &Args, task: &Task, data: &Dataset, checkpoint: &Path) ->
     })?;
     bar.finish_and_clear();
     match trained.stopped {
-        Stopped::Callback => {
-            Err(Interrupted("the epochs that were done are kept; call the same again to go on").into())
-        }
+        Stopped::Callback => Err(Interrupted::TRAINING.into()),
         _ => Ok(trained.predictor),
     }
 }

@@ -160,9 +160,7 @@ pub fn fit(
     })?;
     bar.finish_and_clear();
     match trained.stopped {
-        Stopped::Callback => {
-            Err(Interrupted("the epochs that were done are kept; call the same again to go on").into())
-        }
+        Stopped::Callback => Err(Interrupted::TRAINING.into()),
         _ => Ok(trained.lm),
     }
 }

@@ -85,7 +85,9 @@ impl Answer {
                 }
                 Event::Token { text, score } => {
                     choice.text += &text;
-                    choice.scores.push(score);
+                    if self.log_probs {
+                        choice.scores.push(score);
+                    }
                     choice.tokens += 1;
                 }
                 Event::End { text, finish, stop } => {
@@ -275,7 +277,9 @@ impl Streaming {
 
     fn piece(&mut self, index: usize, text: String, scores: &[Score], finish: Option<&'static str>) {
         // a token that gives no text yet tells nothing
-        let empty = finish.is_none() && !self.answer.log_probs && text.is_empty();
+        if finish.is_none() && !self.answer.log_probs && text.is_empty() {
+            return;
+        }
         let choice = match &self.answer.kind {
             // calls can be told from text only when all is there
             Kind::Chat { tools: true } => {
@@ -320,9 +324,7 @@ impl Streaming {
                 json!({"index": index, "text": text, "logprobs": log_probs, "finish_reason": finish})
             }
         };
-        if !empty {
-            self.send(choice);
-        }
+        self.send(choice);
     }
 
     fn send(&mut self, choice: Value) {

@@ -21,6 +21,7 @@ use hymba::lm::{FinishReason, GenerateOptions, Tokenizer};
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::sync::mpsc::UnboundedSender;
 
+use super::error::Failure;
 use super::metrics::{End, Metrics};
 use super::prefix::PrefixCache;
 use super::prompt::Prompt;
@@ -71,18 +72,6 @@ pub struct Score {
     pub id: u32,
     pub log_prob: Option<f32>,
     pub top: Vec<(u32, f32)>,
-}
-
-#[derive(Debug, Clone, PartialEq)]
-pub enum Failure {
-    /// It took too long.
-    Timeout,
-    /// The server is going down.
-    Stopped,
-    /// It cannot be done, for this reason.
-    Refused(String),
-    /// Something broke that should not have.
-    Internal(String),
 }
 
 #[derive(Debug, Clone)]

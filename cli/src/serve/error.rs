@@ -7,8 +7,6 @@ use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde_json::{Value, json};
 
-use super::engine::Failure;
-
 /// A line of the log. Nobody need read it: `eprintln!` would panic where it was closed.
 pub fn log(line: &str) {
     let _ = writeln!(std::io::stderr(), "hymba: {line}");
@@ -25,13 +23,9 @@ pub struct ApiError {
 pub type ApiResult<T> = Result<T, ApiError>;
 
 impl ApiError {
-    fn new(status: StatusCode, message: impl Into<String>) -> Self {
-        ApiError { status, message: message.into(), param: None, code: None }
-    }
-
     /// The request cannot be served as it is.
     pub fn bad(message: impl Into<String>) -> Self {
-        Self::new(StatusCode::BAD_REQUEST, message)
+        Self::status(StatusCode::BAD_REQUEST, message)
     }
 
     /// A field of it cannot be used.
@@ -44,32 +38,32 @@ impl ApiError {
     }
 
     pub fn status(status: StatusCode, message: impl Into<String>) -> Self {
-        Self::new(status, message)
+        ApiError { status, message: message.into(), param: None, code: None }
     }
 
     pub fn no_model(asked: &str, served: &str) -> Self {
         let message = format!("the model {asked:?} is not here; this server has {served:?}");
-        ApiError { code: Some("model_not_found"), ..Self::new(StatusCode::NOT_FOUND, message) }
+        ApiError { code: Some("model_not_found"), ..Self::status(StatusCode::NOT_FOUND, message) }
     }
 
     pub fn unauthorized() -> Self {
         let message = "an API key is needed: Authorization: Bearer KEY";
-        ApiError { code: Some("invalid_api_key"), ..Self::new(StatusCode::UNAUTHORIZED, message) }
+        ApiError { code: Some("invalid_api_key"), ..Self::status(StatusCode::UNAUTHORIZED, message) }
     }
 
     pub fn busy() -> Self {
         let message = "all places are taken; try again later";
-        ApiError { code: Some("rate_limit_exceeded"), ..Self::new(StatusCode::TOO_MANY_REQUESTS, message) }
+        ApiError { code: Some("rate_limit_exceeded"), ..Self::status(StatusCode::TOO_MANY_REQUESTS, message) }
     }
 
     pub fn stopping() -> Self {
-        Self::new(StatusCode::SERVICE_UNAVAILABLE, "the server is going down")
+        Self::status(StatusCode::SERVICE_UNAVAILABLE, "the server is going down")
     }
 
     /// What broke is in the log; strangers are told no more than that.
     pub fn internal(what: &str) -> Self {
         log(what);
-        Self::new(StatusCode::INTERNAL_SERVER_ERROR, "something broke in the server")
+        Self::status(StatusCode::INTERNAL_SERVER_ERROR, "something broke in the server")
     }
 
     pub fn body(&self) -> Value {
@@ -89,13 +83,28 @@ impl From<hymba::Error> for ApiError {
         use hymba::Error;
         match error {
             Error::Option { option, .. } => ApiError::field(option, error.to_string()),
-            Error::Tokens(_) | Error::Text { .. } | Error::Shape { .. } | Error::Lengths(_) | Error::State(_) => {
-                ApiError::bad(error.to_string())
-            }
-            Error::Logits(_) => ApiError::bad(error.to_string()),
+            Error::Tokens(_)
+            | Error::Text { .. }
+            | Error::Shape { .. }
+            | Error::Lengths(_)
+            | Error::State(_)
+            | Error::Logits(_) => ApiError::bad(error.to_string()),
             error => ApiError::internal(&error.to_string()),
         }
     }
+}
+
+/// How the work on a request can end badly.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Failure {
+    /// It took too long.
+    Timeout,
+    /// The server is going down.
+    Stopped,
+    /// It cannot be done, for this reason.
+    Refused(String),
+    /// Something broke that should not have.
+    Internal(String),
 }
 
 impl From<Failure> for ApiError {

@@ -18,8 +18,7 @@ use tokio::sync::{Semaphore, watch};
 use tokio::time::{Instant, timeout, timeout_at};
 
 use super::Limits;
-use super::engine::Failure;
-use super::error::{ApiError, ApiResult};
+use super::error::{ApiError, ApiResult, Failure};
 use super::http::{self, Service};
 use super::metrics::Metrics;
 use crate::series::Model;

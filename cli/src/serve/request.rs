@@ -223,15 +223,10 @@ impl ChatRequest {
 
     /// The tools that the model may call, without what could forge turns.
     pub fn tools(&self) -> ApiResult<Vec<Value>> {
-        match self.tool_choice.as_ref().and_then(Value::as_str) {
-            Some("none") => return Ok(Vec::new()),
-            None if self.tool_choice.as_ref().is_some_and(|choice| !choice.is_null()) => {
-                return Err(ApiError::field(
-                    "tool_choice",
-                    "the model chooses itself: only auto and none are possible",
-                ));
-            }
-            Some("auto") | None => {}
+        match &self.tool_choice {
+            None | Some(Value::Null) => {}
+            Some(Value::String(choice)) if choice == "auto" => {}
+            Some(Value::String(choice)) if choice == "none" => return Ok(Vec::new()),
             Some(_) => {
                 return Err(ApiError::field(
                     "tool_choice",

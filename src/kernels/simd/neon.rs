@@ -27,10 +27,11 @@ pub(super) fn run_neon_bf16<K: Kernel>(kernel: K) -> K::Output {
 
 /// What there is besides NEON.
 const PLAIN: u8 = 0;
-const DOT: u8 = 1;
 /// And `sdot`.
-const I8MM: u8 = 2;
+const DOT: u8 = 1;
 /// And `usdot`.
+const I8MM: u8 = 2;
+/// And `bfdot`.
 const BF16: u8 = 3;
 
 /// The vectors of sixteen lanes.

@@ -15,7 +15,7 @@ fn each(f: impl Fn(usize) -> v128) -> [v128; 4] {
     [f(0), f(1), f(2), f(3)]
 }
 
-/// The sum of the products of two signed bytes and of two of 16 bits, in each of four lanes: `a` from 0 to 255, `b` from −127 to 127.
+/// `c` and the products of four bytes of `a`, from 0 to 255, with four of `b`, from −127 to 127, in each of four lanes.
 #[inline(always)]
 fn dot(a: v128, b: v128, c: v128) -> v128 {
     // the bytes at even places and those at odd ones, as 16 bits: no sum of two products overflows 32

@@ -174,8 +174,19 @@ impl<'a> Ranks<'a> {
         }
     }
 
+    /// A number by which to notice other data: of `whole`, which must be the same on all ranks, or the sum of all ranks' `parts` where
+    /// each has its own.
+    pub fn fingerprint(&mut self, what: &str, whole: impl FnOnce() -> u64, parts: impl FnOnce() -> u64) -> Result<u64> {
+        if self.sharded() {
+            return self.sum_of_hashes(parts());
+        }
+        let whole = whole();
+        self.compare(what, || whole)?;
+        Ok(whole)
+    }
+
     /// A number for the data of all ranks, whichever of them has which part.
-    pub fn sum_of_hashes(&mut self, hash: u64) -> Result<u64> {
+    fn sum_of_hashes(&mut self, hash: u64) -> Result<u64> {
         // 16 bits each, so that sums are exact
         let mut parts = [0, 16, 32, 48].map(|shift| ((hash >> shift) & 0xffff) as f64);
         self.collective.sum_f64(&mut parts)?;

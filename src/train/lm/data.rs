@@ -98,13 +98,9 @@ impl TokenRows {
     /// A number that other rows, of all ranks together, do not have.
     pub(super) fn fingerprint_of_all(&self, ranks: &mut Ranks) -> Result<u64> {
         let masks = |range: Range<usize>| self.masks.as_ref().map_or(&[][..], |masks| &masks[range]);
-        if ranks.sharded() {
-            let each = (0..self.len()).map(|i| fingerprint(&self.rows[i..=i], masks(i..i + 1)));
-            return ranks.sum_of_hashes(each.fold(0, u64::wrapping_add));
-        }
-        let fingerprint = fingerprint(&self.rows, masks(0..self.len()));
-        ranks.compare("the rows", || fingerprint)?;
-        Ok(fingerprint)
+        let each = |i: usize| fingerprint(&self.rows[i..=i], masks(i..i + 1));
+        let parts = || (0..self.len()).map(each).fold(0, u64::wrapping_add);
+        ranks.fingerprint("the rows", || fingerprint(&self.rows, masks(0..self.len())), parts)
     }
 }
 

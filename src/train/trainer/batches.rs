@@ -162,7 +162,7 @@ impl BatchSource for DatasetBatches<'_> {
     fn next_batch(&mut self) -> Result<Option<SeriesBatch<Targets>>> {
         let Some(indices) = self.left.pop() else { return Ok(None) };
         let (x, lengths) = self.data.pad(&indices)?;
-        Ok(Some(SeriesBatch { x, lengths, targets: self.data.subset(&indices).targets().clone() }))
+        Ok(Some(SeriesBatch { x, lengths, targets: self.data.targets().select(&indices) }))
     }
 
     fn batches(&self) -> Option<usize> {

@@ -2,7 +2,6 @@
 
 use std::ops::ControlFlow;
 
-use ndarray::Array3;
 use rand::RngExt;
 
 use super::measure::{Part, Totals, score};
@@ -130,11 +129,10 @@ impl State {
         let frame_wise = self.predictor.task().is_frame_wise();
         let (z, cache) = self.predictor.run_train(&batch.x, Some(&batch.lengths), seed, frame_wise)?;
         let other = mixed.map(|Mixed { share, targets }| {
-            let Batch { counts, .. } = &batch;
-            let other = Batch { x: Array3::zeros((0, 0, 0)), lengths: Vec::new(), targets, counts: counts.clone() };
-            score(&self.predictor, z.clone(), other, options, Some(divisor)).map(|scored| (share, scored))
+            let scored = score(&self.predictor, z.clone(), targets, &batch.counts, options, Some(divisor));
+            scored.map(|scored| (share, scored))
         });
-        let (mut of_batch, mut dz) = score(&self.predictor, z, batch, options, Some(divisor))?;
+        let (mut of_batch, mut dz) = score(&self.predictor, z, batch.targets, &batch.counts, options, Some(divisor))?;
         if let Some((share, (of_other, dz_of_other))) = other.transpose()? {
             of_batch = of_batch.mixed(&of_other, share);
             dz.zip_mut_with(&dz_of_other, |dz, other| *dz = *dz * share + other * (1.0 - share));

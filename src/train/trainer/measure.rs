@@ -64,7 +64,7 @@ impl<'a> Part<'a> {
         options.augmentations.iter().try_for_each(|augmentation| augmentation.check(self.data.task()))?;
         let batch = self.data.batch(&self.indices[..1]);
         let z = Array3::zeros((1, batch.counts[0], predictor.task().outputs()));
-        score(predictor, z, batch, options, None).map(drop)
+        score(predictor, z, batch.targets, &batch.counts, options, None).map(drop)
     }
 
     /// Some series as they are learned from.
@@ -74,12 +74,8 @@ impl<'a> Part<'a> {
 
     /// A number by which to notice that the data of all ranks are others. All must have the same where each has all.
     pub fn fingerprint(&self, ranks: &mut Ranks) -> Result<u64> {
-        if ranks.sharded() {
-            return ranks.sum_of_hashes(self.data.fingerprint_of_parts(&self.indices));
-        }
-        let fingerprint = self.data.fingerprint();
-        ranks.compare("the data", || fingerprint)?;
-        Ok(fingerprint)
+        let parts = || self.data.fingerprint_of_parts(&self.indices);
+        ranks.fingerprint("the data", || self.data.fingerprint(), parts)
     }
 
     /// Refuses a part that has no targets on any rank.
@@ -138,7 +134,7 @@ impl<'a> Part<'a> {
         for batch in cut(indices.len(), options.batch_size) {
             let batch = self.data.batch(&indices[batch]);
             let z = predictor.run(&batch.x, Some(&batch.lengths), self.data.task().is_frame_wise())?;
-            totals.add(&score(predictor, z, batch, options, None)?.0);
+            totals.add(&score(predictor, z, batch.targets, &batch.counts, options, None)?.0);
         }
         Ok(totals)
     }
@@ -209,13 +205,13 @@ impl Totals {
 pub(super) fn score(
     predictor: &Predictor,
     z: Array3<f32>,
-    batch: Batch,
+    targets: BatchTargets,
+    counts: &[usize],
     options: &TrainerOptions,
     divisor: Option<f64>,
 ) -> Result<(Totals, Array3<f32>)> {
-    let counts = &batch.counts;
     let (mut right, mut count) = (0, counts.iter().sum());
-    let sums = match batch.targets {
+    let sums = match targets {
         BatchTargets::Classes(classes) => {
             let predicted = argmax(&z);
             count = 0;

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use hymba::HymbaLm;
-use hymba::lm::{FinishReason, GenerateOptions, LmState, Sampler, StopStream, Tokenizer, log_prob};
+use hymba::lm::{FinishReason, GenerateOptions, LmState, Sampler, StopStream, Tokenizer, log_probs};
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::sync::mpsc::UnboundedSender;
 
@@ -123,7 +123,7 @@ impl Reading {
         let scores = std::mem::take(&mut self.scores);
         let _ = self.common.events.send((self.first_choice, Event::Prompt { cached: self.cached, scores }));
         let Some(state) = self.state.take() else { return Vec::new() };
-        let mut all = Vec::new();
+        let (mut state, last, mut all) = (Some(state), self.choices.len().saturating_sub(1), Vec::new());
         for (i, options) in self.choices.into_iter().enumerate() {
             let (index, common) = (self.first_choice + i, self.common.clone());
             let begun = catch_unwind(AssertUnwindSafe(|| {
@@ -132,7 +132,8 @@ impl Reading {
             match begun {
                 Ok(Ok(mut writing)) => {
                     if writing.choose(logits, metrics) {
-                        writing.state = Some(state.clone());
+                        // many bytes: the last needs no copy
+                        writing.state = if i == last { state.take() } else { state.clone() };
                         all.push(writing);
                     }
                 }
@@ -154,7 +155,7 @@ pub struct Writing {
     common: Arc<Common>,
     index: usize,
     sampler: Sampler,
-    options: GenerateOptions,
+    max_tokens: usize,
     stop_tokens: Vec<u32>,
     text: StopStream,
     count: usize,
@@ -175,7 +176,8 @@ impl Writing {
         sampler.observe_prompt(prompt);
         let text = StopStream::new(tokenizer.stream_after(prompt), options.stop_strings.iter().cloned())?;
         let stop_tokens = options.stop_tokens.clone().unwrap_or_else(|| lm.config().eos_token_id.clone());
-        Ok(Writing { common, index, sampler, options, stop_tokens, text, count: 0, next: 0, state: None })
+        let max_tokens = options.max_tokens;
+        Ok(Writing { common, index, sampler, max_tokens, stop_tokens, text, count: 0, next: 0, state: None })
     }
 
     pub fn events(&self) -> &UnboundedSender<(usize, Event)> {
@@ -234,7 +236,7 @@ impl Writing {
 
     /// As `HymbaLm::generate` does it, for one token.
     fn advance(&mut self, logits: &[f32], metrics: &Metrics) -> hymba::Result<Option<FinishReason>> {
-        if self.count >= self.options.max_tokens {
+        if self.count >= self.max_tokens {
             return Ok(Some(FinishReason::MaxTokens));
         }
         let choice = self.sampler.pick(logits)?;
@@ -252,7 +254,7 @@ impl Writing {
         self.send(Event::Token { text, score: score(logits, choice.id, self.common.log_probs) });
         Ok(if self.text.stopped().is_some() {
             Some(FinishReason::StopString)
-        } else if self.count >= self.options.max_tokens {
+        } else if self.count >= self.max_tokens {
             Some(FinishReason::MaxTokens)
         } else {
             None
@@ -263,6 +265,7 @@ impl Writing {
 /// What the model itself makes of a token, with `alternatives` of the most probable ones.
 fn score(logits: &[f32], id: u32, alternatives: Option<usize>) -> Score {
     let Some(count) = alternatives else { return Score { id, log_prob: None, top: Vec::new() } };
+    let log_prob = log_probs(logits);
     let candidates = if count == 0 { 0 } else { logits.len() };
     let mut order: Vec<u32> = (0..candidates as u32).collect();
     let descending = |&a: &u32, &b: &u32| logits[b as usize].total_cmp(&logits[a as usize]).then(a.cmp(&b));
@@ -271,6 +274,6 @@ fn score(logits: &[f32], id: u32, alternatives: Option<usize>) -> Score {
     }
     order.truncate(count);
     order.sort_by(descending);
-    let top = order.into_iter().filter_map(|id| Some((id, log_prob(logits, id)?))).collect();
-    Score { id, log_prob: log_prob(logits, id), top }
+    let top = order.into_iter().filter_map(|id| Some((id, log_prob(id)?))).collect();
+    Score { id, log_prob: log_prob(id), top }
 }
