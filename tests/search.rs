@@ -1,6 +1,6 @@
 //! The search of the example `classify`: trials that are drawn, halved, kept and found again.
 
-#[path = "../examples/support/search.rs"]
+#[path = "../examples/classify/search.rs"]
 mod search;
 #[path = "../examples/support/trials.rs"]
 mod trials;

@@ -3,7 +3,7 @@
     python3 classify_bench.py [--seeds 0,1,2] [--methods dtw,rocket,mrh,hymba] [--results FILE] FOLDER... [-- COMMAND...]
 
 Each FOLDER holds NAME_TRAIN.ts and NAME_TEST.ts. Needs a Python with aeon and torch (set PY to it; `pip install aeon torch` in a virtual
-environment). COMMAND is the program of examples/classify.rs; it is called with both files, `--seed` and `--out`.
+environment). COMMAND is the program of examples/classify; it is called with both files, `--seed` and `--out`.
 1-NN DTW has no seed: it runs once for each set, with a window of the whole series. Every run is a process of its own with two threads, one after the other: its time is that of the whole program, from reading the files on,
 compilation of numba's functions included. Nothing else may run meanwhile if times are to be compared. FILE keeps a JSON line for each run,
 and runs that it has are not repeated.
