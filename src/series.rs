@@ -22,6 +22,7 @@
 //!
 //! Files need not be trusted: what is damaged is an [`Error`] with the line at fault.
 
+use std::borrow::Cow;
 use std::path::{Path, PathBuf};
 
 use ndarray::Array2;
@@ -211,20 +212,23 @@ impl SeriesSet {
     }
 }
 
-/// Refuses what is no text of bytes.
-fn check_encoding(bytes: &[u8]) -> Result<(), Fault> {
-    match bytes.starts_with(b"\xff\xfe") || bytes.starts_with(b"\xfe\xff") {
-        true => Err(Fault::new("it is UTF-16; save it as UTF-8")),
-        false => Ok(()),
+/// The text of a file, and whether it is UTF-8: in every line that `decides`. Otherwise it is Latin-1, which keeps all bytes apart.
+fn decode(bytes: &[u8], decides: impl Fn(&[u8]) -> bool) -> Result<(Cow<'_, str>, bool), Fault> {
+    if bytes.starts_with(b"\xff\xfe") || bytes.starts_with(b"\xfe\xff") {
+        return Err(Fault::new("it is UTF-16; save it as UTF-8"));
+    }
+    let bytes = bytes.strip_prefix("\u{feff}".as_bytes()).unwrap_or(bytes);
+    if let Ok(text) = std::str::from_utf8(bytes) {
+        return Ok((text.into(), true));
+    }
+    let mut deciding = bytes.split(|byte| *byte == b'\n').filter(|line| decides(line));
+    match deciding.all(|line| std::str::from_utf8(line).is_ok()) {
+        true => Ok((String::from_utf8_lossy(bytes), true)),
+        false => Ok((bytes.iter().map(|&byte| char::from(byte)).collect(), false)),
     }
 }
 
 const LATIN: &str = "the text is not UTF-8: it is read as Latin-1";
-
-/// Bytes that are not UTF-8 → text: Latin-1, which keeps all bytes apart.
-fn latin(bytes: &[u8]) -> String {
-    bytes.iter().map(|&byte| char::from(byte)).collect()
-}
 
 /// A value, NaN for a missing one.
 fn value(text: &str) -> Result<f32, String> {

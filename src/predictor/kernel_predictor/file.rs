@@ -19,10 +19,13 @@ struct Saved {
     task: Task,
 }
 
-in_one_file!(
-    KernelPredictor,
-    "Writes the predictor to one safetensors file: `kernels.*` and `head.*` as f32, the rest in the metadata."
-);
+in_one_file!(KernelPredictor {
+    /// Writes the predictor to one safetensors file: `kernels.*` and `head.*` as f32, the rest in the metadata.
+    save,
+    /// Reads a predictor that [`save`](Self::save) wrote.
+    load,
+    from_bytes,
+});
 
 impl KernelPredictor {
     fn write(&self, target: Target) -> Result<()> {
