@@ -205,7 +205,7 @@ impl<'a> Chat<'a> {
         options: &GenerateOptions,
         on_text: impl FnMut(&str) -> ControlFlow<()>,
     ) -> Result<TextGeneration> {
-        self.tell([Message::user(content)], options, on_text)
+        self.send([Message::user(content)], options, on_text)
     }
 
     /// As [`ask`](Self::ask), with any messages in place of the user's, or none: such as what the tools gave back that the last answer
@@ -226,13 +226,13 @@ impl<'a> Chat<'a> {
     /// let mut chat = Chat::new(&lm, &tokenizer).options(ChatOptions::new().tools([clock]));
     /// let call = chat.ask("How late is it in Oslo?", &options, |_| ControlFlow::Continue(()))?;
     /// if call.text.contains("<toolcall>") {
-    ///     let answer = chat.tell([Message::tool("12:30")], &options, |_| ControlFlow::Continue(()))?;
+    ///     let answer = chat.send([Message::tool("12:30")], &options, |_| ControlFlow::Continue(()))?;
     ///     println!("{}", answer.text);
     /// }
     /// # Ok(())
     /// # }
     /// ```
-    pub fn tell(
+    pub fn send(
         &mut self,
         messages: impl IntoIterator<Item = Message>,
         options: &GenerateOptions,

@@ -108,7 +108,7 @@ impl HymbaLm {
         mut on_progress: impl FnMut(Loading),
     ) -> Result<Self> {
         let stored = config.quantization;
-        config.quantization = stored.then(options.quantize)?;
+        config.quantization = stored.resolve(options.quantize)?;
         if options.trainable && config.quantization != Quantization::None {
             return Err(Error::Option {
                 option: "trainable",
