@@ -9,7 +9,7 @@ use std::sync::Arc;
 use ndarray::{Array2, Array3, ArrayRef3};
 use rand::SeedableRng;
 
-use super::block::{BlockInspection, rows};
+use super::block::{BlockInspection, rows, sequences};
 use super::blocks::{Block, Blocks};
 use super::options::HymbaOptions;
 use super::shared::SharedBlock;
@@ -200,8 +200,8 @@ impl Hymba {
     /// # Ok::<(), hymba::Error>(())
     /// ```
     pub fn forward_sequence(&self, x: &ArrayRef3<f32>) -> Result<Array3<f32>> {
-        self.check_batch(x, None, Keeps::Outputs, 0)?;
-        Ok(self.encode_every(x))
+        let (batch, l) = self.check_batch(x, None, Keeps::Outputs, 0)?;
+        Ok(sequences(self.encode_frames(x, &vec![l; batch]), batch))
     }
 
     /// What every block does to x `[b, l, embed_dim]`: the two branches, the gate that mixes them, and the attention

@@ -191,23 +191,23 @@ impl Hymba {
     /// # Ok::<(), hymba::Error>(())
     /// ```
     pub fn prefill(&self, x: &ArrayRef3<f32>, state: &mut HymbaState) -> Result<Array2<f32>> {
-        let (batch, _, width) = x.dim();
-        if width == self.options.embed_dim {
-            self.check_state(state, batch, "x has")?;
-        }
-        self.check_batch(x, None, Keeps::Last, 0)?;
+        self.check_prefill(x, state)?;
         Ok(self.advance(x, state, None))
     }
 
     /// As [`prefill`](Self::prefill), with `each` called for the outputs of some frames after the other, `[b, count, h]`.
     pub(crate) fn prefill_each(&self, x: &ArrayRef3<f32>, state: &mut HymbaState, each: Each) -> Result<()> {
+        self.check_prefill(x, state)?;
+        self.advance(x, state, Some(each));
+        Ok(())
+    }
+
+    fn check_prefill(&self, x: &ArrayRef3<f32>, state: &HymbaState) -> Result<()> {
         let (batch, _, width) = x.dim();
         if width == self.options.embed_dim {
             self.check_state(state, batch, "x has")?;
         }
-        self.check_batch(x, None, Keeps::Last, 0)?;
-        self.advance(x, state, Some(each));
-        Ok(())
+        self.check_batch(x, None, Keeps::Last, 0).map(drop)
     }
 
     /// Feeds frames, in pieces: between two of them, other work of the pool gets its turn. Returns the last outputs, or

@@ -138,7 +138,9 @@ impl Predictor {
 
     /// Once every tensor has been read.
     pub(super) fn finish_reading(&mut self, tensors: &Tensors) -> Result<()> {
-        self.check_normalizations(tensors)?;
+        for (name, normalization) in [(INPUT, &self.input), (OUTPUT, &self.output)] {
+            normalization.iter().try_for_each(|normalization| normalization.check(tensors, name))?;
+        }
         self.salt_encoder();
         Ok(())
     }
@@ -179,15 +181,5 @@ impl Predictor {
         let input = has(INPUT).then(|| Normalization::zeros(options.features()));
         let output = (has(OUTPUT) && task.is_regression()).then(|| Normalization::zeros(task.outputs()));
         Ok(Predictor { input, output, ..Predictor::zeros(options, first_storage(in_file, asked), task) })
-    }
-
-    /// Checks numbers that a stranger wrote and that are divided by.
-    fn check_normalizations(&self, tensors: &Tensors) -> Result<()> {
-        for (name, normalization) in [(INPUT, &self.input), (OUTPUT, &self.output)] {
-            let Some(normalization) = normalization else { continue };
-            Normalization::new(normalization.mean().clone(), normalization.scale().clone())
-                .map_err(|error| tensors.error(format!("its {name} normalization is not usable: {error}")))?;
-        }
-        Ok(())
     }
 }

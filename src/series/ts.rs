@@ -151,7 +151,7 @@ impl Header {
         }
         if let Some(times) = times {
             match self.time {
-                TimeInput::Even => self.keep_spacing(times.spacing()?)?,
+                TimeInput::Even => self.spacing = timestamps::common(self.spacing, times.spacing()?)?,
                 time => columns.push(times.channel(time)?),
             }
         }
@@ -165,12 +165,6 @@ impl Header {
         }
         let frames = Array2::from_shape_fn((length, columns.len()), |(time, dim)| columns[dim][time]);
         Ok(Case { id: String::new(), frames, target })
-    }
-
-    /// All series must have the same, since it is dropped.
-    fn keep_spacing(&mut self, spacing: Option<Spacing>) -> Result<(), String> {
-        self.spacing = timestamps::common(self.spacing, spacing)?;
-        Ok(())
     }
 
     /// What was read.

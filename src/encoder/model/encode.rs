@@ -1,6 +1,6 @@
 //! Sequences through the model: groups of short ones, one on each thread, and long ones in pieces.
 
-use ndarray::{Array2, Array3, ArrayRef3, ArrayView2, ArrayViewMut, Axis, Dimension, s};
+use ndarray::{Array2, ArrayRef3, ArrayView2, Axis, s};
 
 use super::Hymba;
 use crate::encoder::size::{GROUP, PIECE};
@@ -15,28 +15,16 @@ struct Sequence<'a> {
     out: &'a mut [f32],
 }
 
-/// A row or rows of a new array.
-fn whole<D: Dimension>(rows: ArrayViewMut<'_, f32, D>) -> &mut [f32] {
-    rows.into_slice().expect("the numbers of a new array lie side by side")
-}
-
 impl Hymba {
     /// The last of so many frames of each row of x → `[b, h]`
     pub(super) fn encode_last(&self, x: &ArrayRef3<f32>, lengths: &[usize]) -> Array2<f32> {
         let mut y = Array2::zeros((lengths.len(), self.options.hidden_size));
         let sequences = x.outer_iter().zip(lengths).zip(y.outer_iter_mut());
-        let sequences = sequences
-            .map(|((frames, &length), out)| Sequence { frames: frames.slice_move(s![..length, ..]), out: whole(out) });
+        let sequences = sequences.map(|((frames, &length), out)| {
+            let out = out.into_slice().expect("a row of a new array");
+            Sequence { frames: frames.slice_move(s![..length, ..]), out }
+        });
         self.encode(sequences.collect(), false);
-        y
-    }
-
-    /// Every frame of x → `[b, l, h]`
-    pub(super) fn encode_every(&self, x: &ArrayRef3<f32>) -> Array3<f32> {
-        let (batch, l, _) = x.dim();
-        let mut y = Array3::zeros((batch, l, self.options.hidden_size));
-        let sequences = x.outer_iter().zip(y.outer_iter_mut());
-        self.encode(sequences.map(|(frames, out)| Sequence { frames, out: whole(out) }).collect(), true);
         y
     }
 
