@@ -50,7 +50,7 @@ const TEXT: &str = "text";
 pub struct SeriesSet {
     /// What `@problemName` says, or the name of the file without its ending.
     pub name: String,
-    /// The names of the channels: of what each frame has a number of.
+    /// The names of the channels, one for each number of a frame.
     pub channels: Vec<String>,
     /// The names of the classes: in the order of the header, or sorted where none lists them. Empty in a regression.
     pub labels: Vec<String>,
@@ -58,7 +58,7 @@ pub struct SeriesSet {
     pub cases: Vec<Case>,
     /// The time between two frames, where they had timestamps that were dropped.
     pub spacing: Option<Spacing>,
-    /// What a user should know of how the file was read, a line each.
+    /// What a user should know of how the file was read, one line each.
     pub notes: Vec<String>,
     /// Where they come from, for messages.
     path: PathBuf,
@@ -67,7 +67,7 @@ pub struct SeriesSet {
 /// One series and what is to be predicted from it.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Case {
-    /// What a table calls it; else empty.
+    /// Its id in a table; else empty.
     pub id: String,
     /// `[length, channels]`, NaN where a value is missing.
     pub frames: Array2<f32>,
@@ -139,7 +139,7 @@ impl SeriesSet {
 
     /// Reads the text of a `.ts` file.
     ///
-    /// A file is a header of `@key value` lines, then `@data`, then one series a line: channels separated by `:`, the values of a channel
+    /// A file is a header of `@key value` lines, then `@data`, then one series per line: channels separated by `:`, the values of a channel
     /// by `,`, and at the end a class or a number where the header announces one. `?` is a missing value. Of the header
     /// only what decides how the lines are read is used (`@timestamps`, `@dimensions`, `@univariate`, `@classLabel`,
     /// `@targetLabel`, in any case of letters); lengths and missing values are taken as the lines give them.

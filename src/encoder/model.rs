@@ -22,7 +22,7 @@ use crate::kernels::team::{Team, with_team, work};
 use crate::layers::{Batch, Buffer, LayerNorm, Lazy, Linear, Rng, SequenceState, init_meta_tokens};
 use crate::parameters::next_id;
 
-/// A Hymba encoder: sequences of frames in, one vector (or one a frame) out. Its blocks are Hymba's, or those of another
+/// A Hymba encoder: sequences of frames in, one vector (or one per frame) out. Its blocks are Hymba's, or those of another
 /// [`Pattern`](crate::Pattern).
 ///
 /// The meta tokens `m [k, h]` stand in front of every sequence and travel through the blocks like frames do:
@@ -66,7 +66,7 @@ pub struct Hymba {
     pub(super) id: u64,
     /// Identifies this set of weights anywhere.
     pub(super) fingerprint: Lazy<u64>,
-    /// Of what happens to frames before they come here: states are of no use where that is otherwise.
+    /// Identifies what happens to frames before they come here: states belong to it, too.
     pub(super) salt: u64,
 }
 
@@ -134,7 +134,7 @@ impl Hymba {
     /// # Memory
     ///
     /// About `4·(20h + a·⌈p/32⌉·32 + 2n + r + embed_dim)` bytes per frame (5 kB at h = 64, 24 kB at the default h = 256), of the
-    /// frames that are at work: each thread has about 128 frames of short sequences, or all together 8,192 frames of a long one,
+    /// frames being computed: each thread has about 128 frames of short sequences, or all together 8,192 frames of a long one,
     /// which is read in pieces; so memory does not grow with l beyond that. [`forward_sequence`](Self::forward_sequence) keeps `8h`
     /// bytes of every frame besides, and training, all in all, `4·(25h + n·h/8)` bytes per frame and block. With a shared attention
     /// block, 24h stands for 20h, and 2p for p; training keeps of a frame 18h in a Mamba block, 12h in an attention block, 12h in a
@@ -205,7 +205,7 @@ impl Hymba {
     }
 
     /// What every block does to x `[b, l, embed_dim]`: the two branches, the gate that mixes them, and the attention
-    /// weights. For looking at, not for speed: it holds l·(k + l) weights for each head, block and row.
+    /// weights. Meant for inspection, not for speed: it holds l·(k + l) weights for each head, block and row.
     ///
     /// # Errors
     ///

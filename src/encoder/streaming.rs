@@ -71,7 +71,7 @@ impl HymbaState {
         self.rows.iter().map(SequenceState::num_used_bytes).sum()
     }
 
-    /// Makes stream `row` one that has seen no frame.
+    /// Resets stream `row`: it has seen no frame.
     ///
     /// # Errors
     ///
@@ -131,7 +131,7 @@ impl Hymba {
         self.new_state_with(batch, 0)
     }
 
-    /// As [`new_state`](Self::new_state), of streams of which so many `more` bytes are kept elsewhere.
+    /// As [`new_state`](Self::new_state), where `more` bytes per stream are kept elsewhere.
     pub(crate) fn new_state_with(&self, batch: usize, more: usize) -> HymbaState {
         let initial = self.initial();
         let bytes = initial.footprint().max(work([self.state_numbers(FIRST_FRAMES), size_of::<f32>()]));

@@ -70,7 +70,7 @@ impl HymbaLm {
         Self::from_dir_with(path, &LoadOptions::default(), |_| {})
     }
 
-    /// As [`from_dir`](Self::from_dir), with options; `on_progress` hears how far it has come, about once a tensor. What is to
+    /// As [`from_dir`](Self::from_dir), with options; `on_progress` is called about once per tensor. What is to
     /// be quantised is quantised row by row, so that the original is never in memory.
     ///
     /// # Errors

@@ -241,8 +241,8 @@ impl HymbaLm {
         Ok(logits.expect("nobody has ended it"))
     }
 
-    /// As [`prefill_ragged`](Self::prefill_ragged), with news in between: `on_progress` hears how many tokens of all rows are done,
-    /// and how many there are, after each piece of at most 512, and ends the call with [`ControlFlow::Break`]. The result is then
+    /// As [`prefill_ragged`](Self::prefill_ragged), with progress: `on_progress` is called after each piece of at most 512 tokens with
+    /// the number done, of all rows, and the total, and ends the call with [`ControlFlow::Break`]. The result is then
     /// `None`, and the state has seen what was done until then: [`LmState::lengths`] says how much of each row. It can go on from
     /// there with the rest of each row; rows that are done have none, and are first taken out by [`LmState::select`]. Clone the
     /// state before, if you want to go back.
@@ -305,7 +305,7 @@ impl HymbaLm {
     /// the tokens from `first[i]` on, with the row and the token's place in it, the tokens of a row in order. `first[i]` at the end of
     /// the row asks for none. Rows may be empty, and are then left as they are.
     ///
-    /// So some rows take their next token while others read a part of their prompt.
+    /// With it some rows take their next token while others read a part of their prompt.
     ///
     /// # Errors
     ///
@@ -352,7 +352,7 @@ impl HymbaLm {
         self.prefill_ragged(&rows, state)
     }
 
-    /// What one row of tokens looks like between the layers. For people who compare with another implementation.
+    /// The residual stream of one row of tokens between the layers, to compare with another implementation.
     ///
     /// # Errors
     ///

@@ -31,7 +31,7 @@ use plan::{BIASES, BLOCKS, Bank, CONTEST, Contest, KERNELS, MAX_DILATION, below}
 ///
 /// A third set, **levels**, has no kernels: quantiles of intervals of the series and its differences, as in Quant.
 ///
-/// Of several features a frame, each kernel sees the sum of a few. Series may be of any lengths. Papers: Dempster, Schmidt and Webb 2021
+/// Where frames have several features, each kernel sees the sum of a few. Series may be of any lengths. Papers: Dempster, Schmidt and Webb 2021
 /// (MiniRocket), 2023 (Hydra) and 2024 (Quant); Tan, Dempster, Bergmeir and Webb 2022 (MultiRocket).
 #[derive(Debug, Clone)]
 pub struct KernelFeatures {
@@ -82,7 +82,7 @@ impl KernelFeatures {
         Self::fit_within(series, seed, usize::MAX)
     }
 
-    /// With about so many features, at most.
+    /// With at most about `most` features.
     pub(super) fn fit_within(series: &[Array2<f32>], seed: u64, most: usize) -> Result<Self> {
         check(series, None)?;
         let channels = series[0].ncols();

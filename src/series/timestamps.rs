@@ -118,7 +118,7 @@ pub(super) fn note(time: TimeInput, spacing: Option<Spacing>) -> String {
     match time.channel() {
         Some(name) => format!("the timestamps become the channel `{name}`"),
         None => {
-            let apart = spacing.map_or("one a series".into(), |spacing| format!("evenly {} apart", spacing.amount()));
+            let apart = spacing.map_or("one per series".into(), |spacing| format!("evenly {} apart", spacing.amount()));
             format!("the timestamps ({apart}) are dropped")
         }
     }

@@ -47,7 +47,7 @@ impl HymbaLm {
         self.advance_with(rows, state, first, sink, &mut |_| ControlFlow::Continue(())).map(drop)
     }
 
-    /// As [`advance`](Self::advance); `on_progress` hears after each piece how many tokens are done, and may end it.
+    /// As [`advance`](Self::advance); `on_progress` is called after each piece with the tokens done, and may end it.
     pub(super) fn advance_with(
         &self,
         rows: &[impl AsRef<[u32]>],

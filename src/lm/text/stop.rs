@@ -27,7 +27,7 @@ pub struct StopMatcher {
     stops: Vec<String>,
     /// Text that may be the beginning of a stop string.
     held: String,
-    /// Where in it are special tokens, which a stop string can name and nobody is to read.
+    /// Where in it are special tokens, which a stop string can name and which are not given out.
     hidden: Vec<Range<usize>>,
     /// The text that the last call gave out.
     out: String,
