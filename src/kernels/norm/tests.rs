@@ -194,7 +194,7 @@ fn gradients_equal_finite_differences_on_every_level() {
                     assert!((dbias[i] - 2.0 - dy[i] - dy[h + i]).abs() < 1e-5);
                 }
                 let mut y = vec![0.0; 2 * h];
-                layer_norm(&x, &vec![1.0; h], &vec![0.0; h], 1e-5, rule, &mut y);
+                layer_norm(x, &vec![1.0; h], &vec![0.0; h], 1e-5, rule, &mut y);
                 for i in 0..h {
                     assert!((dweight[i] - 1.0 - dy[i] * y[i] - dy[h + i] * y[h + i]).abs() < 1e-5);
                 }
