@@ -67,7 +67,7 @@ pub fn service(
         Some(&eos) => Some(super::schema::Schemas::new(&vocabulary, eos)?),
         None => None,
     };
-    let options = EngineOptions { rows: limits.concurrent, cache_bytes: limits.cache_bytes };
+    let options = EngineOptions { rows: limits.concurrent, piece: limits.piece, cache_bytes: limits.cache_bytes };
     // what the meta tokens leave behind, before the first request waits for it
     lm.new_state(1);
     let engine = Arc::new(Engine::start(Arc::new(lm), tokenizer.clone(), options, metrics.clone())?);
