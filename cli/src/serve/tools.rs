@@ -5,8 +5,8 @@ use serde_json::{Value, json};
 
 use super::error::{ApiError, ApiResult};
 
-const BEGIN: &str = "<toolcall>";
-const END: &str = "</toolcall>";
+pub const BEGIN: &str = "<toolcall>";
+pub const END: &str = "</toolcall>";
 
 /// A tool of OpenAI's as the template writes it.
 pub fn described(tool: &Value) -> ApiResult<Value> {
