@@ -277,8 +277,7 @@ impl<'a> Chat<'a> {
             })?;
             self.seen = before[..self.state.lengths()[0]].to_vec();
             if fed.is_none() {
-                let generation = Generation { ids: Vec::new(), log_probs: Vec::new(), finish: FinishReason::Cancelled };
-                return Ok(TextGeneration { text: String::new(), generation });
+                return Ok(TextGeneration { text: String::new(), generation: Generation::nothing() });
             }
         }
         let mut options = GenerateOptions { on_prompt: None, ..options.clone() };

@@ -13,7 +13,7 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use hymba::HymbaLm;
 use hymba::lm::{ChatOptions, GenerateOptions, Tokenizer};
-use serde_json::json;
+use serde_json::{Value, json};
 use tokio::sync::mpsc::unbounded_channel;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 
@@ -67,7 +67,7 @@ pub fn service(
         Some(&eos) => Some(super::schema::Schemas::new(&vocabulary, eos)?),
         None => None,
     };
-    let options = EngineOptions { rows: limits.concurrent, cache_bytes: limits.cache_bytes };
+    let options = EngineOptions { rows: limits.concurrent, piece: limits.piece, cache_bytes: limits.cache_bytes };
     // what the meta tokens leave behind, before the first request waits for it
     lm.new_state(1);
     let engine = Arc::new(Engine::start(Arc::new(lm), tokenizer.clone(), options, metrics.clone())?);
@@ -178,7 +178,7 @@ async fn chat(State(language): State<Arc<Language>>, request: Request) -> ApiRes
     let asked: ChatRequest = http::json(request, &language.limits).await?;
     language.check_model(asked.sampling.model.as_deref())?;
     let log_probs = asked.alternatives()?;
-    let (messages, tools) = (asked.messages()?, asked.tools()?);
+    let (messages, (tools, must_call)) = (asked.messages()?, asked.tools()?);
     let (per_prompt, mut options) = language.options(&asked.sampling)?;
     let permits = language.permits(1, per_prompt)?;
     let with_tools = !tools.is_empty();
@@ -186,7 +186,7 @@ async fn chat(State(language): State<Arc<Language>>, request: Request) -> ApiRes
     let max_tokens = asked.max_completion_tokens.or(asked.max_tokens).unwrap_or(usize::MAX);
     let (prompt, options, permits) = blocking(move || {
         options.stop_strings.extend(encoding.tokenizer.chat_stop_strings());
-        let options = encoding.format(format, options)?;
+        let options = encoding.format(format, must_call, options)?;
         let chat = ChatOptions::new().tools(tools);
         let Language { tokenizer, vocabulary, limits, .. } = &*encoding;
         let check = |tokens| encoding.check_length(tokens, max_tokens);
@@ -221,7 +221,7 @@ async fn blocking<T: Send + 'static>(work: impl FnOnce() -> ApiResult<T> + Send 
 }
 
 impl Language {
-    fn description(&self) -> serde_json::Value {
+    fn description(&self) -> Value {
         json!({
             "id": self.name, "object": "model", "created": self.created, "owned_by": "hymba", "max_model_len": self.context,
         })
@@ -268,22 +268,32 @@ impl Language {
         Ok((sampling.count(self.limits.concurrent)?, sampling.options(&self.defaults, random)?))
     }
 
+    /// Holds an answer to a format, or to a call of one of some functions.
     #[cfg(feature = "schema")]
-    fn format(&self, format: Option<ResponseFormat>, options: GenerateOptions) -> ApiResult<GenerateOptions> {
-        match (format, &self.schemas) {
-            (None | Some(ResponseFormat::Text), _) => Ok(options),
-            (Some(format), Some(schemas)) => schemas.apply(&format, options),
-            (Some(_), None) => Err(ApiError::field("response_format", "the model has no token that ends a text")),
+    fn format(
+        &self,
+        format: Option<ResponseFormat>,
+        must_call: Option<Vec<Value>>,
+        options: GenerateOptions,
+    ) -> ApiResult<GenerateOptions> {
+        match (format, must_call, &self.schemas) {
+            (None | Some(ResponseFormat::Text), None, _) => Ok(options),
+            (_, Some(functions), Some(schemas)) => schemas.call(&functions, options),
+            (Some(format), None, Some(schemas)) => schemas.apply(&format, options),
+            (_, _, None) => Err(ApiError::bad("the model has no token that ends a text held to a form")),
         }
     }
 
     #[cfg(not(feature = "schema"))]
-    fn format(&self, format: Option<ResponseFormat>, options: GenerateOptions) -> ApiResult<GenerateOptions> {
-        match format {
-            None | Some(ResponseFormat::Text) => Ok(options),
-            Some(ResponseFormat::JsonObject | ResponseFormat::JsonSchema { .. }) => {
-                Err(ApiError::field("response_format", "this server was built without the feature `schema`"))
-            }
+    fn format(
+        &self,
+        format: Option<ResponseFormat>,
+        must_call: Option<Vec<Value>>,
+        options: GenerateOptions,
+    ) -> ApiResult<GenerateOptions> {
+        match (format, must_call) {
+            (None | Some(ResponseFormat::Text), None) => Ok(options),
+            _ => Err(ApiError::bad("answers are held to no form: this server was built without the feature `schema`")),
         }
     }
 
