@@ -174,6 +174,27 @@ fn places_do_not_tell_the_pair() {
     }
 }
 
+/// What has been answered is not told: who only knows the values, and leaves out those that came again, is right once in four times.
+#[test]
+fn values_do_not_come_again_after_their_queries() {
+    let (all, right) = score(&examples(task("mqar-4-64"), 10_000, 8), |tokens| {
+        let values = tokens[1..8].iter().step_by(2);
+        let unseen = values.clone().find(|value| !tokens[8..].contains(value));
+        unseen.unwrap_or(&tokens[1]) - 64
+    });
+    let expected = all as f64 / 4.0;
+    assert!((right as f64 - expected).abs() < 5.0 * (expected * 0.75).sqrt(), "{right} of {all}");
+}
+
+#[test]
+fn keys_come_again_once() {
+    for example in examples(task("mqar-8-128"), 1000, 9) {
+        for key in example.tokens[..16].iter().step_by(2) {
+            assert_eq!(example.tokens.iter().filter(|token| *token == key).count(), 2);
+        }
+    }
+}
+
 #[test]
 fn tasks_that_cannot_be() {
     for name in [
