@@ -241,15 +241,19 @@ impl<Q: Quants> Kernel for Product<'_, Q> {
             while row < m {
                 // as even as can be: a tile of one row would wait for its own sums
                 let left = m - row;
-                let most = if S::TILE_LINES == 1 { 4 } else { S::TILE_ROWS.div_ceil(2).max(2) };
+                let most = match S::TILE_LINES {
+                    1 if S::BY_PAIRS => 6,
+                    1 => 4,
+                    _ => S::TILE_ROWS.div_ceil(2).max(2),
+                };
                 let rows = left.div_ceil(left.div_ceil(most));
                 match rows {
                     1 => self.tile::<S, 1>(s, row, panel),
                     2 => self.tile::<S, 2>(s, row, panel),
                     3 => self.tile::<S, 3>(s, row, panel),
                     4 => self.tile::<S, 4>(s, row, panel),
-                    5 if S::TILE_LINES > 1 => self.tile::<S, 5>(s, row, panel),
-                    _ if S::TILE_LINES > 1 => self.tile::<S, 6>(s, row, panel),
+                    5 if S::TILE_LINES > 1 || S::BY_PAIRS => self.tile::<S, 5>(s, row, panel),
+                    _ if S::TILE_LINES > 1 || S::BY_PAIRS => self.tile::<S, 6>(s, row, panel),
                     _ => unreachable!("a tile that does not fit the registers"),
                 }
                 row += rows;
@@ -310,6 +314,19 @@ fn block<S: Simd, Q: Quants, const R: usize, const H: usize>(
     scales: [S::V; 2],
     sums: &mut [[S::V; 2]; R],
 ) {
+    if S::BY_PAIRS {
+        let (mut quads, mut starts) = ([&[0; QUADS]; R], [0; R]);
+        for r in 0..R {
+            (quads[r], starts[r]) = (&x[r][b].quads, x[r][b].start);
+        }
+        if let Some(whole) = w[b].dot_rows(s, quads, starts, first) {
+            for r in 0..R {
+                let (sum, scale) = (&mut sums[r][first], s.splat(x[r][b].scale));
+                *sum = s.mul_add(s.mul(s.to_float(whole[r]), scales[first]), scale, *sum);
+            }
+            return;
+        }
+    }
     let mut whole = [[s.splat_int(0); H]; R];
     for r in 0..R {
         whole[r] = [Q::begin(s, s.splat_int(x[r][b].start)); H];
