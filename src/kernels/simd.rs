@@ -237,8 +237,8 @@ pub(crate) trait Simd: Copy {
     fn end_nibbles(self, sums: Self::I, _start: Self::I) -> Self::I {
         sums
     }
-    /// The sums of some rows, begun and ended, by one of two lines of weights for each four of 32 inputs: where there are instructions
-    /// for several rows. Weights may be of 8 bits, or of 4 in half as many lines.
+    /// The sums of four rows to six, begun and ended, by one of two lines of weights for each four of 32 inputs: weights of 8 bits, or of
+    /// 4 in half as many lines. Only where products are [by pairs](Self::BY_PAIRS).
     #[inline(always)]
     fn dot_rows<const R: usize, const N: usize>(
         self,
@@ -246,8 +246,8 @@ pub(crate) trait Simd: Copy {
         _starts: [u32; R],
         _w: &[[[u32; LANES]; 2]; N],
         _half: usize,
-    ) -> Option<[Self::I; R]> {
-        None
+    ) -> [Self::I; R] {
+        unreachable!("not by pairs of rows")
     }
     /// The low four bits of each byte.
     #[inline(always)]

@@ -276,7 +276,11 @@ impl<Q: Quants> Product<'_, Q> {
             *x = &self.x[(row + r) * blocks..][..blocks];
         }
         let mut sums = [[s.splat(0.0); 2]; R];
-        for b in 0..blocks {
+        if S::BY_PAIRS && R >= 4 {
+            half_panel::<S, Q, R>(s, x, w, 0, &mut sums);
+            half_panel::<S, Q, R>(s, x, w, 1, &mut sums);
+        }
+        for b in 0..if S::BY_PAIRS && R >= 4 { 0 } else { blocks } {
             if R < 3 {
                 let ahead = w.as_ptr().wrapping_add(b).wrapping_byte_add(AHEAD);
                 for line in (0..size_of::<Q>()).step_by(64) {
@@ -302,6 +306,32 @@ impl<Q: Quants> Product<'_, Q> {
     }
 }
 
+/// Adds the products of all blocks, of one half of the panel, by [`dot_rows`](Simd::dot_rows). That takes all registers; with both halves
+/// of a block after each other, the compiler would store what it makes of the first, too.
+#[inline(always)]
+#[allow(clippy::needless_range_loop)] // as above
+fn half_panel<S: Simd, Q: Quants, const R: usize>(
+    s: S,
+    x: [&[Inputs]; R],
+    w: &[Q],
+    half: usize,
+    sums: &mut [[S::V; 2]; R],
+) {
+    for b in 0..w.len() {
+        let (mut quads, mut starts) = ([&[0; QUADS]; R], [0; R]);
+        for r in 0..R {
+            (quads[r], starts[r]) = (&x[r][b].quads, x[r][b].start);
+        }
+        let whole = w[b].dot_rows(s, quads, starts, half);
+        let scales = s.load_int(w[b].scales());
+        let scales = if half == 0 { s.low_bf16(scales) } else { s.high_bf16(scales) };
+        for r in 0..R {
+            let (sum, scale) = (&mut sums[r][half], s.splat(x[r][b].scale));
+            *sum = s.mul_add(s.mul(s.to_float(whole[r]), scales), scale, *sum);
+        }
+    }
+}
+
 /// Adds the products of block b, of H halves of the panel from `first` on.
 #[inline(always)]
 #[allow(clippy::needless_range_loop)] // as above
@@ -314,19 +344,6 @@ fn block<S: Simd, Q: Quants, const R: usize, const H: usize>(
     scales: [S::V; 2],
     sums: &mut [[S::V; 2]; R],
 ) {
-    if S::BY_PAIRS {
-        let (mut quads, mut starts) = ([&[0; QUADS]; R], [0; R]);
-        for r in 0..R {
-            (quads[r], starts[r]) = (&x[r][b].quads, x[r][b].start);
-        }
-        if let Some(whole) = w[b].dot_rows(s, quads, starts, first) {
-            for r in 0..R {
-                let (sum, scale) = (&mut sums[r][first], s.splat(x[r][b].scale));
-                *sum = s.mul_add(s.mul(s.to_float(whole[r]), scales[first]), scale, *sum);
-            }
-            return;
-        }
-    }
     let mut whole = [[s.splat_int(0); H]; R];
     for r in 0..R {
         whole[r] = [Q::begin(s, s.splat_int(x[r][b].start)); H];

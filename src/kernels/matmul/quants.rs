@@ -60,7 +60,7 @@ pub(crate) trait Quants: Copy + Send + Sync + 'static {
         x: [&[u32; QUADS]; R],
         starts: [u32; R],
         half: usize,
-    ) -> Option<[S::I; R]>;
+    ) -> [S::I; R];
     /// Quotients as they stand in files, and back.
     fn to_file(quants: &[u8; BLOCK], bytes: &mut Vec<u8>);
     fn of_file(bytes: &[u8]) -> [u8; BLOCK];
@@ -139,7 +139,7 @@ impl Quants for Q8Block {
         x: [&[u32; QUADS]; R],
         starts: [u32; R],
         half: usize,
-    ) -> Option<[S::I; R]> {
+    ) -> [S::I; R] {
         s.dot_rows(x, starts, &self.quads, half)
     }
 
@@ -239,7 +239,7 @@ impl Quants for Q4Block {
         x: [&[u32; QUADS]; R],
         starts: [u32; R],
         half: usize,
-    ) -> Option<[S::I; R]> {
+    ) -> [S::I; R] {
         s.dot_rows(x, starts, &self.pairs, half)
     }
 
