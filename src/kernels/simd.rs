@@ -20,6 +20,11 @@ pub(crate) const LANES: usize = 16;
 #[repr(C, align(64))]
 pub(crate) struct Line(pub [f32; LANES]);
 
+/// Two lines of words: of a matrix in bfloat16, a panel's weights for two inputs, the first of them in the low bits.
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+pub(crate) struct Words(pub [[u32; LANES]; 2]);
+
 /// A kernel: a struct of arguments whose `run` must be `#[inline(always)]`, so that it is compiled inside the function
 /// that turns the instruction set on.
 pub(crate) trait Kernel {
@@ -41,6 +46,8 @@ pub(crate) trait Simd: Copy {
     const BY_LANE: bool = false;
     /// Rows of a tile for which the compiler keeps the sums in registers then, if [`six_rows`](Self::six_rows) is not for it.
     const LANE_ROWS: usize = Self::TILE_ROWS;
+    /// Whether tiles of four rows and more are made by [`dot_rows`](Self::dot_rows), which takes up to six.
+    const BY_PAIRS: bool = false;
 
     fn splat(self, x: f32) -> Self::V;
     fn load(self, x: &[f32; LANES]) -> Self::V;
@@ -168,6 +175,18 @@ pub(crate) trait Simd: Copy {
     fn dot_bf16_lane<const LANE: usize>(self, a: Self::I, b: &[[u16; 2]; 4], c: Self::V) -> Self::V {
         self.dot_bf16(a, self.splat_int(pair(b[LANE])), c)
     }
+    /// Adds to the sums of some rows their pairs' products with one of the two lines of weights of each pair, and says of how many
+    /// pairs: where there are instructions for several rows. The bits are those of [`dot_bf16`](Self::dot_bf16).
+    #[inline(always)]
+    fn dot_rows_bf16<const R: usize>(
+        self,
+        _x: [&[[u16; 2]]; R],
+        _w: &[Words],
+        _half: usize,
+        _sums: &mut [Self::V],
+    ) -> usize {
+        0
+    }
 
     // whole numbers
 
@@ -217,6 +236,18 @@ pub(crate) trait Simd: Copy {
     #[inline(always)]
     fn end_nibbles(self, sums: Self::I, _start: Self::I) -> Self::I {
         sums
+    }
+    /// The sums of four rows to six, begun and ended, by one of two lines of weights for each four of 32 inputs: weights of 8 bits, or of
+    /// 4 in half as many lines. Only where products are [by pairs](Self::BY_PAIRS).
+    #[inline(always)]
+    fn dot_rows<const R: usize, const N: usize>(
+        self,
+        _x: [&[u32; 8]; R],
+        _starts: [u32; R],
+        _w: &[[[u32; LANES]; 2]; N],
+        _half: usize,
+    ) -> [Self::I; R] {
+        unreachable!("not by pairs of rows")
     }
     /// The low four bits of each byte.
     #[inline(always)]
