@@ -13,6 +13,8 @@ use hymba::train::{
 };
 use hymba::{Error, HymbaOptions, Normalization, Predictor, Result, Task};
 
+#[path = "distributed/batches.rs"]
+mod batches;
 #[cfg(feature = "lm")]
 #[path = "common/tiny_lm.rs"]
 mod tiny_lm;
