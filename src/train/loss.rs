@@ -327,25 +327,15 @@ impl CrossEntropy {
     }
 
     fn validate(&self, classes: usize) -> Result<()> {
-        if !(0.0..=1.0).contains(&self.label_smoothing) {
-            return Err(Error::Option {
-                option: "label_smoothing",
-                given: self.label_smoothing.to_string(),
-                allowed: "it must be from 0 to 1; 0.1 is usual".into(),
-            });
+        check_options(self.label_smoothing, [("class_weights", &self.class_weights)], classes, "classes")?;
+        match &self.class_weights {
+            Some(weights) if weights.iter().all(|&weight| weight == 0.0) => Err(Error::Option {
+                option: "class_weights",
+                given: "all 0".into(),
+                allowed: "one weight at least must be above 0".into(),
+            }),
+            _ => Ok(()),
         }
-        let Some(weights) = &self.class_weights else { return Ok(()) };
-        let bad = |given: String, allowed: String| Err(Error::Option { option: "class_weights", given, allowed });
-        if weights.len() != classes {
-            return bad(format!("{} weights", weights.len()), format!("the logits have {classes} classes"));
-        }
-        if let Some(weight) = weights.iter().find(|&&weight| !(weight >= 0.0 && weight.is_finite())) {
-            return bad(weight.to_string(), "each weight must be finite and 0 or more".into());
-        }
-        if weights.iter().all(|&weight| weight == 0.0) {
-            return bad("all 0".into(), "one weight at least must be above 0".into());
-        }
-        Ok(())
     }
 
     fn sums(
@@ -390,6 +380,29 @@ impl CrossEntropy {
         }
         Sums { loss: sum, weight, plain, gradient }
     }
+}
+
+/// Checks label smoothing, and lists of weights for so many `outputs`.
+fn check_options<const N: usize>(
+    label_smoothing: f32,
+    lists: [(&'static str, &Option<Vec<f32>>); N],
+    count: usize,
+    outputs: &str,
+) -> Result<()> {
+    let bad = |option, given: String, allowed: String| Err(Error::Option { option, given, allowed });
+    if !(0.0..=1.0).contains(&label_smoothing) {
+        return bad("label_smoothing", label_smoothing.to_string(), "it must be from 0 to 1; 0.1 is usual".into());
+    }
+    for (option, weights) in lists {
+        let Some(weights) = weights else { continue };
+        if weights.len() != count {
+            return bad(option, format!("{} weights", weights.len()), format!("the logits have {count} {outputs}"));
+        }
+        if let Some(weight) = weights.iter().find(|&&weight| !(weight >= 0.0 && weight.is_finite())) {
+            return bad(option, weight.to_string(), "each weight must be finite and 0 or more".into());
+        }
+    }
+    Ok(())
 }
 
 /// How many frames of each row of `[b, l, c]` count.
