@@ -79,6 +79,20 @@ fn numbers(count: usize) -> Dataset {
     Dataset::new(&Task::Regress { outputs: 1 }, series(count), targets).unwrap()
 }
 
+/// Two numbers of every frame, some of which there are none of.
+fn frame_numbers(count: usize) -> Dataset {
+    let series = series(count);
+    let number = |i: usize, t: usize, j: usize| match (i + t + 2 * j) % 5 {
+        0 => f32::NAN,
+        _ if i.is_multiple_of(4) => f32::NAN,
+        rest => rest as f32 + j as f32,
+    };
+    let targets =
+        series.iter().enumerate().map(|(i, x)| Array2::from_shape_fn((x.nrows(), 2), |(t, j)| number(i, t, j)));
+    let targets = Targets::FrameValues(targets.collect());
+    Dataset::new(&Task::RegressFrames { outputs: 2 }, series, targets).unwrap()
+}
+
 fn options() -> TrainerOptions {
     // the gradient by the bias of keys is 0 but for rounding, of which Adam makes whole steps
     let adamw = AdamWOptions::default().rate_for("*.k_proj.bias", 0.0);
@@ -104,6 +118,7 @@ fn any_number_of_ranks_comes_to_the_weights_of_one() {
         (frames(37), weighted.clone()),
         (frames(37), weighted.batch_size(5).accumulation(2).average(0.9).validation_fraction(0.3)),
         (numbers(41), options().validation_fraction(0.2)),
+        (frame_numbers(37), options().validation_fraction(0.2).batch_size(3)),
         // some ranks have nothing in a step
         (numbers(5), options().batch_size(2)),
     ] {

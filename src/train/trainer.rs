@@ -207,7 +207,7 @@ impl Trainer {
     /// # Errors
     ///
     /// Before anything is trained: [`Error::Data`] if the data are for another task or width, not those of the resumed
-    /// training, or if no frame of a part has a class; [`Error::Option`] if an option does not fit them; [`Error::Checkpoint`] if the checkpoint folder has a training
+    /// training, or if no frame of a part has a target; [`Error::Option`] if an option does not fit them; [`Error::Checkpoint`] if the checkpoint folder has a training
     /// in it already, or if its options are not those its optimiser goes by.
     ///
     /// After that: [`Error::NotFinite`] names the step and the first parameter at fault when a loss or a gradient is not finite,

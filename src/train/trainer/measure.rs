@@ -80,11 +80,13 @@ impl<'a> Part<'a> {
 
     /// Refuses a part that has no targets on any rank.
     pub fn check_targets(&self, called: &str, ranks: &mut Ranks) -> Result<()> {
-        let mut count = [self.data.num_targets(&self.indices) as f64];
+        let mut count = [self.data.num_targets(&self.indices)];
         ranks.sum_of_data(&mut count)?;
         match count[0] > 0.0 {
             true => Ok(()),
-            false => Err(Error::Data(format!("no frame of the {called} part has a class: all are Targets::IGNORED"))),
+            false => {
+                Err(Error::Data(format!("no frame of the {called} part has a target: all are Targets::IGNORED or NaN")))
+            }
         }
     }
 

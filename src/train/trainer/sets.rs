@@ -93,7 +93,7 @@ impl Loader for Sets<'_> {
     fn begin(&mut self, epoch: usize, ranks: &mut Ranks) -> Result<()> {
         let (steps, rng) = self.train.steps(self.counts[0], self.options.seed, epoch, ranks);
         // of all ranks
-        let mut targets: Vec<_> = steps.iter().map(|step| self.train.data.num_targets(step) as f64).collect();
+        let mut targets: Vec<_> = steps.iter().map(|step| self.train.data.num_targets(step)).collect();
         ranks.agree(Ok(()), &mut targets)?;
         self.steps = steps.into_iter().zip(targets).collect::<Vec<_>>().into_iter();
         (self.rng, self.batch, self.end) = (rng, 0, 0);
