@@ -285,16 +285,12 @@ impl Dataset {
             let class = if let Targets::Classes(classes) = &self.targets { classes[i] } else { 0 };
             groups.entry(class).or_default().push(i);
         }
-        let fraction = f64::from(fraction);
         let mut rng = Rng::seed_from_u64(seed);
-        let (mut train, mut validation, mut seen) = (Vec::new(), Vec::new(), 0);
-        for mut group in groups.into_values() {
+        let (mut train, mut validation) = (Vec::new(), Vec::new());
+        let shares = shares(&groups.values().map(Vec::len).collect::<Vec<_>>(), fraction);
+        for (mut group, share) in groups.into_values().zip(shares) {
             group.shuffle(&mut rng);
-            seen += group.len();
-            // what rounding left over in one class is made up for in the next
-            let wanted = ((fraction * seen as f64).round() as usize).saturating_sub(validation.len());
-            let most = ((fraction * group.len() as f64).ceil() as usize).min(group.len() - 1);
-            let (taken, left) = group.split_at(wanted.min(most));
+            let (taken, left) = group.split_at(share);
             validation.extend_from_slice(taken);
             train.extend_from_slice(left);
         }
@@ -526,6 +522,20 @@ impl Dataset {
         }
         hash.finish()
     }
+}
+
+/// How many of each of several groups are in a part that is this fraction of them all. Of each group one at least is not.
+pub(super) fn shares(sizes: &[usize], fraction: f32) -> Vec<usize> {
+    let (fraction, mut seen, mut taken) = (f64::from(fraction), 0, 0);
+    let share = |&size: &usize| {
+        seen += size;
+        // what rounding left over in one group is made up for in the next
+        let wanted = ((fraction * seen as f64).round() as usize).saturating_sub(taken);
+        let share = wanted.min((fraction * size as f64).ceil() as usize).min(size.saturating_sub(1));
+        taken += share;
+        share
+    };
+    sizes.iter().map(share).collect()
 }
 
 /// Cuts 0..`count` into ranges of like size, at most `most` each.

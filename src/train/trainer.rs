@@ -16,6 +16,7 @@ mod options;
 mod report;
 mod sets;
 mod source;
+mod split;
 
 pub use batches::{BatchSource, DatasetBatches, SeriesBatch};
 use checkpoint::Checkpoint;
@@ -276,8 +277,9 @@ impl Trainer {
     ///
     /// `batch_size` and `accumulation` say how many series of all ranks are in a step. So a training is the same on any number of
     /// ranks but for rounding, if nothing in it is drawn at random: dropout and augmentations are drawn on each rank for itself.
-    /// For a given number of ranks the weights are the same, bit for bit, each time. A checkpoint may be resumed by another number, but
-    /// where the data are [sharded](TrainingData::sharded) and `validation_fraction` takes its part of each shard.
+    /// For a given number of ranks the weights are the same, bit for bit, each time. A checkpoint may be resumed by another number, and
+    /// data that are [sharded](TrainingData::sharded) may be divided anew: which series `validation_fraction` takes follows from what is
+    /// in each.
     ///
     /// Rank 0 alone writes checkpoints and calls back, before the next step of all: a callback that stops, or an error on any rank,
     /// ends the training on all. The result is the same on each.
@@ -324,19 +326,19 @@ impl Trainer {
         let mut ranks = Ranks::new(collective, sharded)?;
         let Trainer { options, start } = &self;
         let fraction = options.validation_fraction;
-        let parts = if validation.is_some() || fraction == 0.0 {
-            Ok((Part::whole(data), validation.map(Part::whole)))
+        let mut both = std::iter::once(data).chain(validation).map(Part::whole);
+        ranks.together(both.try_for_each(|part| part.check(start.predictor(), options)))?;
+        start.compare(options, validation.is_some(), &mut ranks)?;
+        let (train, validation) = if validation.is_some() || fraction == 0.0 {
+            (Part::whole(data), validation.map(Part::whole))
         } else {
-            data.split_indices(fraction, options.seed)
-                .map(|(train, validation)| (Part { data, indices: train }, Some(Part { data, indices: validation })))
+            let split = match sharded {
+                true => split::split(data, fraction, options.seed, &mut ranks)?,
+                false => ranks.together(data.split_indices(fraction, options.seed))?,
+            };
+            let (train, validation) = split;
+            (Part { data, indices: train }, Some(Part { data, indices: validation }))
         };
-        let parts = parts.and_then(|(train, validation)| {
-            let mut both = std::iter::once(&train).chain(&validation);
-            both.try_for_each(|part| part.check(start.predictor(), options))?;
-            Ok((train, validation))
-        });
-        let (train, validation) = ranks.together(parts)?;
-        start.compare(&options, validation.is_some(), &mut ranks)?;
         let sets = Sets::new(train, validation, options, &mut ranks)?;
         self.run(sets, ranks, callback)
     }
@@ -353,11 +355,7 @@ impl Trainer {
         let optimizer = |epochs: usize| options.optimizer((steps.unwrap_or(1) as u64).saturating_mul(epochs as u64));
         let mut state = match start {
             Start::Resumed { data, .. } if data != fingerprint => {
-                let mut reason = "they are not the data that the resumed training began with".to_string();
-                if ranks.sharded() && options.validation_fraction > 0.0 {
-                    reason += ", or not divided among the ranks as then: each has its own validation part";
-                }
-                return Err(Error::Data(reason));
+                return Err(Error::Data("they are not the data that the resumed training began with".into()));
             }
             Start::Resumed { mut state, prolonged, .. } => {
                 let optimizer = optimizer(options.epochs - state.before_schedule);
