@@ -4,8 +4,8 @@ use std::ops::ControlFlow;
 
 use hymba::ndarray::{Array2, Array3, ArrayD, Axis, Ix3, array, s};
 use hymba::train::{
-    BatchSource, BinaryCrossEntropy, CrossEntropy, Dataset, DatasetBatches, Decay, Loss, SeriesBatch, Targets, Trained,
-    Trainer, TrainerOptions, evaluate,
+    BatchSource, BinaryCrossEntropy, CrossEntropy, Dataset, DatasetBatches, Decay, Loss, RegressionLoss, SeriesBatch,
+    Targets, Trained, Trainer, TrainerOptions, evaluate,
 };
 use hymba::{Error, HymbaOptions, KernelPredictor, Predictor, Result, Task};
 
@@ -245,6 +245,66 @@ fn frames_without_a_class_do_not_count() {
 }
 
 #[test]
+fn numbers_of_frames_that_there_are_none_of_do_not_count() {
+    const NONE: f32 = f32::NAN;
+    let y = array![[[1.0f32, -1.0], [0.5, 2.0], [3.0, 0.0]], [[0.0, 1.0], [9.0, 9.0], [7.0, 7.0]]];
+    let targets = array![[[0.0, NONE], [NONE, NONE], [1.0, 5.0]], [[NONE, 3.0], [0.0, 0.0], [f32::INFINITY, 0.0]]];
+    let ignoring = RegressionLoss::MeanSquaredError.evaluate_sequences(&y, &targets, Some(&[3, 1])).unwrap();
+    // errors of 1, 2, −5 and −2
+    assert_eq!((ignoring.value, ignoring.weight), (34.0 / 4.0, 2.0));
+    let mut expected = Array3::zeros((2, 3, 2));
+    for (place, error) in [((0, 0, 0), 1.0), ((0, 2, 0), 2.0), ((0, 2, 1), -5.0), ((1, 0, 1), -2.0)] {
+        expected[place] = error / 2.0;
+    }
+    assert_eq!(ignoring.gradient, expected);
+    let nothing = RegressionLoss::MeanSquaredError.evaluate_sequences(&y, &Array3::from_elem((2, 3, 2), NONE), None);
+    let nothing = nothing.unwrap();
+    assert_eq!((nothing.value, nothing.weight, nothing.gradient), (0.0, 0.0, Array3::zeros((2, 3, 2))));
+
+    // in training: the running mean of what was seen, of which every third frame is known, and of one series nothing
+    let task = Task::RegressFrames { outputs: 1 };
+    let series: Vec<_> = (0..24).map(|i| Array2::from_shape_fn((8, 1), |(t, _)| ((t * t + i) as f32).sin())).collect();
+    let mean = |i: usize, t: usize| 1000.0 + 50.0 * series[i].slice(s![..=t, 0]).mean().unwrap();
+    let known = |i: usize, t: usize| (t + i).is_multiple_of(3) && i != 5;
+    let numbers = |gap: f32| {
+        let number = |i, t| if known(i, t) { mean(i, t) } else { gap };
+        let all = (0..24).map(|i| Array2::from_shape_fn((8, 1), |(t, _)| number(i, t))).collect();
+        Dataset::new(&task, series.clone(), Targets::FrameValues(all)).unwrap()
+    };
+    let options = TrainerOptions::default().epochs(30).learning_rate(1e-2).batch_size(1);
+    let fit =
+        |data: &Dataset| Trainer::new(predictor(task.clone()), options.clone()).unwrap().fit(data, go_on).unwrap();
+    let data = numbers(NONE);
+    let trained = fit(&data);
+    // they have no say in the normalization, the steps and the metrics
+    let normalization = trained.predictor.output_normalization().unwrap();
+    let all: Vec<_> = (0..24).flat_map(|i| (0..8).map(move |t| (i, t))).filter(|&(i, t)| known(i, t)).collect();
+    let expected = all.iter().map(|&(i, t)| f64::from(mean(i, t))).sum::<f64>() / all.len() as f64;
+    assert!((f64::from(normalization.mean()[0]) - expected).abs() < 0.01, "{normalization:?} {expected}");
+    let metrics = evaluate(&trained.predictor, &data, &options).unwrap();
+    let predicted = |i: usize| trained.predictor.predict_frames(&series[i].view().insert_axis(Axis(0))).unwrap();
+    let predicted: Vec<_> = (0..24).map(predicted).collect();
+    let error = |&(i, t): &(usize, usize)| f64::from((predicted[i][[0, t, 0]] - mean(i, t)) / normalization.scale()[0]);
+    let squares = all.iter().map(error).map(|e| e * e).sum::<f64>() / all.len() as f64;
+    assert!((f64::from(metrics.loss) - squares).abs() < 1e-4, "{metrics:?} {squares}");
+    assert!(metrics.loss < 0.3, "{metrics:?}");
+
+    // such a series is no step: what is left out and what has no numbers are the same
+    let only =
+        |i: usize| Dataset::new(&task, vec![series[i].clone()], Targets::FrameValues(vec![Array2::ones((8, 1))]));
+    let with_others = |i: usize| {
+        let all = (0..24).map(|j| Array2::from_elem((8, 1), if i == j { 1.0 } else { NONE })).collect();
+        Dataset::new(&task, series.clone(), Targets::FrameValues(all))
+    };
+    let constant = options.epochs(2).normalize(false).decay(Decay::Constant).warm_up(0.0);
+    let [given, expected] = [with_others(4), only(4)].map(|data| {
+        Trainer::new(predictor(task.clone()), constant.clone()).unwrap().fit(&data.unwrap(), go_on).unwrap()
+    });
+    assert_eq!(parameters(&given.predictor), parameters(&expected.predictor));
+    assert_eq!(given.history, expected.history);
+}
+
+#[test]
 fn binary_cross_entropy_by_definition() {
     let (z, t) = (array![[0.3f32, -2.0, 1.5], [40.0, -0.7, 0.0]], array![[1.0f32, 0.0, 0.25], [0.0, 1.0, 1.0]]);
     let (w, p, smoothing) = ([1.0f32, 0.5, 2.0], [3.0f32, 1.0, 0.5], 0.2);
@@ -306,6 +366,6 @@ fn parts_and_steps_in_which_no_frame_has_a_class() {
     // and nothing can be validated on, or learned from, such a part
     for seed in 0..3 {
         let error = fit(&data, &options.clone().validation_fraction(0.5).seed(seed)).unwrap_err().to_string();
-        assert!(error.contains("part has a class"), "{error}");
+        assert!(error.contains("part has a target"), "{error}");
     }
 }

@@ -13,6 +13,8 @@ use hymba::train::{
 };
 use hymba::{Error, HymbaOptions, Normalization, Predictor, Result, Task};
 
+#[path = "distributed/batches.rs"]
+mod batches;
 #[cfg(feature = "lm")]
 #[path = "common/tiny_lm.rs"]
 mod tiny_lm;
@@ -77,6 +79,20 @@ fn numbers(count: usize) -> Dataset {
     Dataset::new(&Task::Regress { outputs: 1 }, series(count), targets).unwrap()
 }
 
+/// Two numbers of every frame, some of which there are none of.
+fn frame_numbers(count: usize) -> Dataset {
+    let series = series(count);
+    let number = |i: usize, t: usize, j: usize| match (i + t + 2 * j) % 5 {
+        0 => f32::NAN,
+        _ if i.is_multiple_of(4) => f32::NAN,
+        rest => rest as f32 + j as f32,
+    };
+    let targets =
+        series.iter().enumerate().map(|(i, x)| Array2::from_shape_fn((x.nrows(), 2), |(t, j)| number(i, t, j)));
+    let targets = Targets::FrameValues(targets.collect());
+    Dataset::new(&Task::RegressFrames { outputs: 2 }, series, targets).unwrap()
+}
+
 fn options() -> TrainerOptions {
     // the gradient by the bias of keys is 0 but for rounding, of which Adam makes whole steps
     let adamw = AdamWOptions::default().rate_for("*.k_proj.bias", 0.0);
@@ -102,6 +118,7 @@ fn any_number_of_ranks_comes_to_the_weights_of_one() {
         (frames(37), weighted.clone()),
         (frames(37), weighted.batch_size(5).accumulation(2).average(0.9).validation_fraction(0.3)),
         (numbers(41), options().validation_fraction(0.2)),
+        (frame_numbers(37), options().validation_fraction(0.2).batch_size(3)),
         // some ranks have nothing in a step
         (numbers(5), options().batch_size(2)),
     ] {
@@ -193,30 +210,50 @@ fn a_training_goes_on_with_another_number_of_ranks() {
 }
 
 #[test]
-fn a_sharded_training_goes_on_with_its_own_validation_parts() {
+fn a_sharded_training_goes_on_whichever_rank_has_which_series() {
     let folder = tempfile::tempdir().unwrap();
-    let options = options().epochs(2).validation_fraction(0.25).checkpoint(folder.path().join("run"));
-    let run = |count: usize, first: bool| {
-        let options = options.clone();
-        all_ranks(count, move |mut rank| {
-            let (data, size) = (numbers(24), 24 / count);
-            let range = rank.rank() * size..(rank.rank() + 1) * size;
-            let series = data.series()[range.clone()].to_vec();
-            let targets = Targets::Values(Array2::from_shape_fn((size, 1), |(i, _)| ((range.start + i) % 5) as f32));
+    let path = folder.path().join("run");
+    // one step an epoch, so that the order has no say
+    let options = options().epochs(3).batch_size(30).validation_fraction(0.25);
+    let begin = options.clone();
+    // series in two orders, some of which a rank may have none of to train on
+    let run = move |parts: &[&[usize]], stop: usize, path: Option<std::path::PathBuf>| {
+        let (parts, options) = (parts.iter().map(|part| part.to_vec()).collect::<Vec<_>>(), begin.clone());
+        all_ranks(parts.len(), move |mut rank| {
+            let (data, mine) = (numbers(24), &parts[rank.rank()]);
+            let series = mine.iter().map(|&i| data.series()[i].clone()).collect();
+            let targets = Targets::Values(Array2::from_shape_fn((mine.len(), 1), |(i, _)| (mine[i] % 5) as f32));
             let mine = Dataset::new(data.task(), series, targets).unwrap();
-            let folder = options.checkpoint.clone().unwrap();
-            let trainer = if first { trainer(&data, options.clone()) } else { Trainer::resume(folder).unwrap() };
-            trainer.fit_on(TrainingData::new(&mine).sharded(), &mut rank, go_on)
+            let options = path.iter().fold(options.clone(), |options, path| options.checkpoint(path));
+            let trainer = match &path {
+                Some(path) if path.join("training.json").exists() => Trainer::resume(path).unwrap(),
+                _ => trainer(&data, options),
+            };
+            // nobody asks whether there is a training after another has begun it
+            rank.sum(&mut [0.0]).unwrap();
+            trainer.fit_on(TrainingData::new(&mine).sharded(), &mut rank, |progress, _| {
+                let done = progress.finished.is_some() && progress.epoch == stop;
+                if done { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+            })
         })
     };
-    let begun: Vec<_> = run(2, true).into_iter().map(Result::unwrap).collect();
-    for again in run(2, false) {
-        assert_eq!(again.unwrap().history, begun[0].history);
+    let all: Vec<usize> = (0..24).collect();
+    let odd_and_even: Vec<usize> = all.iter().map(|i| (2 * i) % 24 + i / 12).collect();
+    let whole: Vec<_> = run(&[&all], 9, None).into_iter().map(Result::unwrap).collect();
+    run(&[&all[..9], &all[9..]], 1, Some(path.clone())).into_iter().for_each(|done| drop(done.unwrap()));
+    let thirds = [&odd_and_even[..1], &odd_and_even[1..12], &odd_and_even[12..]];
+    run(&thirds, 2, Some(path.clone())).into_iter().for_each(|done| drop(done.unwrap()));
+    // other data are not taken for the same
+    for refused in run(&[&all[..9], &all[10..]], 9, Some(path.clone())) {
+        assert!(matches!(refused, Err(Error::Data(_))));
     }
-    // others would validate on what these have learned from
-    for refused in run(3, false) {
-        let error = refused.unwrap_err();
-        assert!(matches!(error, Error::Data(_)) && error.to_string().contains("divided among the ranks"), "{error}");
+    for trained in run(&[&all[..12], &all[12..]], 9, Some(path)) {
+        let trained = trained.unwrap();
+        close(&weights(&trained.predictor), &weights(&whole[0].predictor));
+        for (given, expected) in trained.history.iter().zip(&whole[0].history) {
+            let [given, expected] = [given, expected].map(|epoch| epoch.validation.unwrap().loss);
+            assert!((given - expected).abs() <= 2e-6, "{given} {expected}");
+        }
     }
 }
 

@@ -371,6 +371,7 @@ fn bad_data() {
         (&regress, series(), Targets::Values(Array2::zeros((3, 2))), "shape [3, 2], expected [2, 2]"),
         (&regress, series(), Targets::Values(Array2::zeros((2, 1))), "shape [2, 1], expected [2, 2]"),
         (&regress, series(), values(f32::NEG_INFINITY), "have -inf at [0, 0]"),
+        (&regress, series(), values(f32::NAN), "have NaN at [0, 0]"),
         (&frames, series(), classes(), "give Targets::FrameClasses"),
         (&frames, series(), Targets::FrameClasses(vec![vec![0; 3]]), "1 targets for 2 series"),
         (&frames, series(), Targets::FrameClasses(vec![vec![0; 3]; 2]), "3 classes for the 5 frames of series 1"),
@@ -380,8 +381,14 @@ fn bad_data() {
         (
             &numbers,
             series(),
-            Targets::FrameValues(vec![Array2::zeros((3, 2)), Array2::from_elem((5, 2), f32::NAN)]),
-            "series 1 have NaN at [0, 0]",
+            Targets::FrameValues(vec![Array2::from_elem((3, 2), f32::NAN), Array2::from_elem((5, 2), f32::INFINITY)]),
+            "series 1 have inf at [0, 0]",
+        ),
+        (
+            &numbers,
+            series(),
+            Targets::FrameValues([3, 5].map(|length| Array2::from_elem((length, 2), f32::NAN)).into()),
+            "no frame has a target",
         ),
     ];
     for (task, series, targets, says) in table {

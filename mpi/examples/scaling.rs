@@ -6,7 +6,7 @@
 //! ```text
 //! compute     the frames of the slowest rank · time of a frame, and for each batch of 32 a fixed time besides
 //! optimizer   a fixed time, on every rank
-//! flags       2·⌈log2 n⌉ messages: a sum of 11 numbers
+//! flags       2·⌈log2 n⌉ messages: a sum of 13 numbers
 //! gradient    the cheaper of    ring              2·(n − 1) messages,    2·(n − 1)/n · bytes / bandwidth
 //!                               halving, doubling 2·⌈log2 n⌉ messages,   2·(n − 1)/n · bytes / bandwidth
 //!             and parameters · time of a number: copied into one slice and back, and added

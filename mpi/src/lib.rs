@@ -80,7 +80,9 @@ impl World {
             if text.starts_with(&Error::Collective(String::new()).to_string()) {
                 sleep(LAST_WORDS);
             }
-            eprintln!("rank {rank}: {text}");
+            // in one piece, or what MPI says comes in between
+            let line = format!("rank {rank}: {text}\n");
+            eprint!("{line}");
             world.world.abort(1)
         }
     }

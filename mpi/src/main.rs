@@ -1,16 +1,18 @@
-//! `hymba-mpi train`: a predictor of series, trained on many machines.
+//! `hymba-mpi train`: a predictor of series, trained on many machines. `hymba-mpi train-lm`: a language model.
 
 use std::error::Error;
 use std::ops::ControlFlow;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
+use clap::builder::RangedU64ValueParser;
 use clap::{Args, Parser, Subcommand};
 use hymba::train::{Collective, Dataset, Metrics, Progress, Trainer, TrainerOptions, TrainingData, evaluate};
 use hymba::{Predictor, PredictorOptions};
 use hymba_mpi::World;
 
 mod data;
+mod train_lm;
 
 #[derive(Parser)]
 #[command(
@@ -27,6 +29,8 @@ struct Program {
 enum Command {
     /// Trains a predictor on series, and writes it to a file
     Train(Train),
+    /// Trains a small language model on texts
+    TrainLm(train_lm::TrainLm),
 }
 
 /// What no option sets follows from the first training file, as PredictorOptions::recommended_for and
@@ -38,16 +42,16 @@ struct Train {
     /// Where model.safetensors and the checkpoint go; rank 0 writes, and with --resume every rank reads
     #[arg(long, default_value = "hymba-mpi-run")]
     out: PathBuf,
-    /// Goes on after the last epoch of the checkpoint, with any number of ranks (with --sharded and --validation, with the same); begins
-    /// where there is none. Of the options below, --hidden, --layers and --plain are only for a training that begins, and --validation
+    /// Goes on after the last epoch of the checkpoint, with any number of ranks; begins where there is none. Of the options below, --hidden, --layers and --plain are only for a training that begins, and --validation
     /// and --seed must stay as they were
     #[arg(long)]
     resume: bool,
     /// How often every series is seen
     #[arg(long)]
     epochs: Option<usize>,
-    /// Series in a step, of all ranks together
-    #[arg(long)]
+    /// Series in a step, of all ranks together; each computes its share in pieces that suit the memory, and unless --epochs says how
+    /// many there are, a training that begins has fewer of smaller batches
+    #[arg(long, value_parser = RangedU64ValueParser::<usize>::new().range(1..))]
     batch: Option<usize>,
     /// The highest learning rate
     #[arg(long)]
@@ -70,8 +74,16 @@ struct Train {
 }
 
 fn main() {
-    let Command::Train(train) = Program::parse().command;
-    World::run(|world| train.run(world));
+    match Program::parse().command {
+        Command::Train(train) => World::run(|world| train.run(world)),
+        Command::TrainLm(train) => World::run(|world| train.run(world)),
+    }
+}
+
+/// Whether a folder has a training to go on with, as rank 0 finds it: each by itself, some would wait for the others for ever.
+fn has_training(checkpoint: &Path, world: &mut World) -> bool {
+    let own = checkpoint.join("training.json").exists();
+    world.of_rank_0(vec![u8::from(own)]) == [1]
 }
 
 impl Train {
@@ -79,20 +91,19 @@ impl Train {
         let data = self.data.read(world)?;
         let test = if world.rank() == 0 { self.data.test(&data)? } else { None };
         let checkpoint = self.out.join("checkpoint");
-        // as rank 0 finds it: each by itself, some would wait for the others for ever
-        let goes_on = self.resume && checkpoint.join("training.json").exists();
-        let trainer = match world.of_rank_0(vec![u8::from(goes_on)]) == [1] {
+        // of ranks with other data these would differ
+        let recommended = serde_json::to_vec(&self.recommended(&data))?;
+        let recommended: TrainerOptions = serde_json::from_slice(&world.of_rank_0(recommended))?;
+        let trainer = match self.resume && has_training(&checkpoint, world) {
             true => {
                 let trainer = Trainer::resume(&checkpoint)?;
-                let options = self.changed(trainer.options().clone());
+                let options = self.changed(trainer.options().clone(), &recommended);
                 trainer.prolong(options)?
             }
             false => {
-                // of ranks with other data they would differ
                 let predictor = Predictor::build(self.predictor_options(&data), data.task().clone())?;
                 let predictor = Predictor::from_bytes(&world.of_rank_0(predictor.to_bytes()?))?;
-                let options = serde_json::to_vec(&self.options(&data))?;
-                let options: TrainerOptions = serde_json::from_slice(&world.of_rank_0(options))?;
+                let options = self.changed(recommended.clone(), &recommended);
                 Trainer::new(predictor, options.checkpoint(&checkpoint))?
             }
         };
@@ -108,11 +119,11 @@ impl Train {
         if self.data.sharded {
             given = given.sharded();
         }
-        let mut began = Instant::now();
+        let mut pace = Pace::start();
         let trained = trainer.fit_on(given, world, |progress, _| {
-            if progress.finished.is_some() {
-                tell(progress, series[0] / began.elapsed().as_secs_f64());
-                began = Instant::now();
+            match progress.finished {
+                Some(_) => tell(progress, pace.of_epoch(series[0])),
+                None => pace.step(),
             }
             ControlFlow::Continue(())
         })?;
@@ -141,8 +152,11 @@ impl Train {
         options
     }
 
-    fn options(&self, data: &Dataset) -> TrainerOptions {
-        let mut options = self.changed(TrainerOptions::recommended_for(data).seed(0).validation_fraction(0.0));
+    fn recommended(&self, data: &Dataset) -> TrainerOptions {
+        let mut options = match self.batch {
+            Some(batch) => TrainerOptions::recommended_for_steps_of(batch, data),
+            None => TrainerOptions::recommended_for(data),
+        };
         if self.plain {
             options.augmentations.clear();
         }
@@ -150,13 +164,39 @@ impl Train {
     }
 
     /// The options with those that are given.
-    fn changed(&self, mut options: TrainerOptions) -> TrainerOptions {
+    fn changed(&self, mut options: TrainerOptions, recommended: &TrainerOptions) -> TrainerOptions {
         options.epochs = self.epochs.unwrap_or(options.epochs);
-        options.batch_size = self.batch.unwrap_or(options.batch_size);
+        if self.batch.is_some() {
+            (options.batch_size, options.accumulation) = (recommended.batch_size, recommended.accumulation);
+        }
         options.learning_rate = self.learning_rate.unwrap_or(options.learning_rate);
         options.validation_fraction = self.validation.unwrap_or(options.validation_fraction);
         options.seed = self.seed.unwrap_or(options.seed);
         options
+    }
+}
+
+/// How fast the steps of an epoch are, without what comes between epochs: validation and checkpoint.
+struct Pace {
+    began: Instant,
+    /// The last step.
+    ended: Instant,
+}
+
+impl Pace {
+    fn start() -> Self {
+        Pace { began: Instant::now(), ended: Instant::now() }
+    }
+
+    fn step(&mut self) {
+        self.ended = Instant::now();
+    }
+
+    /// So many of something in each second. The next epoch begins.
+    fn of_epoch(&mut self, count: f64) -> f64 {
+        let pace = count / (self.ended - self.began).as_secs_f64();
+        self.began = Instant::now();
+        pace
     }
 }
 

@@ -10,6 +10,7 @@ use crate::files::header::printable;
 use crate::files::tensors::Source;
 use crate::{Error, Result};
 
+mod bytes;
 mod check;
 mod raw;
 mod rope_parameters;

@@ -47,23 +47,29 @@ pub enum Targets {
     Values(Array2<f32>),
     /// For [`Task::ClassifyFrames`]: the class of each frame of each series, or [`Targets::IGNORED`].
     FrameClasses(Vec<Vec<usize>>),
-    /// For [`Task::RegressFrames`]: `[length, outputs]` for each series.
+    /// For [`Task::RegressFrames`]: `[length, outputs]` for each series; NaN in the place of a number that there is none of.
     FrameValues(Vec<Array2<f32>>),
     /// For [`Task::MultiLabel`]: `[series, labels]`, which labels each has.
     Labels(Array2<bool>),
 }
 
 impl Targets {
-    /// In the place of a class: the frame has none. It counts neither in losses and their gradients nor in metrics.
+    /// In the place of a class: the frame has none. It counts neither in losses and their gradients nor in metrics. (In the place of a
+    /// number of a frame, NaN says the same, of each output by itself.)
     ///
     /// ```
     /// use hymba::Task;
-    /// use hymba::ndarray::Array2;
+    /// use hymba::ndarray::{Array2, array};
     /// use hymba::train::{Dataset, Targets};
     ///
     /// let task = Task::classify_frames(["still", "moving"]);
     /// let classes = vec![vec![Targets::IGNORED, 0, 1]];
     /// assert!(Dataset::new(&task, vec![Array2::ones((3, 6))], Targets::FrameClasses(classes)).is_ok());
+    ///
+    /// let task = Task::RegressFrames { outputs: 1 };
+    /// let numbers = Targets::FrameValues(vec![array![[f32::NAN], [2.0], [2.5]]]);
+    /// assert!(Dataset::new(&task, vec![Array2::ones((3, 6))], numbers).is_ok());
+    /// # Ok::<(), hymba::Error>(())
     /// ```
     pub const IGNORED: usize = usize::MAX;
 
@@ -134,7 +140,7 @@ impl Dataset {
             if series.ncols() != width {
                 return bad(format!("series {i} has frames of width {}, and series 0 of {width}", series.ncols()));
             }
-            if let Some(((frame, feature), x)) = not_finite(series) {
+            if let Some(((frame, feature), x)) = find(series, |x| !x.is_finite()) {
                 return bad(format!(
                     "series {i}: feature {feature} of frame {frame} is {x}; fill gaps before, with the value before \
                      them for instance"
@@ -154,19 +160,24 @@ impl Dataset {
             true => Ok(()),
             false => bad(format!("{place} has class {class}, and there are {outputs}: 0 to {}", outputs - 1)),
         };
-        let values = |place: &dyn Display, values: &Array2<f32>, rows: usize| match not_finite(values) {
-            _ if values.dim() != (rows, outputs) => {
-                bad(format!("the targets of {place} have shape {:?}, expected {:?}", values.shape(), [rows, outputs]))
+        let values = |place: &dyn Display, values: &Array2<f32>, rows: usize, unusable: fn(f32) -> bool| {
+            if values.dim() != (rows, outputs) {
+                let (given, expected) = (values.shape(), [rows, outputs]);
+                return bad(format!("the targets of {place} have shape {given:?}, expected {expected:?}"));
             }
-            Some(((row, output), y)) => bad(format!("the targets of {place} have {y} at [{row}, {output}]")),
-            None => Ok(()),
+            match find(values, unusable) {
+                Some(((row, output), y)) => bad(format!("the targets of {place} have {y} at [{row}, {output}]")),
+                None => Ok(()),
+            }
         };
         match (&self.task, &self.targets) {
             (Task::Classify { .. }, Targets::Classes(classes)) => {
                 counted(classes.len())?;
                 classes.iter().enumerate().try_for_each(|(i, &given)| class(&format_args!("series {i}"), given))
             }
-            (Task::Regress { .. }, Targets::Values(targets)) => values(&"all series", targets, count),
+            (Task::Regress { .. }, Targets::Values(targets)) => {
+                values(&"all series", targets, count, |y| !y.is_finite())
+            }
             (Task::ClassifyFrames { .. }, Targets::FrameClasses(all)) => {
                 counted(all.len())?;
                 for (i, (classes, series)) in all.iter().zip(&self.series).enumerate() {
@@ -188,8 +199,13 @@ impl Dataset {
             }
             (Task::RegressFrames { .. }, Targets::FrameValues(all)) => {
                 counted(all.len())?;
-                let mut each = all.iter().zip(&self.series).enumerate();
-                each.try_for_each(|(i, (targets, series))| values(&format_args!("series {i}"), targets, series.nrows()))
+                for (i, (targets, series)) in all.iter().zip(&self.series).enumerate() {
+                    values(&format_args!("series {i}"), targets, series.nrows(), f32::is_infinite)?;
+                }
+                match all.iter().flatten().all(|y| y.is_nan()) {
+                    true => bad("no frame has a target: all are NaN"),
+                    false => Ok(()),
+                }
             }
             (Task::MultiLabel { .. }, Targets::Labels(labels)) => match labels.dim() == (count, outputs) {
                 true => Ok(()),
@@ -269,16 +285,12 @@ impl Dataset {
             let class = if let Targets::Classes(classes) = &self.targets { classes[i] } else { 0 };
             groups.entry(class).or_default().push(i);
         }
-        let fraction = f64::from(fraction);
         let mut rng = Rng::seed_from_u64(seed);
-        let (mut train, mut validation, mut seen) = (Vec::new(), Vec::new(), 0);
-        for mut group in groups.into_values() {
+        let (mut train, mut validation) = (Vec::new(), Vec::new());
+        let shares = shares(&groups.values().map(Vec::len).collect::<Vec<_>>(), fraction);
+        for (mut group, share) in groups.into_values().zip(shares) {
             group.shuffle(&mut rng);
-            seen += group.len();
-            // what rounding left over in one class is made up for in the next
-            let wanted = ((fraction * seen as f64).round() as usize).saturating_sub(validation.len());
-            let most = ((fraction * group.len() as f64).ceil() as usize).min(group.len() - 1);
-            let (taken, left) = group.split_at(wanted.min(most));
+            let (taken, left) = group.split_at(share);
             validation.extend_from_slice(taken);
             train.extend_from_slice(left);
         }
@@ -379,12 +391,15 @@ impl Dataset {
         indices.iter().map(|&i| self.series[i].nrows()).collect()
     }
 
-    /// How many targets some series have: one each, or one a frame that has any.
-    pub(super) fn num_targets(&self, indices: &[usize]) -> usize {
+    /// How many targets some series have: one each, or one a frame that has any, of the numbers of a frame each its share.
+    pub(super) fn num_targets(&self, indices: &[usize]) -> f64 {
         match &self.targets {
-            Targets::FrameClasses(_) => self.classes(indices).count(),
-            Targets::FrameValues(_) => self.lengths(indices).into_iter().sum(),
-            Targets::Classes(_) | Targets::Values(_) | Targets::Labels(_) => indices.len(),
+            Targets::FrameClasses(_) => self.classes(indices).count() as f64,
+            Targets::FrameValues(all) => {
+                let numbers = indices.iter().flat_map(|&i| &all[i]).filter(|y| !y.is_nan()).count();
+                numbers as f64 / self.task.outputs() as f64
+            }
+            Targets::Classes(_) | Targets::Values(_) | Targets::Labels(_) => indices.len() as f64,
         }
     }
 
@@ -490,7 +505,8 @@ impl Dataset {
         let mut add = |word: u64| hash.add(word);
         let mut add_values = |values: &Array2<f32>| {
             add(values.nrows() as u64);
-            values.iter().for_each(|x| add(u64::from(x.to_bits())));
+            // there are many NaNs
+            values.iter().for_each(|x| add(u64::from(if x.is_nan() { f32::NAN } else { *x }.to_bits())));
         };
         indices.iter().for_each(|&i| add_values(&self.series[i]));
         match &self.targets {
@@ -506,6 +522,20 @@ impl Dataset {
         }
         hash.finish()
     }
+}
+
+/// How many of each of several groups are in a part that is this fraction of them all. Of each group one at least is not.
+pub(super) fn shares(sizes: &[usize], fraction: f32) -> Vec<usize> {
+    let (fraction, mut seen, mut taken) = (f64::from(fraction), 0, 0);
+    let share = |&size: &usize| {
+        seen += size;
+        // what rounding left over in one group is made up for in the next
+        let wanted = ((fraction * seen as f64).round() as usize).saturating_sub(taken);
+        let share = wanted.min((fraction * size as f64).ceil() as usize).min(size.saturating_sub(1));
+        taken += share;
+        share
+    };
+    sizes.iter().map(share).collect()
 }
 
 /// Cuts 0..`count` into ranges of like size, at most `most` each.
@@ -530,8 +560,8 @@ fn padded(all: &[Array2<f32>], indices: &[usize]) -> Array3<f32> {
     padded
 }
 
-fn not_finite(array: &Array2<f32>) -> Option<((usize, usize), f32)> {
-    array.indexed_iter().find(|(_, x)| !x.is_finite()).map(|(place, &x)| (place, x))
+fn find(array: &Array2<f32>, what: impl Fn(f32) -> bool) -> Option<((usize, usize), f32)> {
+    array.indexed_iter().find(|(_, x)| what(**x)).map(|(place, &x)| (place, x))
 }
 
 fn bad<T>(reason: impl Into<String>) -> Result<T> {

@@ -89,7 +89,8 @@ impl RegressionLoss {
     ///
     /// # Errors
     ///
-    /// [`Error::Shape`] if b or c is 0, the shapes differ, or the gradient does not fit into memory, [`Error::Targets`] if a target is not finite, and
+    /// [`Error::Shape`] if b or c is 0, the shapes differ, or the gradient does not fit into memory, [`Error::Targets`] if a target is not
+    /// finite (in sequences, if it is infinite), and
     /// [`Error::Option`] if `delta` is not above 0.
     pub fn evaluate(&self, predictions: &ArrayRef2<f32>, targets: &ArrayRef2<f32>) -> Result<Loss<Ix2>> {
         self.validate()?;
@@ -105,7 +106,8 @@ impl RegressionLoss {
 
     /// Predictions and targets `[b, l, c]`, of which the first `lengths[i]` frames of row i count, or all without lengths →
     /// the loss, with a gradient `[b, l, c]`. Every frame has the same weight, whatever the length of its sequence. Other
-    /// frames are ignored.
+    /// frames are ignored, and so are numbers whose target is NaN: the mean is over those that are left, and the weight their number
+    /// divided by c.
     ///
     /// ```
     /// use hymba::ndarray::array;
@@ -117,6 +119,10 @@ impl RegressionLoss {
     /// let loss = huber.evaluate_sequences(&predictions, &targets, Some(&[2, 1]))?;
     /// assert!((loss.value - 2.5 / 3.0).abs() < 1e-6);
     /// assert_eq!(loss.gradient, array![[[0.0], [-1.0 / 3.0]], [[0.0], [0.0]]]);
+    ///
+    /// // nobody knows what the last frame of the second should be
+    /// let gap = huber.evaluate_sequences(&predictions, &targets, Some(&[2, 2]))?;
+    /// assert_eq!((gap.value, gap.weight), (loss.value, 3.0));
     /// # Ok::<(), hymba::Error>(())
     /// ```
     ///
@@ -145,7 +151,7 @@ impl RegressionLoss {
         check_usable("predictions", predictions.shape())?;
         check_shape("targets", targets.shape(), predictions.shape())?;
         let lengths = counting(lengths, predictions.shape())?;
-        let bad = |&((row, frame, _), target): &(_, &f32)| frame < lengths[row] && !target.is_finite();
+        let bad = |&((row, frame, _), target): &(_, &f32)| frame < lengths[row] && target.is_infinite();
         if let Some(((row, frame, i), target)) = targets.indexed_iter().find(bad) {
             return Err(bad_target(&[row, frame, i], *target));
         }
@@ -171,14 +177,18 @@ impl RegressionLoss {
         divisor: Option<f64>,
     ) -> Sums {
         let mut gradient = Array3::zeros(predictions.dim());
-        let (weight, outputs) = (lengths.iter().sum::<usize>() as f64, predictions.dim().2 as f64);
+        let numbers = |(row, &length): (usize, &usize)| {
+            targets.slice(s![row, ..length, ..]).iter().filter(|target| !target.is_nan()).count()
+        };
+        let outputs = predictions.dim().2 as f64;
+        let weight = lengths.iter().enumerate().map(numbers).sum::<usize>() as f64 / outputs;
         let count = divisor.unwrap_or(weight) * outputs;
         let mut sum = 0.0;
         for (row, &length) in lengths.iter().enumerate() {
             let frames = s![row, ..length, ..];
             let mut gradient = gradient.slice_mut(frames);
             let numbers = predictions.slice_move(frames).into_iter().zip(targets.slice_move(frames));
-            for (gradient, (&prediction, &target)) in gradient.iter_mut().zip(numbers) {
+            for (gradient, (&prediction, &target)) in gradient.iter_mut().zip(numbers).filter(|of| !of.1.1.is_nan()) {
                 let (value, slope) = self.value_and_slope(f64::from(prediction) - f64::from(target));
                 sum += value;
                 *gradient = (slope / count) as f32;
@@ -327,25 +337,15 @@ impl CrossEntropy {
     }
 
     fn validate(&self, classes: usize) -> Result<()> {
-        if !(0.0..=1.0).contains(&self.label_smoothing) {
-            return Err(Error::Option {
-                option: "label_smoothing",
-                given: self.label_smoothing.to_string(),
-                allowed: "it must be from 0 to 1; 0.1 is usual".into(),
-            });
+        check_options(self.label_smoothing, [("class_weights", &self.class_weights)], classes, "classes")?;
+        match &self.class_weights {
+            Some(weights) if weights.iter().all(|&weight| weight == 0.0) => Err(Error::Option {
+                option: "class_weights",
+                given: "all 0".into(),
+                allowed: "one weight at least must be above 0".into(),
+            }),
+            _ => Ok(()),
         }
-        let Some(weights) = &self.class_weights else { return Ok(()) };
-        let bad = |given: String, allowed: String| Err(Error::Option { option: "class_weights", given, allowed });
-        if weights.len() != classes {
-            return bad(format!("{} weights", weights.len()), format!("the logits have {classes} classes"));
-        }
-        if let Some(weight) = weights.iter().find(|&&weight| !(weight >= 0.0 && weight.is_finite())) {
-            return bad(weight.to_string(), "each weight must be finite and 0 or more".into());
-        }
-        if weights.iter().all(|&weight| weight == 0.0) {
-            return bad("all 0".into(), "one weight at least must be above 0".into());
-        }
-        Ok(())
     }
 
     fn sums(
@@ -390,6 +390,29 @@ impl CrossEntropy {
         }
         Sums { loss: sum, weight, plain, gradient }
     }
+}
+
+/// Checks label smoothing, and lists of weights for so many `outputs`.
+fn check_options<const N: usize>(
+    label_smoothing: f32,
+    lists: [(&'static str, &Option<Vec<f32>>); N],
+    count: usize,
+    outputs: &str,
+) -> Result<()> {
+    let bad = |option, given: String, allowed: String| Err(Error::Option { option, given, allowed });
+    if !(0.0..=1.0).contains(&label_smoothing) {
+        return bad("label_smoothing", label_smoothing.to_string(), "it must be from 0 to 1; 0.1 is usual".into());
+    }
+    for (option, weights) in lists {
+        let Some(weights) = weights else { continue };
+        if weights.len() != count {
+            return bad(option, format!("{} weights", weights.len()), format!("the logits have {count} {outputs}"));
+        }
+        if let Some(weight) = weights.iter().find(|&&weight| !(weight >= 0.0 && weight.is_finite())) {
+            return bad(option, weight.to_string(), "each weight must be finite and 0 or more".into());
+        }
+    }
+    Ok(())
 }
 
 /// How many frames of each row of `[b, l, c]` count.

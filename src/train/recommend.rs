@@ -82,10 +82,29 @@ impl TrainerOptions {
     /// | `average` | 0.98 |
     /// | `augmentations` | slices of 0.9 and jitter of 0.05 for targets of whole series of 20 frames or more |
     pub fn recommended_for(data: &Dataset) -> Self {
+        let usual = TrainerOptions::default();
+        Self::recommended_for_steps_of(usual.batch_size.min(data.num_series().div_ceil(2)), data)
+    }
+
+    /// As [`recommended_for`](Self::recommended_for), with `batch` series in a step (0 is taken as 1): pieces of it, and epochs of as many
+    /// steps.
+    ///
+    /// ```
+    /// use hymba::Task;
+    /// use hymba::ndarray::Array2;
+    /// use hymba::train::{Dataset, Targets, TrainerOptions};
+    ///
+    /// let task = Task::classify(["maple", "oak"]);
+    /// let targets = Targets::Classes((0..600).map(|i| i % 2).collect());
+    /// let data = Dataset::new(&task, vec![Array2::ones((60, 1)); 600], targets)?;
+    /// let options = TrainerOptions::recommended_for_steps_of(200, &data);
+    /// assert_eq!((options.batch_size, options.accumulation), (100, 2)); // 100 · 60 tokens are no more than 8192
+    /// # Ok::<(), hymba::Error>(())
+    /// ```
+    pub fn recommended_for_steps_of(batch: usize, data: &Dataset) -> Self {
         let model = PredictorOptions::recommended_for(data);
         let tokens = |frames: usize| model.stem.as_ref().map_or(frames, |stem| stem.tokens(frames));
-        let usual = TrainerOptions::default();
-        let batch = usual.batch_size.min(data.num_series().div_ceil(2));
+        let batch = batch.max(1);
         let fitting = (BATCH_TOKENS / tokens(data.longest())).max(1);
         let pieces = (1..=batch).find(|pieces| batch.is_multiple_of(*pieces) && batch / pieces <= fitting).unwrap_or(1);
         let steps = data.num_series().div_ceil(batch);
@@ -96,7 +115,7 @@ impl TrainerOptions {
             true => vec![Augmentation::Slice { fraction: 0.9 }, Augmentation::Jitter { deviation: 0.05 }],
             false => Vec::new(),
         };
-        usual
+        TrainerOptions::default()
             .epochs(epochs)
             .batch_size(batch / pieces)
             .accumulation(pieces)

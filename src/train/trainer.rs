@@ -14,15 +14,19 @@ mod epoch;
 mod measure;
 mod options;
 mod report;
+mod sets;
+mod source;
+mod split;
 
 pub use batches::{BatchSource, DatasetBatches, SeriesBatch};
 use checkpoint::Checkpoint;
-use epoch::Plan;
+use epoch::{Loader, Plan};
+use measure::Part;
 pub use measure::evaluate;
-use measure::{Part, Totals};
 pub use options::{Decay, TrainerOptions};
 use report::{Clock, best_epoch};
 pub use report::{EpochMetrics, Metrics, Progress, Stopped, Trained};
+use sets::Sets;
 
 /// Trains a [`Predictor`] on a [`Dataset`].
 ///
@@ -204,7 +208,7 @@ impl Trainer {
     /// # Errors
     ///
     /// Before anything is trained: [`Error::Data`] if the data are for another task or width, not those of the resumed
-    /// training, or if no frame of a part has a class; [`Error::Option`] if an option does not fit them; [`Error::Checkpoint`] if the checkpoint folder has a training
+    /// training, or if no frame of a part has a target; [`Error::Option`] if an option does not fit them; [`Error::Checkpoint`] if the checkpoint folder has a training
     /// in it already, or if its options are not those its optimiser goes by.
     ///
     /// After that: [`Error::NotFinite`] names the step and the first parameter at fault when a loss or a gradient is not finite,
@@ -273,8 +277,9 @@ impl Trainer {
     ///
     /// `batch_size` and `accumulation` say how many series of all ranks are in a step. So a training is the same on any number of
     /// ranks but for rounding, if nothing in it is drawn at random: dropout and augmentations are drawn on each rank for itself.
-    /// For a given number of ranks the weights are the same, bit for bit, each time. A checkpoint may be resumed by another number, but
-    /// where the data are [sharded](TrainingData::sharded) and `validation_fraction` takes its part of each shard.
+    /// For a given number of ranks the weights are the same, bit for bit, each time. A checkpoint may be resumed by another number, and
+    /// data that are [sharded](TrainingData::sharded) may be divided anew: which series `validation_fraction` takes follows from what is
+    /// in each.
     ///
     /// Rank 0 alone writes checkpoints and calls back, before the next step of all: a callback that stops, or an error on any rank,
     /// ends the training on all. The result is the same on each.
@@ -318,73 +323,62 @@ impl Trainer {
         callback: impl FnMut(&Progress, &Predictor) -> ControlFlow<()>,
     ) -> Result<Trained> {
         let TrainingData { train: data, validation, sharded } = data.into();
-        let fraction = self.options.validation_fraction;
-        let parts = if validation.is_some() || fraction == 0.0 {
-            Ok((Part::whole(data), validation.map(Part::whole)))
+        let mut ranks = Ranks::new(collective, sharded)?;
+        let Trainer { options, start } = &self;
+        let fraction = options.validation_fraction;
+        let mut both = std::iter::once(data).chain(validation).map(Part::whole);
+        ranks.together(both.try_for_each(|part| part.check(start.predictor(), options)))?;
+        start.compare(options, validation.is_some(), &mut ranks)?;
+        let (train, validation) = if validation.is_some() || fraction == 0.0 {
+            (Part::whole(data), validation.map(Part::whole))
         } else {
-            data.split_indices(fraction, self.options.seed)
-                .map(|(train, validation)| (Part { data, indices: train }, Some(Part { data, indices: validation })))
+            let split = match sharded {
+                true => split::split(data, fraction, options.seed, &mut ranks)?,
+                false => ranks.together(data.split_indices(fraction, options.seed))?,
+            };
+            let (train, validation) = split;
+            (Part { data, indices: train }, Some(Part { data, indices: validation }))
         };
-        self.run(parts, Ranks::new(collective, sharded)?, callback)
+        let sets = Sets::new(train, validation, options, &mut ranks)?;
+        self.run(sets, ranks, callback)
     }
 
     fn run(
         self,
-        parts: Result<(Part, Option<Part>)>,
+        mut loader: impl Loader,
         mut ranks: Ranks,
         mut callback: impl FnMut(&Progress, &Predictor) -> ControlFlow<()>,
     ) -> Result<Trained> {
         let Trainer { options, start } = self;
-        let predictor = match &start {
-            Start::New(predictor) => predictor,
-            Start::Resumed { state, .. } => &state.predictor,
-        };
-        let parts = parts.and_then(|(train, validation)| {
-            std::iter::once(&train).chain(&validation).try_for_each(|part| part.check(predictor, &options))?;
-            Ok((train, validation))
-        });
-        let (train, validation) = ranks.together(parts)?;
-        let sharded = ranks.sharded();
-        ranks.compare("the options, or the epochs done,", || start.hash(&options, validation.is_some(), sharded))?;
-        train.check_targets("training", &mut ranks)?;
-        let mut fingerprint = train.fingerprint(&mut ranks)?;
-        let mean_weight = train.mean_weight(&options, &mut ranks)?;
-        if let Some(part) = &validation {
-            part.check_targets("validation", &mut ranks)?;
-            fingerprint = fingerprint.rotate_left(1) ^ part.fingerprint(&mut ranks)?;
-            part.mean_weight(&options, &mut ranks)?;
-        }
-
-        let mut series = [train.indices.len() as f64];
-        ranks.sum_of_data(&mut series)?;
-        let steps = (series[0] as usize).div_ceil(options.step_size());
+        let Plan { fingerprint, steps, batches } = loader.plan();
         let checkpoint = options.checkpoint.as_deref().filter(|_| ranks.is_first()).map(Checkpoint::new);
-        let steps_of = |epochs: usize| steps as u64 * epochs as u64;
+        let optimizer = |epochs: usize| options.optimizer((steps.unwrap_or(1) as u64).saturating_mul(epochs as u64));
         let mut state = match start {
             Start::Resumed { data, .. } if data != fingerprint => {
-                let mut reason = "they are not the data that the resumed training began with".to_string();
-                if sharded && options.validation_fraction > 0.0 {
-                    reason += ", or not divided among the ranks as then: each has its own validation part";
-                }
-                return Err(Error::Data(reason));
+                return Err(Error::Data("they are not the data that the resumed training began with".into()));
             }
             Start::Resumed { mut state, prolonged, .. } => {
-                let optimizer = options.optimizer(steps_of(options.epochs - state.before_schedule));
+                let optimizer = optimizer(options.epochs - state.before_schedule);
                 if prolonged {
                     state.optimizer.restart(optimizer)?;
                 } else if *state.optimizer.options() != optimizer {
                     return Err(Error::Checkpoint {
                         path: options.checkpoint.unwrap_or_default(),
                         reason:
-                            "its options are not those that its optimiser goes by: were they edited? To train by other \
-                                 options, or longer, resume and call Trainer::prolong"
+                            "its options, or the number of its steps, are not those that its optimiser goes by: were they \
+                                 edited? To train by other options, or longer, resume and call Trainer::prolong"
                                 .into(),
                     });
                 }
                 *state
             }
-            Start::New(predictor) => {
-                let state = State::new(*predictor, &train, &options, steps_of(options.epochs), &mut ranks)?;
+            Start::New(mut predictor) => {
+                ranks.broadcast(&mut *predictor)?;
+                loader.normalize(&mut predictor, &mut ranks)?;
+                let optimizer = AdamW::new(&*predictor, optimizer(options.epochs))?;
+                let (best, average) = (*predictor.clone(), options.average.map(|_| *predictor.clone()));
+                let (history, predictor) = (Vec::new(), *predictor);
+                let state = State { predictor, average, best, optimizer, history, before_schedule: 0 };
                 let begun = checkpoint.as_ref().map_or(Ok(()), |checkpoint| {
                     checkpoint.create()?;
                     checkpoint.write(&options, &state, fingerprint)
@@ -395,9 +389,7 @@ impl Trainer {
         };
         ranks.compare("the weights to begin with", || state.hash())?;
 
-        let batches = ranks.num_batches(train.indices.len(), steps, options.batch_size);
-        let clock = Clock::start(batches, state.history.len(), options.epochs);
-        let plan = Plan { steps, batches, mean_weight, clock };
+        let clock = Clock::start(batches.unwrap_or(1), state.history.len(), options.epochs);
         let mut gradient = state.predictor.zeros_like();
         let stopped = loop {
             let epoch = state.history.len();
@@ -407,21 +399,15 @@ impl Trainer {
             } else if epoch - best_epoch(&state.history).max(state.before_schedule) >= patience {
                 break Stopped::NoImprovement;
             }
-            let Some(progress) = state.epoch(&train, &options, &plan, &mut ranks, &mut gradient, &mut callback)? else {
-                break Stopped::Callback;
-            };
-            let measured = match &validation {
-                Some(part) => part.measure(state.current(), &options, &ranks),
-                None => Ok(Totals::default()),
-            };
-            let totals = Totals::of_all(measured, &mut ranks)?;
-            let metrics = validation.as_ref().map(|_| totals.metrics(state.current()));
+            let learned = state.epoch(&mut loader, &options, &clock, &mut ranks, &mut gradient, &mut callback)?;
+            let Some(progress) = learned else { break Stopped::Callback };
+            let metrics = loader.measure(state.current(), &mut ranks)?;
             // first, so that all ranks find the same fault in them
             ranks.compare("the weights after an epoch", || state.hash())?;
             let progress = state.finish(progress, metrics)?;
             let written = checkpoint.as_ref().map_or(Ok(()), |to| to.write(&options, &state, fingerprint));
             if written.is_ok() {
-                let progress = plan.clock.at(progress);
+                let progress = clock.at(progress);
                 ranks.tell(|| callback(&progress, state.current()));
             }
             if ranks.agree(written, &mut [])? {
@@ -435,44 +421,29 @@ impl Trainer {
 }
 
 impl Start {
-    /// Of what must be the same on all ranks, but for the weights.
-    fn hash(&self, options: &TrainerOptions, validates: bool, sharded: bool) -> u64 {
-        let options = TrainerOptions { checkpoint: None, ..options.clone() };
-        let of = |predictor: &Predictor| {
-            let normalized = [predictor.input_normalization(), predictor.output_normalization()].map(|of| of.is_some());
-            format!("{:?} {:?} {normalized:?}", predictor.task(), predictor.predictor_options())
-        };
-        let given = (options, validates, sharded);
+    fn predictor(&self) -> &Predictor {
         match self {
-            Start::New(predictor) => hash_of_text(&(given, of(predictor))),
-            Start::Resumed { state, data, prolonged } => {
-                hash_of_text(&(given, of(&state.predictor), &state.history, data, prolonged))
-            }
+            Start::New(predictor) => predictor,
+            Start::Resumed { state, .. } => &state.predictor,
         }
+    }
+
+    /// Refuses what must be the same on all ranks and is not, but for the weights.
+    fn compare(&self, options: &TrainerOptions, validates: bool, ranks: &mut Ranks) -> Result<()> {
+        let options = TrainerOptions { checkpoint: None, ..options.clone() };
+        let predictor = self.predictor();
+        let normalized = [predictor.input_normalization(), predictor.output_normalization()].map(|of| of.is_some());
+        let of = (predictor.task(), predictor.predictor_options(), normalized);
+        let done = match self {
+            Start::New(_) => None,
+            Start::Resumed { state, data, prolonged } => Some((&state.history, data, prolonged)),
+        };
+        let given = (options, validates, ranks.sharded(), of, done);
+        ranks.compare("the options, or the epochs done,", || hash_of_text(&given))
     }
 }
 
 impl State {
-    fn new(
-        mut predictor: Predictor,
-        train: &Part,
-        options: &TrainerOptions,
-        steps: u64,
-        ranks: &mut Ranks,
-    ) -> Result<Self> {
-        ranks.broadcast(&mut predictor)?;
-        if options.normalize && predictor.input_normalization().is_none() {
-            let normalization = train.data.input_normalization(&train.indices, &predictor, ranks)?;
-            predictor.set_input_normalization(Some(normalization))?;
-        }
-        if options.normalize && predictor.output_normalization().is_none() {
-            predictor.set_output_normalization(train.data.output_normalization(&train.indices, ranks)?)?;
-        }
-        let optimizer = AdamW::new(&predictor, options.optimizer(steps))?;
-        let average = options.average.map(|_| predictor.clone());
-        Ok(State { best: predictor.clone(), predictor, average, optimizer, history: Vec::new(), before_schedule: 0 })
-    }
-
     /// Of all that must be the same on all ranks.
     fn hash(&self) -> u64 {
         let [first, second] = self.optimizer.moments();
@@ -513,6 +484,11 @@ impl State {
             self.best = self.current().clone();
         }
         Ok(Progress { finished: Some(epoch), ..progress })
+    }
+
+    /// Refuses a loss that is no number.
+    fn check_loss(&self, loss: f32) -> Result<()> {
+        if loss.is_finite() { Ok(()) } else { Err(self.not_finite(&format!("the loss is {loss}"))) }
     }
 
     /// The error of the step that is due, and the parameter that is most to blame.

@@ -5,7 +5,7 @@ use std::ops::ControlFlow;
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail};
-use hymba::lm::{HymbaLmConfig, RopeType, TorchDtype};
+use hymba::lm::HymbaLmConfig;
 use hymba::train::{LmProgress, LmTrainer, LmTrainerOptions, Stopped, TokenRows};
 use hymba::{GenerateOptions, HymbaLm};
 
@@ -50,24 +50,6 @@ pub struct Args {
     threads: ThreadArgs,
 }
 
-/// The small model of the tests in other sizes: the first and the last layer see everything, those between them a window, two by two
-/// with the same keys and values.
-fn config(args: &Args) -> HymbaLmConfig {
-    let mut config = HymbaLmConfig::hymba_1_5b();
-    let (h, layers) = (args.hidden, args.layers);
-    (config.hidden_size, config.num_hidden_layers, config.vocab_size) = (h, layers, 256);
-    (config.num_attention_heads, config.num_key_value_heads) = ((h / 32).max(1), (h / 64).max(1));
-    (config.intermediate_size, config.mamba_dt_rank) = (11 * h / 4, Some(h.div_ceil(16)));
-    (config.num_memory_tokens, config.sliding_window) = (8, Some(48));
-    config.global_attn_idx = Some(if layers > 1 { vec![0, layers - 1] } else { vec![0] });
-    let pairs = (1..layers.saturating_sub(2)).step_by(2).map(|first| vec![first, first + 1]).collect::<Vec<_>>();
-    config.kv_reuse_group = Some(pairs).filter(|pairs| !pairs.is_empty());
-    (config.max_position_embeddings, config.rope_type) = (args.window.max(256), RopeType::Default);
-    (config.bos_token_id, config.eos_token_id, config.pad_token_id) = (Some(10), vec![0], Some(0));
-    config.torch_dtype = Some(TorchDtype::F32);
-    config
-}
-
 pub fn run(args: Args) -> Result<()> {
     args.threads.start()?;
     if args.out.join("config.json").exists() {
@@ -91,7 +73,7 @@ pub fn run(args: Args) -> Result<()> {
         .epochs(args.epochs)
         .seed(args.seed)
         .checkpoint(&checkpoint);
-    let lm = HymbaLm::build(config(&args), args.seed)?;
+    let lm = HymbaLm::build(HymbaLmConfig::bytes(args.hidden, args.layers, args.window), args.seed)?;
     eprintln!(
         "{:.2} M parameters; {} bytes to learn, {} held out",
         lm.num_parameters() as f64 / 1e6,

@@ -117,6 +117,14 @@ impl<'a> Ranks<'a> {
         if self.sharded { self.collective.sum_f64(sums) } else { Ok(()) }
     }
 
+    /// What every rank has, in their order.
+    pub fn gather<const N: usize>(&mut self, own: [f64; N]) -> Result<Vec<[f64; N]>> {
+        let mut all = vec![[0.0; N]; self.collective.size()];
+        all[self.rank()] = own;
+        self.collective.sum_f64(all.as_flattened_mut())?;
+        Ok(all)
+    }
+
     /// A normalization of the frames `[.., width]` of all ranks.
     pub fn fit<'f>(
         &mut self,
@@ -160,10 +168,8 @@ impl<'a> Ranks<'a> {
         if self.is_alone() {
             return Ok(());
         }
-        let (rank, mut halves) = (self.rank(), vec![0.0; 2 * self.collective.size()]);
-        halves[2 * rank..2 * rank + 2].copy_from_slice(&split(hash()));
-        self.collective.sum_f64(&mut halves)?;
-        let others = halves.chunks(2).enumerate().filter(|(_, other)| *other != &halves[..2]);
+        let halves = self.gather(split(hash()))?;
+        let others = halves.iter().enumerate().filter(|(_, other)| **other != halves[0]);
         let others: Vec<String> = others.take(8).map(|(rank, _)| rank.to_string()).collect();
         match others.is_empty() {
             true => Ok(()),

@@ -2,8 +2,8 @@
 
 use ndarray::{Array3, ArrayRef2, ArrayRef3, Axis, Ix2, Ix3, s};
 
-use super::{Loss, Sums, bad_target, check_shape, check_usable, counting, single_frames};
-use crate::{Error, Result};
+use super::{Loss, Sums, bad_target, check_options, check_shape, check_usable, counting, single_frames};
+use crate::Result;
 
 /// Binary cross-entropy of the logits z: labels that do not exclude each other. The mean, over all labels of all frames that count, of
 ///
@@ -89,7 +89,8 @@ impl BinaryCrossEntropy {
     ) -> Result<Sums> {
         check_usable("logits", logits.shape())?;
         let labels = logits.dim().2;
-        self.validate(labels)?;
+        let lists = [("weights", &self.weights), ("positive_weights", &self.positive_weights)];
+        check_options(self.label_smoothing, lists, labels, "labels")?;
         check_shape("targets", targets.shape(), logits.shape())?;
         let lengths = counting(lengths, logits.shape())?;
         let bad = |&((row, frame, _), target): &(_, &f32)| frame < lengths[row] && !(0.0..=1.0).contains(target);
@@ -121,23 +122,5 @@ impl BinaryCrossEntropy {
         }
         let labels = labels as f64;
         Ok(Sums { loss: loss / labels, weight, plain: plain / labels, gradient })
-    }
-
-    fn validate(&self, labels: usize) -> Result<()> {
-        if !(0.0..=1.0).contains(&self.label_smoothing) {
-            let (given, allowed) = (self.label_smoothing.to_string(), "it must be from 0 to 1; 0.1 is usual".into());
-            return Err(Error::Option { option: "label_smoothing", given, allowed });
-        }
-        for (option, weights) in [("weights", &self.weights), ("positive_weights", &self.positive_weights)] {
-            let Some(weights) = weights else { continue };
-            let bad = |given: String, allowed: String| Err(Error::Option { option, given, allowed });
-            if weights.len() != labels {
-                return bad(format!("{} weights", weights.len()), format!("the logits have {labels} labels"));
-            }
-            if let Some(weight) = weights.iter().find(|&&weight| !(weight >= 0.0 && weight.is_finite())) {
-                return bad(weight.to_string(), "each weight must be finite and 0 or more".into());
-            }
-        }
-        Ok(())
     }
 }

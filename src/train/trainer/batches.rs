@@ -3,13 +3,10 @@
 use std::ops::ControlFlow;
 
 use ndarray::{Array3, Ix3};
-use rand::{RngExt, SeedableRng};
 
-use super::checkpoint::Checkpoint;
-use super::report::{Clock, best_epoch};
-use super::{Decay, Metrics, Progress, Start, State, Stopped, Trained, Trainer, TrainerOptions};
-use crate::layers::Rng;
-use crate::train::{AdamW, Dataset, Loss, Parameters, Targets};
+use super::source::{Batches, SOURCE};
+use super::{Decay, Progress, Start, Trained, Trainer};
+use crate::train::{Alone, Collective, Dataset, Loss, Ranks, Targets};
 use crate::{Error, Predictor, Result};
 
 /// Series that are learned from together.
@@ -179,8 +176,8 @@ impl Trainer {
     /// in [`EpochMetrics::validation`](super::EpochMetrics::validation) as the loss, and the epoch with the least is kept; with `None`,
     /// that with the least training loss. A metric that is better when it is higher is returned with a minus.
     ///
-    /// Of the options, those of the optimiser, `epochs`, `accumulation`, `average`, `patience`, `seed` and `checkpoint` count; the
-    /// others are of [`fit`](Self::fit). In particular nothing is normalized or augmented: give the predictor an input
+    /// Of the options, those of the optimiser, `epochs`, `accumulation`, `average`, `skip_not_finite`, `patience`, `seed` and `checkpoint`
+    /// count; the others are of [`fit`](Self::fit). In particular nothing is normalized or augmented: give the predictor an input
     /// normalization ([`Predictor::set_input_normalization`]) and the source its augmentations. A training can be
     /// [resumed](Self::resume) and [prolonged](Self::prolong) with the same source; nothing checks that it is the same.
     ///
@@ -192,158 +189,89 @@ impl Trainer {
     pub fn fit_batches<S: BatchSource>(
         self,
         source: &mut S,
-        mut loss: impl FnMut(&Array3<f32>, &SeriesBatch<S::Targets>) -> Result<Loss<Ix3>>,
-        mut metric: impl FnMut(&Predictor) -> Result<Option<f32>>,
+        loss: impl FnMut(&Array3<f32>, &SeriesBatch<S::Targets>) -> Result<Loss<Ix3>>,
+        metric: impl FnMut(&Predictor) -> Result<Option<f32>>,
         mut callback: impl FnMut(&Progress) -> ControlFlow<()>,
     ) -> Result<Trained> {
-        let Trainer { options, start } = self;
-        let known = source.batches();
-        if known.is_none() && (options.decay != Decay::Constant || options.warm_up > 0.0) {
+        let callback = |progress: &Progress, _: &Predictor| callback(progress);
+        self.fit_batches_on(source, loss, metric, &mut Alone, callback)
+    }
+
+    /// As [`fit_batches`](Self::fit_batches), together with other processes, the ranks of `collective`: each has a source of its own. All
+    /// that is said of [`fit_on`](Self::fit_on) holds, and:
+    ///
+    /// * `accumulation` batches of each rank make a step, weighted by what they count. Where some ranks have no more batches, the others go
+    ///   on; the epoch is over when none has any. The number of batches is known if it is on all ranks.
+    /// * [`BatchSource::begin`] gets the same seed on all ranks: sources that draw an order can divide the same one among them.
+    /// * `metric` is called on every rank, and the mean of those that return something is what counts.
+    ///
+    /// ```
+    /// use std::ops::ControlFlow;
+    /// use std::thread;
+    ///
+    /// use hymba::ndarray::Array2;
+    /// use hymba::train::{Collective, CrossEntropy, Dataset, DatasetBatches, Targets, Threads, Trainer, TrainerOptions};
+    /// use hymba::{HymbaOptions, Predictor, Task};
+    ///
+    /// let ranks: Vec<_> = Threads::new(2).into_iter().map(|mut rank| thread::spawn(move || {
+    ///     let task = Task::classify(["a", "b"]);
+    ///     // other series on each rank, and not as many
+    ///     let count = 6 + 2 * rank.rank();
+    ///     let targets = Targets::Classes((0..count).map(|i| i % 2).collect());
+    ///     let mine = Dataset::new(&task, vec![Array2::ones((9, 1)); count], targets)?;
+    ///     let predictor = Predictor::build(HymbaOptions::new(1).hidden_size(8).num_layers(1), task)?;
+    ///     Trainer::new(predictor, TrainerOptions::default().epochs(2))?.fit_batches_on(
+    ///         &mut DatasetBatches::new(&mine, 2)?,
+    ///         |z, batch| {
+    ///             let Targets::Classes(classes) = &batch.targets else { unreachable!("a classification") };
+    ///             let labels = Array2::from_shape_fn((classes.len(), 1), |(i, _)| classes[i]);
+    ///             CrossEntropy::new().evaluate_sequences(z, &labels, None)
+    ///         },
+    ///         |_| Ok(None),
+    ///         &mut rank,
+    ///         |_, _| ControlFlow::Continue(()),
+    ///     )
+    /// })).collect();
+    /// let trained = ranks.into_iter().map(|rank| rank.join().unwrap()).collect::<hymba::Result<Vec<_>>>()?;
+    /// assert_eq!(trained[0].history, trained[1].history);
+    /// # Ok::<(), hymba::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// Those of [`fit_batches`](Self::fit_batches), each on the rank it happened on, and [`Error::Collective`] on the others, as
+    /// [`fit_on`](Self::fit_on).
+    pub fn fit_batches_on<S: BatchSource>(
+        self,
+        source: &mut S,
+        loss: impl FnMut(&Array3<f32>, &SeriesBatch<S::Targets>) -> Result<Loss<Ix3>>,
+        metric: impl FnMut(&Predictor) -> Result<Option<f32>>,
+        collective: &mut dyn Collective,
+        callback: impl FnMut(&Progress, &Predictor) -> ControlFlow<()>,
+    ) -> Result<Trained> {
+        let mut ranks = Ranks::new(collective, true)?;
+        let Trainer { options, start } = &self;
+        start.compare(options, false, &mut ranks)?;
+        if let Start::Resumed { data, .. } = start
+            && *data != SOURCE
+        {
+            return Err(Error::Data("the resumed training is one of Trainer::fit, on a data set".into()));
+        }
+        let batches = source.batches();
+        let own = batches.map_or(f64::NAN, |batches| batches.div_ceil(options.accumulation) as f64);
+        let all = ranks.gather([own])?;
+        let known = all.iter().all(|[steps]| !steps.is_nan());
+        let steps = known.then(|| all.iter().fold(0, |most, [steps]| most.max(*steps as usize)));
+        if steps == Some(0) {
+            return Err(Error::Data("the source has no batches".into()));
+        } else if !known && (options.decay != Decay::Constant || options.warm_up > 0.0) {
             return Err(Error::Option {
                 option: "decay",
                 given: format!("{:?}, with a warm-up of {}", options.decay, options.warm_up),
                 allowed: "the source does not say how many batches it has: Decay::Constant without warm-up".into(),
             });
         }
-        let steps_of = |epochs: usize| {
-            let steps = known.map_or(1, |batches| batches.div_ceil(options.accumulation));
-            (steps as u64).saturating_mul(epochs as u64)
-        };
-        let checkpoint = options.checkpoint.as_deref().map(Checkpoint::new);
-        let mut state = match start {
-            Start::Resumed { data, .. } if data != SOURCE => {
-                return Err(Error::Data("the resumed training is one of Trainer::fit, on a data set".into()));
-            }
-            Start::Resumed { mut state, prolonged, .. } => {
-                let optimizer = options.optimizer(steps_of(options.epochs - state.before_schedule));
-                if prolonged {
-                    state.optimizer.restart(optimizer)?;
-                } else if *state.optimizer.options() != optimizer {
-                    let advice = "the source has another number of batches than the resumed training began with";
-                    return Err(Error::Data(advice.into()));
-                }
-                *state
-            }
-            Start::New(predictor) => {
-                let state = State::of_batches(*predictor, &options, steps_of(options.epochs))?;
-                if let Some(checkpoint) = &checkpoint {
-                    checkpoint.create()?;
-                    checkpoint.write(&options, &state, SOURCE)?;
-                }
-                state
-            }
-        };
-        let clock = Clock::start(known.unwrap_or(1), state.history.len(), options.epochs);
-        let mut gradient = state.predictor.zeros_like();
-        let stopped = loop {
-            let epoch = state.history.len();
-            if epoch >= options.epochs {
-                break Stopped::Finished;
-            } else if epoch - best_epoch(&state.history).max(state.before_schedule)
-                >= options.patience.unwrap_or(usize::MAX)
-            {
-                break Stopped::NoImprovement;
-            }
-            let learned = state.epoch_of_batches(source, &options, &clock, &mut gradient, &mut loss, &mut callback)?;
-            let Some(progress) = learned else { break Stopped::Callback };
-            let validation = metric(state.current())?.map(|loss| Metrics { loss, plain_loss: None, accuracy: None });
-            let progress = state.finish(progress, validation)?;
-            if let Some(checkpoint) = &checkpoint {
-                checkpoint.write(&options, &state, SOURCE)?;
-            }
-            if callback(&clock.at(progress)).is_break() {
-                break Stopped::Callback;
-            }
-        };
-        let best_epoch = best_epoch(&state.history);
-        let predictor = if best_epoch == 0 { state.average.unwrap_or(state.predictor) } else { state.best };
-        Ok(Trained { predictor, best_epoch, history: state.history, stopped })
-    }
-}
-
-/// What checkpoints have in the place of the fingerprint of the data.
-const SOURCE: u64 = 0x736f_7572_6365;
-
-impl State {
-    fn of_batches(predictor: Predictor, options: &TrainerOptions, steps: u64) -> Result<Self> {
-        let optimizer = AdamW::new(&predictor, options.optimizer(steps))?;
-        let average = options.average.map(|_| predictor.clone());
-        Ok(State { best: predictor.clone(), predictor, average, optimizer, history: Vec::new(), before_schedule: 0 })
-    }
-
-    /// Learns from every batch once. Returns where it stands, or `None` if the callback said stop.
-    fn epoch_of_batches<S: BatchSource>(
-        &mut self,
-        source: &mut S,
-        options: &TrainerOptions,
-        clock: &Clock,
-        gradient: &mut Predictor,
-        loss: &mut impl FnMut(&Array3<f32>, &SeriesBatch<S::Targets>) -> Result<Loss<Ix3>>,
-        callback: &mut impl FnMut(&Progress) -> ControlFlow<()>,
-    ) -> Result<Option<Progress>> {
-        let epoch = self.history.len();
-        let mut rng = Rng::seed_from_u64(options.seed);
-        rng.set_stream(epoch as u64 + 1);
-        source.begin(rng.random())?;
-        let known = source.batches();
-        let frame_wise = self.predictor.task().is_frame_wise();
-        let nothing = Metrics { loss: 0.0, plain_loss: None, accuracy: None };
-        let mut progress = Progress::begin(epoch, options.epochs, known.unwrap_or(1), nothing);
-        let (mut sum, mut weight, mut norms, mut steps) = (0.0, 0.0, 0.0, 0u32);
-        let (mut pieces, mut of_step) = (0, 0.0);
-        let mut next = source.next_batch()?;
-        while let Some(batch) = next {
-            // one ahead: whether it is the last
-            next = source.next_batch()?;
-            progress.batch += 1;
-            if known.is_some_and(|known| progress.batch > known) {
-                return Err(self.other_number(known));
-            }
-            let (z, cache) = self.predictor.run_train(&batch.x, Some(&batch.lengths), rng.random(), frame_wise)?;
-            let found = loss(&z, &batch)?;
-            if !found.value.is_finite() {
-                return Err(self.not_finite(&format!("the loss is {}", found.value)));
-            }
-            if found.gradient.dim() != z.dim() {
-                let expected = format!("{:?}, as what was predicted has", z.shape());
-                return Err(Error::Shape { argument: "gradient", expected, given: found.gradient.shape().to_vec() });
-            }
-            self.predictor.run_backward(&cache, found.sum_gradient(), gradient)?;
-            sum += f64::from(found.value) * found.weight;
-            weight += found.weight;
-            of_step += found.weight;
-            pieces += 1;
-            if pieces == options.accumulation || next.is_none() {
-                // batches in which nothing counts are no step
-                if of_step != 0.0 {
-                    let step = self.optimizer.step_accumulated(&mut self.predictor, gradient, of_step)?;
-                    self.update_average(options.average);
-                    norms += step.gradient_norm;
-                    steps += 1;
-                    (progress.learning_rate, progress.gradient_norm) = (step.learning_rate, step.gradient_norm as f32);
-                }
-                (pieces, of_step) = (0, 0.0);
-            }
-            progress.batches = known.unwrap_or(progress.batch);
-            progress.train.loss = if weight > 0.0 { (sum / weight) as f32 } else { 0.0 };
-            progress = clock.at(progress);
-            if callback(&progress).is_break() {
-                gradient.fill_zero();
-                return Ok(None);
-            }
-        }
-        if steps == 0 {
-            return Err(Error::Data("an epoch of the source has no batches, or none in which anything counts".into()));
-        }
-        if known.is_some_and(|known| known != progress.batch) {
-            return Err(self.other_number(known));
-        }
-        progress.gradient_norm = (norms / f64::from(steps)) as f32;
-        Ok(Some(progress))
-    }
-
-    fn other_number(&self, known: Option<usize>) -> Error {
-        let (epoch, known) = (self.history.len() + 1, known.unwrap_or(0));
-        Error::Data(format!("the source announced {known} batches, and in epoch {epoch} it has another number"))
+        let batches = Batches::new(source, loss, metric, options, steps);
+        self.run(batches, ranks, callback)
     }
 }

@@ -1,99 +1,126 @@
-//! One epoch of a training on a data set: its steps, taken by all ranks together.
+//! One epoch of a training: its steps, taken by all ranks together.
 
 use std::ops::ControlFlow;
 
-use rand::RngExt;
+use rand::SeedableRng;
 
-use super::measure::{Part, Totals, score};
+use super::measure::Totals;
 use super::report::Clock;
-use super::{Progress, State, TrainerOptions};
-use crate::train::data::{Batch, Mixed};
-use crate::train::{Parameters, Ranks, cut};
+use super::{Metrics, Progress, State, TrainerOptions};
+use crate::layers::Rng;
+use crate::train::{Parameters, Ranks};
 use crate::{Error, Predictor, Result};
 
-/// What is the same in all epochs.
+/// Where the steps of an epoch come from: data sets, or batches from anywhere. A step is one of all ranks, to which each adds batches of
+/// its own, or none.
+pub(super) trait Loader {
+    /// What is the same in all epochs.
+    fn plan(&self) -> Plan;
+
+    /// Fits the normalizations that the predictor has not yet.
+    fn normalize(&self, predictor: &mut Predictor, ranks: &mut Ranks) -> Result<()>;
+
+    /// Begins an epoch, counted from 0.
+    fn begin(&mut self, epoch: usize, ranks: &mut Ranks) -> Result<()>;
+
+    /// Goes on to the next step, or says that there is none on any rank.
+    fn next_step(&mut self) -> bool;
+
+    /// Learns from the next batch of the step, if this rank has one: adds to `totals` and `gradient`. Returns whether another follows in
+    /// the step.
+    fn learn(&mut self, state: &State, totals: &mut Totals, gradient: &mut Predictor) -> Result<bool>;
+
+    /// Ends the step. Returns numbers to be added up over the ranks.
+    fn end_step(&mut self) -> [f64; 2];
+
+    /// What the gradient of the step is to be divided by, given these sums; `None` if nothing counts on any rank.
+    fn divisor(&mut self, sums: [f64; 2]) -> Option<f64>;
+
+    /// Batches of this rank in the epoch so far.
+    fn batch(&self) -> usize;
+
+    /// Measures a predictor on what all ranks have to validate on, if they have anything.
+    fn measure(&mut self, predictor: &Predictor, ranks: &mut Ranks) -> Result<Option<Metrics>>;
+}
+
 pub(super) struct Plan {
-    /// Of the optimiser, in an epoch.
-    pub steps: usize,
-    /// Of this rank, in an epoch.
-    pub batches: usize,
-    /// Of the class weights.
-    pub mean_weight: f64,
-    pub clock: Clock,
+    /// What a resumed training knows its data by.
+    pub fingerprint: u64,
+    /// Of the optimiser in an epoch, if that is known.
+    pub steps: Option<usize>,
+    /// Of this rank in an epoch, if that is known.
+    pub batches: Option<usize>,
+}
+
+/// What all ranks draw from in an epoch, and what each draws from for itself.
+pub(super) fn generators(seed: u64, epoch: usize, ranks: &Ranks) -> [Rng; 2] {
+    let all = epoch as u64 + 1;
+    [all, 1 << 63 | (ranks.rank() as u64) << 32 | all].map(|stream| {
+        let mut rng = Rng::seed_from_u64(seed);
+        rng.set_stream(stream);
+        rng
+    })
 }
 
 impl State {
-    /// Learns from every series once. Returns where it stands, or `None` if the callback said stop.
+    /// Learns from everything once. Returns where it stands, or `None` if the callback said stop.
     pub(super) fn epoch(
         &mut self,
-        train: &Part,
+        loader: &mut impl Loader,
         options: &TrainerOptions,
-        plan: &Plan,
+        clock: &Clock,
         ranks: &mut Ranks,
         gradient: &mut Predictor,
         callback: &mut impl FnMut(&Progress, &Predictor) -> ControlFlow<()>,
     ) -> Result<Option<Progress>> {
         let epoch = self.history.len();
-        let (steps, mut rng) = train.steps(plan.steps, options.seed, epoch, ranks);
-        // of all ranks
-        let mut targets: Vec<_> = steps.iter().map(|step| train.data.num_targets(step) as f64).collect();
-        ranks.agree(Ok(()), &mut targets)?;
+        loader.begin(epoch, ranks)?;
+        let batches = loader.plan().batches;
         let mut totals = Totals::default();
-        let mut progress = Progress::begin(epoch, options.epochs, plan.batches, totals.metrics(&self.predictor));
+        let mut progress = Progress::begin(epoch, options.epochs, totals.metrics(&self.predictor));
         let skipped_before = self.history.iter().map(|epoch| epoch.skipped).sum::<usize>();
         let (mut norms, mut taken) = (0.0, 0);
-        for (step, targets) in steps.into_iter().zip(targets) {
-            if targets == 0.0 {
-                // nothing to learn on any rank: no step, or the optimiser would go on by its momentum
-                progress.batch += cut(step.len(), options.batch_size).count().max(1);
-                continue;
-            }
-            // of the whole step, so that a batch in pieces is the same as in one
-            let divisor = plan.mean_weight * targets;
+        while loader.next_step() {
             let before = totals;
             if !ranks.is_first() {
                 // rank 0 brings what was before into the sum
                 totals = Totals::default();
             }
-            let mut learned = Ok(());
             let may_skip = skipped_before + progress.skipped < options.skip_not_finite;
-            for piece in cut(step.len(), options.batch_size) {
-                if ranks.stop() {
-                    break;
-                }
-                let (seed, last) = (rng.random(), piece.end == step.len());
-                if learned.is_ok() {
-                    let batch = train.augmented(&step[piece], options, &mut rng);
-                    learned = self.learn(batch, divisor, seed, options, &mut totals, gradient);
-                }
-                if learned.as_ref().is_err_and(|error| !(may_skip && matches!(error, Error::NotFinite { .. }))) {
-                    break;
-                }
-                if !last {
-                    progress.batch += 1;
-                    progress.train = totals.metrics(&self.predictor);
-                    progress = plan.clock.at(progress);
+            let mut learned = Ok(true);
+            while !ranks.stop() && matches!(learned, Ok(true)) {
+                learned = loader.learn(self, &mut totals, gradient);
+                if let Ok(true) = learned {
+                    progress = clock.at(self.told(progress, loader.batch(), batches, &totals));
                     ranks.tell(|| callback(&progress, self.current()));
                 }
             }
-            let mut sums = totals.numbers();
-            let stepped = match ranks.agree(learned, &mut sums) {
+            let ([a, b, c, d, e], [f, g]) = (totals.numbers(), loader.end_step());
+            let mut sums = [a, b, c, d, e, f, g];
+            let stepped = match ranks.agree(learned.map(drop), &mut sums) {
                 Ok(true) => return Ok(None),
                 Ok(false) => {
-                    totals = Totals::of_numbers(sums);
-                    ranks.sum(gradient)?;
-                    self.optimizer.step(&mut self.predictor, gradient)
+                    let [a, b, c, d, e, f, g] = sums;
+                    totals = Totals::of_numbers([a, b, c, d, e]);
+                    match loader.divisor([f, g]) {
+                        Some(divisor) => {
+                            ranks.sum(gradient)?;
+                            self.optimizer.step_accumulated(&mut self.predictor, gradient, divisor).map(Some)
+                        }
+                        None => Ok(None),
+                    }
                 }
                 Err(error) => Err(error),
             };
             match stepped {
-                Ok(info) => {
+                Ok(Some(info)) => {
                     self.update_average(options.average);
                     norms += info.gradient_norm;
                     taken += 1;
                     progress.learning_rate = info.learning_rate;
                     progress.gradient_norm = info.gradient_norm as f32;
                 }
+                Ok(None) => {}
                 Err(Error::NotFinite { .. }) if may_skip => {
                     gradient.fill_zero();
                     progress.skipped += 1;
@@ -101,47 +128,22 @@ impl State {
                 }
                 Err(error) => return Err(error),
             }
-            progress.batch += 1;
-            progress.train = totals.metrics(&self.predictor);
-            progress = plan.clock.at(progress);
+            progress = clock.at(self.told(progress, loader.batch(), batches, &totals));
             ranks.tell(|| callback(&progress, self.current()));
         }
         if ranks.agree(Ok(()), &mut [])? {
             return Ok(None);
         }
-        if taken == 0 {
+        if taken == 0 && progress.skipped > 0 {
             return Err(self.not_finite("no step of an epoch could be taken"));
+        } else if taken == 0 {
+            return Err(Error::Data("an epoch has no batches, or none in which anything counts".into()));
         }
         progress.gradient_norm = (norms / f64::from(taken)) as f32;
         Ok(Some(progress))
     }
 
-    /// Adds the losses of a batch to `totals`, and the gradient of their sum divided by `divisor` to `gradient`.
-    fn learn(
-        &self,
-        (batch, mixed): (Batch, Option<Mixed>),
-        divisor: f64,
-        seed: u64,
-        options: &TrainerOptions,
-        totals: &mut Totals,
-        gradient: &mut Predictor,
-    ) -> Result<()> {
-        let frame_wise = self.predictor.task().is_frame_wise();
-        let (z, cache) = self.predictor.run_train(&batch.x, Some(&batch.lengths), seed, frame_wise)?;
-        let other = mixed.map(|Mixed { share, targets }| {
-            let scored = score(&self.predictor, z.clone(), targets, &batch.counts, options, Some(divisor));
-            scored.map(|scored| (share, scored))
-        });
-        let (mut of_batch, mut dz) = score(&self.predictor, z, batch.targets, &batch.counts, options, Some(divisor))?;
-        if let Some((share, (of_other, dz_of_other))) = other.transpose()? {
-            of_batch = of_batch.mixed(&of_other, share);
-            dz.zip_mut_with(&dz_of_other, |dz, other| *dz = *dz * share + other * (1.0 - share));
-        }
-        let loss = of_batch.metrics(&self.predictor).loss;
-        if !loss.is_finite() {
-            return Err(self.not_finite(&format!("the loss is {loss}")));
-        }
-        totals.add(&of_batch);
-        self.predictor.run_backward(&cache, dz, gradient).map(drop)
+    fn told(&self, progress: Progress, batch: usize, batches: Option<usize>, totals: &Totals) -> Progress {
+        Progress { batch, batches: batches.unwrap_or(batch), train: totals.metrics(&self.predictor), ..progress }
     }
 }

@@ -1,9 +1,9 @@
 //! How well a predictor does on data.
 
 use ndarray::{Array3, s};
-use rand::SeedableRng;
 use rand::seq::SliceRandom;
 
+use super::epoch::generators;
 use super::{Metrics, TrainerOptions};
 use crate::layers::Rng;
 use crate::train::data::{Batch, BatchTargets, Mixed};
@@ -80,24 +80,20 @@ impl<'a> Part<'a> {
 
     /// Refuses a part that has no targets on any rank.
     pub fn check_targets(&self, called: &str, ranks: &mut Ranks) -> Result<()> {
-        let mut count = [self.data.num_targets(&self.indices) as f64];
+        let mut count = [self.data.num_targets(&self.indices)];
         ranks.sum_of_data(&mut count)?;
         match count[0] > 0.0 {
             true => Ok(()),
-            false => Err(Error::Data(format!("no frame of the {called} part has a class: all are Targets::IGNORED"))),
+            false => {
+                Err(Error::Data(format!("no frame of the {called} part has a target: all are Targets::IGNORED or NaN")))
+            }
         }
     }
 
     /// The series of this rank in each of the `count` steps of an epoch, in an order drawn from the seed, and what this rank draws
     /// further from.
     pub fn steps(&self, count: usize, seed: u64, epoch: usize, ranks: &Ranks) -> (Vec<Vec<usize>>, Rng) {
-        let stream = |stream| {
-            let mut rng = Rng::seed_from_u64(seed);
-            rng.set_stream(stream);
-            rng
-        };
-        let mut of_all = stream(epoch as u64 + 1);
-        let mut own = stream(1 << 63 | (ranks.rank() as u64) << 32 | (epoch as u64 + 1));
+        let [mut of_all, mut own] = generators(seed, epoch, ranks);
         let mut steps =
             self.data.sorted_batches(&self.indices, count, if ranks.sharded() { &mut own } else { &mut of_all });
         // the same order on all ranks, so that they have series of like length at a time
@@ -143,9 +139,9 @@ impl<'a> Part<'a> {
 /// Sums over series, or frames, from which the metrics of all of them follow.
 #[derive(Clone, Copy, Default)]
 pub(super) struct Totals {
-    loss: f64,
+    pub loss: f64,
     /// What the mean loss is `loss` divided by.
-    weight: f64,
+    pub weight: f64,
     plain_loss: f64,
     right: usize,
     count: usize,
@@ -191,7 +187,8 @@ impl Totals {
     pub fn metrics(&self, predictor: &Predictor) -> Metrics {
         // of nothing 0, but not where NaN was seen
         let mean = |sum: f64, of: f64| (if of > 0.0 { sum / of } else { 0.0 * sum }) as f32;
-        let of_all = |sum| (!predictor.task().is_regression()).then(|| mean(sum, self.count as f64));
+        let counted = self.count > 0 && !predictor.task().is_regression();
+        let of_all = |sum| counted.then(|| mean(sum, self.count as f64));
         Metrics {
             loss: mean(self.loss, self.weight),
             plain_loss: of_all(self.plain_loss),

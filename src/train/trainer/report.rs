@@ -77,12 +77,12 @@ pub struct Progress {
 
 impl Progress {
     /// Before the first batch of an epoch, counted from 0.
-    pub(super) fn begin(epoch: usize, epochs: usize, batches: usize, train: Metrics) -> Self {
+    pub(super) fn begin(epoch: usize, epochs: usize, train: Metrics) -> Self {
         Progress {
             epoch: epoch + 1,
             epochs,
             batch: 0,
-            batches,
+            batches: 0,
             train,
             learning_rate: 0.0,
             gradient_norm: 0.0,

@@ -1,0 +1,43 @@
+//! Small models whose tokens are the bytes of a text.
+
+use super::{HymbaLmConfig, RopeType, TorchDtype};
+
+impl HymbaLmConfig {
+    /// A small model over bytes, of any width and depth, for texts that are learned in rows of `length` bytes: 256 tokens, 8 meta tokens, a
+    /// head of 32 numbers, an MLP 2.75 times as wide. The first and the last layer see everything, those between them a window of 48, two
+    /// by two with the same keys and values. A text begins with a line feed and ends with a zero.
+    ///
+    /// It is not checked: widths and lengths that cannot be are refused by [`validate`](Self::validate).
+    ///
+    /// ```
+    /// use hymba::HymbaLm;
+    /// use hymba::lm::HymbaLmConfig;
+    ///
+    /// let lm = HymbaLm::build(HymbaLmConfig::bytes(64, 2, 128), 0)?;
+    /// assert_eq!(lm.config().num_attention_heads, 2);
+    /// # Ok::<(), hymba::Error>(())
+    /// ```
+    pub fn bytes(hidden_size: usize, layers: usize, length: usize) -> Self {
+        let pairs = (1..layers.saturating_sub(2)).step_by(2).map(|first| vec![first, first + 1]).collect::<Vec<_>>();
+        HymbaLmConfig {
+            hidden_size,
+            num_hidden_layers: layers,
+            vocab_size: 256,
+            num_attention_heads: (hidden_size / 32).max(1),
+            num_key_value_heads: (hidden_size / 64).max(1),
+            intermediate_size: hidden_size.saturating_mul(11) / 4,
+            mamba_dt_rank: Some(hidden_size.div_ceil(16)),
+            num_memory_tokens: 8,
+            sliding_window: Some(48),
+            global_attn_idx: Some(if layers > 1 { vec![0, layers - 1] } else { vec![0] }),
+            kv_reuse_group: Some(pairs).filter(|pairs| !pairs.is_empty()),
+            max_position_embeddings: length.max(256),
+            rope_type: RopeType::Default,
+            bos_token_id: Some(10),
+            eos_token_id: vec![0],
+            pad_token_id: Some(0),
+            torch_dtype: Some(TorchDtype::F32),
+            ..HymbaLmConfig::hymba_1_5b()
+        }
+    }
+}
