@@ -33,7 +33,7 @@ pub(crate) fn multiply<X, W, const N: usize>(
     W: Weights<X::Inputs> + Sync,
 {
     let rows = match size_of_val(&*w.panels) <= NEAR {
-        true if level > Isa::Scalar && level <= Isa::Avx2 => {
+        true if level > Isa::Scalar && level < Isa::Avx512 => {
             (ROWS_NEAR / (4 * (w.k + w.n).max(1))).clamp(FEW_ROWS, MANY_ROWS)
         }
         true => FEW_ROWS,
