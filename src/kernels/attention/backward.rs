@@ -7,6 +7,7 @@ use ndarray::{ArrayView1, ArrayView2, ArrayViewMut2, s};
 use super::{Head, KEYS, QUERIES, pieces};
 use crate::kernels::math;
 use crate::kernels::matmul::{Packed, STRIP, matmul_across, matmul_part};
+use crate::kernels::memory::Scratch;
 use crate::kernels::profiler::{Stage, timed};
 use crate::kernels::rows::{Out, Rows};
 use crate::kernels::simd::{Kernel, LANES, Simd, dispatch};
@@ -48,13 +49,22 @@ pub(crate) fn attend_backward(head: Head, output: AttentionOutput, gradient: Att
 }
 
 fn group_backward(head: Head, output: AttentionOutput, mut gradient: AttentionGradient) {
+    thread_local! {
+        static WORK: Scratch<f32> = const { Scratch::new(Vec::new()) };
+    }
     let (columns, p, v) = (head.columns(), head.key_width, head.value_width);
     let keys = Packed::from_rows(columns, p, |column| head.key(column), None);
     let values = Packed::from_rows(columns, v, |column| head.value(column), None);
     let keys_across = Packed::from_columns(p, columns, |column| head.key(column));
-    let (mut dkeys, mut dvalues) = (vec![0.0; columns * p], vec![0.0; columns * v]);
-    let mut weights = vec![0.0; QUERIES * KEYS.next_multiple_of(STRIP)]; // P
-    let mut dscores = weights.clone(); // dS
+    let scores = QUERIES * KEYS.next_multiple_of(STRIP);
+    let mut work = WORK.take();
+    work.resize(work.len().max(columns * (p + v) + 2 * scores + QUERIES * p), 0.0);
+    let (dkeys, rest) = work.split_at_mut(columns * p);
+    let (dvalues, rest) = rest.split_at_mut(columns * v);
+    let (weights, rest) = rest.split_at_mut(scores); // P
+    let (dscores, rest) = rest.split_at_mut(scores); // dS
+    dkeys.fill(0.0);
+    dvalues.fill(0.0);
     for (g, log_sums) in output.log_sums.columns().into_iter().enumerate() {
         let (out, dout) = (output.out.skip_columns(g * v), output.dout.skip_columns(g * v));
         let queries = head.queries.skip_columns(g * p);
@@ -63,27 +73,29 @@ fn group_backward(head: Head, output: AttentionOutput, mut gradient: AttentionGr
             let (queries, out, dout) = (queries.skip_rows(first), out.skip_rows(first), dout.skip_rows(first));
             let queries_across = Packed::from_columns(p, m, |i| queries.row(i, p));
             let dout_across = Packed::from_columns(v, m, |i| dout.row(i, v));
-            let mut dqueries = vec![0.0; m * p];
+            let dqueries = &mut rest[..m * p];
+            dqueries.fill(0.0);
             // of the frames, counted from the first of the past
             let asking = head.before() + first;
             for columns in pieces(head.meta, head.meta + head.first_seen(asking), head.meta + asking + m) {
                 let (width, stride) = (columns.len(), columns.len().next_multiple_of(STRIP));
-                matmul_part(queries, m, &keys, columns.clone(), 0..p, &mut weights, stride, Out::Set);
-                matmul_part(dout, m, &values, columns.clone(), 0..v, &mut dscores, stride, Out::Set);
+                matmul_part(queries, m, &keys, columns.clone(), 0..p, weights, stride, Out::Set);
+                matmul_part(dout, m, &values, columns.clone(), 0..v, dscores, stride, Out::Set);
                 dispatch(SoftmaxBackward {
                     head: &head,
                     first: asking,
                     columns: columns.clone(),
                     scores: &mut weights[..m * stride],
-                    dscores: &mut dscores,
+                    dscores,
                     stride,
                     log_sums: log_sums.slice(s![first..first + m]),
                     out,
                     dout,
                 });
-                let scores = Rows { data: &dscores, stride };
-                matmul_part(scores, m, &keys_across, 0..p, columns.clone(), &mut dqueries, p, Out::Add);
-                let products = [(&queries_across, &dscores, &mut dkeys, p), (&dout_across, &weights, &mut dvalues, v)];
+                let scores = Rows { data: dscores, stride };
+                matmul_part(scores, m, &keys_across, 0..p, columns.clone(), dqueries, p, Out::Add);
+                let products =
+                    [(&queries_across, &*dscores, &mut *dkeys, p), (&dout_across, &*weights, &mut *dvalues, v)];
                 for (across, from, to, size) in products {
                     let to = &mut to[columns.start * size..columns.end * size];
                     matmul_across(Rows { data: from, stride }, width, across, to, Out::Add);
@@ -96,7 +108,7 @@ fn group_backward(head: Head, output: AttentionOutput, mut gradient: AttentionGr
         }
     }
     for (from, mut past, mut frames) in
-        [(&dkeys, gradient.past_keys, gradient.keys), (&dvalues, gradient.past_values, gradient.values)]
+        [(&*dkeys, gradient.past_keys, gradient.keys), (&*dvalues, gradient.past_values, gradient.values)]
     {
         let width = frames.ncols();
         let rows = past.rows_mut().into_iter().chain(frames.rows_mut());
@@ -104,6 +116,7 @@ fn group_backward(head: Head, output: AttentionOutput, mut gradient: AttentionGr
             to.iter_mut().zip(from).for_each(|(to, from)| *to = *from);
         }
     }
+    WORK.set(work);
 }
 
 /// Turns the scores of a tile into its weights P, and dout·Vᵀ into dS = P ⊙ (dout·Vᵀ − Σ dout ⊙ out)·scale; both are 0 for
