@@ -39,6 +39,28 @@ fn any_number_of_threads() {
     }
 }
 
+/// Work cut for more threads than there are.
+#[cfg(all(feature = "profile", feature = "rayon"))]
+#[test]
+fn any_cut() {
+    use hymba::profile::simulate;
+    for pattern in PATTERNS {
+        let model = Hymba::build(options().pattern(pattern)).unwrap();
+        let (wide, long) = (wave(40, 30, 20), wave(1, 700, 20));
+        let run = || {
+            let (y, cache) = model.forward_train(&wide, None, 1).unwrap();
+            let mut gradient = model.zeros_like();
+            let dx = model.backward(&cache, &y, &mut gradient).unwrap();
+            (model.forward(&wide).unwrap(), model.forward_sequence(&long).unwrap(), y, dx, gradient.to_bytes().unwrap())
+        };
+        let one = run();
+        for threads in [2, 4, 8, 16, 64] {
+            let (many, simulation) = simulate(threads, run);
+            assert!(many == one && !simulation.shared.is_empty(), "{pattern:?} {threads} threads");
+        }
+    }
+}
+
 /// The first call computes what the meta tokens leave behind, on several threads, while others need it too.
 #[cfg(feature = "rayon")]
 #[test]

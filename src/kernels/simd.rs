@@ -5,7 +5,7 @@
 //! operations of [`Simd`]. [`dispatch`] compiles it for every instruction set and picks one at run time. A value of a
 //! type implementing `Simd` is the proof that the CPU has the instructions, which is why its methods are safe.
 //!
-//! The environment variable `HYMBA_SIMD=scalar|avx2|avx512|neon` forces a path (if the CPU has it), so that tests can prove
+//! The environment variable `HYMBA_SIMD=scalar|avx2|avx2-vnni|avx512|neon` forces a path (if the CPU has it), so that tests can prove
 //! each one was taken. `avx512` and less leaves out AMX.
 
 pub(crate) use isa::Isa;
@@ -48,6 +48,8 @@ pub(crate) trait Simd: Copy {
     const LANE_ROWS: usize = Self::TILE_ROWS;
     /// Whether tiles of four rows and more are made by [`dot_rows`](Self::dot_rows), which takes up to six.
     const BY_PAIRS: bool = false;
+    /// As `TILE_ROWS`, by `TILE_LINES` lines of whole numbers: at most six.
+    const DOT_ROWS: usize = 4;
 
     fn splat(self, x: f32) -> Self::V;
     fn load(self, x: &[f32; LANES]) -> Self::V;
@@ -308,7 +310,7 @@ pub(crate) fn dispatch_at<K: Kernel>(level: Isa, kernel: K) -> K::Output {
     // SAFETY: the CPU has the instructions, as just checked (std caches the answer).
     if level >= Isa::Avx512 && Isa::Avx512.is_available() {
         return unsafe { x86::run_avx512(kernel) };
-    } else if level == Isa::Avx2 && level.is_available() {
+    } else if level >= Isa::Avx2 && Isa::Avx2.is_available() {
         return unsafe { x86::run_avx2(kernel) };
     }
     #[cfg(target_arch = "aarch64")]
@@ -325,13 +327,15 @@ pub(crate) fn dispatch_at<K: Kernel>(level: Isa, kernel: K) -> K::Output {
 }
 
 /// As [`dispatch_at`], for a kernel with products of whole numbers: it is compiled once more, for
-/// [`Isa::Avx512Vnni`], [`Isa::NeonDot`] and [`Isa::NeonI8mm`].
+/// [`Isa::Avx512Vnni`], [`Isa::Avx2Vnni`], [`Isa::NeonDot`] and [`Isa::NeonI8mm`].
 #[inline]
 pub(crate) fn dispatch_int_at<K: Kernel>(level: Isa, kernel: K) -> K::Output {
     #[cfg(target_arch = "x86_64")]
+    // SAFETY: the CPU has the instructions, as just checked.
     if level >= Isa::Avx512Vnni && Isa::Avx512Vnni.is_available() {
-        // SAFETY: the CPU has the instructions, as just checked.
         return unsafe { x86::run_avx512_vnni(kernel) };
+    } else if level == Isa::Avx2Vnni && level.is_available() {
+        return unsafe { x86::run_avx2_vnni(kernel) };
     }
     #[cfg(target_arch = "aarch64")]
     // SAFETY: the CPU has the instructions, as just checked.
@@ -387,6 +391,7 @@ impl Simd for Scalar {
     type I = [u32; LANES];
     const TILE_ROWS: usize = 2;
     const TILE_LINES: usize = 2;
+    const DOT_ROWS: usize = 2;
 
     #[inline(always)]
     fn splat(self, x: f32) -> Self::V {

@@ -19,6 +19,8 @@ use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::thread;
 
+#[cfg(feature = "profile")]
+use super::profiler;
 #[cfg(feature = "rayon")]
 pub(crate) use pool::with_team;
 
@@ -124,6 +126,11 @@ impl Team {
         // a member that is inside a job must not show another and then wait until nobody is inside
         if self.threads == 1 || one_at_most || self.busy.swap(true, Ordering::Acquire) {
             return items.for_each(f);
+        }
+        #[cfg(feature = "profile")]
+        if profiler::simulated().is_some() {
+            profiler::hand_out(items, f);
+            return self.busy.store(false, Ordering::Release);
         }
         let items = Mutex::new(items);
         let work = || {
@@ -251,6 +258,10 @@ mod pool {
     pub(crate) fn with_team<R: Send>(work: usize, f: impl FnOnce(&Team) -> R + Send) -> R {
         if work < MIN_WORK || !has_threads() {
             return f(&Team::alone());
+        }
+        #[cfg(feature = "profile")]
+        if let Some(threads) = crate::kernels::profiler::simulated() {
+            return f(&Team::of(threads));
         }
         // The outer scope enters the pool. The thread is a member until the inner one is over, where it might otherwise
         // pick up a helper's part of another team and be kept by that.

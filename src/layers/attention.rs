@@ -87,7 +87,7 @@ pub(crate) struct AttentionCache {
     /// What goes into the last projection, `[rows, h]`.
     mixed: Buffer,
     /// ln Σ exp(score), `[rows, a]`.
-    log_sums: Array2<f32>,
+    log_sums: Buffer,
 }
 
 /// The norms of queries and keys: whether there are any, and whether each head has its own weights.
@@ -214,8 +214,8 @@ impl MetaTokenAttention {
         u: ArrayView2<f32>,
     ) -> (Buffer, AttentionCache) {
         let [q, k, v] = self.projected(batch.team, u);
-        let mut log_sums = Array2::zeros((u.nrows(), self.config.query_heads));
-        let mixed = self.attend(batch, depth, all_rows(&q), all_rows(&k), all_rows(&v), Some(&mut log_sums));
+        let mut log_sums = Buffer::zeros((u.nrows(), self.config.query_heads));
+        let mixed = self.attend(batch, depth, all_rows(&q), all_rows(&k), all_rows(&v), Some(&mut *log_sums));
         let y = self.projections().out.forward(batch.team, mixed.view());
         (y, AttentionCache { q, k, v, mixed, log_sums })
     }

@@ -1,6 +1,6 @@
 //! The Mamba branch (Mamba-1, arXiv 2312.00752, figure 3 and algorithm 2).
 
-use ndarray::{Array2, Array3, ArrayView2, s};
+use ndarray::{Array2, ArrayView2, ArrayView3, ArrayViewMut3, s};
 use rand::RngExt;
 
 use super::batch::{Batch, Spans, for_rows, for_rows_summed};
@@ -74,8 +74,8 @@ pub(crate) struct InnerCache {
     dbc: Buffer,
     /// Δ `[rows, d]`
     delta: Buffer,
-    /// The states `[·, n, d]` at the start of every 16 frames of each sequence.
-    checkpoints: Array3<f32>,
+    /// The states `[·, n·d]` at the start of every 16 frames of each sequence.
+    checkpoints: Buffer,
 }
 
 debug_shapes!(MambaBranch);
@@ -182,7 +182,7 @@ impl MambaBranch {
         cache: Option<&mut InnerCache>,
     ) -> Buffer {
         let (team, spans) = (batch.team, &batch.spans);
-        let (d, _) = self.scan.dim();
+        let (d, n) = self.scan.dim();
         let width = xz.ncols();
         let all = Rows { data: flat(&xz), stride: width };
 
@@ -204,7 +204,9 @@ impl MambaBranch {
         match cache {
             None => self.scan.forward(team, spans, &mut delta, input, states, None),
             Some(cache) => {
-                let y = self.scan.forward(team, spans, &mut delta, input, states, Some(&mut cache.checkpoints));
+                let kept = (cache.checkpoints.nrows(), n, d);
+                let kept = ArrayViewMut3::from_shape(kept, flat_mut(&mut cache.checkpoints)).expect("n·d numbers each");
+                let y = self.scan.forward(team, spans, &mut delta, input, states, Some(kept));
                 (cache.v, cache.before_norms, cache.dbc, cache.delta) = (v, before_norms, dbc, delta);
                 y
             }
@@ -227,7 +229,7 @@ impl MambaBranch {
             before_norms: None,
             dbc: Buffer::empty(),
             delta: Buffer::empty(),
-            checkpoints: Array3::zeros((SelectiveScan::num_checkpoints(&batch.spans), n, d)),
+            checkpoints: Buffer::uninit((SelectiveScan::num_checkpoints(&batch.spans), n * d)),
         };
         (self.run(batch, layer, xz, Some(&mut cache)), cache)
     }
@@ -273,7 +275,8 @@ impl MambaBranch {
         dinitial: &mut MambaState,
         dxz: &mut Array2<f32>,
     ) {
-        let (d, _) = self.scan.dim();
+        let (d, n) = self.scan.dim();
+        let checkpoints = ArrayView3::from_shape((cache.checkpoints.nrows(), n, d), flat(&cache.checkpoints));
         let (rows, width) = cache.dbc.dim();
         // S_t = exp(Δ_t A) ⊙ S_{t−1} + (Δ_t ⊙ v_t) B_tᵀ,  out_t = (S_t C_t + D ⊙ v_t) ⊙ silu(z_t),  Δ = softplus(…): that of what
         // goes into softplus, of v and z [rows, d], and of B | C [rows, 2n]
@@ -290,7 +293,7 @@ impl MambaBranch {
             spans,
             &cache.delta,
             input,
-            cache.checkpoints.view(),
+            checkpoints.expect("n·d numbers each"),
             dout,
             gradient,
             dfinal.map(|dfinal| &dfinal.scan),

@@ -46,11 +46,12 @@ impl Hymba {
 
     /// Sequences through all blocks and the final norm. Which thread does what depends on sizes only, and no number on either.
     fn encode(&self, sequences: Vec<Sequence>, every_frame: bool) {
-        let total = sequences.iter().map(|sequence| sequence.frames.nrows()).sum();
+        let total: usize = sequences.iter().map(|sequence| sequence.frames.nrows()).sum();
         with_team(self.work(total), |team| {
             // a long sequence is everybody's; groups of others are each one thread's
             let (long, short): (Vec<_>, Vec<_>) =
                 sequences.into_iter().partition(|sequence| sequence.frames.nrows() > 2 * GROUP);
+            let group = (total / team.threads()).min(GROUP);
             let mut groups: Vec<Vec<Sequence>> = Vec::new();
             let mut free = 0;
             for sequence in short {
@@ -59,13 +60,16 @@ impl Hymba {
                     Some(group) if frames <= free => group.push(sequence),
                     _ => {
                         groups.push(vec![sequence]);
-                        free = GROUP.max(frames);
+                        free = group.max(frames);
                     }
                 }
                 free -= frames;
             }
             match groups.len() {
-                1 => groups.into_iter().for_each(|group| self.encode_together(team, group, every_frame)),
+                // too few for all threads
+                few if few == 1 || 2 * few <= team.threads() => {
+                    self.encode_together(team, groups.into_iter().flatten().collect(), every_frame);
+                }
                 _ => team.for_each(groups, |group| self.encode_together(&Team::alone(), group, every_frame)),
             }
             long.into_iter().for_each(|sequence| self.encode_together(team, vec![sequence], every_frame));

@@ -241,19 +241,14 @@ impl<Q: Quants> Kernel for Product<'_, Q> {
             while row < m {
                 // as even as can be: a tile of one row would wait for its own sums
                 let left = m - row;
-                let most = match S::TILE_LINES {
-                    1 if S::BY_PAIRS => 6,
-                    1 => 4,
-                    _ => S::TILE_ROWS.div_ceil(2).max(2),
-                };
-                let rows = left.div_ceil(left.div_ceil(most));
+                let rows = left.div_ceil(left.div_ceil(S::DOT_ROWS));
                 match rows {
                     1 => self.tile::<S, 1>(s, row, panel),
                     2 => self.tile::<S, 2>(s, row, panel),
                     3 => self.tile::<S, 3>(s, row, panel),
                     4 => self.tile::<S, 4>(s, row, panel),
-                    5 if S::TILE_LINES > 1 || S::BY_PAIRS => self.tile::<S, 5>(s, row, panel),
-                    _ if S::TILE_LINES > 1 || S::BY_PAIRS => self.tile::<S, 6>(s, row, panel),
+                    5 if S::DOT_ROWS > 4 => self.tile::<S, 5>(s, row, panel),
+                    _ if S::DOT_ROWS > 4 => self.tile::<S, 6>(s, row, panel),
                     _ => unreachable!("a tile that does not fit the registers"),
                 }
                 row += rows;

@@ -88,6 +88,7 @@ impl<const MORE: u8> Simd for Neon<MORE> {
     const BY_LANE: bool = true;
     const LANE_ROWS: usize = 4;
     const BY_PAIRS: bool = MORE >= I8MM;
+    const DOT_ROWS: usize = if Self::BY_PAIRS { 6 } else { 4 };
 
     #[inline(always)]
     fn splat(self, x: f32) -> Self::V {
