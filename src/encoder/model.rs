@@ -6,6 +6,7 @@ use std::sync::Arc;
 use ndarray::{Array2, Array3, ArrayRef3, ArrayView2, ArrayViewD, ArrayViewMut, ArrayViewMutD, Axis, Dimension, s};
 use rand::SeedableRng;
 
+use super::adapters::Cached;
 use super::block::{BlockInspection, rows};
 use super::blocks::{Block, Blocks};
 use super::options::HymbaOptions;
@@ -17,6 +18,7 @@ use crate::Result;
 use crate::kernels::matmul::Storage;
 use crate::kernels::team::{Team, with_team, work};
 use crate::layers::{Batch, Buffer, LayerNorm, Lazy, Linear, Rng, SequenceState, flat, init_meta_tokens};
+use crate::lora::{Adapters, is_lora};
 use crate::parameters::{Parameter, ParameterMut, Visitor, VisitorMut, next_id};
 
 /// A Hymba encoder: sequences of frames in, one vector (or one a frame) out. Its blocks are Hymba's, or those of another
@@ -65,6 +67,7 @@ pub struct Hymba {
     pub(super) fingerprint: Lazy<u64>,
     /// Of what happens to frames before they come here: states are of no use where that is otherwise.
     pub(super) salt: u64,
+    pub(super) adapters: Adapters<Cached>,
 }
 
 /// What every block did to an input: see [`Hymba::inspect`].
@@ -119,6 +122,7 @@ impl Hymba {
             id: next_id(),
             fingerprint: Lazy::new(),
             salt: 0,
+            adapters: Adapters::default(),
         }
     }
 
@@ -268,16 +272,18 @@ impl Hymba {
             id: next_id(),
             fingerprint: Lazy::new(),
             salt: 0,
+            adapters: self.adapters.zeros_like(),
         }
     }
 
-    /// The number of parameters.
+    /// The number of parameters, without those of adapters.
     pub fn num_parameters(&self) -> usize {
         self.options.parameters().expect("the options of a model are valid")
     }
 
     /// Calls `f` with the name and the values of every parameter, in a fixed order. The names are those in files. Matrices that are
-    /// [stored](Self::store_as) for inference have no values to lend: see [`visit_parameters`](Self::visit_parameters).
+    /// [stored](Self::store_as) for inference have no values to lend, and of a model with [adapters](Self::add_lora) the active one alone
+    /// is lent, which is what is trained then: see [`visit_parameters`](Self::visit_parameters).
     ///
     /// ```
     /// use hymba::{Hymba, HymbaOptions};
@@ -289,10 +295,9 @@ impl Hymba {
     /// # Ok::<(), hymba::Error>(())
     /// ```
     pub fn visit<'a>(&'a self, f: &mut dyn FnMut(&str, ArrayViewD<'a, f32>)) {
-        self.visit_parameters(&mut |name, parameter| {
-            if let Parameter::Array(array) = parameter {
-                f(name, array);
-            }
+        self.visit_parameters(&mut |name, parameter| match parameter {
+            Parameter::Array(array) if self.adapters.trains(name) => f(name, array),
+            _ => {}
         });
     }
 
@@ -323,10 +328,10 @@ impl Hymba {
 
     /// As [`visit`](Self::visit), for changing the parameters. States made before can no longer be used.
     pub fn visit_mut<'a>(&'a mut self, f: &mut dyn FnMut(&str, ArrayViewMutD<'a, f32>)) {
-        self.visit_parameters_mut(&mut |name, parameter| {
-            if let ParameterMut::Array(array) = parameter {
-                f(name, array);
-            }
+        let all = self.adapters.is_empty();
+        self.visit_parameters_mut(&mut |name, parameter| match parameter {
+            ParameterMut::Array(array) if all || is_lora(name) => f(name, array),
+            _ => {}
         });
     }
 
@@ -346,6 +351,7 @@ impl Hymba {
     pub(crate) fn set_salt(&mut self, salt: u64) {
         self.salt = salt;
         self.changed();
+        self.adapters.forget();
     }
 
     /// To be called wherever parameters change.

@@ -99,6 +99,15 @@ impl SerialBlock {
         maps
     }
 
+    /// Calls `f` with every map and its name in files.
+    pub(crate) fn visit_maps<'a>(&'a mut self, name: &str, f: &mut dyn FnMut(String, &'a mut Linear)) {
+        match &mut self.branch {
+            Branch::Mamba(mamba) => mamba.visit_maps(&join(name, "mamba"), f),
+            Branch::Attention(attention) => attention.visit_maps(&join(name, "attention"), f),
+        }
+        self.ffn.visit_maps(&join(name, "ffn"), f);
+    }
+
     /// A gradient of this block, zero.
     pub(crate) fn zeros_like(&self) -> Self {
         SerialBlock {
@@ -178,9 +187,7 @@ impl SerialBlock {
         dropout.at(BRANCH).apply(team, &batch.spans, &mut mixed);
         *mixed += &*x;
         let ffn_u = self.ffn_norm.forward(team, mixed.view());
-        let (mut y, ffn_cache) = self.ffn.forward_train(team, ffn_u.view());
-        dropout.at(FFN).apply(team, &batch.spans, &mut y);
-        *y += &*mixed;
+        let (y, ffn_cache) = self.ffn.residual_train(team, &batch.spans, ffn_u.view(), &mixed, dropout.at(FFN));
         (y, SerialCache { dropout, x, u, branch, mixed, ffn_u, ffn_cache })
     }
 
