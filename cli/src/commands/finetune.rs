@@ -80,13 +80,7 @@ pub fn run(args: Args) -> Result<()> {
     let mut lora = LoraOptions::default().maps(args.maps.iter().map(String::as_str));
     (lora.rank, lora.alpha, lora.rslora, lora.dropout) = (args.rank, args.alpha, args.rslora, args.dropout);
     let covered = lm.add_lora(&lora, args.seed)?;
-    eprintln!(
-        "adapters of {} maps, {} parameters: {:.2} % of the {:.1} M of the model",
-        covered.maps.len(),
-        covered.parameters,
-        100.0 * covered.parameters as f64 / lm.num_parameters() as f64,
-        lm.num_parameters() as f64 / 1e6
-    );
+    eprintln!("adapter: {covered}");
     lm.recompute_activations(args.recompute);
     let mut before = LmLoss::default();
     for (row, mask) in rows[learned..].iter().zip(&masks[learned..]) {
