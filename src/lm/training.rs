@@ -5,7 +5,7 @@ use std::fmt;
 use std::ops::Deref;
 use std::sync::Arc;
 
-use super::block::{Block, BlockCache, Pass, PassGradient};
+use super::block::{BackwardPass, Block, BlockCache, PassGradient};
 use super::config::HymbaLmConfig;
 use super::loss::{HeadGradient, LmLoss};
 use super::model::HymbaLm;
@@ -464,8 +464,8 @@ impl Layers {
         }
     }
 
-    fn pass<'a>(&'a self, team: &'a Team, initial: &'a SequenceState) -> Pass<'a> {
-        Pass { team, spans: &self.spans, angles: &self.angles, initial, shared: &self.shared }
+    fn pass<'a>(&'a self, team: &'a Team, initial: &'a SequenceState) -> BackwardPass<'a> {
+        BackwardPass { team, spans: &self.spans, angles: &self.angles, initial, shared: &self.shared }
     }
 }
 
