@@ -1,5 +1,6 @@
 //! The encoder: sequences of frames in, vectors out.
 
+mod adapters;
 mod block;
 mod blocks;
 mod edifice;

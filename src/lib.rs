@@ -38,6 +38,7 @@
 //! | classify series, predict numbers | [`Predictor`], [`PredictorOptions`]; [`Pooling`], [`Stem`], [`Differences`] |
 //! | take less memory | [`Hymba::store_as`], [`Hymba::load_as`] and [`Storage`]: bf16, f16, 8 or 4 bits, for inference |
 //! | train | [`Predictor`] and [`train::Trainer`]; or by hand [`Hymba::forward_train`], [`Hymba::backward`], [`train::AdamW`] |
+//! | fine-tune few numbers of a large model | [`Hymba::add_lora`], [`Predictor::add_lora`] and [`LoraOptions`], over weights of any [`Storage`] |
 //! | read series from files | [`series::SeriesSet`]: `.ts`, and with the feature `csv` tables |
 //! | run NVIDIA's language model | `hymba::lm` (feature `lm`; with text, feature `tokenizer`) |
 //! | look inside | [`Hymba::summary`], [`Hymba::inspect`], [`Hymba::visit`], [`Hymba::visit_parameters`] |
@@ -153,6 +154,7 @@ mod kernels;
 mod layers;
 #[cfg(feature = "lm")]
 pub mod lm;
+mod lora;
 mod parameters;
 mod predictor;
 #[cfg(feature = "profile")]
@@ -170,6 +172,7 @@ pub use kernels::matmul::Storage;
 pub use layers::{MambaBranch, MetaTokenAttention, Pooling, Stem};
 #[cfg(feature = "lm")]
 pub use lm::{GenerateOptions, Generation, HymbaLm, LmState};
+pub use lora::{LoraCoverage, LoraOptions};
 pub use ndarray;
 pub use parameters::{Parameter, StoredMatrix};
 pub use predictor::{

@@ -104,6 +104,14 @@ impl HymbaBlock {
         branches.chain([gate]).chain(self.ffn.linears_mut()).collect()
     }
 
+    /// Calls `f` with every map and its name in files.
+    pub(crate) fn visit_maps<'a>(&'a mut self, name: &str, f: &mut dyn FnMut(String, &'a mut Linear)) {
+        self.mamba.visit_maps(&join(name, "mamba"), f);
+        self.attention.visit_maps(&join(name, "attention"), f);
+        f(join(name, "gate"), self.gate.linear_mut());
+        self.ffn.visit_maps(&join(name, "ffn"), f);
+    }
+
     /// A gradient of this block, zero.
     pub(crate) fn zeros_like(&self) -> Self {
         HymbaBlock {
@@ -163,9 +171,7 @@ impl HymbaBlock {
         let gate = self.gate.forward(team, u.view());
         let mut mixed = Buffer::copy_of(&x);
         Gate::mix(team, &gate, &mamba, &attention, &mut mixed);
-        let (mut y, ffn) = self.ffn.forward_train(team, mixed);
-        dropout.at(FFN).apply(team, &batch.spans, &mut y);
-        *y += &*ffn.x;
+        let (y, ffn) = self.ffn.residual_train(team, &batch.spans, mixed, dropout.at(FFN));
         let cache = BlockCache { dropout, x, u, mamba_cache, attention_cache, mamba, attention, gate, ffn };
         (y, cache)
     }

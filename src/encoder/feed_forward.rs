@@ -5,7 +5,7 @@ use ndarray::{Array2, ArrayView2};
 use super::options::HymbaOptions;
 use crate::kernels::matmul::Storage;
 use crate::kernels::team::Team;
-use crate::layers::{Buffer, LayerNorm, Linear, Mlp, MlpCache, Rng};
+use crate::layers::{Buffer, Dropout, LayerNorm, Linear, Mlp, MlpCache, Rng, Spans};
 use crate::parameters::{Visitor, VisitorMut, join};
 
 /// FFN(LayerNorm(x)), with `FFN(u) = W_down · gelu(W_up · u + b_up) + b_down`, 4h wide inside.
@@ -18,7 +18,7 @@ pub(super) struct FeedForward {
 /// What [`FeedForward::backward`] reads.
 pub(super) struct FeedForwardCache {
     /// Input of the norm, and its output, `[rows, h]`.
-    pub x: Buffer,
+    x: Buffer,
     u: Buffer,
     ffn: MlpCache,
 }
@@ -30,6 +30,11 @@ impl FeedForward {
 
     pub fn linears_mut(&mut self) -> impl Iterator<Item = &mut Linear> {
         self.ffn.linears_mut()
+    }
+
+    /// Calls `f` with every map and its name in files.
+    pub fn visit_maps<'a>(&'a mut self, name: &str, f: &mut dyn FnMut(String, &'a mut Linear)) {
+        self.ffn.visit_maps(name, f);
     }
 
     pub fn zeros_like(&self) -> Self {
@@ -50,6 +55,20 @@ impl FeedForward {
     pub fn add_to(&self, team: &Team, x: &mut Array2<f32>) {
         let u = self.norm.forward(team, x.view());
         self.ffn.add_to(team, u.view(), x);
+    }
+
+    /// x + dropout(FFN(LayerNorm(x))), where nothing is dropped to the bit what [`add_to`](Self::add_to) gives; and what
+    /// [`backward`](Self::backward) reads.
+    pub fn residual_train(
+        &self,
+        team: &Team,
+        spans: &Spans,
+        x: Buffer,
+        dropout: Dropout,
+    ) -> (Buffer, FeedForwardCache) {
+        let u = self.norm.forward(team, x.view());
+        let (y, ffn) = self.ffn.residual_train(team, spans, u.view(), &x, dropout);
+        (y, FeedForwardCache { x, u, ffn })
     }
 
     /// As [`forward`](Self::forward); returns also what [`backward`](Self::backward) reads.

@@ -17,7 +17,7 @@ use crate::files::saved::{VERSION, entry, fill, in_one_file, origin, write};
 use crate::files::tensors::{Source, Tensors};
 use crate::files::{Target, header};
 use crate::kernels::matmul::Storage;
-use crate::parameters::Parameter;
+use crate::lora::{self, Adapted, SavedLora};
 use crate::{Error, Result, states};
 
 /// The metadata entry of a saved model.
@@ -28,6 +28,8 @@ struct Saved {
     /// How the large matrices are stored; not there where they can be trained.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     storage: Option<Storage>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    lora: Option<SavedLora>,
     /// There in the file of a predictor.
     #[serde(default, skip_serializing)]
     task: Option<IgnoredAny>,
@@ -42,6 +44,9 @@ in_one_file!(Hymba {
     /// | `NAME` in 8 bits | U8 `[n, 32·b]` | 128 more than the whole numbers |
     /// | `NAME` in 4 bits | U8 `[n, 16·b]` | 8 more than they are, two in a byte, the first in the low bits |
     /// | `NAME_scale` | BF16 `[n, b]` | what the whole numbers of 32 columns are multiplied by |
+    ///
+    /// [Adapters](Self::add_lora) that the model holds are written with it; the tensors of the map M of the adapter N are
+    /// `lora.N.M.lora_A.weight` and `lora.N.M.lora_B.weight`.
     ///
     /// ```
     /// use hymba::{Hymba, HymbaOptions};
@@ -92,7 +97,8 @@ in_one_file!(Hymba {
 impl Hymba {
     fn write(&self, target: Target) -> Result<()> {
         let (options, storage) = (self.options().clone(), self.storage());
-        write(target, &Saved { version: VERSION, options, storage, task: None }, self.parameters())
+        let lora = SavedLora::of(self);
+        write(target, &Saved { version: VERSION, options, storage, lora, task: None }, lora::parameters(self))
     }
 
     fn read(source: Source) -> Result<Hymba> {
@@ -101,11 +107,11 @@ impl Hymba {
 
     fn read_as(source: Source, asked: Option<Storage>) -> Result<Hymba> {
         let (tensors, saved) = header::read(source)?;
-        let Saved { options, storage: in_file, task, .. } = entry(saved, &tensors)?;
+        let Saved { options, storage: in_file, lora, task, .. } = entry(saved, &tensors)?;
         if task.is_some() {
             return Err(tensors.error("it holds an encoder with a head: read it with Predictor::load"));
         }
-        model(options, tensors, in_file, asked)
+        model(options, tensors, in_file, asked, lora)
     }
 
     /// As [`load`](Self::load), with the large matrices stored in another type than in the file: see
@@ -164,14 +170,7 @@ impl Hymba {
         if !tensors.names().any(|name| name.starts_with("blocks.")) {
             return Err(tensors.error(format!("its tensors have other names than a model's: {}", origin(&tensors))));
         }
-        model(options, tensors, None, None)
-    }
-
-    /// All parameters with their names, in the order of the walk.
-    pub(crate) fn parameters(&self) -> Vec<(String, Parameter<'_>)> {
-        let mut parameters = Vec::new();
-        self.visit_parameters(&mut |name, parameter| parameters.push((name.to_string(), parameter)));
-        parameters
+        model(options, tensors, None, None, None)
     }
 }
 
@@ -268,10 +267,16 @@ fn model(
     mut tensors: Tensors,
     in_file: Option<Storage>,
     asked: Option<Storage>,
+    lora: Option<SavedLora>,
 ) -> Result<Hymba> {
     check_size(&options, 1, options.parameters(), in_file, asked, &tensors)?;
     let mut model = Hymba::zeros(options, first_storage(in_file, asked));
-    fill(&mut tensors, in_file, &mut |f| model.visit_parameters_mut(f))?;
+    lora.iter().try_for_each(|lora| lora.make_room(&mut model, &tensors))?;
+    fill(&mut tensors, in_file, &mut |f| {
+        model.visit_parameters_mut(f);
+        model.visit_others_mut("", f);
+    })?;
+    lora.iter().try_for_each(|lora| lora.activate(&mut model, &tensors))?;
     if let Some(asked) = asked {
         model.store_as(asked)?;
     }

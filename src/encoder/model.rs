@@ -9,6 +9,7 @@ use std::sync::Arc;
 use ndarray::{Array2, Array3, ArrayRef3};
 use rand::SeedableRng;
 
+use super::adapters::Cached;
 use super::block::{BlockInspection, rows, sequences};
 use super::blocks::{Block, Blocks};
 use super::options::HymbaOptions;
@@ -20,6 +21,7 @@ use crate::Result;
 use crate::kernels::matmul::Storage;
 use crate::kernels::team::{Team, with_team, work};
 use crate::layers::{Batch, Buffer, LayerNorm, Lazy, Linear, Rng, SequenceState, init_meta_tokens};
+use crate::lora::Adapters;
 use crate::parameters::next_id;
 
 /// A Hymba encoder: sequences of frames in, one vector (or one per frame) out. Its blocks are Hymba's, or those of another
@@ -68,6 +70,7 @@ pub struct Hymba {
     pub(super) fingerprint: Lazy<u64>,
     /// Identifies what happens to frames before they come here: states belong to it, too.
     pub(super) salt: u64,
+    pub(super) adapters: Adapters<Cached>,
 }
 
 /// What every block did to an input: see [`Hymba::inspect`].
@@ -122,6 +125,7 @@ impl Hymba {
             id: next_id(),
             fingerprint: Lazy::new(),
             salt: 0,
+            adapters: Adapters::default(),
         }
     }
 
@@ -255,7 +259,7 @@ impl Hymba {
         self.blocks.shared()
     }
 
-    /// The number of parameters.
+    /// The number of parameters, without those of adapters.
     pub fn num_parameters(&self) -> usize {
         self.options.parameters().expect("the options of a model are valid")
     }
@@ -264,6 +268,7 @@ impl Hymba {
     pub(crate) fn set_salt(&mut self, salt: u64) {
         self.salt = salt;
         self.changed();
+        self.adapters.forget();
     }
 
     /// To be called wherever parameters change.

@@ -95,6 +95,15 @@ impl SerialBlock {
         maps
     }
 
+    /// Calls `f` with every map and its name in files.
+    pub(crate) fn visit_maps<'a>(&'a mut self, name: &str, f: &mut dyn FnMut(String, &'a mut Linear)) {
+        match &mut self.branch {
+            Branch::Mamba(mamba) => mamba.visit_maps(&join(name, "mamba"), f),
+            Branch::Attention(attention) => attention.visit_maps(&join(name, "attention"), f),
+        }
+        self.ffn.visit_maps(&join(name, "ffn"), f);
+    }
+
     /// A gradient of this block, zero.
     pub(crate) fn zeros_like(&self) -> Self {
         SerialBlock {
@@ -165,9 +174,7 @@ impl SerialBlock {
         };
         dropout.at(BRANCH).apply(team, &batch.spans, &mut mixed);
         *mixed += &*x;
-        let (mut y, ffn) = self.ffn.forward_train(team, mixed);
-        dropout.at(FFN).apply(team, &batch.spans, &mut y);
-        *y += &*ffn.x;
+        let (y, ffn) = self.ffn.residual_train(team, &batch.spans, mixed, dropout.at(FFN));
         (y, SerialCache { dropout, x, u, branch, ffn })
     }
 

@@ -57,6 +57,12 @@ impl SharedBlock {
         self.attention.linears_mut().chain(self.ffn.linears_mut()).collect()
     }
 
+    /// Calls `f` with every map and its name in files.
+    pub(crate) fn visit_maps<'a>(&'a mut self, name: &str, f: &mut dyn FnMut(String, &'a mut Linear)) {
+        self.attention.visit_maps(&join(name, "attention"), f);
+        self.ffn.visit_maps(&join(name, "ffn"), f);
+    }
+
     /// A gradient of this block, zero.
     pub(crate) fn zeros_like(&self) -> Self {
         SharedBlock { norm: self.norm.zeros_like(), attention: self.attention.zeros_like(), ffn: self.ffn.zeros_like() }

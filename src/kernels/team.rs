@@ -16,7 +16,7 @@ use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::ptr;
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicUsize, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 
 #[cfg(feature = "profile")]
@@ -83,6 +83,8 @@ pub(crate) struct Team {
     jobs: AtomicUsize,
     /// Helpers that may hold a reference to the job.
     inside: AtomicUsize,
+    /// See [`seeded`](Team::seeded).
+    row_seeds: Mutex<Option<Arc<[u64]>>>,
 }
 
 struct Job<'a> {
@@ -100,7 +102,19 @@ impl Team {
             job: AtomicPtr::new(ptr::null_mut()),
             jobs: AtomicUsize::new(0),
             inside: AtomicUsize::new(0),
+            row_seeds: Mutex::new(None),
         }
+    }
+
+    /// Until what it returns is dropped, layers deep inside the call find a seed for each row that passes through them by
+    /// [`row_seeds`](Self::row_seeds), if there are any.
+    pub(crate) fn seeded(&self, seeds: Option<Arc<[u64]>>) -> Seeded<'_> {
+        *self.row_seeds.lock().unwrap_or_else(PoisonError::into_inner) = seeds;
+        Seeded(self)
+    }
+
+    pub(crate) fn row_seeds(&self) -> Option<Arc<[u64]>> {
+        self.row_seeds.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Members, the caller among them.
@@ -180,6 +194,15 @@ impl Team {
         {
             job.panic.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(payload);
         }
+    }
+}
+
+/// While it lives, the rows of a pass have seeds.
+pub(crate) struct Seeded<'a>(&'a Team);
+
+impl Drop for Seeded<'_> {
+    fn drop(&mut self) {
+        *self.0.row_seeds.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
 }
 

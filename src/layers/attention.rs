@@ -176,6 +176,12 @@ impl MetaTokenAttention {
         self.projections.iter_mut().flat_map(|Projections { q, k, v, out, .. }| [q, k, v, out])
     }
 
+    /// Calls `f` with every map and its name in files.
+    pub(crate) fn visit_maps<'a>(&'a mut self, name: &str, f: &mut dyn FnMut(String, &'a mut Linear)) {
+        let names = ["q_proj", "k_proj", "v_proj", "out_proj"];
+        self.linears_mut().zip(names).for_each(|(map, tensor)| f(join(name, tensor), map));
+    }
+
     /// A cache for a sequence that has seen nothing.
     pub(crate) fn new_cache(&self, storage: KvStorage) -> KvCache {
         KvCache::new(self.config.kv, storage)

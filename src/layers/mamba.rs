@@ -144,7 +144,25 @@ impl MambaBranch {
         counts.into_iter().try_fold(0, usize::checked_add)
     }
 
+    /// Calls `f` with every map and its name in files.
+    pub(crate) fn visit_maps<'a>(&'a mut self, name: &str, f: &mut dyn FnMut(String, &'a mut Linear)) {
+        let [in_proj, out_proj] = match &mut self.projections {
+            Some([in_proj, out_proj]) => [Some(in_proj), Some(out_proj)],
+            None => [None, None],
+        };
+        let inner = [in_proj, Some(&mut self.x_proj), Some(&mut self.dt_proj), out_proj];
+        for (map, tensor) in inner.into_iter().zip(["in_proj", "x_proj", "dt_proj", "out_proj"]) {
+            map.into_iter().for_each(|map| f(join(name, tensor), map));
+        }
+    }
+
     /// W_x and W_dt.
+    #[cfg_attr(not(feature = "lm"), allow(dead_code))]
+    pub(crate) fn inner_linears(&self) -> [&Linear; 2] {
+        [&self.x_proj, &self.dt_proj]
+    }
+
+    /// As [`inner_linears`](Self::inner_linears), for changing them.
     #[cfg_attr(not(feature = "lm"), allow(dead_code))]
     pub(crate) fn inner_linears_mut(&mut self) -> [&mut Linear; 2] {
         [&mut self.x_proj, &mut self.dt_proj]

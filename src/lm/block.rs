@@ -163,6 +163,12 @@ impl Block {
         }
     }
 
+    /// The large maps.
+    pub(super) fn maps(&self) -> impl Iterator<Item = &Linear> {
+        let mlp = self.mlp.iter().flat_map(|(_, mlp)| mlp.linears());
+        [&self.in_proj, &self.out_proj].into_iter().chain(self.mamba.inner_linears()).chain(mlp)
+    }
+
     /// A gradient of this layer, zero.
     pub(super) fn zeros_like(&self) -> Self {
         Block {

@@ -9,11 +9,11 @@ use std::ops::ControlFlow;
 use ndarray::{Array2, Array3, ArrayRef, ArrayRef2, Dimension, s};
 
 use self::pass::{Input, MOST_TOKENS};
+use super::adapters::Cached;
 use super::arrays::{dim_of, rows_of, zeros};
 use super::block::Block;
 use super::config::HymbaLmConfig;
 use super::load_options::{Arithmetic, LoadOptions};
-use super::lora_options::LoraOptions;
 use super::names::{EMBEDDING, HEAD};
 use super::state::LmState;
 use crate::kernels::matmul::Storage;
@@ -21,6 +21,7 @@ use crate::kernels::memory::fits;
 use crate::kernels::rows::Out;
 use crate::kernels::team::{Team, with_team};
 use crate::layers::{Embedding, KvStorage, Lazy, Linear, RmsNorm, Rotary, SequenceState, Weight};
+use crate::lora::Adapters;
 use crate::parameters::{ParameterMut, next_id};
 use crate::{Error, Result};
 
@@ -66,16 +67,15 @@ pub struct HymbaLm {
     kv_storage: KvStorage,
     /// Whether training keeps less and computes more.
     pub(super) recompute: bool,
-    /// Of the low-rank parts of its maps, if there are any; nothing else is trained then.
-    pub(super) lora: Option<LoraOptions>,
-    /// Whether its matrices could be trained before it had low-rank parts, and can again without.
+    pub(super) adapters: Adapters<Cached>,
+    /// Whether its matrices could be trained before it had adapters, and can again without.
     pub(super) frozen: bool,
     /// The `config.json` it was read with.
     pub(super) source: Option<String>,
     /// Counted once: every step asks for it.
     num_parameters: usize,
     /// A row that has seen the meta tokens.
-    prefix: Lazy<SequenceState>,
+    pub(super) prefix: Lazy<SequenceState>,
     /// Identifies this set of weights.
     pub(super) id: u64,
 }
@@ -106,7 +106,7 @@ impl HymbaLm {
             rotary: config.rope_base().map(|base| Rotary::new(config.key_width(), base)),
             kv_storage: options.kv_storage,
             recompute: false,
-            lora: None,
+            adapters: Adapters::default(),
             frozen: false,
             source: None,
             num_parameters: 0,
@@ -132,14 +132,14 @@ impl HymbaLm {
         &self.config
     }
 
-    /// The number of parameters.
+    /// The number of parameters, without those of adapters.
     pub fn num_parameters(&self) -> usize {
         self.num_parameters
     }
 
     /// Bytes of memory that the parameters take.
     pub fn num_bytes(&self) -> usize {
-        let mut bytes = 0;
+        let mut bytes = self.adapters.num_bytes();
         self.visit(&mut |_, parameter| {
             bytes += parameter.num_bytes();
         });

@@ -10,6 +10,7 @@ use crate::files::saved::{self, entry, fill, in_one_file};
 use crate::files::tensors::{Source, Tensors};
 use crate::files::{Target, header};
 use crate::kernels::matmul::Storage;
+use crate::lora::{self, Adapted, SavedLora};
 use crate::parameters::{Parameter, ParameterMut};
 use crate::{HymbaOptions, Pooling, Result, Stem};
 
@@ -25,6 +26,8 @@ pub(super) struct Saved {
     /// How the large matrices are stored; not there where they can be trained.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub storage: Option<Storage>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lora: Option<SavedLora>,
     /// Not there in the file of an encoder.
     task: Option<Task>,
     #[serde(default, skip_serializing_if = "is_default")]
@@ -46,7 +49,7 @@ fn is_default<T: Default + PartialEq>(value: &T) -> bool {
 
 in_one_file!(Predictor {
     /// Writes the predictor to one safetensors file: every parameter under its own name, f32 or as it is
-    /// [stored](Self::store_as), the normalizations as `input_mean`, `input_scale`, `output_mean` and `output_scale`, options and
+    /// [stored](Self::store_as), [adapters](Self::add_lora) as [`Hymba::save`](crate::Hymba::save) does, the normalizations as `input_mean`, `input_scale`, `output_mean` and `output_scale`, options and
     /// task in the metadata.
     ///
     /// ```
@@ -83,7 +86,8 @@ impl Predictor {
         let PredictorOptions { encoder: options, normalize_series, differences, stem, bidirectional, pooling } =
             self.options.clone();
         let (version, storage, task) = (saved::VERSION, self.encoder().storage(), Some(self.task.clone()));
-        Saved { version, options, storage, task, normalize_series, differences, stem, bidirectional, pooling }
+        let lora = SavedLora::of(self);
+        Saved { version, options, storage, lora, task, normalize_series, differences, stem, bidirectional, pooling }
     }
 
     /// As [`load`](Self::load), with the large matrices of the encoder stored in another type than in the file: see
@@ -104,40 +108,39 @@ impl Predictor {
         let (mut tensors, saved) = header::read(source)?;
         let saved: Saved = entry(saved, &tensors)?;
         let in_file = saved.storage;
-        let mut predictor = Self::with_saved(saved, &tensors, asked)?;
+        let mut predictor = Self::with_saved(&saved, &tensors, asked)?;
         fill(&mut tensors, in_file, &mut |f| predictor.visit_tensors_mut(f))?;
+        predictor.finish_reading(saved.lora.as_ref(), &tensors)?;
         if let Some(asked) = asked {
             predictor.store_as(asked)?;
         }
-        predictor.finish_reading(&tensors)?;
         Ok(predictor)
     }
 
     /// A predictor of zeros for what the file has, into which its matrices can be read if they are to be stored as `asked`.
-    pub(super) fn with_saved(saved: Saved, tensors: &Tensors, asked: Option<Storage>) -> Result<Predictor> {
-        let Saved {
-            options: encoder,
-            storage: in_file,
-            task,
-            normalize_series,
-            differences,
-            stem,
-            bidirectional,
-            pooling,
-            ..
-        } = saved;
-        let options = PredictorOptions { encoder, normalize_series, differences, stem, bidirectional, pooling };
-        let Some(task) = task else {
+    pub(super) fn with_saved(saved: &Saved, tensors: &Tensors, asked: Option<Storage>) -> Result<Predictor> {
+        let options = PredictorOptions {
+            encoder: saved.options.clone(),
+            normalize_series: saved.normalize_series,
+            differences: saved.differences,
+            stem: saved.stem.clone(),
+            bidirectional: saved.bidirectional,
+            pooling: saved.pooling,
+        };
+        let Some(task) = saved.task.clone() else {
             return Err(tensors.error(
                 "it holds an encoder without a head: read it with Hymba::load, and put a head on it with \
                  Predictor::with_encoder",
             ));
         };
-        Predictor::with_room_for(tensors, options, in_file, asked, task)
+        let mut predictor = Predictor::with_room_for(tensors, options, saved.storage, asked, task)?;
+        saved.lora.iter().try_for_each(|lora| lora.make_room(&mut predictor, tensors))?;
+        Ok(predictor)
     }
 
     /// Once every tensor has been read.
-    pub(super) fn finish_reading(&mut self, tensors: &Tensors) -> Result<()> {
+    pub(super) fn finish_reading(&mut self, lora: Option<&SavedLora>, tensors: &Tensors) -> Result<()> {
+        lora.map_or(Ok(()), |lora| lora.activate(self, tensors))?;
         for (name, normalization) in [(INPUT, &self.input), (OUTPUT, &self.output)] {
             normalization.iter().try_for_each(|normalization| normalization.check(tensors, name))?;
         }
@@ -147,8 +150,7 @@ impl Predictor {
 
     /// What is saved: parameters and normalizations.
     pub(super) fn parameters(&self) -> Vec<(String, Parameter<'_>)> {
-        let mut all = Vec::new();
-        self.visit_parameters(&mut |name, parameter| all.push((name.to_string(), parameter)));
+        let mut all = lora::parameters(self);
         for (name, normalization) in [(INPUT, &self.input), (OUTPUT, &self.output)] {
             let tensors = normalization.iter().flat_map(|normalization| normalization.tensors(name));
             all.extend(tensors.map(|(name, array)| (name, Parameter::Array(array))));
@@ -159,6 +161,7 @@ impl Predictor {
     /// As [`parameters`](Self::parameters), for reading them.
     pub(super) fn visit_tensors_mut(&mut self, f: &mut dyn FnMut(&str, ParameterMut<'_>)) {
         self.visit_parameters_mut(f);
+        self.visit_others_mut("", f);
         for (name, normalization) in [(INPUT, &mut self.input), (OUTPUT, &mut self.output)] {
             let tensors = normalization.iter_mut().flat_map(|normalization| normalization.tensors_mut(name));
             tensors.for_each(|(name, array)| f(&name, ParameterMut::Array(array)));

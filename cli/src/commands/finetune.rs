@@ -35,6 +35,9 @@ pub struct Args {
     /// Scale by alpha/√rank.
     #[arg(long)]
     rslora: bool,
+    /// Share of what an adapter reads that is dropped in training.
+    #[arg(long, value_name = "X", default_value_t = LoraOptions::default().dropout)]
+    dropout: f64,
     #[arg(long, value_name = "N", default_value_t = 1)]
     epochs: usize,
     /// Rows of a step.
@@ -75,15 +78,9 @@ pub fn run(args: Args) -> Result<()> {
     eprintln!("{learned} rows to learn, {} tokens of them; {held_out} held out", train.predicted());
 
     let mut lora = LoraOptions::default().maps(args.maps.iter().map(String::as_str));
-    (lora.rank, lora.alpha, lora.rslora) = (args.rank, args.alpha, args.rslora);
+    (lora.rank, lora.alpha, lora.rslora, lora.dropout) = (args.rank, args.alpha, args.rslora, args.dropout);
     let covered = lm.add_lora(&lora, args.seed)?;
-    eprintln!(
-        "adapters of {} maps, {} parameters: {:.2} % of the {:.1} M of the model",
-        covered.maps.len(),
-        covered.parameters,
-        100.0 * covered.parameters as f64 / lm.num_parameters() as f64,
-        lm.num_parameters() as f64 / 1e6
-    );
+    eprintln!("adapter: {covered}");
     lm.recompute_activations(args.recompute);
     let mut before = LmLoss::default();
     for (row, mask) in rows[learned..].iter().zip(&masks[learned..]) {

@@ -4,11 +4,13 @@ use ndarray::{Array2, ArrayViewD, ArrayViewMutD};
 
 use super::Hymba;
 use crate::layers::{Lazy, Linear};
+use crate::lora::is_lora;
 use crate::parameters::{Parameter, ParameterMut, Visitor, VisitorMut, next_id};
 
 impl Hymba {
     /// Calls `f` with the name and the values of every parameter, in a fixed order. The names are those in files. Matrices that are
-    /// [stored](Self::store_as) for inference have no values to lend: see [`visit_parameters`](Self::visit_parameters).
+    /// [stored](Self::store_as) for inference have no values to lend, and of a model with [adapters](Self::add_lora) the active one alone
+    /// is lent, which is what is trained then: see [`visit_parameters`](Self::visit_parameters).
     ///
     /// ```
     /// use hymba::{Hymba, HymbaOptions};
@@ -20,10 +22,9 @@ impl Hymba {
     /// # Ok::<(), hymba::Error>(())
     /// ```
     pub fn visit<'a>(&'a self, f: &mut dyn FnMut(&str, ArrayViewD<'a, f32>)) {
-        self.visit_parameters(&mut |name, parameter| {
-            if let Parameter::Array(array) = parameter {
-                f(name, array);
-            }
+        self.visit_parameters(&mut |name, parameter| match parameter {
+            Parameter::Array(array) if self.adapters.trains(name) => f(name, array),
+            _ => {}
         });
     }
 
@@ -54,10 +55,10 @@ impl Hymba {
 
     /// As [`visit`](Self::visit), for changing the parameters. States made before can no longer be used.
     pub fn visit_mut<'a>(&'a mut self, f: &mut dyn FnMut(&str, ArrayViewMutD<'a, f32>)) {
-        self.visit_parameters_mut(&mut |name, parameter| {
-            if let ParameterMut::Array(array) = parameter {
-                f(name, array);
-            }
+        let all = self.adapters.is_empty();
+        self.visit_parameters_mut(&mut |name, parameter| match parameter {
+            ParameterMut::Array(array) if all || is_lora(name) => f(name, array),
+            _ => {}
         });
     }
 
@@ -86,6 +87,7 @@ impl Hymba {
             id: next_id(),
             fingerprint: Lazy::new(),
             salt: 0,
+            adapters: self.adapters.zeros_like(),
         }
     }
 }
