@@ -4,9 +4,13 @@ A layer: y = in_proj(rms(x)) = q | k | v | u | z (no k, v where a layer uses tho
 then a gated MLP. Grouped attention with rope and values twice as wide as keys, over meta tokens and a window; Mamba-1 with norms of its
 time step, B and C; embedding and head are one matrix. Tensors have the names of the checkpoint.
 
-usage: torch_hymba_lm.py step DIR TEXT ROWS LENGTH STEPS --threads N [--form FORM]     times steps, one JSON line (as examples/lm_step.rs)
-       torch_hymba_lm.py fit DIR TEXT LENGTH --threads N [--epochs E] [--rate X]       trains; bits per byte of the last twentieth
-       torch_hymba_lm.py perplexity DIR TEXT                                           of the first 20 windows of 96 bytes
+usage: torch_hymba_lm.py [--threads N] [--form FORM] step DIR TEXT ROWS LENGTH STEPS     times steps, one JSON line (as examples/lm_step.rs)
+       torch_hymba_lm.py ... fit DIR TEXT LENGTH [--epochs E] [--rate X]                 trains; bits per byte of the last twentieth
+       torch_hymba_lm.py perplexity DIR TEXT                                             of the first 20 windows of 96 bytes
+
+A form is some of these words: `compile` (torch.compile of all but the scan, whose pieces are compiled anyway), `taps` (the convolution as
+four multiply-adds), `halves` (values in two halves, each as wide as the keys) or `pad` (keys as wide as the values), `en` (channels before
+states), `plain` (nothing is compiled).
 """
 import argparse
 import json
@@ -279,7 +283,7 @@ def perplexity(a):
 if __name__ == "__main__":
     p = argparse.ArgumentParser()
     p.add_argument("--threads", type=int, default=1)
-    p.add_argument("--form", default="compile taps")
+    p.add_argument("--form", default="compile taps halves")
     modes = p.add_subparsers(dest="mode", required=True)
     for name, run, more in (("step", bench, ("rows", "length", "steps")), ("fit", fit, ("length",)), ("perplexity", perplexity, ())):
         q = modes.add_parser(name)
