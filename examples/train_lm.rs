@@ -20,7 +20,6 @@ use hymba::train::{LmTrainer, LmTrainerOptions, TokenRows};
 use hymba::{GenerateOptions, HymbaLm};
 use picture::{BLUE, Chart, Charts, Corner, ORANGE, Series, Shape};
 
-#[allow(dead_code)] // the other examples use more of it
 #[path = "support/picture.rs"]
 mod picture;
 
