@@ -4,6 +4,7 @@ mod block;
 mod blocks;
 mod edifice;
 mod fed;
+mod feed_forward;
 mod files;
 mod fingerprint;
 mod memory;

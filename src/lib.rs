@@ -73,11 +73,11 @@
 //! | `lm` | no | the language model, `lm::HymbaLm`, on token ids |
 //! | `tokenizer` | no | `lm` with text: `Tokenizer`, chat templates, `Chat` |
 //! | `csv` | no | tables of comma-separated values in [`series`] |
-//! | `rayon` | yes | runs the sequences of a batch, the two branches of a block and large products on several threads |
+//! | `rayon` | yes | runs on several threads: the sequences of a batch, and the parts of large products, scans and attention |
 //! | `profile` | no | times the parts of the arithmetic, for people who work on its speed |
 //!
 //! Work runs on the current rayon pool: the global one (`RAYON_NUM_THREADS` sets its size), or yours, inside
-//! `ThreadPool::install`. A step of a few streams runs on the calling thread alone. Without the feature everything does.
+//! `ThreadPool::install`. A step of a few streams runs on the calling thread alone. Without the feature everything runs there.
 //!
 //! A child of `fork` has none of its parent's threads. If the parent has used the global pool by calls of this crate, the child
 //! does everything on the calling thread, with the same results; a pool that the child makes itself gives it threads again,

@@ -54,7 +54,7 @@ pub use training::PredictorCache;
 /// ```
 ///
 /// [`PredictorOptions`] say what else is around the encoder: the form of the input, a convolutional stem, a second encoder that reads
-/// from the end, pooling. Every call is there for every task: a classifier of sequences also has an opinion at every frame. The task says how many
+/// from the end, pooling. Every call works for every task: a classifier of sequences also predicts at every frame. The task says how many
 /// outputs there are, what they are called, and what [`Trainer`](crate::train::Trainer) trains.
 ///
 /// ```
@@ -220,7 +220,7 @@ impl Predictor {
     }
 
     /// What every block of the encoder does to x `[b, l, embed_dim]`: [`Hymba::inspect`] of what it reads of these frames, normalized and,
-    /// behind a stem, as tokens. Of both directions, that from the beginning.
+    /// behind a stem, as tokens. Of a bidirectional predictor, that is the direction from the beginning.
     ///
     /// # Errors
     ///
@@ -235,7 +235,7 @@ impl Predictor {
         &self.task
     }
 
-    /// The encoder, of a bidirectional predictor that which reads from the beginning.
+    /// The encoder; of a bidirectional predictor, the one that reads from the beginning.
     pub fn encoder(&self) -> &Hymba {
         &self.reader.encoder
     }

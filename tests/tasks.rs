@@ -130,6 +130,11 @@ fn sequences_are_what_they_are_said_to_be() {
         for (i, token) in examples[7].tokens.iter().enumerate() {
             assert_eq!(x[[7, i, *token]], 1.0);
             assert_eq!(x.slice(hymba::ndarray::s![7, i, ..task.tokens()]).sum(), 1.0);
+            let position = x.slice(hymba::ndarray::s![7, i, task.tokens()..]);
+            assert!(
+                (position.iter().map(|x| x * x).sum::<f32>() - 1.0).abs() < 1e-5,
+                "a position weighs as much as a token"
+            );
         }
     }
     // keys, and values, are different ones

@@ -17,7 +17,8 @@ use rand::seq::SliceRandom;
 const GAPS: f64 = 0.01;
 /// Tokens that are to be copied or looked up.
 const SYMBOLS: usize = 16;
-/// Numbers of a frame that tell its position: sine and cosine of each of the periods 2, 4, … 256.
+/// Numbers of a frame that tell its position: sine and cosine of each of the periods 2, 4, … 256, scaled so that together they are as long
+/// as the one-hot token: longer ones drown it, and what is to be recalled is the token.
 pub const POSITION: usize = 16;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -116,6 +117,8 @@ impl Generated {
 
     /// The frames of sequences of one length `[b, l, tokens + POSITION]`: a one-hot token, and where it stands.
     pub fn frames(&self, examples: &[Example]) -> Array3<f32> {
+        // eight pairs, each of length one
+        let scale = (2.0 / POSITION as f32).sqrt();
         let (l, width) = (examples.first().map_or(0, |example| example.tokens.len()), self.tokens());
         let mut x = Array3::zeros((examples.len(), l, width + POSITION));
         for (example, mut x) in examples.iter().zip(x.outer_iter_mut()) {
@@ -123,7 +126,8 @@ impl Generated {
                 x[token] = 1.0;
                 for i in 0..POSITION / 2 {
                     let angle = std::f32::consts::TAU * (t % (2 << i)) as f32 / (2 << i) as f32;
-                    (x[width + 2 * i], x[width + 2 * i + 1]) = angle.sin_cos();
+                    x[width + 2 * i] = scale * angle.sin();
+                    x[width + 2 * i + 1] = scale * angle.cos();
                 }
             }
         }

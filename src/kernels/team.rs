@@ -2,7 +2,7 @@
 //!
 //! One token passes through some 250 products, each of which keeps two cores busy for a few hundred microseconds. Waking a
 //! thread for every one of them takes a good part of that time. So a [`Team`] is
-//! called together once a token: its helpers wait for work without sleeping, and taking a share of a product costs them
+//! called together once per token: its helpers wait for work without sleeping, and taking a share of a product costs them
 //! well below a microsecond.
 //!
 //! Nobody waits for a helper to show up: the caller works on the items itself, and only waits for those who took one. In a

@@ -165,8 +165,8 @@ impl MambaBranch {
         only: Option<&[usize]>,
     ) -> Buffer {
         let [in_proj, out_proj] = self.projections();
-        let xz = in_proj.forward(batch.team, u);
-        let y = self.run(batch, layer, xz.view(), None);
+        let xz = in_proj.forward(batch.team, u); // [rows, d | d]
+        let y = self.run(batch, layer, xz.view(), None); // [rows, d]
         match only {
             Some(rows) => out_proj.forward(batch.team, y.rows_at(rows).view()),
             None => out_proj.forward(batch.team, y.view()),
@@ -196,7 +196,8 @@ impl MambaBranch {
         self.normalise(team, &mut dbc);
         // Δ = softplus(δ·W_dtᵀ + b_dt)                       [rows, d]
         let mut delta = self.dt_proj.forward(team, dbc.view());
-        // S_t = exp(Δ_t A) ⊙ S_{t−1} + (Δ_t ⊙ v_t) B_tᵀ,  y_t = S_t C_t + D ⊙ v_t,  out_t = y_t ⊙ silu(z_t)
+        // S_t = exp(Δ_t A) ⊙ S_{t−1} + (Δ_t ⊙ v_t) B_tᵀ      [d, n]
+        // out_t = (S_t C_t + D ⊙ v_t) ⊙ silu(z_t)            [rows, d]
         let bc = Rows { data: flat(&dbc), stride: dbc.ncols() };
         let input = ScanRows { v: Rows { data: flat(&v), stride: d }, bc, xz: all };
         let states = batch.states.iter_mut().map(|state| &mut state.layers[layer].mamba.scan);
@@ -249,7 +250,7 @@ impl MambaBranch {
     ) -> Buffer {
         let [in_proj, out_proj] = self.projections();
         let dout = out_proj.backward(team, cache.y.view(), dy, &mut grad.projections_mut()[1]); // [rows, d]
-        let mut dxz = Buffer::uninit(cache.xz.dim());
+        let mut dxz = Buffer::uninit(cache.xz.dim()); // [rows, d | d]
         let xz = cache.xz.view();
         self.run_backward(team, spans, xz, &cache.inner, initial, &dout, dfinal, grad, dinitial, &mut dxz);
         in_proj.backward(team, u, dxz.view(), &mut grad.projections_mut()[0])
@@ -274,6 +275,8 @@ impl MambaBranch {
     ) {
         let (d, _) = self.scan.dim();
         let (rows, width) = cache.dbc.dim();
+        // S_t = exp(Δ_t A) ⊙ S_{t−1} + (Δ_t ⊙ v_t) B_tᵀ,  out_t = (S_t C_t + D ⊙ v_t) ⊙ silu(z_t),  Δ = softplus(…): that of what
+        // goes into softplus, of v and z [rows, d], and of B | C [rows, 2n]
         let (mut ddelta, mut dv) = (Buffer::uninit((rows, d)), Buffer::uninit((rows, d)));
         let mut ddbc = Buffer::uninit((rows, width));
         let gradient = ScanRowsGradient { delta: &mut ddelta, v: &mut dv, bc: &mut ddbc, xz: dxz };
@@ -294,10 +297,13 @@ impl MambaBranch {
             &mut dinitial.scan,
             &mut grad.scan,
         );
-        let dlow = self.dt_proj.backward(team, cache.dbc.view(), ddelta.view(), &mut grad.dt_proj); // [rows, r]
+        // δ·W_dtᵀ + b_dt                                     dδ [rows, r]
+        let dlow = self.dt_proj.backward(team, cache.dbc.view(), ddelta.view(), &mut grad.dt_proj);
         ddbc.slice_mut(s![.., ..dlow.ncols()]).assign(&*dlow);
+        // [δ | B | C] = v·W_xᵀ                               dv [rows, d], beside that of the scan
         self.normalise_backward(team, cache.before_norms.as_deref(), &mut ddbc, grad);
         *dv += &*self.x_proj.backward(team, cache.v.view(), ddbc.view(), &mut grad.x_proj);
+        // v = silu(conv(xi))                                 dxi [rows, d]
         let (history, column) = (initial.conv.view(), xz.ncols() - 2 * d);
         let (dv, dhistory) = (flat_mut(&mut dv), &mut dinitial.conv);
         self.conv.backward(team, spans, xz, column, history, dv, dxz, dhistory, &mut grad.conv);

@@ -54,7 +54,7 @@ pub(super) struct BlockCache {
 
 /// Where a backward pass is: what all layers share.
 #[derive(Clone, Copy)]
-pub(super) struct Pass<'a> {
+pub(super) struct BackwardPass<'a> {
     pub team: &'a Team,
     pub spans: &'a Spans,
     pub angles: &'a [Angles],
@@ -273,7 +273,7 @@ impl Block {
     /// keeping them.
     pub(super) fn backward(
         &self,
-        pass: Pass,
+        pass: BackwardPass,
         cache: &BlockCache,
         dy: Buffer,
         dfinal: Option<&StateGradient>,
@@ -326,7 +326,7 @@ impl Block {
     /// layer they come from.
     fn attention_backward(
         &self,
-        pass: Pass,
+        pass: BackwardPass,
         cache: &BlockCache,
         dattention: &Array2<f32>,
         dfinal: Option<&StateGradient>,

@@ -20,7 +20,7 @@ pub enum FinishReason {
     /// The row has come to the model's `max_position_embeddings`, and
     /// [`stop_at_max_positions`](GenerateOptions::stop_at_max_positions) is set.
     MaxPositions,
-    /// The callback said so, or the one that hears how far the prompt is ([`GenerateOptions::on_prompt`]).
+    /// The callback ended it, or the one for the progress of the prompt ([`GenerateOptions::on_prompt`]).
     Cancelled,
 }
 
@@ -151,7 +151,7 @@ pub struct LogLikelihood {
 }
 
 impl HymbaLm {
-    /// Continues a prompt, token by token: `on_token` hears each id as soon as it is chosen, and ends the generation with
+    /// Continues a prompt, token by token: `on_token` gets each id as soon as it is chosen, and ends the generation with
     /// [`ControlFlow::Break`].
     ///
     /// Texts longer than the model's `max_position_embeddings` are not refused: see
@@ -196,7 +196,7 @@ impl HymbaLm {
     ///
     /// Those of [`generate`](Self::generate), and [`Error::State`] if the state has not one row or is of another model.
     ///
-    /// After [`Error::Logits`] the state has seen the prompt and exactly the ids that the callback heard: clone it before, if you
+    /// After [`Error::Logits`] the state has seen the prompt and exactly the ids that the callback got: clone it before, if you
     /// want to go back. After any other error it is untouched.
     pub fn generate_with(
         &self,
@@ -209,7 +209,7 @@ impl HymbaLm {
         generated.pop().ok_or_else(|| Error::State("it has no rows".into()))
     }
 
-    /// Continues several prompts of any lengths together, each of which ends on its own. The callback hears the row and the token.
+    /// Continues several prompts of any lengths together, each of which ends on its own. The callback gets the row and the token.
     ///
     /// The options are the same for all rows, or a list of one for each: see [`RowOptions`]. With those of a list each row is what
     /// [`generate`](Self::generate) makes of its prompt and its options. With the same for all, row i draws from stream i of the

@@ -19,7 +19,7 @@ const FEWEST: usize = 2;
 const MOST: usize = 4;
 
 /// A pass with a guess in it.
-struct Pass {
+struct GuessedPass {
     /// The state before it.
     before: SequenceState,
     /// Its tokens that are part of the text.
@@ -42,7 +42,7 @@ impl HymbaLm {
         let mut pass = None;
         let result = self.guess_and_check(state, seen, row, logits, &mut pass, on_token);
         // whatever has ended it, the state has seen the text and no guess
-        if let Some(Pass { before, right, guessed }) = pass
+        if let Some(GuessedPass { before, right, guessed }) = pass
             && !guessed.is_empty()
         {
             state.rows[0] = before;
@@ -57,7 +57,7 @@ impl HymbaLm {
         mut seen: Vec<u32>,
         row: &mut Row,
         mut logits: Vec<f32>,
-        pass: &mut Option<Pass>,
+        pass: &mut Option<GuessedPass>,
         on_token: &mut dyn FnMut(u32) -> ControlFlow<()>,
     ) -> Result<usize> {
         let (position, mut passes) = (state.rows[0].position, 0);
@@ -101,7 +101,7 @@ impl HymbaLm {
             passes += 1;
             let mut all = all.rows().into_iter().map(|row| row.to_vec());
             logits = all.next().unwrap_or_default();
-            *pass = before.map(|before| Pass { before, right, guessed: guess.into_iter().zip(all).collect() });
+            *pass = before.map(|before| GuessedPass { before, right, guessed: guess.into_iter().zip(all).collect() });
         }
     }
 }

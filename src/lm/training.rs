@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::ops::Deref;
 
-use super::block::{Block, BlockCache, Pass, PassGradient};
+use super::block::{BackwardPass, Block, BlockCache, PassGradient};
 use super::config::HymbaLmConfig;
 use super::loss::{HeadGradient, LmLoss};
 use super::model::HymbaLm;
@@ -344,8 +344,8 @@ impl Layers {
         }
     }
 
-    fn pass<'a>(&'a self, team: &'a Team, initial: &'a SequenceState) -> Pass<'a> {
-        Pass { team, spans: &self.spans, angles: &self.angles, initial, shared: &self.shared }
+    fn pass<'a>(&'a self, team: &'a Team, initial: &'a SequenceState) -> BackwardPass<'a> {
+        BackwardPass { team, spans: &self.spans, angles: &self.angles, initial, shared: &self.shared }
     }
 }
 

@@ -1,13 +1,12 @@
 //! Predictors in files: [`Predictor::save`] and [`Predictor::load`].
 
-use std::io::{Read, Seek, Write};
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
 use super::{Differences, Normalization, Predictor, PredictorOptions, Task};
 use crate::encoder::{check_size, first_storage};
-use crate::files::saved::{self, entry, fill};
+use crate::files::saved::{self, entry, fill, in_one_file};
 use crate::files::tensors::{Source, Tensors};
 use crate::files::{Target, header};
 use crate::kernels::matmul::Storage;
@@ -45,12 +44,10 @@ fn is_default<T: Default + PartialEq>(value: &T) -> bool {
     *value == T::default()
 }
 
-impl Predictor {
+in_one_file!(Predictor {
     /// Writes the predictor to one safetensors file: every parameter under its own name, f32 or as it is
-    /// [stored](Self::store_as), the normalizations as
-    /// `input_mean`, `input_scale`, `output_mean` and `output_scale`, options and task in the metadata.
-    ///
-    /// As with [`Hymba::save`](crate::Hymba::save), `path` is at all times the old file or the complete new one.
+    /// [stored](Self::store_as), the normalizations as `input_mean`, `input_scale`, `output_mean` and `output_scale`, options and
+    /// task in the metadata.
     ///
     /// ```
     /// use hymba::{HymbaOptions, Predictor, Task};
@@ -62,14 +59,21 @@ impl Predictor {
     /// assert_eq!(Predictor::load(&path)?.task().labels(), ["walking", "standing"]);
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
+    save,
+    /// Reads a predictor that [`save`](Self::save) wrote.
+    load,
+    /// ```
+    /// use hymba::{HymbaOptions, Predictor, Task};
     ///
-    /// # Errors
-    ///
-    /// As [`Hymba::save`](crate::Hymba::save).
-    pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
-        self.write(Target::File(path.as_ref()))
-    }
+    /// let options = HymbaOptions::new(3).hidden_size(8).num_layers(1);
+    /// let bytes = Predictor::build(options, Task::classify(["walking", "standing"]))?.to_bytes()?;
+    /// assert_eq!(Predictor::from_bytes(&bytes)?.task().labels(), ["walking", "standing"]);
+    /// # Ok::<(), hymba::Error>(())
+    /// ```
+    from_bytes,
+});
 
+impl Predictor {
     fn write(&self, target: Target) -> Result<()> {
         saved::write(target, &self.saved(), self.parameters())
     }
@@ -82,36 +86,6 @@ impl Predictor {
         Saved { version, options, storage, task, normalize_series, differences, stem, bidirectional, pooling }
     }
 
-    /// What [`save`](Self::save) would write to a file.
-    ///
-    /// # Errors
-    ///
-    /// As [`Hymba::to_bytes`](crate::Hymba::to_bytes).
-    pub fn to_bytes(&self) -> Result<Vec<u8>> {
-        let mut bytes = Vec::new();
-        self.write(Target::Writer(&mut bytes))?;
-        Ok(bytes)
-    }
-
-    /// As [`save`](Self::save), to anything that can be written to.
-    ///
-    /// # Errors
-    ///
-    /// As [`save`](Self::save).
-    pub fn write_to(&self, mut writer: impl Write) -> Result<()> {
-        self.write(Target::Writer(&mut writer))
-    }
-
-    /// Reads a predictor that [`save`](Self::save) wrote. The file need not be trusted, as in
-    /// [`Hymba::load`](crate::Hymba::load).
-    ///
-    /// # Errors
-    ///
-    /// As [`Hymba::load`](crate::Hymba::load).
-    pub fn load(path: impl AsRef<Path>) -> Result<Predictor> {
-        Self::read(Source::open(path.as_ref())?, None)
-    }
-
     /// As [`load`](Self::load), with the large matrices of the encoder stored in another type than in the file: see
     /// [`Hymba::load_as`](crate::Hymba::load_as).
     ///
@@ -119,38 +93,14 @@ impl Predictor {
     ///
     /// As [`Hymba::load_as`](crate::Hymba::load_as).
     pub fn load_as(path: impl AsRef<Path>, storage: Storage) -> Result<Predictor> {
-        Self::read(Source::open(path.as_ref())?, Some(storage))
+        Self::read_as(Source::open(path.as_ref())?, Some(storage))
     }
 
-    /// As [`load`](Self::load), from anything that can be read: from its beginning to its end, wherever it stands.
-    ///
-    /// # Errors
-    ///
-    /// As [`load`](Self::load).
-    pub fn read_from(reader: impl Read + Seek) -> Result<Predictor> {
-        Self::read(Source::reader(reader)?, None)
+    fn read(source: Source) -> Result<Predictor> {
+        Self::read_as(source, None)
     }
 
-    /// As [`load`](Self::load), from what [`save`](Self::save) or [`to_bytes`](Self::to_bytes) wrote. The bytes need not be trusted
-    /// either.
-    ///
-    /// ```
-    /// use hymba::{HymbaOptions, Predictor, Task};
-    ///
-    /// let options = HymbaOptions::new(3).hidden_size(8).num_layers(1);
-    /// let bytes = Predictor::build(options, Task::classify(["walking", "standing"]))?.to_bytes()?;
-    /// assert_eq!(Predictor::from_bytes(&bytes)?.task().labels(), ["walking", "standing"]);
-    /// # Ok::<(), hymba::Error>(())
-    /// ```
-    ///
-    /// # Errors
-    ///
-    /// As [`load`](Self::load).
-    pub fn from_bytes(bytes: &[u8]) -> Result<Predictor> {
-        Self::read(Source::memory(bytes), None)
-    }
-
-    fn read(source: Source, asked: Option<Storage>) -> Result<Predictor> {
+    fn read_as(source: Source, asked: Option<Storage>) -> Result<Predictor> {
         let (mut tensors, saved) = header::read(source)?;
         let saved: Saved = entry(saved, &tensors)?;
         let in_file = saved.storage;
@@ -188,7 +138,9 @@ impl Predictor {
 
     /// Once every tensor has been read.
     pub(super) fn finish_reading(&mut self, tensors: &Tensors) -> Result<()> {
-        self.check_normalizations(tensors)?;
+        for (name, normalization) in [(INPUT, &self.input), (OUTPUT, &self.output)] {
+            normalization.iter().try_for_each(|normalization| normalization.check(tensors, name))?;
+        }
         self.salt_encoder();
         Ok(())
     }
@@ -229,15 +181,5 @@ impl Predictor {
         let input = has(INPUT).then(|| Normalization::zeros(options.features()));
         let output = (has(OUTPUT) && task.is_regression()).then(|| Normalization::zeros(task.outputs()));
         Ok(Predictor { input, output, ..Predictor::zeros(options, first_storage(in_file, asked), task) })
-    }
-
-    /// Checks numbers that a stranger wrote and that are divided by.
-    fn check_normalizations(&self, tensors: &Tensors) -> Result<()> {
-        for (name, normalization) in [(INPUT, &self.input), (OUTPUT, &self.output)] {
-            let Some(normalization) = normalization else { continue };
-            Normalization::new(normalization.mean().clone(), normalization.scale().clone())
-                .map_err(|error| tensors.error(format!("its {name} normalization is not usable: {error}")))?;
-        }
-        Ok(())
     }
 }

@@ -13,7 +13,7 @@ use crate::bandwidth::{self, Memory};
 use crate::load::LoadArgs;
 use crate::output::{self, out, size};
 
-/// Decoding reads every weight once a token, so that memory bandwidth is its limit: that is measured, too, in turns with the
+/// Decoding reads every weight once per token, so that memory bandwidth is its limit: that is measured, too, in turns with the
 /// tokens, as what a machine gives changes from one second to the next.
 #[derive(clap::Args)]
 pub struct Args {

@@ -16,7 +16,7 @@ use crate::series::{Answer, Model, ReadArgs};
 pub struct Args {
     /// A model that `hymba train` wrote.
     model: PathBuf,
-    /// Series: .ts, .csv or .tsv. Their targets, if there are any, are not looked at.
+    /// Series: .ts, .csv or .tsv. Their targets, if there are any, are ignored.
     #[arg(required_unless_present = "stream")]
     data: Option<PathBuf>,
     /// Reads frames from the standard input, one in each line, numbers separated by commas or spaces, and answers each line at once

@@ -100,7 +100,7 @@ impl Engine {
         let abort = Arc::new(AtomicBool::new(false));
         let flag = abort.clone();
         let work = move || {
-            // a panic outside of what a step catches loses the sequences at hand, which their clients are told, and nothing else
+            // a panic outside of what a step catches loses the current sequences, which their clients are told, and nothing else
             while catch_unwind(AssertUnwindSafe(|| {
                 Loop::new(&lm, &tokenizer, &options, &metrics, &flag).run(&receiver);
             }))

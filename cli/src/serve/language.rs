@@ -169,19 +169,9 @@ async fn complete(State(language): State<Arc<Language>>, request: Request) -> Ap
     let prompt_tokens = prompts.iter().map(|prompt| prompt.ids.len()).sum();
     let choices = prompts.len() * per_prompt;
     let events = language.submit(prompts, permits, &options, max_tokens, per_prompt, log_probs, score_prompt)?;
-    let answer = Answer {
-        id: language.id("cmpl"),
-        created: now(),
-        model: language.name.clone(),
-        kind: Kind::Completion { echo: echoes.then_some(echo) },
-        choices,
-        per_prompt,
-        prompt_tokens,
-        log_probs: log_probs.is_some(),
-        include_usage: asked.sampling.includes_usage(),
-        vocabulary: language.vocabulary.clone(),
-    };
-    respond(answer, events, asked.sampling.stream).await
+    let kind = Kind::Completion { echo: echoes.then_some(echo) };
+    let answer = language.answer("cmpl", kind, &asked.sampling, log_probs.is_some(), per_prompt, prompt_tokens);
+    respond(Answer { choices, ..answer }, events, asked.sampling.stream).await
 }
 
 async fn chat(State(language): State<Arc<Language>>, request: Request) -> ApiResult<Response> {
@@ -206,18 +196,8 @@ async fn chat(State(language): State<Arc<Language>>, request: Request) -> ApiRes
     .await?;
     let prompt_tokens = prompt.ids.len();
     let events = language.submit(vec![prompt], permits, &options, max_tokens, per_prompt, log_probs, false)?;
-    let answer = Answer {
-        id: language.id("chatcmpl"),
-        created: now(),
-        model: language.name.clone(),
-        kind: Kind::Chat { tools: with_tools },
-        choices: per_prompt,
-        per_prompt,
-        prompt_tokens,
-        log_probs: log_probs.is_some(),
-        include_usage: asked.sampling.includes_usage(),
-        vocabulary: language.vocabulary.clone(),
-    };
+    let kind = Kind::Chat { tools: with_tools };
+    let answer = language.answer("chatcmpl", kind, &asked.sampling, log_probs.is_some(), per_prompt, prompt_tokens);
     respond(answer, events, asked.sampling.stream).await
 }
 
@@ -240,10 +220,6 @@ async fn blocking<T: Send + 'static>(work: impl FnOnce() -> ApiResult<T> + Send 
     done.await.unwrap_or_else(|_| Err(ApiError::internal("reading a request broke down")))
 }
 
-fn now() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs())
-}
-
 impl Language {
     fn description(&self) -> serde_json::Value {
         json!({
@@ -260,6 +236,30 @@ impl Language {
 
     fn id(&self, kind: &str) -> String {
         format!("{kind}-{:016x}", self.random.hash_one(self.count.fetch_add(1, Ordering::Relaxed)))
+    }
+
+    /// An answer to one prompt.
+    fn answer(
+        &self,
+        id: &str,
+        kind: Kind,
+        sampling: &Sampling,
+        log_probs: bool,
+        per_prompt: usize,
+        prompt_tokens: usize,
+    ) -> Answer {
+        Answer {
+            id: self.id(id),
+            created: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs()),
+            model: self.name.clone(),
+            kind,
+            choices: per_prompt,
+            per_prompt,
+            prompt_tokens,
+            log_probs,
+            include_usage: sampling.includes_usage(),
+            vocabulary: self.vocabulary.clone(),
+        }
     }
 
     /// Continuations of each prompt, and the options that they have in common.

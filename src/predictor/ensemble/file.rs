@@ -30,10 +30,14 @@ struct SavedEncoder {
     predictor: file::Saved,
 }
 
-in_one_file!(
-    Ensemble,
-    "Writes both views to one safetensors file: the kernels under names that begin with `features.`, the encoder as [`Predictor::save`] does, the rest in the metadata."
-);
+in_one_file!(Ensemble {
+    /// Writes both views to one safetensors file: the kernels under names that begin with `features.`, the encoder as
+    /// [`Predictor::save`] does, the rest in the metadata.
+    save,
+    /// Reads an ensemble that [`save`](Self::save) wrote.
+    load,
+    from_bytes,
+});
 
 impl Ensemble {
     fn write(&self, target: Target) -> Result<()> {
