@@ -280,7 +280,7 @@ impl HymbaLm {
             return (state, None);
         }
         let batch = Batch::new(team, [(&mut state, self.meta_tokens.nrows())], true, self.rotary.as_ref());
-        let (_, layers) = self.run_layers(batch, Buffer::copy_of(&self.meta_tokens), false);
+        let (_, layers) = self.run_layers(batch, Buffer::copy_of(&self.meta_tokens), self.recompute);
         (state, Some(layers))
     }
 
@@ -318,6 +318,7 @@ impl HymbaLm {
             // what the cache holds counts: recompute_activations may have been called since
             let again = cache.tokens.blocks.iter().any(|kept| matches!(kept, Kept::Input(_)));
             let mut states = vec![cache.initial.clone(); if again { cache.lengths.len() } else { 0 }];
+            let mut before_meta = [empty.clone()];
             let mut of_tokens = PassGradient::zeros(&cache.initial);
             let mut of_meta = PassGradient::zeros(&empty);
             let mut dmeta = cache.meta.as_ref().map(|_| Buffer::zeros(self.meta_tokens.dim()));
@@ -330,7 +331,7 @@ impl HymbaLm {
                 drop(seeded);
                 if let (Some(meta), Some(dy)) = (&cache.meta, dmeta.take()) {
                     let (pass, dfinal) = (meta.pass(team, &empty), Some(&of_tokens.initial[i]));
-                    let of_block = meta.cache_of(block, i, team, &mut []);
+                    let of_block = meta.cache_of(block, i, team, &mut before_meta);
                     dmeta = Some(block.backward(pass, &of_block, dy, dfinal, grad, &mut of_meta));
                 }
             }
