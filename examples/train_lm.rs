@@ -15,7 +15,7 @@ use std::error::Error;
 use std::ops::ControlFlow;
 use std::path::Path;
 
-use hymba::lm::{HymbaLmConfig, RopeType, Tokenizer, TorchDtype};
+use hymba::lm::{HymbaLmConfig, Tokenizer};
 use hymba::train::{LmTrainer, LmTrainerOptions, TokenRows};
 use hymba::{GenerateOptions, HymbaLm};
 use picture::{BLUE, Chart, Charts, Corner, ORANGE, Series, Shape};
@@ -31,15 +31,9 @@ const BEGIN: u32 = 10;
 
 /// Two layers, the first of which sees everything and the other a window.
 fn config(vocabulary: usize, begin: Option<u32>, end: u32) -> HymbaLmConfig {
-    let mut config = HymbaLmConfig::hymba_1_5b();
-    (config.hidden_size, config.num_hidden_layers, config.vocab_size) = (64, 2, vocabulary);
-    (config.num_attention_heads, config.num_key_value_heads) = (2, 1);
-    (config.intermediate_size, config.mamba_dt_rank) = (176, Some(4));
-    (config.num_memory_tokens, config.sliding_window) = (8, Some(48));
-    (config.global_attn_idx, config.kv_reuse_group) = (Some(vec![0]), None);
-    (config.max_position_embeddings, config.rope_type) = (WINDOW, RopeType::Default);
-    (config.bos_token_id, config.eos_token_id, config.pad_token_id) = (begin, vec![end], Some(0));
-    config.torch_dtype = Some(TorchDtype::F32);
+    let mut config = HymbaLmConfig::bytes(64, 2, WINDOW);
+    (config.vocab_size, config.global_attn_idx) = (vocabulary, Some(vec![0]));
+    (config.bos_token_id, config.eos_token_id) = (begin, vec![end]);
     config
 }
 
