@@ -501,14 +501,16 @@ mod tests {
     #[test]
     fn copies_of_matrices_are_counted_until_they_are_made() {
         let mut config = HymbaLmConfig::hymba_1_5b();
-        (config.hidden_size, config.intermediate_size, config.vocab_size) = (40, 48, 20);
-        config.num_hidden_layers = 2;
+        (config.hidden_size, config.intermediate_size, config.vocab_size) = (32, 48, 20);
+        (config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads) = (3, 4, 2);
+        (config.global_attn_idx, config.kv_reuse_group) = (Some(vec![0]), Some(vec![vec![1, 2]]));
+        (config.sliding_window, config.num_memory_tokens, config.mamba_dt_rank) = (Some(9), 3, Some(2));
         for tied in [true, false] {
             config.tie_word_embeddings = tied;
             let mut lm = HymbaLm::build(config.clone(), 0).unwrap();
             let mut numbers = 0;
             lm.visit_maps(&mut |_, map| numbers += map.dim().0 * map.dim().1);
-            let bytes = size_of::<f32>() * (numbers + if tied { 20 * 40 } else { 0 });
+            let bytes = size_of::<f32>() * (numbers + if tied { 20 * 32 } else { 0 });
             assert_eq!(lm.bytes_of_copies(), 2 * bytes);
             lm.accumulate(&[[1, 2, 3]], None, &mut lm.zeros_like()).unwrap();
             assert_eq!(lm.bytes_of_copies(), 0);
