@@ -41,7 +41,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let (train, validation) = (TokenRows::new(rows, None)?, TokenRows::new(held_out, None)?);
 
     let covered = lm.add_lora(&LoraOptions::default(), 0)?;
-    println!("adapters of {} maps, {} parameters", covered.maps.len(), covered.parameters);
+    println!("adapter: {covered}");
     let options =
         LmTrainerOptions::default().epochs(2).learning_rate(2e-4).batch_size(8).pass_size(1).weight_decay(0.0);
     let trained = LmTrainer::new(lm, options)?.fit(&train, Some(&validation), |progress| {

@@ -5,7 +5,7 @@
 //! cargo run --release --features profile --example profile -- f1 step 5
 //! ```
 //!
-//! Arguments: the cases (`f1`, `f32`, `f1k`, `f8k`, `step`, `train`, `small`; `growth`, see below; all unless some are named), and the
+//! Arguments: the cases (`f1`, `f32`, `f1k`, `f8k`, `step`, `train`, `small`; `growth` and `cores`, see below; all unless some are named), and the
 //! number of rounds of 0.3 s a case (3 unless given), of which the fastest is shown. The columns of a table:
 //!
 //! | column | |
@@ -20,6 +20,9 @@
 //! numbers in the first cache; attention, its multiply-adds and then its exps; element-wise and packing, reading and
 //! overwriting what lies in the second cache; optimiser, reading and overwriting what no cache holds. What the parts leave of
 //! the threads' time is waiting, handing work over, copying, and memory management.
+//!
+//! `cores` simulates more threads than there are: how often work is shared, into how many tasks, what part of the work one thread
+//! does alone, and how many times faster than one thread all is if every thread works at its limits and handing over costs nothing.
 //!
 //! `growth` shows what does not grow: time with the length of a sequence past the window, a step with the frames before it,
 //! memory with calls. Resident memory is read from `/proc` and so left out elsewhere than on Linux.
@@ -49,12 +52,13 @@ fn main() -> Result<(), Box<dyn Error>> {
             return print_memory(window);
         } else if let Ok(number) = argument.parse() {
             rounds = usize::max(number, 1);
-        } else if CASES.contains(&&*argument) || argument == "growth" {
+        } else if CASES.contains(&&*argument) || ["growth", "cores"].contains(&&*argument) {
             names.push(argument);
         } else {
-            return Err(
-                format!("{argument:?} is neither a number of rounds nor one of {CASES:?} and \"growth\"").into()
-            );
+            return Err(format!(
+                "{argument:?} is neither a number of rounds nor one of {CASES:?}, \"growth\" and \"cores\""
+            )
+            .into());
         }
     }
     if names.is_empty() {
@@ -73,6 +77,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     for name in &names {
         match name.as_str() {
             "growth" => growth()?,
+            "cores" => cores(&alone)?,
             // a stream is stepped on one thread
             case => print_case(case, rounds, threads, if case == "step" { &alone } else { &together })?,
         }
@@ -174,6 +179,32 @@ fn run_round(call: &mut Call) -> hymba::Result<(f64, f64)> {
     Ok((start.elapsed().as_secs_f64() / f64::from(calls), f64::from(calls)))
 }
 
+fn cores(limits: &Limits) -> hymba::Result<()> {
+    println!(
+        "\n{:6} {:>7} {:>7} {:>7} {:>10} {:>8} {:>7}",
+        "cores", "threads", "shared", "tasks", "largest", "alone", "faster"
+    );
+    for case in CASES.into_iter().filter(|case| *case != "f8k") {
+        let mut call = prepare(case)?;
+        call()?; // packs weights
+        for threads in [2, 4, 8, 16, 64] {
+            let (result, simulation) = profile::simulate(threads, &mut call);
+            result?;
+            let (together, one) = simulation.seconds(|cost| limits.seconds(cost));
+            let largest = simulation.shared.iter().flatten().map(|task| limits.seconds(task)).fold(0.0, f64::max);
+            println!(
+                "{case:6} {threads:7} {:7} {:7} {:7.1} µs {:6.2} % {:7.1}",
+                simulation.shared.len(),
+                simulation.shared.iter().map(Vec::len).sum::<usize>(),
+                largest * 1e6,
+                100.0 * limits.seconds(&simulation.alone) / one,
+                one / together,
+            );
+        }
+    }
+    Ok(())
+}
+
 fn growth() -> Result<(), Box<dyn Error>> {
     println!("\ngrowth, window 60");
     let (mut short, mut long) = (forward(1, 1024, 60)?, forward(1, LONG, 60)?);
@@ -229,6 +260,16 @@ fn growth() -> Result<(), Box<dyn Error>> {
         call()?;
     }
     print_memory_use("forward, 1 × 60", 200, before.0, before.1);
+
+    let mut call = prepare("small")?;
+    for _ in 0..5 {
+        call()?;
+    }
+    let before = (self::resident("VmRSS"), allocations());
+    for _ in 0..20 {
+        call()?;
+    }
+    print_memory_use("training step, 16 × 16", 20, before.0, before.1);
 
     if resident.is_none() {
         println!("peak of resident memory: only Linux tells");

@@ -1,9 +1,11 @@
 //! The encoder: sequences of frames in, vectors out.
 
+mod adapters;
 mod block;
 mod blocks;
 mod edifice;
 mod fed;
+mod feed_forward;
 mod files;
 mod fingerprint;
 mod memory;

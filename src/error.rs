@@ -54,7 +54,7 @@ pub enum Error {
     #[error("the next token cannot be chosen from the logits: {0}")]
     Logits(String),
 
-    /// A set of series cannot be learned from.
+    /// A data set is not usable for training.
     #[error("the data cannot be learned from: {0}")]
     Data(String),
 
@@ -62,11 +62,11 @@ pub enum Error {
     #[error("the targets cannot be learned: {0}")]
     Targets(String),
 
-    /// The optimiser and what it is to train do not fit together.
+    /// The optimiser does not fit the model it is to train.
     #[error("the optimiser cannot be used here: {0}")]
     Optimizer(String),
 
-    /// Training has left the numbers that f32 can hold.
+    /// A number in training is not finite, or too large.
     #[error(
         "at step {step}, {what}: lower the learning rate, warm it up, clip the gradient's norm, or look for extreme \
          values in the data; to go on without the batch, clear its gradient (Parameters::fill_zero) or set \
@@ -79,7 +79,7 @@ pub enum Error {
         what: String,
     },
 
-    /// The ranks of a training cannot go on together: one is gone, one has an error of its own, or they do not have the same.
+    /// The ranks of a training cannot go on together: one is gone, one has an error of its own, or their data or weights differ.
     #[error("the training over several ranks has ended: {0}")]
     Collective(String),
 
@@ -144,7 +144,7 @@ impl Error {
     }
 }
 
-/// The problems, one a line; a file of strangers' names is not allowed to flood the screen.
+/// The problems, one per line, and not all of a file that has thousands.
 fn list(problems: &[String]) -> String {
     const SHOWN: usize = 40;
     let mut text = String::new();

@@ -20,7 +20,6 @@ mod kv_cache;
 mod layer_norm;
 mod lazy;
 mod linear;
-#[cfg_attr(not(feature = "lm"), allow(dead_code))]
 mod low_rank;
 mod mamba;
 mod mlp;
@@ -43,7 +42,7 @@ pub use attention::MetaTokenAttention;
 pub(crate) use attention::{AttentionCache, AttentionConfig, Depth, init_meta_tokens};
 pub(crate) use batch::{Batch, Spans};
 pub(crate) use buffer::Buffer;
-pub(crate) use dropout::Dropout;
+pub(crate) use dropout::{Dropout, row_seeds, seed_at};
 #[cfg(feature = "lm")]
 pub(crate) use embedding::Embedding;
 pub(crate) use gate::Gate;
@@ -52,9 +51,7 @@ pub(crate) use kv_cache::{KvCache, KvShape};
 pub(crate) use layer_norm::LayerNorm;
 pub(crate) use lazy::Lazy;
 pub(crate) use linear::Linear;
-#[cfg(feature = "lm")]
-pub(crate) use low_rank::LORA_NAMES;
-pub(crate) use low_rank::LowRank;
+pub(crate) use low_rank::{LORA_NAMES, LowRank};
 #[cfg(feature = "lm")]
 pub(crate) use mamba::InnerCache;
 pub use mamba::MambaBranch;

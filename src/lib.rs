@@ -38,6 +38,7 @@
 //! | classify series, predict numbers | [`Predictor`], [`PredictorOptions`]; [`Pooling`], [`Stem`], [`Differences`] |
 //! | take less memory | [`Hymba::store_as`], [`Hymba::load_as`] and [`Storage`]: bf16, f16, 8 or 4 bits, for inference |
 //! | train | [`Predictor`] and [`train::Trainer`]; or by hand [`Hymba::forward_train`], [`Hymba::backward`], [`train::AdamW`] |
+//! | fine-tune few numbers of a large model | [`Hymba::add_lora`], [`Predictor::add_lora`] and [`LoraOptions`], over weights of any [`Storage`] |
 //! | read series from files | [`series::SeriesSet`]: `.ts`, and with the feature `csv` tables |
 //! | run NVIDIA's language model | `hymba::lm` (feature `lm`; with text, feature `tokenizer`) |
 //! | look inside | [`Hymba::summary`], [`Hymba::inspect`], [`Hymba::visit`], [`Hymba::visit_parameters`] |
@@ -73,11 +74,11 @@
 //! | `lm` | no | the language model, `lm::HymbaLm`, on token ids |
 //! | `tokenizer` | no | `lm` with text: `Tokenizer`, chat templates, `Chat` |
 //! | `csv` | no | tables of comma-separated values in [`series`] |
-//! | `rayon` | yes | runs the sequences of a batch, the two branches of a block and large products on several threads |
+//! | `rayon` | yes | runs on several threads: the sequences of a batch, and the parts of large products, scans and attention |
 //! | `profile` | no | times the parts of the arithmetic, for people who work on its speed |
 //!
 //! Work runs on the current rayon pool: the global one (`RAYON_NUM_THREADS` sets its size), or yours, inside
-//! `ThreadPool::install`. A step of a few streams runs on the calling thread alone. Without the feature everything does.
+//! `ThreadPool::install`. A step of a few streams runs on the calling thread alone. Without the feature everything runs there.
 //!
 //! A child of `fork` has none of its parent's threads. If the parent has used the global pool by calls of this crate, the child
 //! does everything on the calling thread, with the same results; a pool that the child makes itself gives it threads again,
@@ -153,6 +154,7 @@ mod kernels;
 mod layers;
 #[cfg(feature = "lm")]
 pub mod lm;
+mod lora;
 mod parameters;
 mod predictor;
 #[cfg(feature = "profile")]
@@ -170,6 +172,7 @@ pub use kernels::matmul::Storage;
 pub use layers::{MambaBranch, MetaTokenAttention, Pooling, Stem};
 #[cfg(feature = "lm")]
 pub use lm::{GenerateOptions, Generation, HymbaLm, LmState};
+pub use lora::{LoraCoverage, LoraOptions};
 pub use ndarray;
 pub use parameters::{Parameter, StoredMatrix};
 pub use predictor::{
@@ -180,7 +183,8 @@ pub use predictor::{
 /// The instruction set the kernels use on this machine: `"avx512"`, `"avx2"`, `"neon"` or `"scalar"` (which is what the
 /// compiler makes of plain code for the target).
 ///
-/// The environment variable `HYMBA_SIMD`, read once, chooses one by name; a name the CPU lacks is ignored. (Language models can
+/// The environment variable `HYMBA_SIMD`, read once, chooses one by name; a name the CPU lacks is ignored. `avx2-vnni` is `avx2` with
+/// AVX-VNNI for matrices of 8 and 4 bits, which is also what a CPU without AVX-512 uses if it has that. (Language models can
 /// use more than these for matrices in bf16: see `lm::Arithmetic`.)
 ///
 /// ```

@@ -10,7 +10,7 @@
 //! | run your own loop | [`HymbaLm::new_state`], [`prefill`](HymbaLm::prefill), [`step`](HymbaLm::step), and a [`Sampler`] |
 //! | fork, save, continue | `state.clone()`, [`HymbaLm::save_state`], [`HymbaLm::load_state`] |
 //! | score | [`HymbaLm::log_likelihood`] |
-//! | fine-tune | [`HymbaLm::add_lora`], [`load_lora`](HymbaLm::load_lora), [`save_lora`](HymbaLm::save_lora), [`merge_lora`](HymbaLm::merge_lora) |
+//! | fine-tune | [`HymbaLm::add_lora`], [`load_lora`](HymbaLm::load_lora), [`save_lora`](HymbaLm::save_lora), [`merge_lora`](HymbaLm::merge_lora); of several adapters one at a time: [`set_lora`](HymbaLm::set_lora) |
 //! | train | [`HymbaLm::build`] or [`LoadOptions::trainable`], [`LmTrainer`](crate::train::LmTrainer); or by hand: [`HymbaLm::forward_train`], [`backward`](HymbaLm::backward), [`AdamW`](crate::train::AdamW) |
 //! | compare with other implementations | [`HymbaLm::forward`], [`inspect`](HymbaLm::inspect), [`LmState::layer`] |
 //!
@@ -27,6 +27,7 @@
 //!
 //! The weights themselves are NVIDIA's, under their own licence, and not part of this crate, which downloads nothing.
 
+mod adapters;
 mod arrays;
 mod block;
 #[cfg(feature = "tokenizer")]
@@ -37,8 +38,6 @@ mod generate;
 mod image;
 mod load_options;
 mod lookahead;
-mod lora;
-mod lora_options;
 mod loss;
 mod model;
 mod names;
@@ -54,15 +53,13 @@ mod text;
 mod training;
 
 pub use crate::layers::KvStorage;
+pub use crate::lora::{LoraCoverage, LoraOptions};
 #[cfg(feature = "tokenizer")]
 pub use chat::{Chat, TextGeneration};
 pub use config::{HymbaLmConfig, KeyQueryNorm, MlpActivation, Quantization, RopeType, TorchDtype};
 pub use files::Loading;
 pub use generate::{FinishReason, Generation, LogLikelihood, RowOptions};
 pub use load_options::{Arithmetic, LoadOptions};
-pub use lora::LoraCoverage;
-pub use lora_options::LoraOptions;
-pub(crate) use lora_options::is_lora;
 pub use loss::LmLoss;
 pub use model::{HymbaLm, LmInspection};
 pub(crate) use python_json::python_json;

@@ -9,10 +9,12 @@ use crate::encoder::{Keeps, of_numbers, sequences};
 use crate::kernels::matmul::Storage;
 use crate::kernels::team::Team;
 use crate::layers::{Linear, Rng, StridedConv};
+use crate::lora::Adapted;
 use crate::parameters::{Parameter, ParameterMut};
 use crate::train::Parameters;
 use crate::{Error, Hymba, HymbaOptions, Inspection, Pooling, Result};
 
+mod adapters;
 mod ensemble;
 mod enter;
 mod features;
@@ -29,6 +31,7 @@ mod streaming;
 mod task;
 mod training;
 
+use adapters::trains_beside_adapters;
 use front::reversed;
 use reader::{Reader, full};
 
@@ -54,7 +57,7 @@ pub use training::PredictorCache;
 /// ```
 ///
 /// [`PredictorOptions`] say what else is around the encoder: the form of the input, a convolutional stem, a second encoder that reads
-/// from the end, pooling. Every call is there for every task: a classifier of sequences also has an opinion at every frame. The task says how many
+/// from the end, pooling. Every call works for every task: a classifier of sequences also predicts at every frame. The task says how many
 /// outputs there are, what they are called, and what [`Trainer`](crate::train::Trainer) trains.
 ///
 /// ```
@@ -220,7 +223,7 @@ impl Predictor {
     }
 
     /// What every block of the encoder does to x `[b, l, embed_dim]`: [`Hymba::inspect`] of what it reads of these frames, normalized and,
-    /// behind a stem, as tokens. Of both directions, that from the beginning.
+    /// behind a stem, as tokens. Of a bidirectional predictor, that is the direction from the beginning.
     ///
     /// # Errors
     ///
@@ -235,7 +238,7 @@ impl Predictor {
         &self.task
     }
 
-    /// The encoder, of a bidirectional predictor that which reads from the beginning.
+    /// The encoder; of a bidirectional predictor, the one that reads from the beginning.
     pub fn encoder(&self) -> &Hymba {
         &self.reader.encoder
     }
@@ -304,7 +307,7 @@ impl Predictor {
         Ok(())
     }
 
-    /// The number of parameters.
+    /// The number of parameters, without those of adapters.
     pub fn num_parameters(&self) -> usize {
         self.options.parameters(&self.task).expect("options and task of a predictor are valid")
     }
@@ -312,6 +315,7 @@ impl Predictor {
     /// Bytes of memory that the parameters take: see [`Hymba::num_bytes`].
     pub fn num_bytes(&self) -> usize {
         let mut bytes = 0;
+        self.visit_others("", &mut |_, parameter| bytes += parameter.num_bytes());
         self.visit_parameters(&mut |_, parameter| bytes += parameter.num_bytes());
         bytes
     }
@@ -382,12 +386,13 @@ impl Predictor {
 
     /// Calls `f` with the name and the values of every parameter: those of the encoder, `pooling.queries` where it has them,
     /// the same of the second encoder behind `reverse.`, those of the stem's convolutions as `stem.0.weight` and so on, then
-    /// `head.weight` and `head.bias`.
+    /// `head.weight` and `head.bias`. Beside [adapters](Self::add_lora) only the active one is lent of the encoders, as in
+    /// [`Hymba::visit`].
     pub fn visit<'a>(&'a self, f: &mut dyn FnMut(&str, ArrayViewD<'a, f32>)) {
-        self.visit_parameters(&mut |name, parameter| {
-            if let Parameter::Array(array) = parameter {
-                f(name, array);
-            }
+        let all = !self.has_lora();
+        self.visit_parameters(&mut |name, parameter| match parameter {
+            Parameter::Array(array) if all || trains_beside_adapters(name) => f(name, array),
+            _ => {}
         });
     }
 
@@ -401,10 +406,10 @@ impl Predictor {
 
     /// As [`visit`](Self::visit), for changing the parameters. States made before can no longer be used.
     pub fn visit_mut<'a>(&'a mut self, f: &mut dyn FnMut(&str, ArrayViewMutD<'a, f32>)) {
-        self.visit_parameters_mut(&mut |name, parameter| {
-            if let ParameterMut::Array(array) = parameter {
-                f(name, array);
-            }
+        let all = !self.has_lora();
+        self.visit_parameters_mut(&mut |name, parameter| match parameter {
+            ParameterMut::Array(array) if all || trains_beside_adapters(name) => f(name, array),
+            _ => {}
         });
     }
 

@@ -22,4 +22,4 @@
 //! ```
 
 pub use crate::kernels::limits::Limits;
-pub use crate::kernels::profiler::{Cost, StageReport, report, reset};
+pub use crate::kernels::profiler::{Cost, Simulation, StageReport, report, reset, simulate};

@@ -22,6 +22,7 @@
 //!
 //! Files need not be trusted: what is damaged is an [`Error`] with the line at fault.
 
+use std::borrow::Cow;
 use std::path::{Path, PathBuf};
 
 use ndarray::Array2;
@@ -49,7 +50,7 @@ const TEXT: &str = "text";
 pub struct SeriesSet {
     /// What `@problemName` says, or the name of the file without its ending.
     pub name: String,
-    /// The names of the channels: of what each frame has a number of.
+    /// The names of the channels, one for each number of a frame.
     pub channels: Vec<String>,
     /// The names of the classes: in the order of the header, or sorted where none lists them. Empty in a regression.
     pub labels: Vec<String>,
@@ -57,7 +58,7 @@ pub struct SeriesSet {
     pub cases: Vec<Case>,
     /// The time between two frames, where they had timestamps that were dropped.
     pub spacing: Option<Spacing>,
-    /// What a user should know of how the file was read, a line each.
+    /// What a user should know of how the file was read, one line each.
     pub notes: Vec<String>,
     /// Where they come from, for messages.
     path: PathBuf,
@@ -66,7 +67,7 @@ pub struct SeriesSet {
 /// One series and what is to be predicted from it.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Case {
-    /// What a table calls it; else empty.
+    /// Its id in a table; else empty.
     pub id: String,
     /// `[length, channels]`, NaN where a value is missing.
     pub frames: Array2<f32>,
@@ -138,7 +139,7 @@ impl SeriesSet {
 
     /// Reads the text of a `.ts` file.
     ///
-    /// A file is a header of `@key value` lines, then `@data`, then one series a line: channels separated by `:`, the values of a channel
+    /// A file is a header of `@key value` lines, then `@data`, then one series per line: channels separated by `:`, the values of a channel
     /// by `,`, and at the end a class or a number where the header announces one. `?` is a missing value. Of the header
     /// only what decides how the lines are read is used (`@timestamps`, `@dimensions`, `@univariate`, `@classLabel`,
     /// `@targetLabel`, in any case of letters); lengths and missing values are taken as the lines give them.
@@ -211,20 +212,23 @@ impl SeriesSet {
     }
 }
 
-/// Refuses what is no text of bytes.
-fn check_encoding(bytes: &[u8]) -> Result<(), Fault> {
-    match bytes.starts_with(b"\xff\xfe") || bytes.starts_with(b"\xfe\xff") {
-        true => Err(Fault::new("it is UTF-16; save it as UTF-8")),
-        false => Ok(()),
+/// The text of a file, and whether it is UTF-8: in every line that `decides`. Otherwise it is Latin-1, which keeps all bytes apart.
+fn decode(bytes: &[u8], decides: impl Fn(&[u8]) -> bool) -> Result<(Cow<'_, str>, bool), Fault> {
+    if bytes.starts_with(b"\xff\xfe") || bytes.starts_with(b"\xfe\xff") {
+        return Err(Fault::new("it is UTF-16; save it as UTF-8"));
+    }
+    let bytes = bytes.strip_prefix("\u{feff}".as_bytes()).unwrap_or(bytes);
+    if let Ok(text) = std::str::from_utf8(bytes) {
+        return Ok((text.into(), true));
+    }
+    let mut deciding = bytes.split(|byte| *byte == b'\n').filter(|line| decides(line));
+    match deciding.all(|line| std::str::from_utf8(line).is_ok()) {
+        true => Ok((String::from_utf8_lossy(bytes), true)),
+        false => Ok((bytes.iter().map(|&byte| char::from(byte)).collect(), false)),
     }
 }
 
 const LATIN: &str = "the text is not UTF-8: it is read as Latin-1";
-
-/// Bytes that are not UTF-8 → text: Latin-1, which keeps all bytes apart.
-fn latin(bytes: &[u8]) -> String {
-    bytes.iter().map(|&byte| char::from(byte)).collect()
-}
 
 /// A value, NaN for a missing one.
 fn value(text: &str) -> Result<f32, String> {

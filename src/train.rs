@@ -44,7 +44,7 @@ mod trainer;
 
 pub use augment::Augmentation;
 pub use collective::{Alone, Collective, Threads, TrainingData};
-use collective::{Hash, Ranks, hash_of, hash_of_text};
+use collective::{Hash, Ranks, hash_of, hash_of_every, hash_of_text};
 pub use data::{Dataset, Targets};
 use data::{cut, cut_into};
 #[cfg(feature = "lm")]
@@ -153,9 +153,9 @@ impl Parameters for Hymba {
 impl Parameters for crate::HymbaLm {
     fn visit<'a>(&'a self, f: &mut dyn FnMut(&str, ArrayViewD<'a, f32>)) {
         self.visit(&mut |name, parameter| {
-            // with low-rank parts, nothing else is trained
+            // beside adapters nothing else is trained
             if let crate::Parameter::Array(array) = parameter
-                && (!self.has_lora() || crate::lm::is_lora(name))
+                && self.trains(name)
             {
                 f(name, array);
             }
@@ -168,6 +168,10 @@ impl Parameters for crate::HymbaLm {
 
     fn zeros_like(&self) -> Self {
         self.zeros_like()
+    }
+
+    fn check_trainable(&self) -> crate::Result<()> {
+        self.check_trainable()
     }
 }
 

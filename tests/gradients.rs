@@ -211,7 +211,7 @@ fn any_number_of_threads() {
             })
         };
         let one = run(1);
-        for threads in [2, 3, 8] {
+        for &threads in common::threads() {
             assert_eq!(run(threads), one, "{pattern:?} {threads} threads");
         }
     }

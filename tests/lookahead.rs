@@ -53,7 +53,10 @@ fn nothing_changes() {
                 // what a guess leaves behind in the state would show in the next logits
                 let logits = lm.prefill_ragged(&[[1]], &mut state).unwrap();
                 for lookahead in [1, 3, 10, 64] {
-                    let (same, mut after) = generate(&lm, &prompt, &options.clone().lookahead(lookahead), stop_after);
+                    let (mut same, mut after) =
+                        generate(&lm, &prompt, &options.clone().lookahead(lookahead), stop_after);
+                    assert!(same.passes <= text.passes + 1 && text.passes == text.ids.len());
+                    same.passes = text.passes;
                     assert_eq!(same, text, "{folder} {load:?} {lookahead}");
                     assert_eq!(lm.prefill_ragged(&[[1]], &mut after).unwrap(), logits, "{folder} {load:?} {lookahead}");
                     assert_eq!(after.lengths(), state.lengths());

@@ -440,3 +440,26 @@ fn files_that_are_not_of_this_optimiser() {
     assert!(matches!(AdamW::load(&path, &wide), Err(Error::Tensors { .. })));
     assert!(load(&valid).is_ok());
 }
+
+/// What is frozen has no say: not in the norm, not in the steps of the others, and not by numbers that are none.
+#[test]
+fn gradients_of_what_is_frozen_do_not_count() {
+    let start = Layer::new(Array2::from_shape_fn((4, 3), |(i, j)| (i + 2 * j) as f32), Array1::ones(4));
+    let options = AdamWOptions::default().clip_norm(1.0).rate_for("weight", 0.0);
+    let run = |of_frozen: f32| {
+        let (mut layer, mut optimizer) = (start.clone(), AdamW::new(&start, options.clone()).unwrap());
+        let mut infos = Vec::new();
+        for _ in 0..2 {
+            let mut gradient = Layer::new(Array2::from_elem((4, 3), of_frozen), Array1::from_elem(4, 3.0));
+            infos.push(optimizer.step(&mut layer, &mut gradient).unwrap());
+            assert!(gradient.numbers().iter().all(|x| *x == 0.0));
+        }
+        (layer, infos)
+    };
+    let (layer, infos) = run(0.0);
+    assert_eq!(infos[0].gradient_norm, 6.0);
+    assert!(layer.weight == start.weight && layer.bias != start.bias);
+    for of_frozen in [1.0, 1e30, f32::NAN, f32::INFINITY] {
+        assert_eq!(run(of_frozen), (layer.clone(), infos.clone()), "{of_frozen}");
+    }
+}

@@ -179,7 +179,7 @@ fn errors_name_the_line_and_the_fault() {
         ("a,b\n1,2\n", long.clone(), "line 1: a table with a frame in each row needs a column of ids"),
         ("id,b\n,2\n", long.clone(), "line 2: its id is empty"),
         ("id,time,b\n1,x,2\n", usual(), "line 2: `x` is not a timestamp"),
-        ("id,time,b\n1,2,2\n1,2024-01-01,2\n", usual(), "line 3: of the times of its series some are dates"),
+        ("id,time,b\n1,2,2\n1,2024-01-01,2\n", usual(), "line 3: some times of the series are dates"),
         ("id,time,b\n1,2,2\n1,2,2\n", usual(), "line 2: series `1`, which begins here: the timestamps do not ascend"),
         ("id,b,class\n1,2,x\n1,2,y\n", long, "line 3: its series has the targets `x` and `y`"),
         ("\u{feff}", usual(), "the table is empty"),

@@ -130,6 +130,11 @@ fn sequences_are_what_they_are_said_to_be() {
         for (i, token) in examples[7].tokens.iter().enumerate() {
             assert_eq!(x[[7, i, *token]], 1.0);
             assert_eq!(x.slice(hymba::ndarray::s![7, i, ..task.tokens()]).sum(), 1.0);
+            let position = x.slice(hymba::ndarray::s![7, i, task.tokens()..]);
+            assert!(
+                (position.iter().map(|x| x * x).sum::<f32>() - 1.0).abs() < 1e-5,
+                "a position weighs as much as a token"
+            );
         }
     }
     // keys, and values, are different ones
@@ -166,6 +171,27 @@ fn places_do_not_tell_the_pair() {
     }
     for (pair, count) in counts.into_iter().enumerate() {
         assert!((count as f64 - 10_000.0).abs() < 5.0 * 7500f64.sqrt(), "pair {pair}: {count} of 40,000");
+    }
+}
+
+/// What has been answered is not told: who only knows the values, and leaves out those that came again, is right once in four times.
+#[test]
+fn values_do_not_come_again_after_their_queries() {
+    let (all, right) = score(&examples(task("mqar-4-64"), 10_000, 8), |tokens| {
+        let values = tokens[1..8].iter().step_by(2);
+        let unseen = values.clone().find(|value| !tokens[8..].contains(value));
+        unseen.unwrap_or(&tokens[1]) - 64
+    });
+    let expected = all as f64 / 4.0;
+    assert!((right as f64 - expected).abs() < 5.0 * (expected * 0.75).sqrt(), "{right} of {all}");
+}
+
+#[test]
+fn keys_come_again_once() {
+    for example in examples(task("mqar-8-128"), 1000, 9) {
+        for key in example.tokens[..16].iter().step_by(2) {
+            assert_eq!(example.tokens.iter().filter(|token| *token == key).count(), 2);
+        }
     }
 }
 

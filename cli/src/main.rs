@@ -5,6 +5,7 @@
 
 mod bandwidth;
 mod commands;
+mod curve;
 mod header;
 mod interrupt;
 mod load;

@@ -19,7 +19,7 @@ pub struct SamplingArgs {
     /// 0 takes the most probable token, 0.7 is usual; where left out, what the model's folder recommends.
     #[arg(long, value_name = "X")]
     temperature: Option<f32>,
-    /// Draw from the so many most probable tokens; 0 for all.
+    /// Draw from this many of the most probable tokens; 0 for all.
     #[arg(long, value_name = "N")]
     top_k: Option<usize>,
     /// Draw from the fewest most probable tokens that have this probability together.
@@ -37,7 +37,7 @@ pub struct SamplingArgs {
     /// Ends the text there; may be given several times.
     #[arg(long, value_name = "TEXT")]
     stop: Vec<String>,
-    /// Guesses so many tokens where the last ones have occurred before, and checks them in one pass: the same text, sooner where it
+    /// Guesses this many tokens where the last ones have occurred before, and checks them in one pass: the same text, sooner where it
     /// repeats some of the prompt.
     #[arg(long, value_name = "N", num_args = 0..=1, require_equals = true, default_missing_value = "10", default_value_t = 0)]
     lookahead: usize,

@@ -4,9 +4,10 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail};
 use clap::{Args, ValueEnum};
-use hymba::ndarray::{Array2, Axis};
+use hymba::ndarray::{Array2, ArrayView1};
 use hymba::series::{Column, CsvLayout, ReadOptions, SeriesSet, TargetKind, TimeInput};
 use hymba::{Ensemble, KernelPredictor, Predictor, Task, argmax, softmax};
+use serde_json::Value;
 
 use crate::header;
 
@@ -153,25 +154,39 @@ impl Model {
     }
 }
 
-/// What a model says of one series or frame, in the form of its answers.
+/// What a model says of one series or frame.
 pub struct Answer {
-    /// Of classes the most probable one.
-    pub label: Option<String>,
-    /// Probabilities of the classes, or the numbers themselves.
+    pub said: Said,
+    /// Probabilities of the classes or labels, or the numbers themselves.
     pub numbers: Vec<f32>,
 }
 
+pub enum Said {
+    /// The most probable class.
+    Class(String),
+    /// The labels that are more probable than not.
+    Labels(Vec<String>),
+    Numbers,
+}
+
 impl Answer {
-    /// Of the outputs `[·, outputs]`, one for each row.
-    pub fn all(task: &Task, outputs: &Array2<f32>) -> Vec<Answer> {
-        if !task.is_classification() {
-            return outputs.rows().into_iter().map(|row| Answer { label: None, numbers: row.to_vec() }).collect();
+    /// Of the outputs for one series or frame.
+    pub fn of(task: &Task, outputs: ArrayView1<f32>) -> Answer {
+        let labels = task.labels();
+        if task.is_multi_label() {
+            let numbers = outputs.iter().map(|logit| 1.0 / (1.0 + (-logit).exp())).collect::<Vec<f32>>();
+            let right = labels.iter().zip(&numbers).filter(|(_, probability)| **probability > 0.5);
+            return Answer { said: Said::Labels(right.map(|(label, _)| label.clone()).collect()), numbers };
         }
-        let (classes, probabilities) = (argmax(outputs), softmax(outputs));
-        let answer = |(row, &class): (_, &usize)| {
-            let row: hymba::ndarray::ArrayView1<f32> = row;
-            Answer { label: task.labels().get(class).cloned(), numbers: row.to_vec() }
-        };
-        probabilities.axis_iter(Axis(0)).zip(&classes).map(answer).collect()
+        match labels.get(argmax(&*outputs).into_scalar()) {
+            Some(class) => Answer { said: Said::Class(class.clone()), numbers: softmax(&*outputs).to_vec() },
+            None => Answer { said: Said::Numbers, numbers: outputs.to_vec() },
+        }
+    }
+
+    /// The probability of each class or label.
+    pub fn probabilities(&self, task: &Task) -> Value {
+        let named = task.labels().iter().cloned().zip(self.numbers.iter().map(|&number| number.into()));
+        Value::Object(named.collect())
     }
 }

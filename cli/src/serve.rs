@@ -82,7 +82,7 @@ pub struct LimitArgs {
     /// Megabytes of states kept of prompts' beginnings; 0 keeps none.
     #[arg(long, default_value_t = 512, value_name = "MB")]
     cache: usize,
-    /// Tokens of a prompt that are read between two steps of the sequences being generated.
+    /// Tokens of prompts that are read in a step beside the sequences being generated.
     #[arg(long, default_value_t = 128, value_name = "N", value_parser = count::<1, 512>)]
     piece: usize,
 }

@@ -46,6 +46,21 @@ def use_openai():
     answer = client.chat.completions.create(model=name, messages=messages, response_format=wanted, max_tokens=50)
     assert json.loads(answer.choices[0].message.content)["a"] in (1, 2), answer
 
+    parameters = {"type": "object", "properties": {"city": {"enum": ["Oslo", "Lima"]}}, "required": ["city"], "additionalProperties": False}
+    tool = {"type": "function", "function": {"name": "weather", "parameters": parameters}}
+    asked = dict(model=name, messages=messages, tools=[tool], tool_choice="required", max_tokens=100, temperature=1, seed=4)
+    whole = client.chat.completions.create(**asked).choices[0]
+    assert whole.finish_reason == "tool_calls" and whole.message.content is None, whole
+    call = whole.message.tool_calls[0]
+    assert call.function.name == "weather" and json.loads(call.function.arguments)["city"] in ("Oslo", "Lima"), whole
+    with client.chat.completions.stream(**{**asked, "tools": [{**tool, "function": {**tool["function"], "strict": True}}]}) as stream:
+        streamed = stream.get_final_completion().choices[0]
+    assert streamed.finish_reason == "tool_calls" and not streamed.message.content, streamed
+    assert streamed.message.tool_calls[0].function.arguments == call.function.arguments, (streamed, whole)
+    # and the result goes back
+    told = [*messages, whole.message, {"role": "tool", "tool_call_id": call.id, "content": "rain"}]
+    client.chat.completions.create(model=name, messages=told, tools=[tool], max_tokens=5)
+
     for error, call in [
         (openai.NotFoundError, lambda: client.completions.create(model="another", prompt="a")),
         (openai.BadRequestError, lambda: client.completions.create(model=name, prompt="a", temperature=-1)),

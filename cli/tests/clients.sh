@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Tests the server with the openai package and lm_eval, which it installs into target/clients. Left out where that cannot be.
+# Tests the program at a terminal, and the server with the openai package and lm_eval, which it installs into target/clients. Left out
+# where that cannot be.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -9,6 +10,8 @@ left_out() {
     exit 0
 }
 command -v python3 >/dev/null || left_out "there is no python3"
+cargo build --release --all-features -p hymba -p hymba-cli
+python3 cli/tests/terminal.py target/release/hymba
 [ -x $venv/bin/python ] || python3 -m venv $venv || left_out "python3 has no venv"
 # neither needs torch for this
 $venv/bin/python -c 'import openai, lm_eval, transformers, aiohttp, tenacity' 2>/dev/null ||

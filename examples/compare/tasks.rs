@@ -2,7 +2,7 @@
 //!
 //! | task | a sequence | answers |
 //! |---|---|---|
-//! | `mqar-P-L-V` | P pairs of a key and a value, then among random tokens each key once more; L tokens of V in all (multi-query associative recall, Arora et al. 2023, arXiv 2312.04927) | the value, where its key comes again |
+//! | `mqar-P-L-V` | P pairs of a key and a value, then each key once more, alone, among random tokens that are none of the keys; L tokens of V in all (multi-query associative recall, Arora et al. 2023, arXiv 2312.04927) | the value, where its key comes again |
 //! | `copying-N-L` | N of 16 tokens scattered among L − 2N of noise, then N marks (selective copying, Gu and Dao 2023, arXiv 2312.00752) | at each mark the next of the N tokens |
 //! | `induction-L` | random tokens, a special one somewhere, and again at the end (induction heads, there) | at the end: the token that followed it the first time |
 //!
@@ -17,7 +17,8 @@ use rand::seq::SliceRandom;
 const GAPS: f64 = 0.01;
 /// Tokens that are to be copied or looked up.
 const SYMBOLS: usize = 16;
-/// Numbers of a frame that tell its position: sine and cosine of each of the periods 2, 4, … 256.
+/// Numbers of a frame that tell its position: sine and cosine of each of the periods 2, 4, … 256, scaled so that together they are as long
+/// as the one-hot token: longer ones drown it, and what is to be recalled is the token.
 pub const POSITION: usize = 16;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -116,6 +117,8 @@ impl Generated {
 
     /// The frames of sequences of one length `[b, l, tokens + POSITION]`: a one-hot token, and where it stands.
     pub fn frames(&self, examples: &[Example]) -> Array3<f32> {
+        // eight pairs, each of length one
+        let scale = (2.0 / POSITION as f32).sqrt();
         let (l, width) = (examples.first().map_or(0, |example| example.tokens.len()), self.tokens());
         let mut x = Array3::zeros((examples.len(), l, width + POSITION));
         for (example, mut x) in examples.iter().zip(x.outer_iter_mut()) {
@@ -123,7 +126,8 @@ impl Generated {
                 x[token] = 1.0;
                 for i in 0..POSITION / 2 {
                     let angle = std::f32::consts::TAU * (t % (2 << i)) as f32 / (2 << i) as f32;
-                    (x[width + 2 * i], x[width + 2 * i + 1]) = angle.sin_cos();
+                    x[width + 2 * i] = scale * angle.sin();
+                    x[width + 2 * i + 1] = scale * angle.cos();
                 }
             }
         }
@@ -141,18 +145,20 @@ fn mqar(pairs: usize, length: usize, vocabulary: usize, rng: &mut ChaCha8Rng) ->
     for (i, (key, value)) in keys.iter().zip(&values).enumerate() {
         (tokens[2 * i], tokens[2 * i + 1]) = (Some(*key), Some(half + value));
     }
-    // a key and its value stand in one of these places, two tokens each
+    // a key stands at the first of two tokens; its value does not follow, which would tell what later answers are not
     let places = (length - 2 * pairs) / 2;
     let mut gaps = some_of(places, pairs, rng, |gap| ((gap + 1) as f64).powf(GAPS - 1.0));
     // the first of them are mostly the shortest: else the place would tell which pair is meant, without a look at the key
     gaps.shuffle(rng);
     for ((key, value), gap) in keys.iter().zip(&values).zip(gaps) {
         let t = 2 * pairs + 2 * gap;
-        (tokens[t], tokens[t + 1]) = (Some(*key), Some(half + value));
+        tokens[t] = Some(*key);
         answers[t] = Some(*value);
     }
-    let tokens = tokens.into_iter().map(|token| token.unwrap_or_else(|| rng.random_range(0..vocabulary))).collect();
-    Example { tokens, answers }
+    // among them any tokens but these keys: what follows one of those would be another answer
+    let noise: Vec<usize> = (0..vocabulary).filter(|token| !keys.contains(token)).collect();
+    let tokens = tokens.into_iter().map(|token| token.unwrap_or_else(|| noise[rng.random_range(0..noise.len())]));
+    Example { tokens: tokens.collect(), answers }
 }
 
 /// Token 16 is noise, 17 the mark.

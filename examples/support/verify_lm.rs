@@ -9,10 +9,11 @@ use hymba::lm::{HymbaLmConfig, LmLayerState};
 use hymba::ndarray::{Array2, Array3, ArrayD, Axis, IxDyn, arr1, s};
 use hymba::{GenerateOptions, HymbaLm};
 
+use crate::EXPECTED;
 use crate::compare::{Comparison, Tolerance};
+use crate::encoder::shortened;
 use crate::published::{self, Prompt};
 use crate::tensors::{self, Tensors};
-use crate::{EXPECTED, shortened};
 
 /// The published code in `f32` is off by up to a quarter of this from itself in `f64`.
 const LOGITS: Tolerance = Tolerance { absolute: 3e-4, relative: 0.0 };

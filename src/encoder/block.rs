@@ -2,12 +2,13 @@
 
 use ndarray::{Array2, Array3, Array4, ArrayRef3};
 
+use super::feed_forward::{FeedForward, FeedForwardCache};
 use super::options::HymbaOptions;
 use crate::kernels::matmul::Storage;
 use crate::kernels::team::Team;
 use crate::layers::{
     AttentionCache, Batch, Buffer, Depth, Dropout, Gate, KvStorage, LayerNorm, LayerState, Linear, MambaBranch,
-    MambaCache, MetaTokenAttention, Mlp, MlpCache, Rng, Spans, StateGradient,
+    MambaCache, MetaTokenAttention, Rng, Spans, StateGradient,
 };
 use crate::parameters::{Visitor, VisitorMut, debug_shapes, join};
 
@@ -30,8 +31,7 @@ pub struct HymbaBlock {
     mamba: MambaBranch,
     attention: MetaTokenAttention,
     gate: Gate,
-    ffn_norm: LayerNorm,
-    ffn: Mlp,
+    ffn: FeedForward,
 }
 
 /// Places of dropout in a block: each has a mask of its own.
@@ -51,10 +51,7 @@ pub(crate) struct BlockCache {
     mamba: Buffer,
     attention: Buffer,
     gate: Buffer,
-    /// Input of the second norm, and its output, `[rows, h]`.
-    mixed: Buffer,
-    ffn_u: Buffer,
-    ffn_cache: MlpCache,
+    ffn: FeedForwardCache,
 }
 
 /// What a block did to an input: see [`Hymba::inspect`](crate::Hymba::inspect). Of what a block does not have, the arrays are empty.
@@ -97,8 +94,7 @@ impl HymbaBlock {
             mamba: options.new_mamba(storage),
             attention: options.new_attention(storage),
             gate: Gate::zeros(h, storage),
-            ffn_norm: options.new_norm(h),
-            ffn: options.new_ffn(storage),
+            ffn: FeedForward::zeros(options, storage),
         }
     }
 
@@ -108,6 +104,14 @@ impl HymbaBlock {
         branches.chain([gate]).chain(self.ffn.linears_mut()).collect()
     }
 
+    /// Calls `f` with every map and its name in files.
+    pub(crate) fn visit_maps<'a>(&'a mut self, name: &str, f: &mut dyn FnMut(String, &'a mut Linear)) {
+        self.mamba.visit_maps(&join(name, "mamba"), f);
+        self.attention.visit_maps(&join(name, "attention"), f);
+        f(join(name, "gate"), self.gate.linear_mut());
+        self.ffn.visit_maps(&join(name, "ffn"), f);
+    }
+
     /// A gradient of this block, zero.
     pub(crate) fn zeros_like(&self) -> Self {
         HymbaBlock {
@@ -115,7 +119,6 @@ impl HymbaBlock {
             mamba: self.mamba.zeros_like(),
             attention: self.attention.zeros_like(),
             gate: self.gate.zeros_like(),
-            ffn_norm: self.ffn_norm.zeros_like(),
             ffn: self.ffn.zeros_like(),
         }
     }
@@ -125,7 +128,6 @@ impl HymbaBlock {
         self.mamba.init(rng);
         self.attention.init(rng);
         self.gate.init(rng);
-        self.ffn_norm.init();
         self.ffn.init(rng);
     }
 
@@ -146,22 +148,9 @@ impl HymbaBlock {
             (x, u) = (x.rows_at(rows), u.rows_at(rows));
         }
         let gate = self.gate.forward(batch.team, u.view());
-        self.finish(batch.team, &mamba, &attention, &gate, &mut x);
+        Gate::mix(batch.team, &gate, &mamba, &attention, &mut x);
+        self.ffn.add_to(batch.team, &mut x);
         x
-    }
-
-    /// Mixes the branches into the residual stream x and adds the feed-forward network.
-    fn finish(
-        &self,
-        team: &Team,
-        mamba: &Array2<f32>,
-        attention: &Array2<f32>,
-        gate: &Array2<f32>,
-        x: &mut Array2<f32>,
-    ) {
-        Gate::mix(team, gate, mamba, attention, x);
-        let u = self.ffn_norm.forward(team, x.view());
-        self.ffn.add_to(team, u.view(), x);
     }
 
     /// As [`forward`](Self::forward), with dropout of what the branches and the feed-forward network add to the residual stream.
@@ -182,12 +171,8 @@ impl HymbaBlock {
         let gate = self.gate.forward(team, u.view());
         let mut mixed = Buffer::copy_of(&x);
         Gate::mix(team, &gate, &mamba, &attention, &mut mixed);
-        let ffn_u = self.ffn_norm.forward(team, mixed.view());
-        let (mut y, ffn_cache) = self.ffn.forward_train(team, ffn_u.view());
-        dropout.at(FFN).apply(team, &batch.spans, &mut y);
-        *y += &*mixed;
-        let cache =
-            BlockCache { dropout, x, u, mamba_cache, attention_cache, mamba, attention, gate, mixed, ffn_u, ffn_cache };
+        let (y, ffn) = self.ffn.residual_train(team, &batch.spans, mixed, dropout.at(FFN));
+        let cache = BlockCache { dropout, x, u, mamba_cache, attention_cache, mamba, attention, gate, ffn };
         (y, cache)
     }
 
@@ -210,8 +195,7 @@ impl HymbaBlock {
         // y = mixed + FFN(LayerNorm(mixed))
         let mut dffn = Buffer::copy_of(&dy);
         dropout.at(FFN).apply(team, spans, &mut dffn);
-        let dffn_u = self.ffn.backward(team, cache.ffn_u.view(), &cache.ffn_cache, dffn.view(), &mut grad.ffn);
-        *dy += &*self.ffn_norm.backward(team, cache.mixed.view(), dffn_u.view(), &mut grad.ffn_norm);
+        *dy += &*self.ffn.backward(team, &cache.ffn, dffn.view(), &mut grad.ffn);
         // mixed = x + g ⊙ Mamba(u) + (1 − g) ⊙ Attention(u)
         let (dgate, mut dmamba, mut dattention) =
             Gate::mix_backward(team, &cache.gate, &cache.mamba, &cache.attention, &dy);
@@ -254,7 +238,8 @@ impl HymbaBlock {
         let mamba = self.mamba.forward(batch, layer, u.view(), None);
         let attention = self.attention.forward(batch, Depth::of(layer), u.view(), None);
         let gate = self.gate.forward(team, u.view());
-        self.finish(team, &mamba, &attention, &gate, &mut x);
+        Gate::mix(team, &gate, &mamba, &attention, &mut x);
+        self.ffn.add_to(team, &mut x);
         BlockInspection {
             mamba: sequences(mamba),
             attention: sequences(attention),
@@ -270,8 +255,7 @@ impl HymbaBlock {
         self.mamba.visit(&join(name, "mamba"), f);
         self.attention.visit(&join(name, "attention"), f);
         self.gate.visit(&join(name, "gate"), f);
-        self.ffn_norm.visit(&join(name, "ffn_norm"), f);
-        self.ffn.visit(&join(name, "ffn"), f);
+        self.ffn.visit(name, f);
     }
 
     pub(crate) fn visit_mut<'a>(&'a mut self, name: &str, f: &mut VisitorMut<'_, 'a>) {
@@ -279,8 +263,7 @@ impl HymbaBlock {
         self.mamba.visit_mut(&join(name, "mamba"), f);
         self.attention.visit_mut(&join(name, "attention"), f);
         self.gate.visit_mut(&join(name, "gate"), f);
-        self.ffn_norm.visit_mut(&join(name, "ffn_norm"), f);
-        self.ffn.visit_mut(&join(name, "ffn"), f);
+        self.ffn.visit_mut(name, f);
     }
 }
 

@@ -55,6 +55,14 @@ impl Block {
         }
     }
 
+    fn visit_maps<'a>(&'a mut self, name: &str, f: &mut dyn FnMut(String, &'a mut Linear)) {
+        match self {
+            Block::Parallel(block) => block.visit_maps(name, f),
+            Block::Serial(block) => block.visit_maps(name, f),
+            Block::Fed(block) => block.visit_maps(name, f),
+        }
+    }
+
     fn visit<'a>(&'a self, name: &str, f: &mut Visitor<'_, 'a>) {
         match self {
             Block::Parallel(block) => block.visit(name, f),
@@ -174,6 +182,14 @@ impl Blocks {
     pub(crate) fn large_maps_mut(&mut self) -> impl Iterator<Item = &mut Linear> {
         let shared = self.shared.iter_mut().flat_map(SharedBlock::large_maps_mut);
         shared.chain(self.blocks.iter_mut().flat_map(Block::large_maps_mut))
+    }
+
+    /// Calls `f` with every map and its name in files.
+    pub(crate) fn visit_maps<'a>(&'a mut self, f: &mut dyn FnMut(String, &'a mut Linear)) {
+        self.shared.iter_mut().for_each(|shared| shared.visit_maps("shared_block", f));
+        for (i, block) in self.blocks.iter_mut().enumerate() {
+            block.visit_maps(&join("blocks", &i.to_string()), f);
+        }
     }
 
     pub(crate) fn len(&self) -> usize {

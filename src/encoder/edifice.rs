@@ -49,13 +49,13 @@ impl Hymba {
         let mut tensors = read(path.as_ref())?;
         tensors.retain(|name| !is_dropout_key(name));
 
-        let pieces = pieces(&options);
+        let mappings = mappings(&options);
         // a file cannot hold more blocks than tensors, and the options may ask for millions; of one more it lacks some
         let blocks = options.num_layers.min(tensors.names().len() / TENSORS_OF_A_BLOCK + 1);
         let mut comparison = Comparison::new(&tensors, differences(&options, &tensors));
-        for piece in &pieces {
-            let names = if piece.is_of_a_block() { blocks } else { 1 };
-            (0..names).for_each(|block| comparison.expect(&piece.name(block), &piece.shape));
+        for mapping in &mappings {
+            let names = if mapping.is_of_a_block() { blocks } else { 1 };
+            (0..names).for_each(|block| comparison.expect(&mapping.name(block), &mapping.shape));
         }
         comparison.finish()?;
         if !fits(model_bytes(&options, None)) {
@@ -66,11 +66,11 @@ impl Hymba {
         let mut filled = Ok(());
         model.visit_mut(&mut |ours, mut array| {
             let (block, ours) = without_block(ours);
-            for piece in pieces.iter().filter(|piece| piece.ours == ours) {
+            for mapping in mappings.iter().filter(|mapping| mapping.ours == ours) {
                 if filled.is_ok() {
-                    let rows = array.slice_axis_mut(Axis(0), Slice::from(piece.rows.clone()));
-                    let rows = if piece.transposed { rows.reversed_axes() } else { rows };
-                    filled = tensors.read_into(&piece.name(block), rows);
+                    let rows = array.slice_axis_mut(Axis(0), Slice::from(mapping.rows.clone()));
+                    let rows = if mapping.transposed { rows.reversed_axes() } else { rows };
+                    filled = tensors.read_into(&mapping.name(block), rows);
                 }
             }
         });
@@ -98,8 +98,8 @@ fn is_dropout_key(name: &str) -> bool {
 /// Tensors that Edifice writes of a block.
 const TENSORS_OF_A_BLOCK: usize = 30;
 
-/// What becomes of one tensor of a file, or of one of each block.
-struct Piece {
+/// Where one tensor of a file belongs, or one of each block.
+struct Mapping {
     /// Its name in the file, in which `{}` stands for the block.
     file: String,
     /// Its shape in the file.
@@ -111,7 +111,7 @@ struct Piece {
     transposed: bool,
 }
 
-impl Piece {
+impl Mapping {
     fn is_of_a_block(&self) -> bool {
         self.file.contains("{}")
     }
@@ -132,18 +132,18 @@ fn without_block(ours: &str) -> (usize, String) {
 }
 
 /// The tensors that Edifice writes.
-fn pieces(options: &HymbaOptions) -> Vec<Piece> {
+fn mappings(options: &HymbaOptions) -> Vec<Mapping> {
     let (e, h, n, k) = (options.embed_dim, options.hidden_size, options.state_size, options.num_meta_tokens);
     let (d, r) = (options.inner_size(), options.dt_rank());
-    let mut pieces = Vec::new();
-    let mut piece = |file: String, ours: String, shape: &[usize], rows: Range<usize>, transposed: bool| {
-        pieces.push(Piece { file, shape: shape.to_vec(), ours, rows, transposed });
+    let mut mappings = Vec::new();
+    let mut mapping = |file: String, ours: String, shape: &[usize], rows: Range<usize>, transposed: bool| {
+        mappings.push(Mapping { file, shape: shape.to_vec(), ours, rows, transposed });
     };
     let mut linear = |file: &str, ours: &str, kernel: &[usize], first_row: usize| {
         let outputs = kernel[kernel.len() - 1];
         let rows = first_row..first_row + outputs;
-        piece(format!("{file}.kernel"), format!("{ours}.weight"), kernel, rows.clone(), true);
-        piece(format!("{file}.bias"), format!("{ours}.bias"), &[outputs], rows, false);
+        mapping(format!("{file}.kernel"), format!("{ours}.weight"), kernel, rows.clone(), true);
+        mapping(format!("{file}.bias"), format!("{ours}.bias"), &[outputs], rows, false);
     };
 
     if e != h {
@@ -169,18 +169,18 @@ fn pieces(options: &HymbaOptions) -> Vec<Piece> {
         linear(file, ours, kernel, first_row);
     }
     let mut norm = |file: &str, ours: &str| {
-        piece(format!("{file}.gamma"), format!("{ours}.weight"), &[h], 0..h, false);
-        piece(format!("{file}.beta"), format!("{ours}.bias"), &[h], 0..h, false);
+        mapping(format!("{file}.gamma"), format!("{ours}.weight"), &[h], 0..h, false);
+        mapping(format!("{file}.beta"), format!("{ours}.bias"), &[h], 0..h, false);
     };
     norm("{}_norm", "blocks.{}.norm");
     norm("{}_ffn_norm", "blocks.{}.ffn_norm");
     norm("final_norm", "final_norm");
     if k > 0 {
         for name in ["meta_k", "meta_v"] {
-            piece(meta("{}", name), format!("blocks.{{}}.attention.{name}"), &[k, h], 0..k, false);
+            mapping(meta("{}", name), format!("blocks.{{}}.attention.{name}"), &[k, h], 0..k, false);
         }
     }
-    pieces
+    mappings
 }
 
 /// Edifice's name of our block; it counts from 1.
@@ -280,12 +280,12 @@ mod tests {
         for options in [options(), options().hidden_size(6), options().num_meta_tokens(0), options().hidden_size(36)] {
             let options = HymbaOptions { variant: Variant::Edifice, ..options };
             let mut covered = BTreeMap::<_, usize>::new();
-            for piece in pieces(&options) {
-                let blocks = if piece.is_of_a_block() { options.num_layers } else { 1 };
+            for mapping in mappings(&options) {
+                let blocks = if mapping.is_of_a_block() { options.num_layers } else { 1 };
                 for block in 0..blocks {
-                    let ours = piece.ours.replace("{}", &block.to_string());
-                    assert_eq!(without_block(&ours), (block, piece.ours.clone()));
-                    *covered.entry(ours).or_default() += piece.shape.iter().product::<usize>();
+                    let ours = mapping.ours.replace("{}", &block.to_string());
+                    assert_eq!(without_block(&ours), (block, mapping.ours.clone()));
+                    *covered.entry(ours).or_default() += mapping.shape.iter().product::<usize>();
                 }
             }
             let mut expected = BTreeMap::new();

@@ -77,6 +77,12 @@ impl FedBlock {
         self.shared_proj.iter_mut().chain(self.mamba.linears_mut()).collect()
     }
 
+    /// Calls `f` with every map and its name in files.
+    pub(crate) fn visit_maps<'a>(&'a mut self, name: &str, f: &mut dyn FnMut(String, &'a mut Linear)) {
+        self.shared_proj.iter_mut().for_each(|shared_proj| f(join(name, "shared_proj"), shared_proj));
+        self.mamba.visit_maps(&join(name, "mamba"), f);
+    }
+
     /// A gradient of this block, zero.
     pub(crate) fn zeros_like(&self) -> Self {
         FedBlock {

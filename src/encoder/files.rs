@@ -3,7 +3,6 @@
 //! The format is safetensors. Files are written through a temporary one, and read as a stranger's: see
 //! [`tensors`](crate::files::tensors) for the checks.
 
-use std::io::{Read, Seek, Write};
 use std::path::Path;
 
 use ndarray::Array2;
@@ -14,11 +13,11 @@ use super::model::Hymba;
 use super::options::HymbaOptions;
 use super::size::{check_size, first_storage};
 use super::streaming::HymbaState;
-use crate::files::saved::{VERSION, entry, fill, origin, write};
+use crate::files::saved::{VERSION, entry, fill, in_one_file, origin, write};
 use crate::files::tensors::{Source, Tensors};
 use crate::files::{Target, header};
 use crate::kernels::matmul::Storage;
-use crate::parameters::Parameter;
+use crate::lora::{self, Adapted, SavedLora};
 use crate::{Error, Result, states};
 
 /// The metadata entry of a saved model.
@@ -29,12 +28,14 @@ struct Saved {
     /// How the large matrices are stored; not there where they can be trained.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     storage: Option<Storage>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    lora: Option<SavedLora>,
     /// There in the file of a predictor.
     #[serde(default, skip_serializing)]
     task: Option<IgnoredAny>,
 }
 
-impl Hymba {
+in_one_file!(Hymba {
     /// Writes the model to a safetensors file: every parameter as f32 under its own name, the options in the metadata. Matrices
     /// that are [stored](Self::store_as) for inference are written as they are stored; in 8 or 4 bits as two tensors:
     ///
@@ -44,9 +45,8 @@ impl Hymba {
     /// | `NAME` in 4 bits | U8 `[n, 16·b]` | 8 more than they are, two in a byte, the first in the low bits |
     /// | `NAME_scale` | BF16 `[n, b]` | what the whole numbers of 32 columns are multiplied by |
     ///
-    /// The file is written under a temporary name in the same folder and then renamed, so that `path` is at all times
-    /// the old file, if there was one, or the complete new one. A symbolic link stays, and what it leads to is replaced; on
-    /// Unix so does the mode of an old file.
+    /// [Adapters](Self::add_lora) that the model holds are written with it; the tensors of the map M of the adapter N are
+    /// `lora.N.M.lora_A.weight` and `lora.N.M.lora_B.weight`.
     ///
     /// ```
     /// use hymba::{Hymba, HymbaOptions};
@@ -58,45 +58,10 @@ impl Hymba {
     /// assert_eq!(Hymba::load(&path)?.options(), model.options());
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
-    ///
-    /// # Errors
-    ///
-    /// [`Error::Io`] when the file cannot be written; an old file is then untouched. [`Error::Format`] when the model
-    /// has so many blocks that [`load`](Self::load) would refuse the file.
-    pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
-        self.write(Target::File(path.as_ref()))
-    }
-
-    fn write(&self, target: Target) -> Result<()> {
-        let (options, storage) = (self.options().clone(), self.storage());
-        write(target, &Saved { version: VERSION, options, storage, task: None }, self.parameters())
-    }
-
-    /// What [`save`](Self::save) would write to a file: for a database, a network, a browser.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::Format`] as [`save`](Self::save).
-    pub fn to_bytes(&self) -> Result<Vec<u8>> {
-        let mut bytes = Vec::new();
-        self.write(Target::Writer(&mut bytes))?;
-        Ok(bytes)
-    }
-
-    /// As [`save`](Self::save), to anything that can be written to.
-    ///
-    /// # Errors
-    ///
-    /// As [`save`](Self::save).
-    pub fn write_to(&self, mut writer: impl Write) -> Result<()> {
-        self.write(Target::Writer(&mut writer))
-    }
-
+    save,
     /// Reads a model that [`save`](Self::save) wrote. Nothing but `path` is needed: the options are in the file.
     ///
     /// A file made elsewhere, without the options, is read by [`load_with`](Self::load_with).
-    ///
-    /// The file need not be trusted. Reading takes no more memory than twice its length and a few megabytes.
     ///
     /// ```
     /// use hymba::{Hymba, HymbaOptions};
@@ -111,13 +76,42 @@ impl Hymba {
     /// assert!(Hymba::load(&path).is_err());
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
+    load,
+    /// ```
+    /// use std::io::Cursor;
+    /// use hymba::{Hymba, HymbaOptions};
     ///
-    /// # Errors
+    /// let model = Hymba::build(HymbaOptions::new(3).hidden_size(8).num_layers(1))?;
+    /// let bytes = model.to_bytes()?;
+    /// assert_eq!(Hymba::from_bytes(&bytes)?.options(), model.options());
+    /// assert!(Hymba::from_bytes(&bytes[..100]).is_err());
     ///
-    /// [`Error::Io`] when the file cannot be read, [`Error::Format`] when it is damaged, hostile, or of another format,
-    /// and [`Error::Tensors`], with the whole list, when tensors are missing, unexpected or of the wrong shape or type.
-    pub fn load(path: impl AsRef<Path>) -> Result<Hymba> {
-        Self::read(Source::open(path.as_ref())?, None)
+    /// let mut file = Cursor::new(Vec::new());
+    /// model.write_to(&mut file)?;
+    /// assert_eq!(Hymba::read_from(&mut file)?.options(), model.options());
+    /// # Ok::<(), hymba::Error>(())
+    /// ```
+    from_bytes,
+});
+
+impl Hymba {
+    fn write(&self, target: Target) -> Result<()> {
+        let (options, storage) = (self.options().clone(), self.storage());
+        let lora = SavedLora::of(self);
+        write(target, &Saved { version: VERSION, options, storage, lora, task: None }, lora::parameters(self))
+    }
+
+    fn read(source: Source) -> Result<Hymba> {
+        Self::read_as(source, None)
+    }
+
+    fn read_as(source: Source, asked: Option<Storage>) -> Result<Hymba> {
+        let (tensors, saved) = header::read(source)?;
+        let Saved { options, storage: in_file, lora, task, .. } = entry(saved, &tensors)?;
+        if task.is_some() {
+            return Err(tensors.error("it holds an encoder with a head: read it with Predictor::load"));
+        }
+        model(options, tensors, in_file, asked, lora)
     }
 
     /// As [`load`](Self::load), with the large matrices stored in another type than in the file: see
@@ -141,56 +135,7 @@ impl Hymba {
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     pub fn load_as(path: impl AsRef<Path>, storage: Storage) -> Result<Hymba> {
-        Self::read(Source::open(path.as_ref())?, Some(storage))
-    }
-
-    /// As [`load`](Self::load), from anything that can be read: from its beginning to its end, wherever it stands.
-    ///
-    /// # Errors
-    ///
-    /// As [`load`](Self::load).
-    ///
-    /// ```
-    /// use std::io::Cursor;
-    /// use hymba::{Hymba, HymbaOptions};
-    ///
-    /// let model = Hymba::build(HymbaOptions::new(3).hidden_size(8).num_layers(1))?;
-    /// let mut file = Cursor::new(Vec::new());
-    /// model.write_to(&mut file)?;
-    /// assert_eq!(Hymba::read_from(&mut file)?.options(), model.options());
-    /// # Ok::<(), hymba::Error>(())
-    /// ```
-    pub fn read_from(reader: impl Read + Seek) -> Result<Hymba> {
-        Self::read(Source::reader(reader)?, None)
-    }
-
-    /// As [`load`](Self::load), from what [`save`](Self::save) or [`to_bytes`](Self::to_bytes) wrote: a model inside the program, by
-    /// `include_bytes!`, in a database, in a browser. The bytes need not be trusted either.
-    ///
-    /// ```
-    /// use hymba::{Hymba, HymbaOptions};
-    ///
-    /// let model = Hymba::build(HymbaOptions::new(3).hidden_size(8).num_layers(1))?;
-    /// let bytes = model.to_bytes()?;
-    /// assert_eq!(Hymba::from_bytes(&bytes)?.options(), model.options());
-    /// assert!(Hymba::from_bytes(&bytes[..100]).is_err());
-    /// # Ok::<(), hymba::Error>(())
-    /// ```
-    ///
-    /// # Errors
-    ///
-    /// As [`load`](Self::load).
-    pub fn from_bytes(bytes: &[u8]) -> Result<Hymba> {
-        Self::read(Source::memory(bytes), None)
-    }
-
-    fn read(source: Source, asked: Option<Storage>) -> Result<Hymba> {
-        let (tensors, saved) = header::read(source)?;
-        let Saved { options, storage: in_file, task, .. } = entry(saved, &tensors)?;
-        if task.is_some() {
-            return Err(tensors.error("it holds an encoder with a head: read it with Predictor::load"));
-        }
-        model(options, tensors, in_file, asked)
+        Self::read_as(Source::open(path.as_ref())?, Some(storage))
     }
 
     /// Reads the parameters of a model with these options from a safetensors file made elsewhere, in Python for
@@ -225,14 +170,7 @@ impl Hymba {
         if !tensors.names().any(|name| name.starts_with("blocks.")) {
             return Err(tensors.error(format!("its tensors have other names than a model's: {}", origin(&tensors))));
         }
-        model(options, tensors, None, None)
-    }
-
-    /// All parameters with their names, in the order of the walk.
-    pub(crate) fn parameters(&self) -> Vec<(String, Parameter<'_>)> {
-        let mut parameters = Vec::new();
-        self.visit_parameters(&mut |name, parameter| parameters.push((name.to_string(), parameter)));
-        parameters
+        model(options, tensors, None, None, None)
     }
 }
 
@@ -329,10 +267,16 @@ fn model(
     mut tensors: Tensors,
     in_file: Option<Storage>,
     asked: Option<Storage>,
+    lora: Option<SavedLora>,
 ) -> Result<Hymba> {
     check_size(&options, 1, options.parameters(), in_file, asked, &tensors)?;
     let mut model = Hymba::zeros(options, first_storage(in_file, asked));
-    fill(&mut tensors, in_file, &mut |f| model.visit_parameters_mut(f))?;
+    lora.iter().try_for_each(|lora| lora.make_room(&mut model, &tensors))?;
+    fill(&mut tensors, in_file, &mut |f| {
+        model.visit_parameters_mut(f);
+        model.visit_others_mut("", f);
+    })?;
+    lora.iter().try_for_each(|lora| lora.activate(&mut model, &tensors))?;
     if let Some(asked) = asked {
         model.store_as(asked)?;
     }

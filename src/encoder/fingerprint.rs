@@ -18,6 +18,9 @@ impl Hymba {
                 hash.add(options.pattern.attention_every().unwrap_or(0) as u64);
             }
             hash.add(self.salt);
+            if let Some((_, options)) = self.adapters.active() {
+                hash.add(u64::from(options.scale().to_bits()));
+            }
             let mut numbers = Vec::new();
             self.visit_parameters(&mut |_, parameter| match parameter {
                 Parameter::Array(array) => array.iter().for_each(|x| hash.add(u64::from(x.to_bits()))),

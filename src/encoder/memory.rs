@@ -11,7 +11,7 @@ use crate::{Error, Result};
 
 impl Hymba {
     /// Checks x `[b, l, embed_dim]` and the lengths of its rows, and that the call fits into memory together with
-    /// `more` numbers a row or, where every output is kept, a frame. Returns b and l.
+    /// `more` numbers per row or, where every output is kept, per frame. Returns b and l.
     pub(crate) fn check_batch(
         &self,
         x: &ArrayRef3<f32>,
@@ -43,7 +43,7 @@ impl Hymba {
             check_lengths(lengths, batch, l)?;
         }
         let mut numbers = self.batch_numbers(encoders, (batch, l), lengths, keeps, more);
-        // a view that repeats itself takes no memory, and can be longer than anybody would wait for
+        // a view that repeats itself takes no memory, and can be too long to compute
         if x.shape().iter().zip(x.strides()).any(|(length, stride)| *length > 1 && *stride == 0) {
             let frames = lengths
                 .map_or(work([batch, l]), |lengths| lengths.iter().fold(0, |sum: usize, l| sum.saturating_add(*l)));

@@ -1,25 +1,30 @@
 //! The model: what users build and run. Everything a user hands over is checked here and nowhere below.
 
+mod encode;
+mod walk;
+
 use std::fmt;
 use std::sync::Arc;
 
-use ndarray::{Array2, Array3, ArrayRef3, ArrayView2, ArrayViewD, ArrayViewMut, ArrayViewMutD, Axis, Dimension, s};
+use ndarray::{Array2, Array3, ArrayRef3};
 use rand::SeedableRng;
 
-use super::block::{BlockInspection, rows};
+use super::adapters::Cached;
+use super::block::{BlockInspection, rows, sequences};
 use super::blocks::{Block, Blocks};
 use super::options::HymbaOptions;
 use super::shared::SharedBlock;
-use super::size::{GROUP, Keeps, PIECE, fits, model_bytes};
+use super::size::{Keeps, fits, model_bytes};
 #[cfg(doc)]
 use crate::Error;
 use crate::Result;
 use crate::kernels::matmul::Storage;
 use crate::kernels::team::{Team, with_team, work};
-use crate::layers::{Batch, Buffer, LayerNorm, Lazy, Linear, Rng, SequenceState, flat, init_meta_tokens};
-use crate::parameters::{Parameter, ParameterMut, Visitor, VisitorMut, next_id};
+use crate::layers::{Batch, Buffer, LayerNorm, Lazy, Linear, Rng, SequenceState, init_meta_tokens};
+use crate::lora::Adapters;
+use crate::parameters::next_id;
 
-/// A Hymba encoder: sequences of frames in, one vector (or one a frame) out. Its blocks are Hymba's, or those of another
+/// A Hymba encoder: sequences of frames in, one vector (or one per frame) out. Its blocks are Hymba's, or those of another
 /// [`Pattern`](crate::Pattern).
 ///
 /// The meta tokens `m [k, h]` stand in front of every sequence and travel through the blocks like frames do:
@@ -63,8 +68,9 @@ pub struct Hymba {
     pub(super) id: u64,
     /// Identifies this set of weights anywhere.
     pub(super) fingerprint: Lazy<u64>,
-    /// Of what happens to frames before they come here: states are of no use where that is otherwise.
+    /// Identifies what happens to frames before they come here: states belong to it, too.
     pub(super) salt: u64,
+    pub(super) adapters: Adapters<Cached>,
 }
 
 /// What every block did to an input: see [`Hymba::inspect`].
@@ -119,6 +125,7 @@ impl Hymba {
             id: next_id(),
             fingerprint: Lazy::new(),
             salt: 0,
+            adapters: Adapters::default(),
         }
     }
 
@@ -131,7 +138,7 @@ impl Hymba {
     /// # Memory
     ///
     /// About `4·(20h + a·⌈p/32⌉·32 + 2n + r + embed_dim)` bytes per frame (5 kB at h = 64, 24 kB at the default h = 256), of the
-    /// frames that are at work: each thread has about 128 frames of short sequences, or all together 8,192 frames of a long one,
+    /// frames being computed: each thread has about 128 frames of short sequences, or all together 8,192 frames of a long one,
     /// which is read in pieces; so memory does not grow with l beyond that. [`forward_sequence`](Self::forward_sequence) keeps `8h`
     /// bytes of every frame besides, and training, all in all, `4·(25h + n·h/8)` bytes per frame and block. With a shared attention
     /// block, 24h stands for 20h, and 2p for p; training keeps of a frame 18h in a Mamba block, 12h in an attention block, 12h in a
@@ -198,14 +205,11 @@ impl Hymba {
     /// ```
     pub fn forward_sequence(&self, x: &ArrayRef3<f32>) -> Result<Array3<f32>> {
         let (batch, l) = self.check_batch(x, None, Keeps::Outputs, 0)?;
-        let mut y = Array3::zeros((batch, l, self.options.hidden_size));
-        let sequences = x.outer_iter().zip(y.outer_iter_mut());
-        self.encode(sequences.map(|(frames, out)| Sequence { frames, out: whole(out) }).collect(), true);
-        Ok(y)
+        Ok(sequences(self.encode_frames(x, &vec![l; batch]), batch))
     }
 
     /// What every block does to x `[b, l, embed_dim]`: the two branches, the gate that mixes them, and the attention
-    /// weights. For looking at, not for speed: it holds l·(k + l) weights for each head, block and row.
+    /// weights. Meant for inspection, not for speed: it holds l·(k + l) weights for each head, block and row.
     ///
     /// # Errors
     ///
@@ -255,97 +259,16 @@ impl Hymba {
         self.blocks.shared()
     }
 
-    /// A gradient of this model, zero.
-    pub(super) fn zero_gradient(&self) -> Hymba {
-        Hymba {
-            input_proj: self.input_proj.as_ref().map(Linear::zeros_like),
-            meta_tokens: self.meta_tokens.as_ref().map(|tokens| Array2::zeros(tokens.dim())),
-            blocks: self.blocks.zeros_like(),
-            final_norm: self.final_norm.zeros_like(),
-            options: self.options.clone(),
-            storage: self.storage,
-            initial: Lazy::new(),
-            id: next_id(),
-            fingerprint: Lazy::new(),
-            salt: 0,
-        }
-    }
-
-    /// The number of parameters.
+    /// The number of parameters, without those of adapters.
     pub fn num_parameters(&self) -> usize {
         self.options.parameters().expect("the options of a model are valid")
-    }
-
-    /// Calls `f` with the name and the values of every parameter, in a fixed order. The names are those in files. Matrices that are
-    /// [stored](Self::store_as) for inference have no values to lend: see [`visit_parameters`](Self::visit_parameters).
-    ///
-    /// ```
-    /// use hymba::{Hymba, HymbaOptions};
-    ///
-    /// let model = Hymba::build(HymbaOptions::new(5).hidden_size(16).num_heads(2).num_layers(1))?;
-    /// let mut shapes = Vec::new();
-    /// model.visit(&mut |name, array| shapes.push((name.to_string(), array.shape().to_vec())));
-    /// assert_eq!(shapes[0], ("input_proj.weight".to_string(), vec![16, 5]));
-    /// # Ok::<(), hymba::Error>(())
-    /// ```
-    pub fn visit<'a>(&'a self, f: &mut dyn FnMut(&str, ArrayViewD<'a, f32>)) {
-        self.visit_parameters(&mut |name, parameter| {
-            if let Parameter::Array(array) = parameter {
-                f(name, array);
-            }
-        });
-    }
-
-    /// As [`visit`](Self::visit), with every parameter as what it is stored in.
-    ///
-    /// ```
-    /// use hymba::{Hymba, HymbaOptions, Storage};
-    ///
-    /// let mut model = Hymba::build(HymbaOptions::new(5).hidden_size(16).num_heads(2).num_layers(1))?;
-    /// model.store_as(Storage::Bf16)?;
-    /// model.visit_parameters(&mut |name, parameter| match parameter.storage() {
-    ///     Some(storage) => assert!(storage == Storage::Bf16 && name.ends_with(".weight")),
-    ///     None => println!("{name} {:?}", parameter.shape()),
-    /// });
-    /// # Ok::<(), hymba::Error>(())
-    /// ```
-    pub fn visit_parameters<'a>(&'a self, f: &mut dyn FnMut(&str, Parameter<'a>)) {
-        let f: &mut Visitor<'_, 'a> = f;
-        if let Some(input_proj) = &self.input_proj {
-            input_proj.visit("input_proj", f);
-        }
-        if let Some(tokens) = &self.meta_tokens {
-            f("meta_tokens", Parameter::Array(tokens.view().into_dyn()));
-        }
-        self.blocks.visit(f);
-        self.final_norm.visit("final_norm", f);
-    }
-
-    /// As [`visit`](Self::visit), for changing the parameters. States made before can no longer be used.
-    pub fn visit_mut<'a>(&'a mut self, f: &mut dyn FnMut(&str, ArrayViewMutD<'a, f32>)) {
-        self.visit_parameters_mut(&mut |name, parameter| {
-            if let ParameterMut::Array(array) = parameter {
-                f(name, array);
-            }
-        });
-    }
-
-    pub(crate) fn visit_parameters_mut<'a>(&'a mut self, f: &mut VisitorMut<'_, 'a>) {
-        self.changed();
-        if let Some(input_proj) = &mut self.input_proj {
-            input_proj.visit_mut("input_proj", f);
-        }
-        if let Some(tokens) = &mut self.meta_tokens {
-            f("meta_tokens", ParameterMut::Array(tokens.view_mut().into_dyn()));
-        }
-        self.blocks.visit_mut(f);
-        self.final_norm.visit_mut("final_norm", f);
     }
 
     /// Makes states of those who do something else to frames first unusable here.
     pub(crate) fn set_salt(&mut self, salt: u64) {
         self.salt = salt;
         self.changed();
+        self.adapters.forget();
     }
 
     /// To be called wherever parameters change.
@@ -353,91 +276,6 @@ impl Hymba {
         self.initial.forget();
         self.fingerprint.forget();
         self.id = next_id();
-    }
-
-    /// The last of so many frames of each row of x → `[b, h]`
-    fn encode_last(&self, x: &ArrayRef3<f32>, lengths: &[usize]) -> Array2<f32> {
-        let mut y = Array2::zeros((lengths.len(), self.options.hidden_size));
-        let sequences = x.outer_iter().zip(lengths).zip(y.outer_iter_mut());
-        let sequences = sequences
-            .map(|((frames, &length), out)| Sequence { frames: frames.slice_move(s![..length, ..]), out: whole(out) });
-        self.encode(sequences.collect(), false);
-        y
-    }
-
-    /// As [`forward_sequence`](Self::forward_sequence) of right-padded sequences, one after the other and without padding:
-    /// `[rows, h]`. For callers that have checked x and the lengths.
-    pub(crate) fn encode_frames(&self, x: &ArrayRef3<f32>, lengths: &[usize]) -> Array2<f32> {
-        let h = self.options.hidden_size;
-        let mut y = Array2::zeros((lengths.iter().sum(), h));
-        let mut rest = y.as_slice_mut().expect("a new array");
-        let mut sequences = Vec::with_capacity(lengths.len());
-        for (frames, &length) in x.outer_iter().zip(lengths) {
-            let (out, after) = rest.split_at_mut(length * h);
-            sequences.push(Sequence { frames: frames.slice_move(s![..length, ..]), out });
-            rest = after;
-        }
-        self.encode(sequences, true);
-        y
-    }
-
-    /// Sequences through all blocks and the final norm. Which thread does what depends on sizes only, and no number on either.
-    fn encode(&self, sequences: Vec<Sequence>, every_frame: bool) {
-        let total = sequences.iter().map(|sequence| sequence.frames.nrows()).sum();
-        with_team(self.work(total), |team| {
-            // a long sequence is everybody's; groups of others are each one thread's
-            let (long, short): (Vec<_>, Vec<_>) =
-                sequences.into_iter().partition(|sequence| sequence.frames.nrows() > 2 * GROUP);
-            let mut groups: Vec<Vec<Sequence>> = Vec::new();
-            let mut free = 0;
-            for sequence in short {
-                let frames = sequence.frames.nrows();
-                match groups.last_mut() {
-                    Some(group) if frames <= free => group.push(sequence),
-                    _ => {
-                        groups.push(vec![sequence]);
-                        free = GROUP.max(frames);
-                    }
-                }
-                free -= frames;
-            }
-            match groups.len() {
-                1 => groups.into_iter().for_each(|group| self.encode_together(team, group, every_frame)),
-                _ => team.for_each(groups, |group| self.encode_together(&Team::alone(), group, every_frame)),
-            }
-            long.into_iter().for_each(|sequence| self.encode_together(team, vec![sequence], every_frame));
-        });
-    }
-
-    /// Some sequences at the same time, in pieces if they are very long.
-    fn encode_together(&self, team: &Team, mut sequences: Vec<Sequence>, every_frame: bool) {
-        let h = self.options.hidden_size;
-        let mut states = vec![SequenceState::clone(self.initial()); sequences.len()];
-        let longest = sequences.iter().map(|sequence| sequence.frames.nrows()).max().unwrap_or(0);
-        for first in (0..longest).step_by(PIECE) {
-            let mut pieces: Vec<_> = sequences
-                .iter_mut()
-                .zip(&mut states)
-                .map(|(sequence, state)| (first..sequence.frames.nrows().min(first + PIECE), sequence, state))
-                .filter(|(range, ..)| !range.is_empty())
-                .collect();
-            let frames: Vec<_> =
-                pieces.iter().map(|(range, sequence, _)| sequence.frames.slice(s![range.clone(), ..])).collect();
-            let frames = ndarray::concatenate(Axis(0), &frames).expect("frames of one width");
-            let states = pieces.iter_mut().map(|(range, _, state)| (&mut **state, range.len()));
-            let mut batch = Batch::new(team, states, longest > PIECE, None);
-            let last = batch.spans.last_rows();
-            let y = self.run(&mut batch, frames.into(), if every_frame { None } else { Some(&last) });
-            batch.finish();
-            let mut y = flat(&y);
-            for (range, sequence, _) in pieces {
-                let out =
-                    if every_frame { &mut sequence.out[range.start * h..range.end * h] } else { &mut *sequence.out };
-                let (here, rest) = y.split_at(out.len());
-                out.copy_from_slice(here);
-                y = rest;
-            }
-        }
     }
 
     /// Multiplications that `frames` frames take, about.
@@ -480,19 +318,6 @@ impl Hymba {
     pub(super) fn empty_state(&self) -> SequenceState {
         SequenceState { position: 0, layers: self.blocks.new_states() }
     }
-}
-
-/// A sequence to be encoded.
-struct Sequence<'a> {
-    /// `[l, embed_dim]`
-    frames: ArrayView2<'a, f32>,
-    /// `[l, h]`, or `[h]` for the last frame.
-    out: &'a mut [f32],
-}
-
-/// A row or rows of a new array.
-fn whole<D: Dimension>(rows: ArrayViewMut<'_, f32, D>) -> &mut [f32] {
-    rows.into_slice().expect("the numbers of a new array lie side by side")
 }
 
 impl fmt::Debug for Hymba {

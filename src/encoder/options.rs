@@ -185,7 +185,7 @@ impl HymbaOptions {
     /// * the time step's rank is `hidden_size / 8`;
     /// * the norm takes variances below 1e-5 for 1e-5;
     /// * attention is causal over the whole past. `window_size` is not used, and the streaming state
-    ///   grows by two rows of `hidden_size` numbers a block with every frame.
+    ///   grows by two rows of `hidden_size` numbers per block and frame.
     ///
     /// Its blocks are [`Pattern::Parallel`]. Initial values are those of this crate, not Axon's, whose norm weights start at random.
     pub fn edifice(embed_dim: usize) -> Self {

@@ -17,7 +17,7 @@ use crate::{Error, Result};
 /// | `SharedAttention` | [`FedBlock`](crate::FedBlock): Mamba alone; where (i + 1) mod `attention_every` = 0, the one [`SharedBlock`](crate::SharedBlock) feeds it | Zamba |
 ///
 /// So 6 blocks and `attention_every` 3 give M M A M M A, and two uses of the shared block, at i = 2 and 5. A shared block's weights
-/// are there once, in files, gradients and counts; what a stream remembers is there once for each use.
+/// exist once, in files, gradients and counts; what a stream remembers exists once per use.
 ///
 /// In JSON: `{"kind": "alternating", "attention_every": 3}`; the other kinds are `parallel`, `mamba`, `attention` and
 /// `shared_attention`.
@@ -43,12 +43,12 @@ pub enum Pattern {
     Mamba,
     /// Attention in every block.
     Attention,
-    /// Mamba, and in every so many blocks attention in its place.
+    /// Mamba; attention in its place in every `attention_every`-th block.
     Alternating {
         /// From 2 to `num_layers`.
         attention_every: usize,
     },
-    /// Mamba, and in front of every so many blocks one shared attention block.
+    /// Mamba; one shared attention block feeds every `attention_every`-th block.
     SharedAttention {
         /// From 1 to `num_layers`.
         attention_every: usize,

@@ -1,13 +1,14 @@
 //! One block: a single branch, Mamba or attention, then a feed-forward network.
 
 use super::block::{BlockInspection, sequences};
+use super::feed_forward::{FeedForward, FeedForwardCache};
 use super::options::HymbaOptions;
 use super::pattern::BlockKind;
 use crate::kernels::matmul::Storage;
 use crate::kernels::team::Team;
 use crate::layers::{
     AttentionCache, Batch, Buffer, Depth, Dropout, KvStorage, LayerNorm, LayerState, Linear, MambaBranch, MambaCache,
-    MetaTokenAttention, Mlp, MlpCache, Rng, Spans, StateGradient,
+    MetaTokenAttention, Rng, Spans, StateGradient,
 };
 use crate::parameters::{Visitor, VisitorMut, debug_shapes, join};
 
@@ -24,8 +25,7 @@ use crate::parameters::{Visitor, VisitorMut, debug_shapes, join};
 pub struct SerialBlock {
     norm: LayerNorm,
     branch: Branch,
-    ffn_norm: LayerNorm,
-    ffn: Mlp,
+    ffn: FeedForward,
 }
 
 #[derive(Clone)]
@@ -51,10 +51,7 @@ pub(crate) struct SerialCache {
     x: Buffer,
     u: Buffer,
     branch: BranchCache,
-    /// Input of the second norm, and its output, `[rows, h]`.
-    mixed: Buffer,
-    ffn_u: Buffer,
-    ffn_cache: MlpCache,
+    ffn: FeedForwardCache,
 }
 
 debug_shapes!(SerialBlock);
@@ -84,8 +81,7 @@ impl SerialBlock {
                 BlockKind::Attention => Branch::Attention(options.new_attention(storage)),
                 _ => Branch::Mamba(options.new_mamba(storage)),
             },
-            ffn_norm: options.new_norm(options.hidden_size),
-            ffn: options.new_ffn(storage),
+            ffn: FeedForward::zeros(options, storage),
         }
     }
 
@@ -99,6 +95,15 @@ impl SerialBlock {
         maps
     }
 
+    /// Calls `f` with every map and its name in files.
+    pub(crate) fn visit_maps<'a>(&'a mut self, name: &str, f: &mut dyn FnMut(String, &'a mut Linear)) {
+        match &mut self.branch {
+            Branch::Mamba(mamba) => mamba.visit_maps(&join(name, "mamba"), f),
+            Branch::Attention(attention) => attention.visit_maps(&join(name, "attention"), f),
+        }
+        self.ffn.visit_maps(&join(name, "ffn"), f);
+    }
+
     /// A gradient of this block, zero.
     pub(crate) fn zeros_like(&self) -> Self {
         SerialBlock {
@@ -107,7 +112,6 @@ impl SerialBlock {
                 Branch::Mamba(mamba) => Branch::Mamba(mamba.zeros_like()),
                 Branch::Attention(attention) => Branch::Attention(attention.zeros_like()),
             },
-            ffn_norm: self.ffn_norm.zeros_like(),
             ffn: self.ffn.zeros_like(),
         }
     }
@@ -118,7 +122,6 @@ impl SerialBlock {
             Branch::Mamba(mamba) => mamba.init(rng),
             Branch::Attention(attention) => attention.init(rng),
         }
-        self.ffn_norm.init();
         self.ffn.init(rng);
     }
 
@@ -136,7 +139,8 @@ impl SerialBlock {
         if let Some(rows) = only {
             x = x.rows_at(rows);
         }
-        self.finish(batch.team, &y, &mut x);
+        *x += &*y;
+        self.ffn.add_to(batch.team, &mut x);
         x
     }
 
@@ -146,13 +150,6 @@ impl SerialBlock {
             Branch::Mamba(mamba) => mamba.forward(batch, layer, u.view(), only),
             Branch::Attention(attention) => attention.forward(batch, Depth::of(layer), u.view(), only),
         }
-    }
-
-    /// Adds the branch's result to the residual stream x, and then the feed-forward network.
-    fn finish(&self, team: &Team, y: &Buffer, x: &mut Buffer) {
-        **x += &**y;
-        let u = self.ffn_norm.forward(team, x.view());
-        self.ffn.add_to(team, u.view(), x);
     }
 
     /// As [`forward`](Self::forward), with dropout; returns also what [`backward`](Self::backward) reads.
@@ -177,11 +174,8 @@ impl SerialBlock {
         };
         dropout.at(BRANCH).apply(team, &batch.spans, &mut mixed);
         *mixed += &*x;
-        let ffn_u = self.ffn_norm.forward(team, mixed.view());
-        let (mut y, ffn_cache) = self.ffn.forward_train(team, ffn_u.view());
-        dropout.at(FFN).apply(team, &batch.spans, &mut y);
-        *y += &*mixed;
-        (y, SerialCache { dropout, x, u, branch, mixed, ffn_u, ffn_cache })
+        let (y, ffn) = self.ffn.residual_train(team, &batch.spans, mixed, dropout.at(FFN));
+        (y, SerialCache { dropout, x, u, branch, ffn })
     }
 
     /// The gradient of [`forward_train`](Self::forward_train): dy `[rows, h]` → dx `[rows, h]`; otherwise as
@@ -202,8 +196,7 @@ impl SerialBlock {
         // y = mixed + FFN(LayerNorm(mixed))
         let mut dffn = Buffer::copy_of(&dy);
         dropout.at(FFN).apply(team, spans, &mut dffn);
-        let dffn_u = self.ffn.backward(team, cache.ffn_u.view(), &cache.ffn_cache, dffn.view(), &mut grad.ffn);
-        *dy += &*self.ffn_norm.backward(team, cache.mixed.view(), dffn_u.view(), &mut grad.ffn_norm);
+        *dy += &*self.ffn.backward(team, &cache.ffn, dffn.view(), &mut grad.ffn);
         // mixed = x + branch(u)
         let mut dbranch = Buffer::copy_of(&dy);
         dropout.at(BRANCH).apply(team, spans, &mut dbranch);
@@ -232,7 +225,8 @@ impl SerialBlock {
             seen.attention_weights = attention.weights(batch, Depth::of(layer), u.view());
         }
         let y = self.run_branch(batch, layer, &x, None);
-        self.finish(batch.team, &y, &mut x);
+        *x += &*y;
+        self.ffn.add_to(batch.team, &mut x);
         let y = sequences(y.into_array(), count);
         match &self.branch {
             Branch::Mamba(_) => seen.mamba = y,
@@ -248,8 +242,7 @@ impl SerialBlock {
             Branch::Mamba(mamba) => mamba.visit(&join(name, "mamba"), f),
             Branch::Attention(attention) => attention.visit(&join(name, "attention"), f),
         }
-        self.ffn_norm.visit(&join(name, "ffn_norm"), f);
-        self.ffn.visit(&join(name, "ffn"), f);
+        self.ffn.visit(name, f);
     }
 
     pub(crate) fn visit_mut<'a>(&'a mut self, name: &str, f: &mut VisitorMut<'_, 'a>) {
@@ -258,7 +251,6 @@ impl SerialBlock {
             Branch::Mamba(mamba) => mamba.visit_mut(&join(name, "mamba"), f),
             Branch::Attention(attention) => attention.visit_mut(&join(name, "attention"), f),
         }
-        self.ffn_norm.visit_mut(&join(name, "ffn_norm"), f);
-        self.ffn.visit_mut(&join(name, "ffn"), f);
+        self.ffn.visit_mut(name, f);
     }
 }

@@ -2,12 +2,13 @@
 
 use ndarray::{Array2, Array4, s};
 
+use super::feed_forward::{FeedForward, FeedForwardCache};
 use super::options::HymbaOptions;
 use crate::kernels::matmul::Storage;
 use crate::kernels::team::Team;
 use crate::layers::{
-    AttentionCache, Batch, Buffer, Depth, KvStorage, LayerNorm, LayerState, Linear, MetaTokenAttention, Mlp, MlpCache,
-    Rng, Spans, StateGradient,
+    AttentionCache, Batch, Buffer, Depth, KvStorage, LayerNorm, LayerState, Linear, MetaTokenAttention, Rng, Spans,
+    StateGradient,
 };
 use crate::parameters::{Visitor, VisitorMut, debug_shapes, join};
 
@@ -27,8 +28,7 @@ use crate::parameters::{Visitor, VisitorMut, debug_shapes, join};
 pub struct SharedBlock {
     norm: LayerNorm,
     attention: MetaTokenAttention,
-    ffn_norm: LayerNorm,
-    ffn: Mlp,
+    ffn: FeedForward,
 }
 
 /// What [`SharedBlock::backward`] reads of one use.
@@ -37,10 +37,7 @@ pub(crate) struct SharedCache {
     c: Buffer,
     u: Buffer,
     attention_cache: AttentionCache,
-    /// Input of the second norm, and its output, `[rows, h]`.
-    t: Buffer,
-    ffn_u: Buffer,
-    ffn_cache: MlpCache,
+    ffn: FeedForwardCache,
 }
 
 debug_shapes!(SharedBlock);
@@ -51,8 +48,7 @@ impl SharedBlock {
         SharedBlock {
             norm: options.new_norm(2 * h),
             attention: options.new_shared_attention(storage),
-            ffn_norm: options.new_norm(h),
-            ffn: options.new_ffn(storage),
+            ffn: FeedForward::zeros(options, storage),
         }
     }
 
@@ -61,20 +57,20 @@ impl SharedBlock {
         self.attention.linears_mut().chain(self.ffn.linears_mut()).collect()
     }
 
+    /// Calls `f` with every map and its name in files.
+    pub(crate) fn visit_maps<'a>(&'a mut self, name: &str, f: &mut dyn FnMut(String, &'a mut Linear)) {
+        self.attention.visit_maps(&join(name, "attention"), f);
+        self.ffn.visit_maps(&join(name, "ffn"), f);
+    }
+
     /// A gradient of this block, zero.
     pub(crate) fn zeros_like(&self) -> Self {
-        SharedBlock {
-            norm: self.norm.zeros_like(),
-            attention: self.attention.zeros_like(),
-            ffn_norm: self.ffn_norm.zeros_like(),
-            ffn: self.ffn.zeros_like(),
-        }
+        SharedBlock { norm: self.norm.zeros_like(), attention: self.attention.zeros_like(), ffn: self.ffn.zeros_like() }
     }
 
     pub(crate) fn init(&mut self, rng: &mut Rng) {
         self.norm.init();
         self.attention.init(rng);
-        self.ffn_norm.init();
         self.ffn.init(rng);
     }
 
@@ -88,7 +84,7 @@ impl SharedBlock {
         let team = batch.team;
         let u = self.norm.forward(team, beside(x, x0).view());
         let t = self.attention.forward(batch, Depth::of(layer), u.view(), None);
-        self.ffn.forward(team, self.ffn_norm.forward(team, t.view()).view())
+        self.ffn.forward(team, t.view())
     }
 
     /// As [`forward`](Self::forward); returns also what [`backward`](Self::backward) reads.
@@ -103,9 +99,8 @@ impl SharedBlock {
         let c = beside(x, x0);
         let u = self.norm.forward(team, c.view());
         let (t, attention_cache) = self.attention.forward_train(batch, Depth::of(layer), u.view());
-        let ffn_u = self.ffn_norm.forward(team, t.view());
-        let (y, ffn_cache) = self.ffn.forward_train(team, ffn_u.view());
-        (y, SharedCache { c, u, attention_cache, t, ffn_u, ffn_cache })
+        let (y, ffn) = self.ffn.forward_train(team, t);
+        (y, SharedCache { c, u, attention_cache, ffn })
     }
 
     /// The gradient of [`forward_train`](Self::forward_train) for sequences that all began with the state `initial`: dy `[rows, h]`
@@ -123,8 +118,7 @@ impl SharedBlock {
         dinitial: &mut StateGradient,
         [dx, dx0]: [&mut Array2<f32>; 2],
     ) {
-        let dffn_u = self.ffn.backward(team, cache.ffn_u.view(), &cache.ffn_cache, dy.view(), &mut grad.ffn);
-        let dt = self.ffn_norm.backward(team, cache.t.view(), dffn_u.view(), &mut grad.ffn_norm);
+        let dt = self.ffn.backward(team, &cache.ffn, dy.view(), &mut grad.ffn);
         let (u, attention) = (cache.u.view(), &cache.attention_cache);
         let (dt, grad_attention) = (dt.view(), &mut grad.attention);
         let du = self.attention.backward(team, spans, u, attention, initial, dt, dfinal, grad_attention, dinitial);
@@ -143,15 +137,13 @@ impl SharedBlock {
     pub(crate) fn visit<'a>(&'a self, name: &str, f: &mut Visitor<'_, 'a>) {
         self.norm.visit(&join(name, "norm"), f);
         self.attention.visit(&join(name, "attention"), f);
-        self.ffn_norm.visit(&join(name, "ffn_norm"), f);
-        self.ffn.visit(&join(name, "ffn"), f);
+        self.ffn.visit(name, f);
     }
 
     pub(crate) fn visit_mut<'a>(&'a mut self, name: &str, f: &mut VisitorMut<'_, 'a>) {
         self.norm.visit_mut(&join(name, "norm"), f);
         self.attention.visit_mut(&join(name, "attention"), f);
-        self.ffn_norm.visit_mut(&join(name, "ffn_norm"), f);
-        self.ffn.visit_mut(&join(name, "ffn"), f);
+        self.ffn.visit_mut(name, f);
     }
 }
 

@@ -26,7 +26,7 @@ pub(crate) enum Keeps {
     Inspection,
 }
 
-/// Whether so many bytes are to be had at once. Few are taken for granted: to ask for them costs some microseconds.
+/// Whether this many bytes can be allocated at once. Few are taken for granted: asking for them costs some microseconds.
 pub(crate) fn fits(bytes: usize) -> bool {
     const FEW: usize = 16 << 20;
     bytes <= FEW || memory::fits(bytes)

@@ -20,7 +20,8 @@ impl Hymba {
     /// [`load`](Self::load) gives the same model again, to the bit; [`load_as`](Self::load_as) reads a larger file into this form at
     /// once. States made before can no longer be used. What was rounded stays so if a wider type is chosen later.
     ///
-    /// Such a model cannot be trained: see [`make_trainable`](Self::make_trainable).
+    /// Such a model cannot be trained, but for low-rank adapters beside its matrices: see [`make_trainable`](Self::make_trainable) and
+    /// [`add_lora`](Self::add_lora).
     ///
     /// # Errors
     ///
@@ -79,9 +80,12 @@ impl Hymba {
                 allowed: format!("the model takes {bytes} bytes then, which do not fit into memory; choose fewer bits"),
             });
         }
-        self.blocks.large_maps_mut().for_each(|map| map.store_as(storage));
+        // beside adapters they stay frozen
+        let stored = storage.or((!self.adapters.is_empty()).then_some(Storage::F32));
+        self.blocks.large_maps_mut().for_each(|map| map.store_as(stored));
         self.storage = storage;
         self.changed();
+        self.adapters.forget();
         Ok(())
     }
 
@@ -93,21 +97,24 @@ impl Hymba {
     /// Bytes of memory that the parameters take. Where they can be trained, products make a packed copy of the matrices besides, of
     /// about the same size.
     pub fn num_bytes(&self) -> usize {
-        let mut bytes = 0;
+        let mut bytes = self.adapters.num_bytes();
         self.visit_parameters(&mut |_, parameter| bytes += parameter.num_bytes());
         bytes
     }
 
-    /// Refuses to train a model whose matrices are stored for inference only.
+    /// Refuses to train a model whose matrices are stored for inference only, unless an adapter is trained.
     pub(crate) fn check_trainable(&self) -> Result<()> {
+        self.adapters.check_trainable()?;
         match self.storage {
-            None => Ok(()),
-            Some(storage) => Err(Error::Option {
+            Some(storage) if self.adapters.is_empty() => Err(Error::Option {
                 option: "storage",
                 given: format!("{storage:?}"),
-                allowed: "matrices stored for inference cannot be trained; train the original, or call make_trainable"
-                    .into(),
+                allowed:
+                    "matrices stored for inference cannot be trained; train the original, an adapter (add_lora), or \
+                          call make_trainable"
+                        .into(),
             }),
+            _ => Ok(()),
         }
     }
 }

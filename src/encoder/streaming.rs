@@ -71,7 +71,7 @@ impl HymbaState {
         self.rows.iter().map(SequenceState::num_used_bytes).sum()
     }
 
-    /// Makes stream `row` one that has seen no frame.
+    /// Resets stream `row`: it has seen no frame.
     ///
     /// # Errors
     ///
@@ -131,7 +131,7 @@ impl Hymba {
         self.new_state_with(batch, 0)
     }
 
-    /// As [`new_state`](Self::new_state), of streams of which so many `more` bytes are kept elsewhere.
+    /// As [`new_state`](Self::new_state), where `more` bytes per stream are kept elsewhere.
     pub(crate) fn new_state_with(&self, batch: usize, more: usize) -> HymbaState {
         let initial = self.initial();
         let bytes = initial.footprint().max(work([self.state_numbers(FIRST_FRAMES), size_of::<f32>()]));
@@ -191,23 +191,23 @@ impl Hymba {
     /// # Ok::<(), hymba::Error>(())
     /// ```
     pub fn prefill(&self, x: &ArrayRef3<f32>, state: &mut HymbaState) -> Result<Array2<f32>> {
-        let (batch, _, width) = x.dim();
-        if width == self.options.embed_dim {
-            self.check_state(state, batch, "x has")?;
-        }
-        self.check_batch(x, None, Keeps::Last, 0)?;
+        self.check_prefill(x, state)?;
         Ok(self.advance(x, state, None))
     }
 
     /// As [`prefill`](Self::prefill), with `each` called for the outputs of some frames after the other, `[b, count, h]`.
     pub(crate) fn prefill_each(&self, x: &ArrayRef3<f32>, state: &mut HymbaState, each: Each) -> Result<()> {
+        self.check_prefill(x, state)?;
+        self.advance(x, state, Some(each));
+        Ok(())
+    }
+
+    fn check_prefill(&self, x: &ArrayRef3<f32>, state: &HymbaState) -> Result<()> {
         let (batch, _, width) = x.dim();
         if width == self.options.embed_dim {
             self.check_state(state, batch, "x has")?;
         }
-        self.check_batch(x, None, Keeps::Last, 0)?;
-        self.advance(x, state, Some(each));
-        Ok(())
+        self.check_batch(x, None, Keeps::Last, 0).map(drop)
     }
 
     /// Feeds frames, in pieces: between two of them, other work of the pool gets its turn. Returns the last outputs, or

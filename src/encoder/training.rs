@@ -1,6 +1,7 @@
 //! The forward and the backward pass of a training step.
 
 use std::fmt;
+use std::sync::Arc;
 
 use ndarray::{Array2, Array3, ArrayRef2, ArrayRef3, s};
 
@@ -10,7 +11,7 @@ use super::options::HymbaOptions;
 use super::size::Keeps;
 use super::variant::Variant;
 use crate::kernels::team::{Team, with_team};
-use crate::layers::{Batch, Buffer, Dropout, SequenceState, Spans, StateGradient};
+use crate::layers::{Batch, Buffer, Dropout, SequenceState, Spans, StateGradient, row_seeds, seed_at};
 use crate::{Error, Result};
 
 /// What [`Hymba::backward`] reads of a forward pass: about 25·h numbers for each block and frame.
@@ -48,7 +49,7 @@ impl Hymba {
     /// [`backward`](Self::backward) reads. `lengths` of `None` are full ones.
     ///
     /// Which numbers are dropped follows from `seed`, the row of the batch and the frame; give every batch another seed. Meta tokens
-    /// lose nothing: they are shared by the batch, and what they leave behind is what inference uses. Without dropout the outputs
+    /// lose nothing: they are shared by the batch, and what they leave behind is what inference uses. Without dropout, here and in an adapter ([`LoraOptions::dropout`](crate::LoraOptions::dropout)), the outputs
     /// are those of [`forward`](Self::forward), to the bit.
     ///
     /// # Errors
@@ -145,8 +146,12 @@ impl Hymba {
         let lengths = lengths.map_or_else(|| vec![l; batch], <[usize]>::to_vec);
         Ok(with_team(self.work(lengths.iter().sum()), |team| {
             let input = frames(x, &lengths);
+            let row_seeds = self.row_seeds(seed, &Spans::new(lengths.iter().copied()));
+            let seeded = team.seeded(row_seeds.clone());
             let x = self.project(team, Buffer::copy_of(&input));
+            drop(seeded);
             let (initial, meta) = self.run_meta_tokens(team);
+            let _seeded = team.seeded(row_seeds);
             let mut states = vec![initial.clone(); lengths.len()];
             let sequences = states.iter_mut().zip(lengths.iter().copied());
             let mut batch = Batch::new(team, sequences, false, None);
@@ -174,6 +179,7 @@ impl Hymba {
         grads.changed();
         with_team(self.work(2 * dx.nrows()), |team| {
             let spans = cache.spans();
+            let row_seeds = self.row_seeds(cache.seed, &spans);
             let (empty, tokens) = (self.empty_state(), self.options.num_meta_tokens);
             // of the frames and of the meta tokens, behind the current block
             let mut dx = self.blocks.last_gradient(dx);
@@ -181,7 +187,9 @@ impl Hymba {
             for i in (0..self.blocks.len()).rev() {
                 let (initial, grads) = (&cache.initial.layers[i], &mut grads.blocks);
                 let mut dinitial = StateGradient::zeros(initial);
+                let seeded = team.seeded(row_seeds.clone());
                 dx = self.blocks.backward(team, i, &spans, &cache.blocks[i], initial, dx, None, grads, &mut dinitial);
+                drop(seeded);
                 dx.drop(self.dropout(cache.seed, i).before, team, &spans);
                 dtokens = dtokens.map(|dy| {
                     let (meta, start, dfinal) = (Spans::new([tokens]), &empty.layers[i], Some(&dinitial));
@@ -194,6 +202,7 @@ impl Hymba {
             if let (Some(grad), Some(dtokens)) = (&mut grads.meta_tokens, dtokens) {
                 *grad += &*dtokens.finish();
             }
+            let _seeded = team.seeded(row_seeds);
             let dinput = match (&self.input_proj, &mut grads.input_proj) {
                 (Some(input_proj), Some(grad)) => input_proj.backward(team, cache.input.view(), dx.view(), grad),
                 _ => dx,
@@ -205,7 +214,13 @@ impl Hymba {
     /// Turns dropout off, for gradients of what inference computes.
     pub(crate) fn without_dropout(mut self) -> Hymba {
         self.options.dropout = 0.0;
+        self.adapters.forget_dropout();
         self
+    }
+
+    /// Seeds of the rows of a training pass, for the dropout of adapters. Meta tokens have none, as they lose nothing.
+    fn row_seeds(&self, seed: u64, spans: &Spans) -> Option<Arc<[u64]>> {
+        self.adapters.drops().then(|| row_seeds(spans, (0..spans.len()).map(|i| seed_at(seed, i))))
     }
 
     /// Where numbers are dropped around block i: the Edifice variant does so between blocks only.
@@ -227,6 +242,19 @@ impl Hymba {
         Ok(())
     }
 
+    /// Whether the other model has an adapter of the same shapes as this one, or both have none.
+    fn has_adapter_of(&self, other: &Hymba) -> bool {
+        if self.adapters.is_empty() && other.adapters.is_empty() {
+            return true;
+        }
+        let names = |of: &Hymba| {
+            let mut names = Vec::new();
+            of.visit(&mut |name, array| names.push((name.to_string(), array.shape().to_vec())));
+            names
+        };
+        names(self) == names(other)
+    }
+
     fn check_backward(&self, cache: &TrainCache, outer: &[usize], given: &[usize], grads: &Hymba) -> Result<()> {
         let expected = [outer, &[self.options.hidden_size]].concat();
         if given != expected {
@@ -244,7 +272,7 @@ impl Hymba {
         }
         let same = |options: &HymbaOptions| HymbaOptions { dropout: 0.0, seed: 0, ..options.clone() };
         grads.check_trainable()?;
-        if same(&grads.options) != same(&self.options) {
+        if same(&grads.options) != same(&self.options) || !self.has_adapter_of(grads) {
             return Err(Error::State("grads is of a model with other options; make it with zeros_like".into()));
         }
         Ok(())

@@ -119,31 +119,42 @@ pub(crate) fn origin(tensors: &Tensors) -> &'static str {
     }
 }
 
-/// The calls that save and load what has `write(&self, Target)` and `read(Source)`; `$contents` says what is in the file.
+/// The calls that save and load what has `write(&self, Target)` and `read(Source)`. The docs in front of a name are a
+/// part of those of the call.
 macro_rules! in_one_file {
-    ($what:ident, $contents:literal) => {
+    ($what:ident {
+        $(#[$save:meta])* save,
+        $(#[$load:meta])* load,
+        $(#[$from_bytes:meta])* from_bytes $(,)?
+    }) => {
         impl $what {
-            #[doc = $contents]
+            $(#[$save])*
+            ///
+            /// The file is written under a temporary name in the same folder and then renamed, so that `path` is at all times the
+            /// old file, if there was one, or the complete new one. A symbolic link stays, and what it leads to is replaced; on
+            /// Unix so does the mode of an old file.
             ///
             /// # Errors
             ///
-            /// As [`Hymba::save`](crate::Hymba::save).
+            /// [`Error::Io`](crate::Error::Io) when the file cannot be written; an old file is then untouched.
+            /// [`Error::Format`](crate::Error::Format) when the model has so many blocks that [`load`](Self::load) would refuse
+            /// the file.
             pub fn save(&self, path: impl AsRef<std::path::Path>) -> crate::Result<()> {
                 self.write(crate::files::Target::File(path.as_ref()))
             }
 
-            /// What [`save`](Self::save) would write to a file.
+            /// What [`save`](Self::save) would write to a file: for a database, a network, a browser.
             ///
             /// # Errors
             ///
-            /// As [`Hymba::to_bytes`](crate::Hymba::to_bytes).
+            /// [`Error::Format`](crate::Error::Format) as [`save`](Self::save).
             pub fn to_bytes(&self) -> crate::Result<Vec<u8>> {
                 let mut bytes = Vec::new();
                 self.write(crate::files::Target::Writer(&mut bytes))?;
                 Ok(bytes)
             }
 
-            /// As [`save`](Self::save), to anything that can be written to.
+            /// As [`save`](Self::save), to any writer.
             ///
             /// # Errors
             ///
@@ -152,17 +163,20 @@ macro_rules! in_one_file {
                 self.write(crate::files::Target::Writer(&mut writer))
             }
 
-            /// Reads what [`save`](Self::save) wrote. The file need not be trusted, as in
-            /// [`Hymba::load`](crate::Hymba::load).
+            $(#[$load])*
+            ///
+            /// The file need not be trusted. Reading takes no more memory than twice its length and a few megabytes.
             ///
             /// # Errors
             ///
-            /// As [`Hymba::load`](crate::Hymba::load).
+            /// [`Error::Io`](crate::Error::Io) when the file cannot be read, [`Error::Format`](crate::Error::Format) when it is
+            /// damaged, hostile, or of another format, and [`Error::Tensors`](crate::Error::Tensors), with the whole list, when
+            /// tensors are missing, unexpected or of the wrong shape or type.
             pub fn load(path: impl AsRef<std::path::Path>) -> crate::Result<Self> {
                 Self::read(crate::files::tensors::Source::open(path.as_ref())?)
             }
 
-            /// As [`load`](Self::load), from anything that can be read: from its beginning to its end, wherever it stands.
+            /// As [`load`](Self::load), from any reader: all of it, from its beginning, wherever it stands.
             ///
             /// # Errors
             ///
@@ -171,7 +185,10 @@ macro_rules! in_one_file {
                 Self::read(crate::files::tensors::Source::reader(reader)?)
             }
 
-            /// As [`load`](Self::load), from what [`save`](Self::save) or [`to_bytes`](Self::to_bytes) wrote.
+            /// As [`load`](Self::load), from what [`save`](Self::save) or [`to_bytes`](Self::to_bytes) wrote: a model inside the
+            /// program, by `include_bytes!`, in a database, in a browser. The bytes need not be trusted either.
+            ///
+            $(#[$from_bytes])*
             ///
             /// # Errors
             ///

@@ -86,7 +86,6 @@ impl<'a> Source<'a> {
     }
 
     /// The whole file, which must not be longer than `most` bytes.
-    #[cfg(feature = "lm")]
     pub(crate) fn text(&mut self, most: u64) -> Result<String> {
         if self.length > most {
             return Err(self.error(format!("it has {} bytes, and at most {most} are read", self.length)));

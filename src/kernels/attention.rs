@@ -6,6 +6,7 @@ use ndarray::{ArrayViewMut2, Axis};
 
 use super::math;
 use super::matmul::{PANEL, Packed, matmul_part};
+use super::memory::{Scratch, with_scratch};
 use super::profiler::{Cost, Stage, timed};
 use super::rows::{Out, Rows};
 use super::simd::{Kernel, LANES, Simd, dispatch};
@@ -97,6 +98,14 @@ impl<'a> Head<'a> {
         Cost { multiply_adds: products as u64 * pairs * width, exps: pairs, ..Cost::default() }
     }
 
+    /// Of these columns, those that frame `i` sees, counted from the first of them: meta tokens, and frames.
+    #[inline(always)]
+    fn seen_of(&self, i: usize, columns: &Range<usize>) -> [Range<usize>; 2] {
+        let place = |column: usize| column.clamp(columns.start, columns.end) - columns.start;
+        let frames = self.meta + self.first_seen(i)..self.meta + i + 1;
+        [place(0)..place(self.meta), place(frames.start)..place(frames.end)]
+    }
+
     /// All columns that frame `i` sees.
     fn seen(&self, i: usize) -> impl Iterator<Item = usize> + Clone + use<> {
         (0..self.meta).chain(self.meta + self.first_seen(i)..self.meta + i + 1)
@@ -182,40 +191,29 @@ fn attend_queries(head: Head, packed: Option<&PackedHead>, tile: Tile) {
         }
         return attend_plainly(head, first, out);
     };
+    thread_local! {
+        static WORK: Scratch<f32> = const { Scratch::new(Vec::new()) };
+    }
     let (m, width_out) = out.dim();
     let k = head.meta;
     let queries = head.queries.skip_rows(first);
     let first = head.before() + first;
-    let mut sums = vec![0.0; m * width_out];
-    let mut softmax = vec![RunningSoftmax { largest: f32::NEG_INFINITY, sum: 0.0 }; m];
-    let mut scores = vec![0.0; m * KEYS];
-
-    for columns in pieces(k, k + head.first_seen(first), k + first + m) {
-        let width = columns.len();
-        matmul_part(queries, m, keys, columns.clone(), 0..head.key_width, &mut scores, width, Out::Set);
-        for (i, softmax) in softmax.iter_mut().enumerate() {
-            let frame = first + i;
-            let here = |from: usize, to: usize| {
-                let place = |column: usize| column.clamp(columns.start, columns.end) - columns.start;
-                place(from)..place(to)
-            };
-            dispatch(SoftmaxRow {
-                scores: &mut scores[i * width..][..width],
-                meta: here(0, k),
-                frames: here(k + head.first_seen(frame), k + frame + 1),
-                scale: head.scale(),
-                softmax,
-                sums: &mut sums[i * width_out..][..width_out],
-            });
+    let mut softmax = [RunningSoftmax { largest: f32::NEG_INFINITY, sum: 0.0 }; QUERIES];
+    let softmax = &mut softmax[..m];
+    with_scratch(&WORK, m * (width_out + KEYS), |work| {
+        let (sums, scores) = work.split_at_mut(m * width_out);
+        sums.fill(0.0);
+        for columns in pieces(k, k + head.first_seen(first), k + first + m) {
+            let width = columns.len();
+            matmul_part(queries, m, keys, columns.clone(), 0..head.key_width, scores, width, Out::Set);
+            dispatch(SoftmaxTile { head: &head, first, columns: columns.clone(), scores, softmax, sums });
+            let rows = Rows { data: scores, stride: width };
+            matmul_part(rows, m, values, 0..width_out, columns, sums, width_out, Out::Add);
         }
-        let rows = Rows { data: &scores, stride: width };
-        matmul_part(rows, m, values, 0..width_out, columns, &mut sums, width_out, Out::Add);
-    }
-    for (i, mut out) in out.rows_mut().into_iter().enumerate() {
-        for (out, sum) in out.iter_mut().zip(&sums[i * width_out..]) {
-            *out = sum / softmax[i].sum;
+        for ((mut out, sums), softmax) in out.rows_mut().into_iter().zip(sums.chunks(width_out)).zip(&*softmax) {
+            out.iter_mut().zip(sums).for_each(|(out, sum)| *out = sum / softmax.sum);
         }
-    }
+    });
     if let Some(mut sums) = log_sums {
         sums.iter_mut().zip(softmax).for_each(|(sum, softmax)| *sum = softmax.largest + softmax.sum.ln());
     }
@@ -237,75 +235,107 @@ struct RunningSoftmax {
     sum: f32,
 }
 
-/// Turns the scores of one query into weights exp(score − largest), those of hidden keys into 0, and rescales the sums
-/// to the new largest score.
-struct SoftmaxRow<'a> {
+/// Turns the scores of a tile into weights exp(score − largest), those of hidden keys into 0, and rescales the sums to the new
+/// largest scores.
+struct SoftmaxTile<'a> {
+    head: &'a Head<'a>,
+    /// The frame of the first query, counted from the first of the past.
+    first: usize,
+    /// The keys of the scores.
+    columns: Range<usize>,
+    /// `[queries, columns]`
     scores: &'a mut [f32],
-    /// The columns of `scores` that the query sees, in two runs.
-    meta: Range<usize>,
-    frames: Range<usize>,
-    scale: f32,
-    softmax: &'a mut RunningSoftmax,
+    /// `[queries]`
+    softmax: &'a mut [RunningSoftmax],
+    /// `[queries, value_width]`
     sums: &'a mut [f32],
 }
 
-impl Kernel for SoftmaxRow<'_> {
+impl Kernel for SoftmaxTile<'_> {
     type Output = ();
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let SoftmaxRow { scores, meta, frames, scale, softmax, sums } = self;
-        if meta.is_empty() && frames.is_empty() {
-            scores.fill(0.0);
-            return;
+        let rows = self.scores.chunks_mut(self.columns.len()).zip(self.sums.chunks_mut(self.head.value_width));
+        for (i, (softmax, (scores, sums))) in self.softmax.iter_mut().zip(rows).enumerate() {
+            let seen = self.head.seen_of(self.first + i, &self.columns);
+            soften(s, scores, seen, self.head.scale(), softmax, sums);
         }
-        let mut largest = softmax.largest;
-        for run in [&meta, &frames] {
-            largest = max(s, &scores[run.clone()], scale, largest);
-        }
-        scores[..meta.start].fill(0.0);
-        scores[meta.end..frames.start.max(meta.end)].fill(0.0);
-        scores[frames.end.max(meta.end)..].fill(0.0);
-        let mut sum = 0.0;
-        for run in [meta, frames] {
-            if !run.is_empty() {
-                sum += exp_sum(s, &mut scores[run], scale, largest);
-            }
-        }
-        if largest == softmax.largest {
-            softmax.sum += sum;
-            return;
-        }
-        let faded = (softmax.largest - largest).exp();
-        if faded != 1.0 {
-            for sum in sums.chunks_mut(LANES) {
-                s.store_some(s.mul(s.splat(faded), s.load_some(sum)), sum);
-            }
-        }
-        *softmax = RunningSoftmax { largest, sum: softmax.sum * faded + sum };
     }
+}
+
+/// The same for one query, which sees two runs of the columns: meta tokens, and frames.
+#[inline(always)]
+fn soften<S: Simd>(
+    s: S,
+    scores: &mut [f32],
+    [meta, frames]: [Range<usize>; 2],
+    scale: f32,
+    softmax: &mut RunningSoftmax,
+    sums: &mut [f32],
+) {
+    if meta.is_empty() && frames.is_empty() {
+        scores.fill(0.0);
+        return;
+    }
+    let mut largest = softmax.largest;
+    for run in [&meta, &frames] {
+        largest = max(s, &scores[run.clone()], scale, largest);
+    }
+    scores[..meta.start].fill(0.0);
+    scores[meta.end..frames.start.max(meta.end)].fill(0.0);
+    scores[frames.end.max(meta.end)..].fill(0.0);
+    let mut sum = 0.0;
+    for run in [meta, frames] {
+        if !run.is_empty() {
+            sum += exp_sum(s, &mut scores[run], scale, largest);
+        }
+    }
+    if largest == softmax.largest {
+        softmax.sum += sum;
+        return;
+    }
+    if softmax.largest > f32::NEG_INFINITY {
+        let faded = (softmax.largest - largest).exp();
+        for sum in sums.chunks_mut(LANES) {
+            s.store_some(s.mul(s.splat(faded), s.load_some(sum)), sum);
+        }
+        sum += softmax.sum * faded;
+    }
+    *softmax = RunningSoftmax { largest, sum };
 }
 
 /// The largest of scale·x and `so_far`; NaN is passed over.
 #[inline(always)]
 fn max<S: Simd>(s: S, x: &[f32], scale: f32, so_far: f32) -> f32 {
-    let (whole, rest) = x.as_chunks();
-    let mut largest = s.splat(f32::NEG_INFINITY);
-    for x in whole {
-        largest = s.max(s.load(x), largest);
+    // two vectors, which do not wait for each other
+    let mut largest = [s.splat(f32::NEG_INFINITY); 2];
+    let (pairs, rest) = x.as_chunks::<{ 2 * LANES }>();
+    for pair in pairs {
+        for (largest, x) in largest.iter_mut().zip(pair.as_chunks().0) {
+            *largest = s.max(s.load(x), *largest);
+        }
     }
-    let largest = if whole.is_empty() { so_far } else { so_far.max(scale * s.largest(largest)) };
+    let (whole, rest) = rest.as_chunks();
+    for x in whole {
+        largest[0] = s.max(s.load(x), largest[0]);
+    }
+    let largest = match x.len() < LANES {
+        true => so_far,
+        false => so_far.max(scale * s.largest(s.max(largest[0], largest[1]))),
+    };
     rest.iter().fold(largest, |largest, x| largest.max(scale * x))
 }
 
 /// Replaces x by exp(scale·x − largest) and returns the sum.
 #[inline(always)]
 fn exp_sum<S: Simd>(s: S, x: &mut [f32], scale: f32, largest: f32) -> f32 {
-    let (scale_all, shift) = (s.splat(scale), s.splat(-largest));
+    const LOG2_E: f32 = std::f32::consts::LOG2_E;
+    let (scale, shift) = (s.splat(scale * LOG2_E), s.splat(-largest * LOG2_E));
     let mut sum = s.splat(0.0);
     let (whole, rest) = x.as_chunks_mut();
     for x in whole {
-        let e = math::exp(s, s.mul_add(scale_all, s.load(x), shift));
+        let e = math::exp2_negative(s, s.mul_add(scale, s.load(x), shift));
         s.store(e, x);
         sum = s.add(sum, e);
     }
@@ -313,9 +343,9 @@ fn exp_sum<S: Simd>(s: S, x: &mut [f32], scale: f32, largest: f32) -> f32 {
     if rest.is_empty() {
         return sum;
     }
-    let e = math::exp(s, s.mul_add(scale_all, s.load_some(rest), shift));
+    let e = math::exp2_negative(s, s.mul_add(scale, s.load_some(rest), shift));
     s.store_some(e, rest);
-    sum + rest.iter().sum::<f32>()
+    sum + s.sum(s.load_some(rest))
 }
 
 /// The weights of query `i` of one head: first those of the k meta tokens, then those of all frames, hidden ones 0. The

@@ -17,7 +17,7 @@ use super::simd::{Isa, dispatch};
 use super::team::Team;
 use product::{Floats, Product};
 
-pub(crate) use gradient::matmul_gradient;
+pub(crate) use gradient::{STRIP, matmul_across, matmul_gradient};
 pub(crate) use matrix::Matrix;
 pub use matrix::Storage;
 pub(crate) use packed::{PANEL, Packed, PanelRow};

@@ -1,10 +1,14 @@
 //! A stopwatch for each part of the arithmetic, with the feature `profile`. Without it [`timed`] is the call and nothing else.
 //!
+//! [`simulate`] counts instead of timing: what many threads would be handed, whatever the machine has.
+//!
 //! Only calls that stay on one thread from beginning to end are timed. One that hands work to other threads may run
 //! somebody else's while it waits for them, and would count that as its own.
 
 #[cfg(feature = "profile")]
-pub use on::{StageReport, report, reset};
+pub use on::{Simulation, StageReport, report, reset, simulate};
+#[cfg(feature = "profile")]
+pub(crate) use on::{hand_out, simulated};
 
 /// A part of the arithmetic.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -46,6 +50,16 @@ impl Cost {
     }
 }
 
+impl std::ops::AddAssign for Cost {
+    fn add_assign(&mut self, other: Cost) {
+        self.multiply_adds += other.multiply_adds;
+        self.exps += other.exps;
+        self.cached_bytes += other.cached_bytes;
+        self.weight_bytes += other.weight_bytes;
+        self.memory_bytes += other.memory_bytes;
+    }
+}
+
 /// Calls `f`, which must not hand work to other threads.
 #[cfg(not(feature = "profile"))]
 #[inline(always)]
@@ -75,7 +89,7 @@ pub(crate) fn timed_product<R>(m: usize, n: usize, k: usize, f: impl FnOnce() ->
 
 #[cfg(feature = "profile")]
 mod on {
-    use std::cell::Cell;
+    use std::cell::{Cell, RefCell};
     use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
     use std::time::{Duration, Instant};
 
@@ -99,6 +113,72 @@ mod on {
     thread_local! {
         /// Whether this thread is inside a timed call.
         static INSIDE: Cell<bool> = const { Cell::new(false) };
+        /// The simulation that this thread is at, and the work since its last task.
+        static SIMULATION: RefCell<Option<(Simulation, Cost)>> = const { RefCell::new(None) };
+    }
+
+    /// What a call would hand to so many threads: see [`simulate`].
+    #[derive(Debug, Clone, PartialEq, Default)]
+    #[non_exhaustive]
+    pub struct Simulation {
+        /// Threads there would be.
+        pub threads: usize,
+        /// What the calling thread does alone.
+        pub alone: Cost,
+        /// Every time that work is shared: the tasks, in the order in which they are taken.
+        pub shared: Vec<Vec<Cost>>,
+    }
+
+    impl Simulation {
+        /// Time that all takes if whoever is free takes the next task, given that of a [`Cost`]: of so many threads, and of one.
+        pub fn seconds(&self, seconds: impl Fn(&Cost) -> f64) -> (f64, f64) {
+            let alone = seconds(&self.alone);
+            let (mut together, mut one) = (alone, alone);
+            for tasks in &self.shared {
+                let mut free: Vec<f64> = vec![0.0; self.threads.clamp(1, tasks.len().max(1))];
+                for task in tasks {
+                    let first = free.iter_mut().min_by(|a, b| a.total_cmp(b)).expect("there is a thread");
+                    *first += seconds(task);
+                    one += seconds(task);
+                }
+                together += free.into_iter().fold(0.0, f64::max);
+            }
+            (together, one)
+        }
+    }
+
+    /// Calls `f` on this thread alone, with work cut as if there were so many, and says into what. Only what is timed is seen.
+    pub fn simulate<R>(threads: usize, f: impl FnOnce() -> R) -> (R, Simulation) {
+        let new = Simulation { threads, ..Simulation::default() };
+        SIMULATION.with_borrow_mut(|simulation| *simulation = Some((new, Cost::default())));
+        let result = f();
+        let done = SIMULATION.with_borrow_mut(Option::take);
+        let (mut simulation, rest) = done.unwrap_or_default();
+        simulation.alone += rest;
+        (result, simulation)
+    }
+
+    /// Threads there are to be, in a simulation.
+    pub(crate) fn simulated() -> Option<usize> {
+        SIMULATION.with_borrow(|simulation| simulation.as_ref().map(|(simulation, _)| simulation.threads))
+    }
+
+    /// Calls `f` for every item, in a simulation a task each.
+    pub(crate) fn hand_out<I>(items: impl Iterator<Item = I>, f: impl Fn(I)) {
+        let taken =
+            || SIMULATION.with_borrow_mut(|simulation| simulation.as_mut().map(|(_, work)| std::mem::take(work)));
+        let before = taken().unwrap_or_default();
+        let mut tasks = Vec::new();
+        items.for_each(|item| {
+            f(item);
+            tasks.extend(taken());
+        });
+        SIMULATION.with_borrow_mut(|simulation| {
+            if let Some((simulation, _)) = simulation {
+                simulation.alone += before;
+                simulation.shared.push(tasks);
+            }
+        });
     }
 
     pub(crate) fn timed<R>(part: Stage, work: Cost, f: impl FnOnce() -> R) -> R {
@@ -109,6 +189,11 @@ mod on {
         let result = f();
         let nanoseconds = start.elapsed().as_nanos() as u64;
         INSIDE.set(false);
+        SIMULATION.with_borrow_mut(|simulation| {
+            if let Some((_, since)) = simulation {
+                *since += work;
+            }
+        });
         let Cost { multiply_adds, exps, cached_bytes, weight_bytes, memory_bytes } = work;
         let numbers = [nanoseconds, 1, multiply_adds, exps, cached_bytes, weight_bytes, memory_bytes];
         for (meter, number) in METERS[part as usize].iter().zip(numbers) {
@@ -153,6 +238,30 @@ mod on {
     #[cfg(test)]
     mod tests {
         use super::*;
+
+        #[cfg(feature = "rayon")]
+        #[test]
+        fn simulated_threads_take_the_next_task_when_they_are_free() {
+            let work = |exps| Cost { exps, ..Cost::default() };
+            let task = |exps: u64| timed(Stage::Scan, work(exps), || ());
+            let ((), simulation) = simulate(2, || {
+                task(5);
+                assert_eq!(simulated(), Some(2));
+                crate::kernels::team::with_team(usize::MAX, |team| {
+                    assert_eq!(team.threads(), 2);
+                    team.for_each([3, 1, 1, 4], |exps| {
+                        task(exps);
+                        // inside a task nothing is handed out
+                        team.for_each([1, 1], |_| ());
+                    });
+                });
+                task(7);
+            });
+            assert_eq!(simulated(), None);
+            assert_eq!((simulation.alone, &*simulation.shared), (work(12), &[[3, 1, 1, 4].map(work).to_vec()][..]));
+            // 3 | 1 + 1 + 4
+            assert_eq!(simulation.seconds(|cost| cost.exps as f64), (18.0, 21.0));
+        }
 
         #[test]
         fn every_part_has_its_place() {

@@ -28,7 +28,7 @@ pub(crate) struct ScanInput<'a> {
     pub a: &'a [f32],
     /// D `[d]`, the skip, if there is one.
     pub skip: Option<&'a [f32]>,
-    /// One time step a frame `[l]` to be used with B in place of Δ.
+    /// The mean of Δ over the channels `[l]`, where B is scaled by it in place of Δ.
     pub mean_delta: Option<&'a [f32]>,
 }
 
@@ -76,7 +76,7 @@ impl Kernel for Scan<'_> {
         let d = a.len() / n;
         let zero = [s.splat(0.0); 2];
         let log2_e = s.splat(std::f32::consts::LOG2_E);
-        let mut decays = vec![zero; n]; // A/ln 2 of the channels at hand
+        let mut decays = vec![zero; n]; // A/ln 2 of these channels
         let mut states = vec![zero; n]; // S of these channels
         for begin in (0..columns).step_by(CHANNELS) {
             let end = columns.min(begin + CHANNELS);
@@ -102,11 +102,8 @@ impl Kernel for Scan<'_> {
                 let delta = load_pair(s, &delta.data[t * delta.stride..][here.clone()]);
                 let v = load_pair(s, &v.data[t * v.stride..][here.clone()]);
                 let z = load_pair(s, &z.data[t * z.stride..][here.clone()]);
-                let step = match mean_delta {
-                    Some(step) => [s.splat(step[t]); 2],
-                    None => delta,
-                };
-                let input = [s.mul(step[0], v[0]), s.mul(step[1], v[1])];
+                let input_delta = input_delta(s, mean_delta, t, delta);
+                let input = [s.mul(input_delta[0], v[0]), s.mul(input_delta[1], v[1])];
                 let b = &b.data[t * b.stride..][..n];
                 let c = &c.data[t * c.stride..][..n];
                 let mut y = [s.mul(skip[0], v[0]), s.mul(skip[1], v[1])];
@@ -145,17 +142,17 @@ pub(crate) struct ScanGradient<'a> {
     pub skip: Option<&'a mut [f32]>,
     /// The gradient `[n, d]` of the state after the last frame; becomes that of the state before the first.
     pub state: &'a mut [f32],
-    /// The gradient `[l]` of the one time step a frame, if B goes with it.
+    /// The gradient `[l]` of the mean of Δ, where B is scaled by it; overwritten.
     pub mean_delta: Option<&'a mut [f32]>,
 }
 
-/// The gradient of [`selective_scan`] for dout `[l, d]`, as the reverse recurrence. With dy = dout ⊙ silu(z), step Δ or the one
-/// of the frame, and from the last frame to the first
+/// The gradient of [`selective_scan`] for dout `[l, d]`, as the reverse recurrence. With dy = dout ⊙ silu(z), Δ′ = Δ or its mean in
+/// the frame, and from the last frame to the first
 ///
 /// ```text
 /// dS   = dS + dy Cᵀ                      of the state after the frame
-/// dC   = Σ_channels dy S_t               dB = Σ_channels dS · step · v
-/// dv   = step · (dS · B) + D dy          dstep = v · (dS · B)
+/// dC   = Σ_channels dy S_t               dB = Σ_channels dS · Δ′ · v
+/// dv   = Δ′ · (dS · B) + D dy            dΔ′ = v · (dS · B)
 /// dE   = dS ⊙ exp(Δ A) ⊙ S_{t−1}         of the exponent Δ A:  dΔ += dE · A,  dA += dE · Δ
 /// dS   = dS ⊙ exp(Δ A)                   of the state before the frame
 /// ```
@@ -199,14 +196,14 @@ impl Kernel for ScanBackward<'_> {
         // sums over channels, still in lanes
         let mut db = vec![s.splat(0.0); CHUNK * n];
         let mut dc = vec![s.splat(0.0); CHUNK * n];
-        let mut dsteps = [s.splat(0.0); CHUNK];
+        let mut dmean_delta = [s.splat(0.0); CHUNK];
 
         for (chunk, kept) in self.checkpoints.outer_iter().enumerate().rev() {
             let frames = chunk * CHUNK..l.min((chunk + 1) * CHUNK);
             let first = frames.start;
             db.fill(s.splat(0.0));
             dc.fill(s.splat(0.0));
-            dsteps.fill(s.splat(0.0));
+            dmean_delta.fill(s.splat(0.0));
             for begin in (0..d).step_by(CHANNELS) {
                 let here = begin..d.min(begin + CHANNELS);
                 let row = |i: usize| i * d + here.start..i * d + here.end;
@@ -222,11 +219,8 @@ impl Kernel for ScanBackward<'_> {
                 for t in frames.clone() {
                     let delta = load_pair(s, &delta.data[t * delta.stride..][here.clone()]);
                     let v = load_pair(s, &v.data[t * v.stride..][here.clone()]);
-                    let step = match mean_delta {
-                        Some(step) => [s.splat(step[t]); 2],
-                        None => delta,
-                    };
-                    let input = [s.mul(step[0], v[0]), s.mul(step[1], v[1])];
+                    let input_delta = input_delta(s, mean_delta, t, delta);
+                    let input = [s.mul(input_delta[0], v[0]), s.mul(input_delta[1], v[1])];
                     let b = &b.data[t * b.stride..][..n];
                     let place = (t - first) * n..(t - first + 1) * n;
                     let chunk = decays[place.clone()].iter_mut().zip(&mut states[place]);
@@ -251,15 +245,12 @@ impl Kernel for ScanBackward<'_> {
                     let z = load_pair(s, &z.data[t * z.stride..][here.clone()]);
                     let dout = load_pair(s, &self.dout[row(t)]);
                     let dy = [s.mul(dout[0], math::silu(s, z[0])), s.mul(dout[1], math::silu(s, z[1]))];
-                    let step = match mean_delta {
-                        Some(step) => [s.splat(step[t]); 2],
-                        None => delta,
-                    };
-                    let input = [s.mul(step[0], v[0]), s.mul(step[1], v[1])];
+                    let input_delta = input_delta(s, mean_delta, t, delta);
+                    let input = [s.mul(input_delta[0], v[0]), s.mul(input_delta[1], v[1])];
                     let b = &b.data[t * b.stride..][..n];
                     let c = &c.data[t * c.stride..][..n];
                     let mut y = [s.mul(skips[0], v[0]), s.mul(skips[1], v[1])];
-                    let mut written = zero; // dS · B
+                    let mut dinput = zero; // dS · B
                     let mut ddelta = zero;
                     let place = (t - first) * n..(t - first + 1) * n;
                     for i in 0..n {
@@ -273,7 +264,7 @@ impl Kernel for ScanBackward<'_> {
                             dcs = s.mul_add(dy[half], state, dcs);
                             let dstate = s.mul_add(dy[half], cs, dstates[i][half]);
                             dbs = s.mul_add(dstate, input[half], dbs);
-                            written[half] = s.mul_add(dstate, bs, written[half]);
+                            dinput[half] = s.mul_add(dstate, bs, dinput[half]);
                             let dexponent = s.mul(dstate, kept);
                             ddelta[half] = s.mul_add(dexponent, rates[i][half], ddelta[half]);
                             drates[i][half] = s.mul_add(dexponent, delta[half], drates[i][half]);
@@ -285,12 +276,12 @@ impl Kernel for ScanBackward<'_> {
                     let mut dv = zero;
                     let mut dz = zero;
                     for half in 0..2 {
-                        let dstep = s.mul(v[half], written[half]);
+                        let dinput_delta = s.mul(v[half], dinput[half]);
                         match mean_delta {
-                            Some(_) => dsteps[t - first] = s.add(dsteps[t - first], dstep),
-                            None => ddelta[half] = s.add(ddelta[half], dstep),
+                            Some(_) => dmean_delta[t - first] = s.add(dmean_delta[t - first], dinput_delta),
+                            None => ddelta[half] = s.add(ddelta[half], dinput_delta),
                         }
-                        dv[half] = s.mul_add(step[half], written[half], s.mul(skips[half], dy[half]));
+                        dv[half] = s.mul_add(input_delta[half], dinput[half], s.mul(skips[half], dy[half]));
                         dskip[half] = s.mul_add(dy[half], v[half], dskip[half]);
                         dz[half] = s.mul(s.mul(dout[half], y[half]), math::silu_derivative(s, z[half]));
                     }
@@ -317,11 +308,20 @@ impl Kernel for ScanBackward<'_> {
                     row[i] = s.sum(db[(t - first) * n + i]);
                     row[n + i] = s.sum(dc[(t - first) * n + i]);
                 }
-                if let Some(step) = &mut gradient.mean_delta {
-                    step[t] = s.sum(dsteps[t - first]);
+                if let Some(mean_delta) = &mut gradient.mean_delta {
+                    mean_delta[t] = s.sum(dmean_delta[t - first]);
                 }
             }
         }
+    }
+}
+
+/// What B is scaled by: Δ, or its mean over the channels.
+#[inline(always)]
+fn input_delta<S: Simd>(s: S, mean_delta: Option<&[f32]>, t: usize, delta: [S::V; 2]) -> [S::V; 2] {
+    match mean_delta {
+        Some(mean) => [s.splat(mean[t]); 2],
+        None => delta,
     }
 }
 

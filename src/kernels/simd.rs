@@ -5,7 +5,7 @@
 //! operations of [`Simd`]. [`dispatch`] compiles it for every instruction set and picks one at run time. A value of a
 //! type implementing `Simd` is the proof that the CPU has the instructions, which is why its methods are safe.
 //!
-//! The environment variable `HYMBA_SIMD=scalar|avx2|avx512|neon` forces a path (if the CPU has it), so that tests can prove
+//! The environment variable `HYMBA_SIMD=scalar|avx2|avx2-vnni|avx512|neon` forces a path (if the CPU has it), so that tests can prove
 //! each one was taken. `avx512` and less leaves out AMX.
 
 pub(crate) use isa::Isa;
@@ -19,6 +19,11 @@ pub(crate) const LANES: usize = 16;
 #[derive(Clone, Copy)]
 #[repr(C, align(64))]
 pub(crate) struct Line(pub [f32; LANES]);
+
+/// Two lines of words: of a matrix in bfloat16, a panel's weights for two inputs, the first of them in the low bits.
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+pub(crate) struct Words(pub [[u32; LANES]; 2]);
 
 /// A kernel: a struct of arguments whose `run` must be `#[inline(always)]`, so that it is compiled inside the function
 /// that turns the instruction set on.
@@ -41,6 +46,10 @@ pub(crate) trait Simd: Copy {
     const BY_LANE: bool = false;
     /// Rows of a tile for which the compiler keeps the sums in registers then, if [`six_rows`](Self::six_rows) is not for it.
     const LANE_ROWS: usize = Self::TILE_ROWS;
+    /// Whether tiles of four rows and more are made by [`dot_rows`](Self::dot_rows), which takes up to six.
+    const BY_PAIRS: bool = false;
+    /// As `TILE_ROWS`, by `TILE_LINES` lines of whole numbers: at most six.
+    const DOT_ROWS: usize = 4;
 
     fn splat(self, x: f32) -> Self::V;
     fn load(self, x: &[f32; LANES]) -> Self::V;
@@ -168,6 +177,18 @@ pub(crate) trait Simd: Copy {
     fn dot_bf16_lane<const LANE: usize>(self, a: Self::I, b: &[[u16; 2]; 4], c: Self::V) -> Self::V {
         self.dot_bf16(a, self.splat_int(pair(b[LANE])), c)
     }
+    /// Adds to the sums of some rows their pairs' products with one of the two lines of weights of each pair, and says of how many
+    /// pairs: where there are instructions for several rows. The bits are those of [`dot_bf16`](Self::dot_bf16).
+    #[inline(always)]
+    fn dot_rows_bf16<const R: usize>(
+        self,
+        _x: [&[[u16; 2]]; R],
+        _w: &[Words],
+        _half: usize,
+        _sums: &mut [Self::V],
+    ) -> usize {
+        0
+    }
 
     // whole numbers
 
@@ -217,6 +238,18 @@ pub(crate) trait Simd: Copy {
     #[inline(always)]
     fn end_nibbles(self, sums: Self::I, _start: Self::I) -> Self::I {
         sums
+    }
+    /// The sums of four rows to six, begun and ended, by one of two lines of weights for each four of 32 inputs: weights of 8 bits, or of
+    /// 4 in half as many lines. Only where products are [by pairs](Self::BY_PAIRS).
+    #[inline(always)]
+    fn dot_rows<const R: usize, const N: usize>(
+        self,
+        _x: [&[u32; 8]; R],
+        _starts: [u32; R],
+        _w: &[[[u32; LANES]; 2]; N],
+        _half: usize,
+    ) -> [Self::I; R] {
+        unreachable!("not by pairs of rows")
     }
     /// The low four bits of each byte.
     #[inline(always)]
@@ -277,7 +310,7 @@ pub(crate) fn dispatch_at<K: Kernel>(level: Isa, kernel: K) -> K::Output {
     // SAFETY: the CPU has the instructions, as just checked (std caches the answer).
     if level >= Isa::Avx512 && Isa::Avx512.is_available() {
         return unsafe { x86::run_avx512(kernel) };
-    } else if level == Isa::Avx2 && level.is_available() {
+    } else if level >= Isa::Avx2 && Isa::Avx2.is_available() {
         return unsafe { x86::run_avx2(kernel) };
     }
     #[cfg(target_arch = "aarch64")]
@@ -294,13 +327,15 @@ pub(crate) fn dispatch_at<K: Kernel>(level: Isa, kernel: K) -> K::Output {
 }
 
 /// As [`dispatch_at`], for a kernel with products of whole numbers: it is compiled once more, for
-/// [`Isa::Avx512Vnni`], [`Isa::NeonDot`] and [`Isa::NeonI8mm`].
+/// [`Isa::Avx512Vnni`], [`Isa::Avx2Vnni`], [`Isa::NeonDot`] and [`Isa::NeonI8mm`].
 #[inline]
 pub(crate) fn dispatch_int_at<K: Kernel>(level: Isa, kernel: K) -> K::Output {
     #[cfg(target_arch = "x86_64")]
+    // SAFETY: the CPU has the instructions, as just checked.
     if level >= Isa::Avx512Vnni && Isa::Avx512Vnni.is_available() {
-        // SAFETY: the CPU has the instructions, as just checked.
         return unsafe { x86::run_avx512_vnni(kernel) };
+    } else if level == Isa::Avx2Vnni && level.is_available() {
+        return unsafe { x86::run_avx2_vnni(kernel) };
     }
     #[cfg(target_arch = "aarch64")]
     // SAFETY: the CPU has the instructions, as just checked.
@@ -356,6 +391,7 @@ impl Simd for Scalar {
     type I = [u32; LANES];
     const TILE_ROWS: usize = 2;
     const TILE_LINES: usize = 2;
+    const DOT_ROWS: usize = 2;
 
     #[inline(always)]
     fn splat(self, x: f32) -> Self::V {

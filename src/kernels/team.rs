@@ -2,7 +2,7 @@
 //!
 //! One token passes through some 250 products, each of which keeps two cores busy for a few hundred microseconds. Waking a
 //! thread for every one of them takes a good part of that time. So a [`Team`] is
-//! called together once a token: its helpers wait for work without sleeping, and taking a share of a product costs them
+//! called together once per token: its helpers wait for work without sleeping, and taking a share of a product costs them
 //! well below a microsecond.
 //!
 //! Nobody waits for a helper to show up: the caller works on the items itself, and only waits for those who took one. In a
@@ -16,9 +16,11 @@ use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::ptr;
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicUsize, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 
+#[cfg(feature = "profile")]
+use super::profiler;
 #[cfg(feature = "rayon")]
 pub(crate) use pool::with_team;
 
@@ -81,6 +83,8 @@ pub(crate) struct Team {
     jobs: AtomicUsize,
     /// Helpers that may hold a reference to the job.
     inside: AtomicUsize,
+    /// See [`seeded`](Team::seeded).
+    row_seeds: Mutex<Option<Arc<[u64]>>>,
 }
 
 struct Job<'a> {
@@ -98,7 +102,19 @@ impl Team {
             job: AtomicPtr::new(ptr::null_mut()),
             jobs: AtomicUsize::new(0),
             inside: AtomicUsize::new(0),
+            row_seeds: Mutex::new(None),
         }
+    }
+
+    /// Until what it returns is dropped, layers deep inside the call find a seed for each row that passes through them by
+    /// [`row_seeds`](Self::row_seeds), if there are any.
+    pub(crate) fn seeded(&self, seeds: Option<Arc<[u64]>>) -> Seeded<'_> {
+        *self.row_seeds.lock().unwrap_or_else(PoisonError::into_inner) = seeds;
+        Seeded(self)
+    }
+
+    pub(crate) fn row_seeds(&self) -> Option<Arc<[u64]>> {
+        self.row_seeds.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Members, the caller among them.
@@ -124,6 +140,11 @@ impl Team {
         // a member that is inside a job must not show another and then wait until nobody is inside
         if self.threads == 1 || one_at_most || self.busy.swap(true, Ordering::Acquire) {
             return items.for_each(f);
+        }
+        #[cfg(feature = "profile")]
+        if profiler::simulated().is_some() {
+            profiler::hand_out(items, f);
+            return self.busy.store(false, Ordering::Release);
         }
         let items = Mutex::new(items);
         let work = || {
@@ -173,6 +194,15 @@ impl Team {
         {
             job.panic.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(payload);
         }
+    }
+}
+
+/// While it lives, the rows of a pass have seeds.
+pub(crate) struct Seeded<'a>(&'a Team);
+
+impl Drop for Seeded<'_> {
+    fn drop(&mut self) {
+        *self.0.row_seeds.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
 }
 
@@ -251,6 +281,10 @@ mod pool {
     pub(crate) fn with_team<R: Send>(work: usize, f: impl FnOnce(&Team) -> R + Send) -> R {
         if work < MIN_WORK || !has_threads() {
             return f(&Team::alone());
+        }
+        #[cfg(feature = "profile")]
+        if let Some(threads) = crate::kernels::profiler::simulated() {
+            return f(&Team::of(threads));
         }
         // The outer scope enters the pool. The thread is a member until the inner one is over, where it might otherwise
         // pick up a helper's part of another team and be kept by that.

@@ -19,10 +19,16 @@ use crate::parameters::{Parameter, ParameterMut, Visitor, VisitorMut, debug_shap
 
 /// The branch that recalls: every frame looks at the meta tokens and at the last `window_size` frames.
 ///
-/// Queries, keys, values and output are linear maps with bias; scores are scaled by 1/√p for heads of width `p = h/a`.
-/// There is no position encoding, as the Mamba branch carries order. Frame `i` sees frame `j ≤ i` if `i − j < w`, and
-/// always all meta tokens, whose keys and values come from the tokens as they travel through the blocks (in the Edifice
-/// variant: from two parameters of the block).
+/// | step | shape |
+/// |---|---|
+/// | `q = u·W_qᵀ + b_q`, k and v likewise | `[l, h]`, a heads of width `p = h/a` |
+/// | `P_ij = exp(q_i·k_j/√p) / Σ_j exp(q_i·k_j/√p)` over the j that row i sees | `[a, l, k + l]` |
+/// | `mixed_i = Σ_j P_ij v_j` | `[l, h]` |
+/// | `mixed·W_outᵀ + b_out` | `[l, h]` |
+///
+/// Frame `i` sees frame `j ≤ i` if `i − j < w`, and always all meta tokens, whose keys and values come from the tokens as they travel
+/// through the blocks (in the Edifice variant: from two parameters of the block). There is no position encoding, as the Mamba branch
+/// carries order.
 ///
 /// In the language model the four maps are one with those of the Mamba branch and so belong to the block; several heads of queries
 /// share one of keys and values, values are wider than keys, queries and keys may have norms and a rotary embedding, and some layers
@@ -81,7 +87,7 @@ pub(crate) struct AttentionCache {
     /// What goes into the last projection, `[rows, h]`.
     mixed: Buffer,
     /// ln Σ exp(score), `[rows, a]`.
-    log_sums: Array2<f32>,
+    log_sums: Buffer,
 }
 
 /// The norms of queries and keys: whether there are any, and whether each head has its own weights.
@@ -170,6 +176,12 @@ impl MetaTokenAttention {
         self.projections.iter_mut().flat_map(|Projections { q, k, v, out, .. }| [q, k, v, out])
     }
 
+    /// Calls `f` with every map and its name in files.
+    pub(crate) fn visit_maps<'a>(&'a mut self, name: &str, f: &mut dyn FnMut(String, &'a mut Linear)) {
+        let names = ["q_proj", "k_proj", "v_proj", "out_proj"];
+        self.linears_mut().zip(names).for_each(|(map, tensor)| f(join(name, tensor), map));
+    }
+
     /// A cache for a sequence that has seen nothing.
     pub(crate) fn new_cache(&self, storage: KvStorage) -> KvCache {
         KvCache::new(self.config.kv, storage)
@@ -190,7 +202,7 @@ impl MetaTokenAttention {
         u: ArrayView2<f32>,
         only: Option<&[usize]>,
     ) -> Buffer {
-        let [mut q, mut k, mut v] = self.projected(batch.team, u);
+        let [mut q, mut k, mut v] = self.projected(batch.team, u); // [rows, h] each
         self.prepare(batch, depth, &mut q, &mut k, &mut v);
         let mixed = self.attend_at(batch, depth, all_rows(&q), all_rows(&k), all_rows(&v), None, only);
         let out = &self.projections().out;
@@ -208,8 +220,8 @@ impl MetaTokenAttention {
         u: ArrayView2<f32>,
     ) -> (Buffer, AttentionCache) {
         let [q, k, v] = self.projected(batch.team, u);
-        let mut log_sums = Array2::zeros((u.nrows(), self.config.query_heads));
-        let mixed = self.attend(batch, depth, all_rows(&q), all_rows(&k), all_rows(&v), Some(&mut log_sums));
+        let mut log_sums = Buffer::zeros((u.nrows(), self.config.query_heads));
+        let mixed = self.attend(batch, depth, all_rows(&q), all_rows(&k), all_rows(&v), Some(&mut *log_sums));
         let y = self.projections().out.forward(batch.team, mixed.view());
         (y, AttentionCache { q, k, v, mixed, log_sums })
     }
@@ -234,7 +246,9 @@ impl MetaTokenAttention {
         else {
             unreachable!("a gradient has the maps of its branch");
         };
+        // mixed·W_outᵀ + b_out                               dmixed [rows, h]
         let dmixed = out.backward(team, cache.mixed.view(), dy, &mut grads.out);
+        // mixed_i = Σ_j P_ij v_j                             dq, dk, dv [rows, h]
         let [mut dq, mut dk, mut dv] = [&cache.q, &cache.k, &cache.v].map(|of| Buffer::uninit(of.dim()));
         let kv = initial.kv.as_ref().expect("a layer with maps of its own has keys and values of its own");
         let input = [&cache.q, &cache.k, &cache.v].map(|rows| all_rows(rows));
@@ -246,6 +260,7 @@ impl MetaTokenAttention {
             *dk += &dfinal.keys;
             *dv += &dfinal.values;
         }
+        // q = u·W_qᵀ + b_q, k and v likewise                 du [rows, h], from all three
         scale(team, &mut dq, *query_scale);
         let mut du = q.backward(team, u, dq.view(), &mut grads.q);
         *du += &*k.backward(team, u, dk.view(), &mut grads.k);

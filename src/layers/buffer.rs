@@ -48,6 +48,13 @@ fn pool() -> Option<MutexGuard<'static, Pool>> {
     None
 }
 
+/// An array from the pool of this thread, or else from another's: what one thread makes, as the logits in a pool of threads, another
+/// may drop, call after call.
+fn take(count: usize) -> Option<Vec<f32>> {
+    let own = pool().and_then(|mut pool| pool.take(count));
+    own.or_else(|| POOLS.iter().find_map(|pool| pool.try_lock().ok()?.take(count)))
+}
+
 impl Pool {
     /// The smallest array with room for `count` numbers, unless it is far too large.
     fn take(&mut self, count: usize) -> Option<Vec<f32>> {
@@ -84,8 +91,7 @@ impl Buffer {
     /// An array with unspecified contents, for callers that overwrite every element.
     pub(crate) fn uninit(dim: (usize, usize)) -> Self {
         let count = dim.0 * dim.1;
-        let taken = if count >= SMALLEST { pool().and_then(|mut pool| pool.take(count)) } else { None };
-        let mut array = taken.unwrap_or_default();
+        let mut array = if count >= SMALLEST { take(count) } else { None }.unwrap_or_default();
         array.resize(count, 0.0);
         Buffer(Array2::from_shape_vec(dim, array).expect("as many numbers as the shape has"))
     }
@@ -171,6 +177,20 @@ mod tests {
         assert!(pool.take(4000).is_none(), "9000 is far too large");
         assert_eq!(pool.take(9000).map(|array| array.capacity()), Some(9000));
         assert!(pool.arrays.is_empty());
+    }
+
+    #[test]
+    fn what_another_thread_drops_is_used_again() {
+        // a size that nothing else has
+        let dim = (1, (3 << 20) + 7);
+        let first = std::thread::spawn(move || {
+            let buffer = Buffer::uninit(dim);
+            (buffer.as_ptr().addr(), buffer)
+        });
+        let (place, buffer) = first.join().unwrap();
+        drop(buffer);
+        let again = std::thread::spawn(move || Buffer::uninit(dim).as_ptr().addr()).join().unwrap();
+        assert_eq!(place, again);
     }
 
     #[test]

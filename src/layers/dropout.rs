@@ -1,8 +1,10 @@
 //! Dropout, in training.
 
+use std::sync::Arc;
+
 use ndarray::Array2;
 
-use super::batch::Spans;
+use super::batch::{Spans, for_rows};
 use super::flat_mut;
 use crate::kernels::profiler::{Cost, Stage, timed};
 use crate::kernels::team::Team;
@@ -58,6 +60,17 @@ impl Dropout {
         });
     }
 
+    /// x `[rows, h]`, of which each row has a seed of its own: see [`row_seeds`].
+    pub(crate) fn apply_by_row(self, team: &Team, seeds: &[u64], x: &mut Array2<f32>) {
+        let h = x.ncols();
+        debug_assert_eq!(seeds.len(), x.nrows());
+        for_rows(team, flat_mut(x), h, |first, x| {
+            timed(Stage::Elementwise, Cost::numbers(2 * x.len()), || {
+                x.chunks_exact_mut(h).zip(&seeds[first..]).for_each(|(row, seed)| self.at(*seed).apply_to_row(row));
+            });
+        });
+    }
+
     fn apply_to_row(self, row: &mut [f32]) {
         let scale = 65536.0 / (65536.0 - f32::from(self.threshold));
         let mut counter = self.key;
@@ -74,6 +87,17 @@ impl Dropout {
             }
         }
     }
+}
+
+/// A seed for each row of some sequences, which follows from that of its sequence and from the frame.
+pub(crate) fn row_seeds(spans: &Spans, of_sequences: impl IntoIterator<Item = u64>) -> Arc<[u64]> {
+    let rows = spans.iter().zip(of_sequences).flat_map(|(span, seed)| (0..span.len()).map(move |i| seed_at(seed, i)));
+    rows.collect()
+}
+
+/// The seed of one of several things.
+pub(crate) fn seed_at(seed: u64, i: usize) -> u64 {
+    mixed((mixed(seed.wrapping_add(GOLDEN)) ^ i as u64).wrapping_add(GOLDEN))
 }
 
 /// 2⁶⁴ over the golden ratio.
@@ -128,6 +152,23 @@ mod tests {
             assert_eq!(short.row(5 + frame), long.row(9 + frame));
             assert_ne!(short.row(frame), short.row(5 + frame));
         }
+    }
+
+    #[test]
+    fn rows_with_seeds_of_their_own() {
+        let (dropout, spans) = (Dropout::new(0.3, 5), Spans::new([40, 60]));
+        let mask = |seeds: &[u64]| {
+            let mut x = Array2::ones((seeds.len(), 100));
+            dropout.apply_by_row(&Team::alone(), seeds, &mut x);
+            x
+        };
+        let seeds = row_seeds(&spans, [7, 8]);
+        let all = mask(&seeds);
+        assert!((all.iter().filter(|x| **x == 0.0).count() as f32 / 1e4 - 0.3).abs() < 0.02);
+        // whatever else passes
+        assert_eq!(mask(&row_seeds(&Spans::new([60]), [8])), all.slice(ndarray::s![40.., ..]));
+        assert_ne!(all.row(0), all.row(1));
+        assert_ne!(all.row(0), all.row(40));
     }
 
     #[test]

@@ -29,6 +29,15 @@ impl Embedding {
         self.weight.freeze();
     }
 
+    pub(crate) fn weight(&self) -> &Weight {
+        &self.weight
+    }
+
+    /// See [`Weight::end_training`].
+    pub(crate) fn end_training(&mut self) {
+        self.weight.end_training();
+    }
+
     /// From now on they can be trained.
     pub(crate) fn thaw(&mut self) {
         self.weight.store_as(None);

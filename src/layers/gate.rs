@@ -95,27 +95,17 @@ impl Gate {
         attention: &Array2<f32>,
         dx: &Array2<f32>,
     ) -> (Buffer, Buffer, Buffer) {
-        let h = dx.ncols();
-        let [mut dgate, mut dmamba, mut dattention] = [(); 3].map(|()| Buffer::uninit(dx.dim()));
-        for_rows(team, flat_mut(&mut dgate), h, |first, dgate| {
-            let (m, a, dx) = (&flat(mamba)[first * h..], &flat(attention)[first * h..], &flat(dx)[first * h..]);
-            timed(Stage::Elementwise, Cost::numbers(4 * dgate.len()), || {
-                for ((dg, dx), (m, a)) in dgate.iter_mut().zip(dx).zip(m.iter().zip(a)) {
-                    *dg = dx * (m - a);
-                }
-            });
+        let [g, m, a, dx_all] = [flat(gate), flat(mamba), flat(attention), flat(dx)];
+        let dgate = for_new_rows(team, dx, 4, |from, dgate| {
+            for ((dg, dx), (m, a)) in dgate.iter_mut().zip(&dx_all[from..]).zip(m[from..].iter().zip(&a[from..])) {
+                *dg = dx * (m - a);
+            }
         });
-        for_rows(team, flat_mut(&mut dmamba), h, |first, dmamba| {
-            let (g, dx) = (&flat(gate)[first * h..], &flat(dx)[first * h..]);
-            timed(Stage::Elementwise, Cost::numbers(3 * dmamba.len()), || {
-                dmamba.iter_mut().zip(dx).zip(g).for_each(|((dm, dx), g)| *dm = dx * g);
-            });
+        let dmamba = for_new_rows(team, dx, 3, |from, dmamba| {
+            dmamba.iter_mut().zip(&dx_all[from..]).zip(&g[from..]).for_each(|((dm, dx), g)| *dm = dx * g);
         });
-        for_rows(team, flat_mut(&mut dattention), h, |first, dattention| {
-            let (g, dx) = (&flat(gate)[first * h..], &flat(dx)[first * h..]);
-            timed(Stage::Elementwise, Cost::numbers(3 * dattention.len()), || {
-                dattention.iter_mut().zip(dx).zip(g).for_each(|((da, dx), g)| *da = dx * (1.0 - g));
-            });
+        let dattention = for_new_rows(team, dx, 3, |from, dattention| {
+            dattention.iter_mut().zip(&dx_all[from..]).zip(&g[from..]).for_each(|((da, dx), g)| *da = dx * (1.0 - g));
         });
         (dgate, dmamba, dattention)
     }
@@ -127,4 +117,13 @@ impl Gate {
     pub(crate) fn visit_mut<'a>(&'a mut self, name: &str, f: &mut VisitorMut<'_, 'a>) {
         self.linear.visit_mut(name, f);
     }
+}
+
+/// An array of the shape of x, filled by `f` in rows from a number on; `passes` over them, of arrays read and written.
+fn for_new_rows(team: &Team, x: &Array2<f32>, passes: usize, f: impl Fn(usize, &mut [f32]) + Sync) -> Buffer {
+    let mut new = Buffer::uninit(x.dim());
+    for_rows(team, flat_mut(&mut new), x.ncols(), |first, new| {
+        timed(Stage::Elementwise, Cost::numbers(passes * new.len()), || f(first * x.ncols(), new));
+    });
+    new
 }

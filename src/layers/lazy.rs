@@ -35,6 +35,12 @@ impl<T> Lazy<T> {
         self.value = OnceLock::new();
     }
 
+    /// Whether there is neither a value nor one that was [retired](Self::retire).
+    #[cfg_attr(not(feature = "lm"), allow(dead_code))]
+    pub(crate) fn is_empty(&self) -> bool {
+        self.value.get().is_none() && self.retired.lock().unwrap_or_else(PoisonError::into_inner).is_none()
+    }
+
     /// As [`forget`](Self::forget), but the value is kept for its memory.
     pub(crate) fn retire(&mut self) {
         if let Some(value) = self.value.take() {

@@ -130,14 +130,32 @@ impl Linear {
         dx
     }
 
-    /// Sets or removes the low-rank part.
     #[cfg_attr(not(feature = "lm"), allow(dead_code))]
-    pub(crate) fn set_low_rank(&mut self, low_rank: Option<LowRank>) {
-        self.low_rank = low_rank.map(Box::new);
+    pub(crate) fn weight(&self) -> &Weight {
+        &self.weight
+    }
+
+    /// See [`Weight::end_training`].
+    #[cfg_attr(not(feature = "lm"), allow(dead_code))]
+    pub(crate) fn end_training(&mut self) {
+        self.weight.end_training();
+        if let Some(low_rank) = &mut self.low_rank {
+            low_rank.a.end_training();
+            low_rank.b.end_training();
+        }
+    }
+
+    /// Sets or removes the low-rank part.
+    pub(crate) fn set_low_rank(&mut self, low_rank: Option<Box<LowRank>>) {
+        self.low_rank = low_rank;
+    }
+
+    /// Removes the low-rank part, and gives it.
+    pub(crate) fn take_low_rank(&mut self) -> Option<Box<LowRank>> {
+        self.low_rank.take()
     }
 
     /// Adds the low-rank part to W, row by row, and removes it.
-    #[cfg_attr(not(feature = "lm"), allow(dead_code))]
     pub(crate) fn merge(&mut self) {
         if let Some(low_rank) = self.low_rank.take() {
             self.weight.change_rows(|output, row| low_rank.add_row(output, row));
@@ -145,7 +163,6 @@ impl Linear {
     }
 
     /// From now on W is for products only, and has no gradient.
-    #[cfg_attr(not(feature = "lm"), allow(dead_code))]
     pub(crate) fn freeze(&mut self) {
         self.weight.freeze();
     }

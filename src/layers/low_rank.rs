@@ -1,28 +1,33 @@
 //! A low-rank part beside the matrix of a linear map (LoRA, arXiv 2106.09685).
 
+use std::sync::Arc;
+
 use ndarray::ArrayView2;
 
-use super::{Buffer, Rng, Weight, flat, flat_mut};
+use super::batch::for_rows;
+use super::{Buffer, Dropout, Rng, Weight, flat, flat_mut};
 use crate::kernels::rows::{Out, Rows};
 use crate::kernels::team::Team;
 use crate::parameters::{Visitor, VisitorMut, join};
 
-/// scale · B·A beside W `[out, in]`, with A `[r, in]` and B `[out, r]`.
+/// scale · B·A beside W `[out, in]`, with A `[r, in]` and B `[out, r]`. In training passes whose rows have seeds
+/// ([`Team::seeded`]), A reads x after dropout.
 #[derive(Clone)]
 pub(crate) struct LowRank {
     pub a: Weight,
     pub b: Weight,
     scale: f32,
+    dropout: Dropout,
 }
 
 impl LowRank {
-    pub(crate) fn zeros(inputs: usize, outputs: usize, rank: usize, scale: f32) -> Self {
-        LowRank { a: Weight::zeros(rank, inputs), b: Weight::zeros(outputs, rank), scale }
+    pub(crate) fn zeros(inputs: usize, outputs: usize, rank: usize, scale: f32, dropout: Dropout) -> Self {
+        LowRank { a: Weight::zeros(rank, inputs), b: Weight::zeros(outputs, rank), scale, dropout }
     }
 
     /// A gradient of it, zero.
     pub(crate) fn zeros_like(&self) -> Self {
-        LowRank { a: self.a.zeros_like(), b: self.b.zeros_like(), scale: self.scale }
+        LowRank { a: self.a.zeros_like(), b: self.b.zeros_like(), scale: self.scale, dropout: self.dropout }
     }
 
     /// A as a linear map starts, and B zero: so it changes nothing yet.
@@ -32,8 +37,22 @@ impl LowRank {
 
     /// y `[m, out]` += scale · (x·Aᵀ)·Bᵀ for x `[m, in]`
     pub(crate) fn add_to(&self, team: &Team, x: Rows, m: usize, y: &mut [f32]) {
-        let down = self.down(team, x, m);
+        let dropped = self.dropped(team, x, m);
+        let down = self.down(team, dropped.as_ref().map_or(x, |(x, _)| rows(x)), m);
         self.b.multiply(team, rows(&down), m, None, y, Out::Add);
+    }
+
+    /// x `[m, in]` after dropout, and the seeds of its rows, where there is any.
+    fn dropped(&self, team: &Team, x: Rows, m: usize) -> Option<(Buffer, Arc<[u64]>)> {
+        let seeds = team.row_seeds().filter(|_| !self.dropout.is_none())?;
+        let inputs = self.a.dim().1;
+        let mut dropped = Buffer::uninit((m, inputs));
+        for_rows(team, flat_mut(&mut dropped), inputs, |first, rows| {
+            let rows = rows.chunks_exact_mut(inputs).enumerate();
+            rows.for_each(|(i, row)| row.copy_from_slice(x.row(first + i, inputs)));
+        });
+        self.dropout.apply_by_row(team, &seeds, &mut dropped);
+        Some((dropped, seeds))
     }
 
     /// scale · x·Aᵀ `[m, r]`
@@ -46,10 +65,16 @@ impl LowRank {
 
     /// The gradient of [`add_to`](Self::add_to) at x: for dy `[m, out]`, adds to dx `[m, in]`.
     pub(crate) fn backward(&self, team: &Team, x: Rows, dy: ArrayView2<f32>, dx: &mut Buffer, grad: &mut LowRank) {
+        let dropped = self.dropped(team, x, dy.nrows());
+        let x = dropped.as_ref().map_or(x, |(x, _)| rows(x));
         let down = self.down(team, x, dy.nrows());
         let mut ddown = self.b.backward(team, rows(&down), dy, &mut grad.b);
         *ddown *= self.scale;
-        **dx += &*self.a.backward(team, x, ddown.view(), &mut grad.a);
+        let mut more = self.a.backward(team, x, ddown.view(), &mut grad.a);
+        if let Some((_, seeds)) = &dropped {
+            self.dropout.apply_by_row(team, seeds, &mut more);
+        }
+        **dx += &*more;
     }
 
     /// Adds row `output` of scale · B·A to `numbers` `[in]`.

@@ -1,6 +1,6 @@
 //! The Mamba branch (Mamba-1, arXiv 2312.00752, figure 3 and algorithm 2).
 
-use ndarray::{Array2, Array3, ArrayView2, s};
+use ndarray::{Array2, ArrayView2, ArrayView3, ArrayViewMut3, s};
 use rand::RngExt;
 
 use super::batch::{Batch, Spans, for_rows, for_rows_summed};
@@ -74,8 +74,8 @@ pub(crate) struct InnerCache {
     dbc: Buffer,
     /// Δ `[rows, d]`
     delta: Buffer,
-    /// The states `[·, n, d]` at the start of every 16 frames of each sequence.
-    checkpoints: Array3<f32>,
+    /// The states `[·, n·d]` at the start of every 16 frames of each sequence.
+    checkpoints: Buffer,
 }
 
 debug_shapes!(MambaBranch);
@@ -144,7 +144,25 @@ impl MambaBranch {
         counts.into_iter().try_fold(0, usize::checked_add)
     }
 
+    /// Calls `f` with every map and its name in files.
+    pub(crate) fn visit_maps<'a>(&'a mut self, name: &str, f: &mut dyn FnMut(String, &'a mut Linear)) {
+        let [in_proj, out_proj] = match &mut self.projections {
+            Some([in_proj, out_proj]) => [Some(in_proj), Some(out_proj)],
+            None => [None, None],
+        };
+        let inner = [in_proj, Some(&mut self.x_proj), Some(&mut self.dt_proj), out_proj];
+        for (map, tensor) in inner.into_iter().zip(["in_proj", "x_proj", "dt_proj", "out_proj"]) {
+            map.into_iter().for_each(|map| f(join(name, tensor), map));
+        }
+    }
+
     /// W_x and W_dt.
+    #[cfg_attr(not(feature = "lm"), allow(dead_code))]
+    pub(crate) fn inner_linears(&self) -> [&Linear; 2] {
+        [&self.x_proj, &self.dt_proj]
+    }
+
+    /// As [`inner_linears`](Self::inner_linears), for changing them.
     #[cfg_attr(not(feature = "lm"), allow(dead_code))]
     pub(crate) fn inner_linears_mut(&mut self) -> [&mut Linear; 2] {
         [&mut self.x_proj, &mut self.dt_proj]
@@ -165,8 +183,8 @@ impl MambaBranch {
         only: Option<&[usize]>,
     ) -> Buffer {
         let [in_proj, out_proj] = self.projections();
-        let xz = in_proj.forward(batch.team, u);
-        let y = self.run(batch, layer, xz.view(), None);
+        let xz = in_proj.forward(batch.team, u); // [rows, d | d]
+        let y = self.run(batch, layer, xz.view(), None); // [rows, d]
         match only {
             Some(rows) => out_proj.forward(batch.team, y.rows_at(rows).view()),
             None => out_proj.forward(batch.team, y.view()),
@@ -182,7 +200,7 @@ impl MambaBranch {
         cache: Option<&mut InnerCache>,
     ) -> Buffer {
         let (team, spans) = (batch.team, &batch.spans);
-        let (d, _) = self.scan.dim();
+        let (d, n) = self.scan.dim();
         let width = xz.ncols();
         let all = Rows { data: flat(&xz), stride: width };
 
@@ -196,14 +214,17 @@ impl MambaBranch {
         self.normalise(team, &mut dbc);
         // Δ = softplus(δ·W_dtᵀ + b_dt)                       [rows, d]
         let mut delta = self.dt_proj.forward(team, dbc.view());
-        // S_t = exp(Δ_t A) ⊙ S_{t−1} + (Δ_t ⊙ v_t) B_tᵀ,  y_t = S_t C_t + D ⊙ v_t,  out_t = y_t ⊙ silu(z_t)
+        // S_t = exp(Δ_t A) ⊙ S_{t−1} + (Δ_t ⊙ v_t) B_tᵀ      [d, n]
+        // out_t = (S_t C_t + D ⊙ v_t) ⊙ silu(z_t)            [rows, d]
         let bc = Rows { data: flat(&dbc), stride: dbc.ncols() };
         let input = ScanRows { v: Rows { data: flat(&v), stride: d }, bc, xz: all };
         let states = batch.states.iter_mut().map(|state| &mut state.layers[layer].mamba.scan);
         match cache {
             None => self.scan.forward(team, spans, &mut delta, input, states, None),
             Some(cache) => {
-                let y = self.scan.forward(team, spans, &mut delta, input, states, Some(&mut cache.checkpoints));
+                let kept = (cache.checkpoints.nrows(), n, d);
+                let kept = ArrayViewMut3::from_shape(kept, flat_mut(&mut cache.checkpoints)).expect("n·d numbers each");
+                let y = self.scan.forward(team, spans, &mut delta, input, states, Some(kept));
                 (cache.v, cache.before_norms, cache.dbc, cache.delta) = (v, before_norms, dbc, delta);
                 y
             }
@@ -226,7 +247,7 @@ impl MambaBranch {
             before_norms: None,
             dbc: Buffer::empty(),
             delta: Buffer::empty(),
-            checkpoints: Array3::zeros((SelectiveScan::num_checkpoints(&batch.spans), n, d)),
+            checkpoints: Buffer::uninit((SelectiveScan::num_checkpoints(&batch.spans), n * d)),
         };
         (self.run(batch, layer, xz, Some(&mut cache)), cache)
     }
@@ -249,7 +270,7 @@ impl MambaBranch {
     ) -> Buffer {
         let [in_proj, out_proj] = self.projections();
         let dout = out_proj.backward(team, cache.y.view(), dy, &mut grad.projections_mut()[1]); // [rows, d]
-        let mut dxz = Buffer::uninit(cache.xz.dim());
+        let mut dxz = Buffer::uninit(cache.xz.dim()); // [rows, d | d]
         let xz = cache.xz.view();
         self.run_backward(team, spans, xz, &cache.inner, initial, &dout, dfinal, grad, dinitial, &mut dxz);
         in_proj.backward(team, u, dxz.view(), &mut grad.projections_mut()[0])
@@ -272,8 +293,11 @@ impl MambaBranch {
         dinitial: &mut MambaState,
         dxz: &mut Array2<f32>,
     ) {
-        let (d, _) = self.scan.dim();
+        let (d, n) = self.scan.dim();
+        let checkpoints = ArrayView3::from_shape((cache.checkpoints.nrows(), n, d), flat(&cache.checkpoints));
         let (rows, width) = cache.dbc.dim();
+        // S_t = exp(Δ_t A) ⊙ S_{t−1} + (Δ_t ⊙ v_t) B_tᵀ,  out_t = (S_t C_t + D ⊙ v_t) ⊙ silu(z_t),  Δ = softplus(…): that of what
+        // goes into softplus, of v and z [rows, d], and of B | C [rows, 2n]
         let (mut ddelta, mut dv) = (Buffer::uninit((rows, d)), Buffer::uninit((rows, d)));
         let mut ddbc = Buffer::uninit((rows, width));
         let gradient = ScanRowsGradient { delta: &mut ddelta, v: &mut dv, bc: &mut ddbc, xz: dxz };
@@ -287,17 +311,20 @@ impl MambaBranch {
             spans,
             &cache.delta,
             input,
-            cache.checkpoints.view(),
+            checkpoints.expect("n·d numbers each"),
             dout,
             gradient,
             dfinal.map(|dfinal| &dfinal.scan),
             &mut dinitial.scan,
             &mut grad.scan,
         );
-        let dlow = self.dt_proj.backward(team, cache.dbc.view(), ddelta.view(), &mut grad.dt_proj); // [rows, r]
+        // δ·W_dtᵀ + b_dt                                     dδ [rows, r]
+        let dlow = self.dt_proj.backward(team, cache.dbc.view(), ddelta.view(), &mut grad.dt_proj);
         ddbc.slice_mut(s![.., ..dlow.ncols()]).assign(&*dlow);
+        // [δ | B | C] = v·W_xᵀ                               dv [rows, d], beside that of the scan
         self.normalise_backward(team, cache.before_norms.as_deref(), &mut ddbc, grad);
         *dv += &*self.x_proj.backward(team, cache.v.view(), ddbc.view(), &mut grad.x_proj);
+        // v = silu(conv(xi))                                 dxi [rows, d]
         let (history, column) = (initial.conv.view(), xz.ncols() - 2 * d);
         let (dv, dhistory) = (flat_mut(&mut dv), &mut dinitial.conv);
         self.conv.backward(team, spans, xz, column, history, dv, dxz, dhistory, &mut grad.conv);

@@ -2,8 +2,8 @@
 
 use ndarray::{Array2, ArrayView2};
 
-use super::batch::for_rows;
-use super::{Buffer, Linear, Rng, flat, flat_mut};
+use super::batch::{Spans, for_rows};
+use super::{Buffer, Dropout, Linear, Rng, flat, flat_mut};
 use crate::kernels::math::{Gelu, SquaredRelu, map, map_backward, map_mul};
 use crate::kernels::math::{Silu, Unary};
 use crate::kernels::team::Team;
@@ -56,6 +56,18 @@ impl Mlp {
         self.gate.iter_mut().chain([&mut self.up, &mut self.down])
     }
 
+    #[cfg_attr(not(feature = "lm"), allow(dead_code))]
+    pub(crate) fn linears(&self) -> impl Iterator<Item = &Linear> {
+        self.gate.iter().chain([&self.up, &self.down])
+    }
+
+    /// Calls `f` with every map and its name in files.
+    pub(crate) fn visit_maps<'a>(&'a mut self, name: &str, f: &mut dyn FnMut(String, &'a mut Linear)) {
+        self.gate.iter_mut().for_each(|gate| f(join(name, "gate"), gate));
+        f(join(name, "up"), &mut self.up);
+        f(join(name, "down"), &mut self.down);
+    }
+
     /// x `[rows, h]` → `[rows, h]`
     pub(crate) fn forward(&self, team: &Team, x: ArrayView2<f32>) -> Buffer {
         self.down.forward(team, self.inner_activated(team, x).view())
@@ -82,7 +94,6 @@ impl Mlp {
     }
 
     /// As [`add_to`](Self::add_to); returns what [`backward`](Self::backward) reads.
-    #[cfg_attr(not(feature = "lm"), allow(dead_code))]
     pub(crate) fn add_to_train(&self, team: &Team, x: ArrayView2<f32>, y: &mut Array2<f32>) -> MlpCache {
         let cache = self.inner(team, x);
         self.down.add_to(team, self.activated(team, &cache).view(), y);
@@ -93,6 +104,27 @@ impl Mlp {
     pub(crate) fn forward_train(&self, team: &Team, x: ArrayView2<f32>) -> (Buffer, MlpCache) {
         let cache = self.inner(team, x);
         (self.down.forward(team, self.activated(team, &cache).view()), cache)
+    }
+
+    /// y `[rows, h]` = residual + dropout(mlp(x `[rows, h]`)), to the bit what [`add_to`](Self::add_to) makes of the residual where nothing
+    /// is dropped; and what [`backward`](Self::backward) reads.
+    pub(crate) fn residual_train(
+        &self,
+        team: &Team,
+        spans: &Spans,
+        x: ArrayView2<f32>,
+        residual: &Array2<f32>,
+        dropout: Dropout,
+    ) -> (Buffer, MlpCache) {
+        if dropout.is_none() {
+            let mut y = Buffer::copy_of(residual);
+            let cache = self.add_to_train(team, x, &mut y);
+            return (y, cache);
+        }
+        let (mut y, cache) = self.forward_train(team, x);
+        dropout.apply(team, spans, &mut y);
+        *y += residual;
+        (y, cache)
     }
 
     /// The gradient at x, for dy `[rows, h]` → dx `[rows, h]`. The activation is computed again: it costs less than keeping it.

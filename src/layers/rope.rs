@@ -31,23 +31,22 @@ impl Rotary {
 pub(crate) type Angles = (Vec<f32>, Vec<f32>);
 
 /// Rotates every head in `heads` `[·, p]`: (x_j, x_{j+p/2}) as one point of the plane, for each j < p/2.
-pub(crate) fn apply_rope(heads: &mut [f32], (cos, sin): &Angles) {
-    let half = cos.len();
-    for head in heads.chunks_exact_mut(2 * half) {
-        let (left, right) = head.split_at_mut(half);
-        for ((x, y), (cos, sin)) in left.iter_mut().zip(right).zip(cos.iter().zip(sin)) {
-            (*x, *y) = (*x * cos - *y * sin, *y * cos + *x * sin);
-        }
-    }
+pub(crate) fn apply_rope(heads: &mut [f32], angles: &Angles) {
+    rotate::<1>(heads, angles);
 }
 
-/// The gradient of [`apply_rope`]: it turns the other way.
-pub(crate) fn apply_rope_backward(heads: &mut [f32], (cos, sin): &Angles) {
+/// The gradient of [`apply_rope`]: the rotation by −angle.
+pub(crate) fn apply_rope_backward(heads: &mut [f32], angles: &Angles) {
+    rotate::<-1>(heads, angles);
+}
+
+fn rotate<const SIGN: i8>(heads: &mut [f32], (cos, sin): &Angles) {
     let half = cos.len();
     for head in heads.chunks_exact_mut(2 * half) {
         let (left, right) = head.split_at_mut(half);
         for ((x, y), (cos, sin)) in left.iter_mut().zip(right).zip(cos.iter().zip(sin)) {
-            (*x, *y) = (*x * cos + *y * sin, *y * cos - *x * sin);
+            let sin = f32::from(SIGN) * sin;
+            (*x, *y) = (*x * cos - *y * sin, *y * cos + *x * sin);
         }
     }
 }

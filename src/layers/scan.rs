@@ -1,7 +1,7 @@
 //! The selective scan (Mamba, arXiv 2312.00752, equations 2a and 2b with the input-dependent Δ, B and C of its
 //! algorithm 2). `docs/selective-scan.md` derives it.
 
-use ndarray::{Array1, Array2, Array3, ArrayView3, ArrayViewMut, ArrayViewMut2, Axis, Dimension};
+use ndarray::{Array1, Array2, ArrayView3, ArrayViewMut, ArrayViewMut2, ArrayViewMut3, Axis, Dimension};
 
 use super::batch::{Spans, for_rows};
 use super::{Buffer, Lazy, flat, flat_mut};
@@ -109,7 +109,7 @@ impl SelectiveScan {
         delta: &mut Array2<f32>,
         input: ScanRows,
         states: impl Iterator<Item = &'a mut Array2<f32>>,
-        checkpoints: Option<&mut Array3<f32>>,
+        mut checkpoints: Option<ArrayViewMut3<f32>>,
     ) -> Buffer {
         for_rows(team, flat_mut(delta), self.d, |_, delta| {
             math::map::<Softplus>(delta);
@@ -119,7 +119,6 @@ impl SelectiveScan {
         });
         let mean_delta = self.mean_delta(delta);
         let mut out = Buffer::uninit(delta.dim());
-        let mut kept = checkpoints.map(|kept| kept.view_mut());
         let strip = if team.threads() > 1 { STRIP } else { self.d };
         let mut items = Vec::new();
         for ((span, state), out) in spans.iter().zip(states).zip(spans.split(flat_mut(&mut out), self.d)) {
@@ -128,9 +127,9 @@ impl SelectiveScan {
             let input = self.input(rows, input.skip_rows(span.start), mean);
             let out = ArrayViewMut2::from_shape((span.len(), self.d), out).expect("whole rows");
             let mut chunks = Vec::new();
-            if let Some(all) = kept.take() {
+            if let Some(all) = checkpoints.take() {
                 let (here, rest) = all.split_at(Axis(0), span.len().div_ceil(CHUNK));
-                (chunks, kept) = (strips(here, strip), Some(rest));
+                (chunks, checkpoints) = (strips(here, strip), Some(rest));
             }
             let mut chunks = chunks.into_iter();
             for (i, (state, out)) in strips(state.view_mut(), strip).into_iter().zip(strips(out, strip)).enumerate() {

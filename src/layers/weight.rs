@@ -9,7 +9,7 @@ use super::batch::for_rows;
 use super::{Buffer, Lazy, Rng, flat, flat_mut};
 use crate::kernels::matmul::{Matrix, Packed, PanelRow, Storage, matmul, matmul_gradient};
 use crate::kernels::rows::{Out, Rows};
-use crate::kernels::team::Team;
+use crate::kernels::team::{Team, work};
 use crate::parameters::{Parameter, ParameterMut, StoredMatrix, Visitor, VisitorMut};
 
 /// W `[out, in]`
@@ -195,7 +195,6 @@ impl Weight {
     }
 
     /// The rows of a weight that can be trained, or of its gradient.
-    #[cfg_attr(not(feature = "lm"), allow(dead_code))]
     pub(crate) fn rows_mut(&mut self) -> Option<ArrayViewMut2<'_, f32>> {
         self.forget();
         match self {
@@ -205,7 +204,6 @@ impl Weight {
     }
 
     /// Changes every row by `f`, which is told which it is.
-    #[cfg_attr(not(feature = "lm"), allow(dead_code))]
     pub(crate) fn change_rows(&mut self, f: impl Fn(usize, &mut [f32])) {
         self.forget();
         let (outputs, inputs) = self.dim();
@@ -222,12 +220,35 @@ impl Weight {
     }
 
     /// Stores what could be trained for products only, in f32.
-    #[cfg_attr(not(feature = "lm"), allow(dead_code))]
     pub(crate) fn freeze(&mut self) {
         if let Weight::Trainable { rows, .. } = self {
             let mut matrix = Matrix::zeros(rows.nrows(), rows.ncols(), Storage::F32);
             rows.rows().into_iter().enumerate().for_each(|(i, row)| matrix.set_row(i, flat(&row)));
             *self = Weight::Stored(matrix);
+        }
+    }
+
+    /// Gives back the copy of the transpose, which only training reads.
+    #[cfg_attr(not(feature = "lm"), allow(dead_code))]
+    pub(crate) fn end_training(&mut self) {
+        if let Weight::Trainable { across, .. } = self {
+            *across = Lazy::new();
+        }
+    }
+
+    /// Bytes of the copies that a training step will make of it: of those that stay, and of those that are there only while they are
+    /// used.
+    #[cfg_attr(not(feature = "lm"), allow(dead_code))]
+    pub(crate) fn copies_to_make(&self) -> [usize; 2] {
+        let (outputs, inputs) = self.dim();
+        let bytes = work([outputs, inputs, size_of::<f32>()]);
+        match self {
+            Weight::Trainable { packed, across, .. } => {
+                [[packed, across].into_iter().filter(|copy| copy.is_empty()).count() * bytes, 0]
+            }
+            // widened, and the transpose
+            Weight::Stored(_) => [0, 2 * bytes],
+            Weight::Absent { .. } => [0, 0],
         }
     }
 

@@ -54,7 +54,7 @@ pub(super) struct BlockCache {
 
 /// Where a backward pass is: what all layers share.
 #[derive(Clone, Copy)]
-pub(super) struct Pass<'a> {
+pub(super) struct BackwardPass<'a> {
     pub team: &'a Team,
     pub spans: &'a Spans,
     pub angles: &'a [Angles],
@@ -161,6 +161,12 @@ impl Block {
                 f(in_files(layer, &format!("moe.experts.0.{name}")), map);
             }
         }
+    }
+
+    /// The large maps.
+    pub(super) fn maps(&self) -> impl Iterator<Item = &Linear> {
+        let mlp = self.mlp.iter().flat_map(|(_, mlp)| mlp.linears());
+        [&self.in_proj, &self.out_proj].into_iter().chain(self.mamba.inner_linears()).chain(mlp)
     }
 
     /// A gradient of this layer, zero.
@@ -273,7 +279,7 @@ impl Block {
     /// keeping them.
     pub(super) fn backward(
         &self,
-        pass: Pass,
+        pass: BackwardPass,
         cache: &BlockCache,
         dy: Buffer,
         dfinal: Option<&StateGradient>,
@@ -326,7 +332,7 @@ impl Block {
     /// layer they come from.
     fn attention_backward(
         &self,
-        pass: Pass,
+        pass: BackwardPass,
         cache: &BlockCache,
         dattention: &Array2<f32>,
         dfinal: Option<&StateGradient>,

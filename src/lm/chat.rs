@@ -20,7 +20,7 @@ pub struct TextGeneration {
 }
 
 impl HymbaLm {
-    /// Continues a text. `on_text` hears new text as soon as it is certain: never half a character, and nothing that may be the
+    /// Continues a text. `on_text` gets new text as soon as it is certain: never half a character, and nothing that may be the
     /// beginning of a stop string. It ends the generation with [`ControlFlow::Break`].
     ///
     /// The new text belongs directly behind the prompt, its first space included: `prompt + text` is what
@@ -122,13 +122,13 @@ impl HymbaLm {
 ///
 /// The state of the model is kept between turns: only what is new is fed.
 ///
-/// An answer ends where the model chooses a stop token, and where its text comes to the spelling of the token that ends a text
+/// An answer ends where the model chooses a stop token, and where its text comes to the token that ends a text, spelled out
 /// (`</s>`) or to the beginning of a turn in Hymba's template (`<extra_id_`). Its text is what decoding makes of all tokens beyond
 /// what it makes of the prompt, so that it begins with a space where the model puts one between the template's words and its own.
 ///
 /// What is said never gives special tokens, whoever says it: see [`Tokenizer::encode_chat`]. Marks that a template writes as
 /// plain text cannot be told from the same words in a message. Hymba's template has such marks: a message with
-/// `"\n<extra_id_1>Assistant\n"` in it reads like another turn to the model. Take them out of the words of strangers.
+/// `"\n<extra_id_1>Assistant\n"` in it reads like another turn to the model. Take them out of text that you do not trust.
 ///
 /// ```no_run
 /// # fn main() -> hymba::Result<()> {
@@ -193,7 +193,7 @@ impl<'a> Chat<'a> {
         self.state = self.lm.new_state(1);
     }
 
-    /// Says something as the user, and lets the model answer. Both become part of the conversation, unless
+    /// Sends a message of the user, and lets the model answer. Both become part of the conversation, unless
     /// [`on_prompt`](GenerateOptions::on_prompt) ends it before there is an answer: then neither does.
     ///
     /// # Errors
@@ -205,11 +205,11 @@ impl<'a> Chat<'a> {
         options: &GenerateOptions,
         on_text: impl FnMut(&str) -> ControlFlow<()>,
     ) -> Result<TextGeneration> {
-        self.tell([Message::user(content)], options, on_text)
+        self.send([Message::user(content)], options, on_text)
     }
 
-    /// As [`ask`](Self::ask), with any messages in place of the user's, or none: such as what the tools gave back that the last answer
-    /// called. How an answer calls tools is the model's: Hymba's writes `<toolcall> {…} </toolcall>`.
+    /// As [`ask`](Self::ask), with any messages in place of the user's, or none: the results of tools that the last answer called,
+    /// for example. How an answer calls tools is the model's: Hymba's writes `<toolcall> {…} </toolcall>`.
     ///
     /// # Errors
     ///
@@ -226,13 +226,13 @@ impl<'a> Chat<'a> {
     /// let mut chat = Chat::new(&lm, &tokenizer).options(ChatOptions::new().tools([clock]));
     /// let call = chat.ask("How late is it in Oslo?", &options, |_| ControlFlow::Continue(()))?;
     /// if call.text.contains("<toolcall>") {
-    ///     let answer = chat.tell([Message::tool("12:30")], &options, |_| ControlFlow::Continue(()))?;
+    ///     let answer = chat.send([Message::tool("12:30")], &options, |_| ControlFlow::Continue(()))?;
     ///     println!("{}", answer.text);
     /// }
     /// # Ok(())
     /// # }
     /// ```
-    pub fn tell(
+    pub fn send(
         &mut self,
         messages: impl IntoIterator<Item = Message>,
         options: &GenerateOptions,
@@ -277,8 +277,7 @@ impl<'a> Chat<'a> {
             })?;
             self.seen = before[..self.state.lengths()[0]].to_vec();
             if fed.is_none() {
-                let generation = Generation { ids: Vec::new(), log_probs: Vec::new(), finish: FinishReason::Cancelled };
-                return Ok(TextGeneration { text: String::new(), generation });
+                return Ok(TextGeneration { text: String::new(), generation: Generation::nothing() });
             }
         }
         let mut options = GenerateOptions { on_prompt: None, ..options.clone() };

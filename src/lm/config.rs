@@ -126,7 +126,7 @@ pub struct HymbaLmConfig {
     pub mamba_inner_layernorms: bool,
     /// Meta tokens in front of every sequence.
     pub num_memory_tokens: usize,
-    /// How far back a token sees in a windowed layer, besides the meta tokens: it sees itself and so many before it.
+    /// How far back a token sees in a windowed layer, besides the meta tokens: it sees itself and this many before it.
     pub sliding_window: Option<usize>,
     /// The layers that see everything; `None` only without a window, and then all do. Numbers that no layer has are ignored.
     pub global_attn_idx: Option<Vec<usize>>,
@@ -164,7 +164,7 @@ pub struct HymbaLmConfig {
     pub pad_token_id: Option<u32>,
     /// The type the checkpoint was saved in, by its own account.
     pub torch_dtype: Option<TorchDtype>,
-    /// Meta tokens before every so many tokens: 0, never.
+    /// How many tokens apart the meta tokens are repeated; 0 for never.
     pub memory_tokens_interspersed_every: usize,
     /// The bits of the matrices in the checkpoint, and in a model that was quantised while it was read.
     pub quantization: Quantization,

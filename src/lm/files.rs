@@ -70,7 +70,7 @@ impl HymbaLm {
         Self::from_dir_with(path, &LoadOptions::default(), |_| {})
     }
 
-    /// As [`from_dir`](Self::from_dir), with options; `on_progress` hears how far it has come, about once a tensor. What is to
+    /// As [`from_dir`](Self::from_dir), with options; `on_progress` is called about once per tensor. What is to
     /// be quantised is quantised row by row, so that the original is never in memory.
     ///
     /// # Errors
@@ -108,7 +108,7 @@ impl HymbaLm {
         mut on_progress: impl FnMut(Loading),
     ) -> Result<Self> {
         let stored = config.quantization;
-        config.quantization = stored.then(options.quantize)?;
+        config.quantization = stored.resolve(options.quantize)?;
         if options.trainable && config.quantization != Quantization::None {
             return Err(Error::Option {
                 option: "trainable",

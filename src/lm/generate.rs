@@ -20,7 +20,7 @@ pub enum FinishReason {
     /// The row has come to the model's `max_position_embeddings`, and
     /// [`stop_at_max_positions`](GenerateOptions::stop_at_max_positions) is set.
     MaxPositions,
-    /// The callback said so, or the one that hears how far the prompt is ([`GenerateOptions::on_prompt`]).
+    /// The callback ended it, or the one for the progress of the prompt ([`GenerateOptions::on_prompt`]).
     Cancelled,
 }
 
@@ -34,6 +34,8 @@ pub struct Generation {
     pub log_probs: Vec<f32>,
     /// Why it ended.
     pub finish: FinishReason,
+    /// Passes through the model after that of the prompt: as many as tokens, or fewer with [`GenerateOptions::lookahead`].
+    pub passes: usize,
 }
 
 /// The options of a batch: the same for all rows, or one for each. `&options`, `&[options, …]` and `&vec` are taken where this is.
@@ -111,18 +113,26 @@ impl RowOptions<'_> {
     }
 }
 
+impl Generation {
+    /// That of a prompt which was not read to its end.
+    pub(super) fn nothing() -> Self {
+        Generation { ids: Vec::new(), log_probs: Vec::new(), finish: FinishReason::Cancelled, passes: 0 }
+    }
+}
+
 /// A row while it is generated.
 pub(super) struct Row {
     pub sampler: Sampler,
     pub ids: Vec<u32>,
     pub log_probs: Vec<f32>,
+    pub passes: usize,
     /// `None` as long as it goes on.
     pub finish: Option<FinishReason>,
 }
 
 impl Row {
     fn ended(self) -> Option<Generation> {
-        Some(Generation { finish: self.finish?, ids: self.ids, log_probs: self.log_probs })
+        Some(Generation { finish: self.finish?, ids: self.ids, log_probs: self.log_probs, passes: self.passes })
     }
 
     /// Takes a choice over: whether it is part of the text.
@@ -151,7 +161,7 @@ pub struct LogLikelihood {
 }
 
 impl HymbaLm {
-    /// Continues a prompt, token by token: `on_token` hears each id as soon as it is chosen, and ends the generation with
+    /// Continues a prompt, token by token: `on_token` gets each id as soon as it is chosen, and ends the generation with
     /// [`ControlFlow::Break`].
     ///
     /// Texts longer than the model's `max_position_embeddings` are not refused: see
@@ -196,7 +206,7 @@ impl HymbaLm {
     ///
     /// Those of [`generate`](Self::generate), and [`Error::State`] if the state has not one row or is of another model.
     ///
-    /// After [`Error::Logits`] the state has seen the prompt and exactly the ids that the callback heard: clone it before, if you
+    /// After [`Error::Logits`] the state has seen the prompt and exactly the ids that the callback got: clone it before, if you
     /// want to go back. After any other error it is untouched.
     pub fn generate_with(
         &self,
@@ -209,7 +219,7 @@ impl HymbaLm {
         generated.pop().ok_or_else(|| Error::State("it has no rows".into()))
     }
 
-    /// Continues several prompts of any lengths together, each of which ends on its own. The callback hears the row and the token.
+    /// Continues several prompts of any lengths together, each of which ends on its own. The callback gets the row and the token.
     ///
     /// The options are the same for all rows, or a list of one for each: see [`RowOptions`]. With those of a list each row is what
     /// [`generate`](Self::generate) makes of its prompt and its options. With the same for all, row i draws from stream i of the
@@ -275,19 +285,18 @@ impl HymbaLm {
         for (options, prompt) in options.of(prompts.len())?.iter().zip(prompts) {
             let mut sampler = Sampler::new(options)?;
             [before, prompt.as_ref()].iter().for_each(|ids| sampler.observe_prompt(ids));
-            rows.push(Row { sampler, ids: Vec::new(), log_probs: Vec::new(), finish: None });
+            rows.push(Row { sampler, ids: Vec::new(), log_probs: Vec::new(), passes: 0, finish: None });
         }
         let fed = self
             .prefill_with(prompts, state, |done, of| watchers.iter().try_for_each(|watcher| watcher.call(done, of)))?;
         let Some(mut logits) = fed else {
-            let nothing = || Generation { ids: Vec::new(), log_probs: Vec::new(), finish: FinishReason::Cancelled };
-            return Ok(rows.iter().map(|_| nothing()).collect());
+            return Ok(rows.iter().map(|_| Generation::nothing()).collect());
         };
         if let ([row], [prompt]) = (&mut rows[..], prompts)
             && row.sampler.options().lookahead > 0
         {
             let seen = [before, prompt.as_ref()].concat();
-            self.look_ahead(state, seen, row, logits.row(0).to_vec(), &mut |id| on_token(0, id))?;
+            row.passes = self.look_ahead(state, seen, row, logits.row(0).to_vec(), &mut |id| on_token(0, id))?;
             return Ok(rows.into_iter().filter_map(Row::ended).collect());
         }
         loop {
@@ -309,6 +318,7 @@ impl HymbaLm {
                     continue;
                 }
                 next[i].push(choice.id);
+                row.passes += 1;
                 if on_token(i, choice.id).is_break() {
                     row.finish = Some(FinishReason::Cancelled);
                 }

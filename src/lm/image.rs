@@ -78,7 +78,7 @@ impl HymbaLm {
         Self::read_from_with(reader, &LoadOptions::default(), |_| {})
     }
 
-    /// As [`read_from`](Self::read_from), with options; `on_progress` hears how far it has come.
+    /// As [`read_from`](Self::read_from), with options; `on_progress` is called with how far it has come.
     ///
     /// # Errors
     ///
@@ -116,7 +116,7 @@ impl HymbaLm {
         Self::from_bytes_with(bytes, &LoadOptions::default(), |_| {})
     }
 
-    /// As [`from_bytes`](Self::from_bytes), with options; `on_progress` hears how far it has come.
+    /// As [`from_bytes`](Self::from_bytes), with options; `on_progress` is called with how far it has come.
     ///
     /// # Errors
     ///

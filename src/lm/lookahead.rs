@@ -19,7 +19,7 @@ const FEWEST: usize = 2;
 const MOST: usize = 4;
 
 /// A pass with a guess in it.
-struct Pass {
+struct GuessedPass {
     /// The state before it.
     before: SequenceState,
     /// Its tokens that are part of the text.
@@ -40,15 +40,16 @@ impl HymbaLm {
         on_token: &mut dyn FnMut(u32) -> ControlFlow<()>,
     ) -> Result<usize> {
         let mut pass = None;
-        let result = self.guess_and_check(state, seen, row, logits, &mut pass, on_token);
+        let mut passes = self.guess_and_check(state, seen, row, logits, &mut pass, on_token);
         // whatever has ended it, the state has seen the text and no guess
-        if let Some(Pass { before, right, guessed }) = pass
+        if let Some(GuessedPass { before, right, guessed }) = pass
             && !guessed.is_empty()
         {
             state.rows[0] = before;
             self.step_through(&right, state, right.len());
+            passes = passes.map(|passes| passes + 1);
         }
-        result
+        passes
     }
 
     fn guess_and_check(
@@ -57,7 +58,7 @@ impl HymbaLm {
         mut seen: Vec<u32>,
         row: &mut Row,
         mut logits: Vec<f32>,
-        pass: &mut Option<Pass>,
+        pass: &mut Option<GuessedPass>,
         on_token: &mut dyn FnMut(u32) -> ControlFlow<()>,
     ) -> Result<usize> {
         let (position, mut passes) = (state.rows[0].position, 0);
@@ -101,7 +102,7 @@ impl HymbaLm {
             passes += 1;
             let mut all = all.rows().into_iter().map(|row| row.to_vec());
             logits = all.next().unwrap_or_default();
-            *pass = before.map(|before| Pass { before, right, guessed: guess.into_iter().zip(all).collect() });
+            *pass = before.map(|before| GuessedPass { before, right, guessed: guess.into_iter().zip(all).collect() });
         }
     }
 }
@@ -160,7 +161,7 @@ mod tests {
         let passes = |lookahead| {
             let options = GenerateOptions::default().max_tokens(100).stop_tokens(vec![]).lookahead(lookahead);
             let sampler = Sampler::new(&options.processor(InTurn { next: 4 })).unwrap();
-            let mut row = Row { sampler, ids: Vec::new(), log_probs: Vec::new(), finish: None };
+            let mut row = Row { sampler, ids: Vec::new(), log_probs: Vec::new(), passes: 0, finish: None };
             let mut state = lm.new_state(1);
             let logits = lm.prefill_ragged(&[[1, 2, 3]], &mut state).unwrap().row(0).to_vec();
             let go = &mut |_| ControlFlow::Continue(());

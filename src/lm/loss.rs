@@ -70,7 +70,7 @@ pub(super) struct HeadGradient<'a> {
 
 impl HymbaLm {
     /// The loss of `targets`, each the row of the last layer's output x `[tokens, H]` that predicts it and its id; and its
-    /// gradients, if there is a place for them.
+    /// gradients, if there is a place for them. `row_seeds` are those of x.
     ///
     /// Logits exist for a few tokens at a time. Their gradient then costs an exp: nothing is computed twice where loss
     /// and gradient are wanted together.
@@ -79,6 +79,7 @@ impl HymbaLm {
         team: &Team,
         x: &Buffer,
         targets: &[(usize, u32)],
+        row_seeds: Option<&[u64]>,
         mut gradient: Option<HeadGradient>,
     ) -> f64 {
         /// Logits that exist at a time, at most: 32 MB,
@@ -92,6 +93,8 @@ impl HymbaLm {
         let mut sum = 0.0;
         for targets in targets.chunks((LOGITS / self.config().vocab_size).max(FEWEST)) {
             let places: Vec<usize> = targets.iter().map(|(row, _)| *row).collect();
+            let seeds = row_seeds.map(|seeds| places.iter().map(|row| seeds[*row]).collect());
+            let _seeded = team.seeded(seeds);
             let x = x.rows_at(&places);
             let normal = self.final_norm.apply(team, x.view());
             let mut logits = self.head_logits(team, normal.view());

@@ -1,29 +1,29 @@
 //! The language model: embedding, layers, head.
 
+mod pass;
 mod walk;
 
 use std::fmt;
 use std::ops::ControlFlow;
 
-use ndarray::{Array2, Array3, ArrayRef, ArrayRef2, ArrayView2, Dimension, s};
+use ndarray::{Array2, Array3, ArrayRef, ArrayRef2, Dimension, s};
 
+use self::pass::{Input, MOST_TOKENS};
+use super::adapters::Cached;
 use super::arrays::{dim_of, rows_of, zeros};
 use super::block::Block;
 use super::config::HymbaLmConfig;
 use super::load_options::{Arithmetic, LoadOptions};
-use super::lora_options::LoraOptions;
 use super::names::{EMBEDDING, HEAD};
 use super::state::LmState;
 use crate::kernels::matmul::Storage;
 use crate::kernels::memory::fits;
 use crate::kernels::rows::Out;
 use crate::kernels::team::{Team, with_team};
-use crate::layers::{Batch, Buffer, Embedding, KvStorage, Lazy, Linear, RmsNorm, Rotary, SequenceState, Weight};
+use crate::layers::{Embedding, KvStorage, Lazy, Linear, RmsNorm, Rotary, SequenceState, Weight};
+use crate::lora::Adapters;
 use crate::parameters::{ParameterMut, next_id};
 use crate::{Error, Result};
-
-/// Tokens that pass through the layers together, at most. Their activations take about 60 MB in the 1.5B model.
-const MOST_TOKENS: usize = 512;
 
 /// NVIDIA's Hymba language model (`HymbaForCausalLM`), of any size, on the CPU.
 ///
@@ -67,38 +67,17 @@ pub struct HymbaLm {
     kv_storage: KvStorage,
     /// Whether training keeps less and computes more.
     pub(super) recompute: bool,
-    /// Of the low-rank parts of its maps, if there are any; nothing else is trained then.
-    pub(super) lora: Option<LoraOptions>,
-    /// Whether its matrices could be trained before it had low-rank parts, and can again without.
+    pub(super) adapters: Adapters<Cached>,
+    /// Whether its matrices could be trained before it had adapters, and can again without.
     pub(super) frozen: bool,
     /// The `config.json` it was read with.
     pub(super) source: Option<String>,
     /// Counted once: every step asks for it.
     num_parameters: usize,
     /// A row that has seen the meta tokens.
-    prefix: Lazy<SequenceState>,
+    pub(super) prefix: Lazy<SequenceState>,
     /// Identifies this set of weights.
     pub(super) id: u64,
-}
-
-/// Takes the logits after a token: its row, its place in the row, and the logits.
-pub(super) type Sink<'a> = dyn FnMut(usize, usize, &mut [f32]) -> Result<()> + Send + 'a;
-
-/// What goes into a pass for one row.
-#[derive(Clone, Copy)]
-enum Input<'a> {
-    Ids(&'a [u32]),
-    /// The first one, and how many.
-    MetaTokens(usize, usize),
-}
-
-impl Input<'_> {
-    fn len(&self) -> usize {
-        match self {
-            Input::Ids(ids) => ids.len(),
-            Input::MetaTokens(_, count) => *count,
-        }
-    }
 }
 
 /// The residual stream of one row of tokens: see [`HymbaLm::inspect`].
@@ -127,7 +106,7 @@ impl HymbaLm {
             rotary: config.rope_base().map(|base| Rotary::new(config.key_width(), base)),
             kv_storage: options.kv_storage,
             recompute: false,
-            lora: None,
+            adapters: Adapters::default(),
             frozen: false,
             source: None,
             num_parameters: 0,
@@ -153,14 +132,14 @@ impl HymbaLm {
         &self.config
     }
 
-    /// The number of parameters.
+    /// The number of parameters, without those of adapters.
     pub fn num_parameters(&self) -> usize {
         self.num_parameters
     }
 
     /// Bytes of memory that the parameters take.
     pub fn num_bytes(&self) -> usize {
-        let mut bytes = 0;
+        let mut bytes = self.adapters.num_bytes();
         self.visit(&mut |_, parameter| {
             bytes += parameter.num_bytes();
         });
@@ -262,8 +241,8 @@ impl HymbaLm {
         Ok(logits.expect("nobody has ended it"))
     }
 
-    /// As [`prefill_ragged`](Self::prefill_ragged), with news in between: `on_progress` hears how many tokens of all rows are done,
-    /// and how many there are, after each piece of at most 512, and ends the call with [`ControlFlow::Break`]. The result is then
+    /// As [`prefill_ragged`](Self::prefill_ragged), with progress: `on_progress` is called after each piece of at most 512 tokens with
+    /// the number done, of all rows, and the total, and ends the call with [`ControlFlow::Break`]. The result is then
     /// `None`, and the state has seen what was done until then: [`LmState::lengths`] says how much of each row. It can go on from
     /// there with the rest of each row; rows that are done have none, and are first taken out by [`LmState::select`]. Clone the
     /// state before, if you want to go back.
@@ -326,7 +305,7 @@ impl HymbaLm {
     /// the tokens from `first[i]` on, with the row and the token's place in it, the tokens of a row in order. `first[i]` at the end of
     /// the row asks for none. Rows may be empty, and are then left as they are.
     ///
-    /// So some rows take their next token while others read a part of their prompt.
+    /// With it some rows take their next token while others read a part of their prompt.
     ///
     /// # Errors
     ///
@@ -373,7 +352,7 @@ impl HymbaLm {
         self.prefill_ragged(&rows, state)
     }
 
-    /// What one row of tokens looks like between the layers. For people who compare with another implementation.
+    /// The residual stream of one row of tokens between the layers, to compare with another implementation.
     ///
     /// # Errors
     ///
@@ -438,132 +417,6 @@ impl HymbaLm {
         Ok(())
     }
 
-    /// Feeds tokens to each row, perhaps none, and hands out the logits after the tokens from `first` on (one entry per row), those of
-    /// a row in order.
-    pub(super) fn advance(
-        &self,
-        rows: &[impl AsRef<[u32]>],
-        state: &mut LmState,
-        first: &[usize],
-        sink: &mut Sink<'_>,
-    ) -> Result<()> {
-        self.advance_with(rows, state, first, sink, &mut |_| ControlFlow::Continue(())).map(drop)
-    }
-
-    /// As [`advance`](Self::advance); `on_progress` hears after each piece how many tokens are done, and may end it.
-    fn advance_with(
-        &self,
-        rows: &[impl AsRef<[u32]>],
-        state: &mut LmState,
-        first: &[usize],
-        sink: &mut Sink<'_>,
-        on_progress: &mut dyn FnMut(usize) -> ControlFlow<()>,
-    ) -> Result<ControlFlow<()>> {
-        self.check(rows, Some(state))?;
-        let rows: Vec<&[u32]> = rows.iter().map(AsRef::as_ref).collect();
-        let mut done = vec![0; rows.len()];
-        loop {
-            // Pieces end at multiples of MOST_TOKENS of their own row, whatever the others do: so a row's numbers do not
-            // depend on its company.
-            let mut pieces = Vec::new();
-            let mut total = 0;
-            for (row, state) in state.rows.iter_mut().enumerate() {
-                let left = &rows[row][done[row]..];
-                let piece = &left[..left.len().min(MOST_TOKENS)];
-                if !piece.is_empty() && (total == 0 || total + piece.len() <= MOST_TOKENS) {
-                    total += piece.len();
-                    pieces.push((row, state, piece));
-                }
-            }
-            if pieces.is_empty() {
-                return Ok(ControlFlow::Continue(()));
-            }
-            let wanted: Vec<_> = pieces
-                .iter()
-                .scan(0, |start, (row, _, piece)| {
-                    let offset = *start;
-                    *start += piece.len();
-                    let from = first[*row].saturating_sub(done[*row]).min(piece.len());
-                    Some((from..piece.len()).map(move |i| (*row, i, offset + i)))
-                })
-                .flatten()
-                .map(|(row, i, at)| (row, done[row] + i, at))
-                .collect();
-            pieces.iter().for_each(|(row, _, piece)| done[*row] += piece.len());
-            let inputs = pieces.into_iter().map(|(_, state, piece)| (state, Input::Ids(piece))).collect();
-            // a team for each piece: between two of them, other calls and the program's own work get their turn
-            let mut logits = with_team(total.saturating_mul(self.num_parameters()), |team| {
-                let x = self.pass(team, inputs, false, None);
-                self.logits(team, &x, &wanted)
-            });
-            for ((row, i, _), mut logits) in wanted.into_iter().zip(logits.rows_mut()) {
-                sink(row, i, logits.as_slice_mut().expect("a row of an array in standard layout"))?;
-            }
-            if on_progress(done.iter().sum()).is_break() {
-                return Ok(ControlFlow::Break(()));
-            }
-        }
-    }
-
-    /// Feeds some tokens, at most [`MOST_TOKENS`] and at least one, to the only row of a state → the logits after each of those from
-    /// `first` on, all bit for bit what [`step`](Self::step) would give, token by token.
-    pub(super) fn step_through(&self, ids: &[u32], state: &mut LmState, first: usize) -> Array2<f32> {
-        let wanted: Vec<_> = (first..ids.len()).map(|i| (0, i, i)).collect();
-        with_team(ids.len().saturating_mul(self.num_parameters()), |team| {
-            let x = self.pass(team, vec![(&mut state.rows[0], Input::Ids(ids))], true, None);
-            self.logits(team, &x, &wanted).to_owned()
-        })
-    }
-
-    /// The logits `[wanted, vocab_size]` after some rows of x.
-    fn logits(&self, team: &Team, x: &Buffer, wanted: &[(usize, usize, usize)]) -> Buffer {
-        let places: Vec<_> = wanted.iter().map(|(_, _, at)| *at).collect();
-        let x = x.rows_at(&places);
-        let mut normal = Buffer::uninit(x.dim());
-        self.final_norm.forward(team, x.view(), 1.0, &mut normal, Out::Set);
-        self.head_logits(team, normal.view())
-    }
-
-    /// The logits `[tokens, vocab_size]` of the output of the final norm.
-    pub(super) fn head_logits(&self, team: &Team, normal: ArrayView2<f32>) -> Buffer {
-        match &self.head {
-            Some(head) => head.forward(team, normal),
-            None => self.embedding.logits(team, normal),
-        }
-    }
-
-    /// Sends tokens through all layers → `[tokens, H]`, before the final norm. `trace` gets the input of each layer. `one_by_one`, they
-    /// are bit for bit what passes of one token each would give.
-    fn pass(
-        &self,
-        team: &Team,
-        rows: Vec<(&mut SequenceState, Input)>,
-        one_by_one: bool,
-        mut trace: Option<&mut Vec<Array2<f32>>>,
-    ) -> Buffer {
-        let mut x = Buffer::uninit((rows.iter().map(|(_, input)| input.len()).sum(), self.config.hidden_size));
-        let mut at = 0;
-        for (_, input) in &rows {
-            let mut here = x.slice_mut(s![at..at + input.len(), ..]);
-            match *input {
-                Input::Ids(ids) => here.assign(&*self.embedding.forward(team, ids)),
-                Input::MetaTokens(first, count) => here.assign(&self.meta_tokens.slice(s![first..first + count, ..])),
-            }
-            at += input.len();
-        }
-        let sequences = rows.into_iter().map(|(state, input)| (state, input.len()));
-        let mut batch = Batch::new(team, sequences, true, self.rotary.as_ref());
-        batch.one_by_one = one_by_one;
-        for block in &self.blocks {
-            if let Some(trace) = &mut trace {
-                trace.push(x.to_owned());
-            }
-            block.forward(&mut batch, &mut x);
-        }
-        batch.finish();
-        x
-    }
-
     pub(super) fn kv_storage(&self) -> KvStorage {
         self.kv_storage
     }
@@ -585,12 +438,6 @@ impl HymbaLm {
             });
             row
         })
-    }
-
-    /// The meta tokens, as many at a time as pass through the layers together.
-    fn meta_pieces<'a>(&self) -> impl Iterator<Item = Input<'a>> + use<'a> {
-        let count = self.meta_tokens.nrows();
-        (0..count).step_by(MOST_TOKENS).map(move |first| Input::MetaTokens(first, MOST_TOKENS.min(count - first)))
     }
 }
 

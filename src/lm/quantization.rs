@@ -14,16 +14,16 @@ impl Quantization {
     pub(super) fn storage(self, name: &str) -> Option<Storage> {
         let name = name.strip_suffix(".weight")?;
         let is = |end: &&str| name.strip_suffix(*end).is_some_and(|start| start.is_empty() || start.ends_with('.'));
-        let (big, small) = (LARGE.iter().any(is), SMALL.iter().any(is));
+        let (large, small) = (LARGE.iter().any(is), SMALL.iter().any(is));
         match self {
-            Quantization::Bits4 if big => Some(Storage::Q4),
-            Quantization::Bits8 | Quantization::Bits4 if big || small => Some(Storage::Q8),
+            Quantization::Bits4 if large => Some(Storage::Q4),
+            Quantization::Bits8 | Quantization::Bits4 if large || small => Some(Storage::Q8),
             _ => None,
         }
     }
 
     /// The quantisation of a loaded model, given that of its checkpoint and the one requested.
-    pub(super) fn then(self, asked: Quantization) -> Result<Quantization> {
+    pub(super) fn resolve(self, asked: Quantization) -> Result<Quantization> {
         match (self, asked) {
             (Quantization::None, _) => Ok(asked),
             (_, Quantization::None) => Ok(self),

@@ -36,7 +36,7 @@ impl HymbaLm {
     /// ```
     pub fn random(mut config: HymbaLmConfig, seed: u64, options: &LoadOptions) -> Result<Self> {
         config.validate()?;
-        config.quantization = config.quantization.then(options.quantize)?;
+        config.quantization = config.quantization.resolve(options.quantize)?;
         if let Some(dtype) = options.dtype {
             config.torch_dtype = Some(dtype);
         }

@@ -130,7 +130,7 @@ impl Sampler {
         &self.options
     }
 
-    /// Tells of the tokens of the prompt: they become subject to `repetition_penalty`, and processors hear of them. Without either it
+    /// Tells of the tokens of the prompt: they become subject to `repetition_penalty`, and processors are told. Without either it
     /// may be left out. A token outside the vocabulary is ignored.
     pub fn observe_prompt(&mut self, ids: &[u32]) {
         if self.options.repetition_penalty != 1.0 {

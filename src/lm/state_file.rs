@@ -11,6 +11,8 @@ use crate::files::header;
 use crate::files::saved::{VERSION, entry};
 use crate::files::tensors::Source;
 use crate::layers::{KvCache, KvStorage, SequenceState};
+use crate::lora::is_lora;
+use crate::parameters::Parameter;
 use crate::{Error, Result, states};
 
 /// The metadata entry of a saved state.
@@ -19,6 +21,9 @@ struct Saved {
     version: u32,
     config: HymbaLmConfig,
     kv_storage: KvStorage,
+    /// Of the adapter that was active, in hexadecimal.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    lora: Option<String>,
     /// Tokens seen by each row, meta tokens included.
     positions: Vec<usize>,
 }
@@ -57,6 +62,7 @@ impl HymbaLm {
         let saved = Saved {
             version: VERSION,
             config: self.config().clone(),
+            lora: self.fingerprint_of_lora(),
             kv_storage: first.map_or(self.kv_storage(), KvCache::storage),
             positions: state.rows.iter().map(|row| row.position).collect(),
         };
@@ -67,7 +73,8 @@ impl HymbaLm {
     ///
     /// All of the configuration that the layers depend on must be the same, and the keys of the meta tokens about the same: so a
     /// state of another model of the same sizes is noticed, if it has meta tokens. What tokens mean (`eos_token_id` and the like),
-    /// the vocabulary, and the types and bits in which weights are stored may differ.
+    /// the vocabulary, and the types and bits in which weights are stored may differ. The active [adapter](Self::add_lora), if there is
+    /// one, must be the same, to the bit.
     ///
     /// # Errors
     ///
@@ -75,14 +82,34 @@ impl HymbaLm {
     /// has other tensors than a state, [`Error::State`] when it belongs to another model.
     pub fn load_state(&self, path: impl AsRef<Path>) -> Result<LmState> {
         let (mut tensors, saved) = header::read(Source::open(path.as_ref())?)?;
-        let Saved { config, kv_storage, positions, .. } = entry(saved, &tensors)?;
+        let Saved { config, kv_storage, lora, positions, .. } = entry(saved, &tensors)?;
         if !config.has_layers_of(self.config()) {
             return Err(Error::State("the file holds one of a model with another configuration".into()));
+        }
+        if lora != self.fingerprint_of_lora() {
+            return Err(Error::State(
+                "the file holds one that was made with another adapter; activate it by set_lora".into(),
+            ));
         }
         let meta = config.num_memory_tokens;
         let rows = states::read(&mut tensors, &positions, meta, &|| self.empty_row(kv_storage).layers)?;
         rows.iter().try_for_each(|row| self.check_meta_keys(row))?;
         Ok(LmState { model: self.id, meta, rows })
+    }
+
+    /// Of the numbers and the scale of the active adapter.
+    fn fingerprint_of_lora(&self) -> Option<String> {
+        /// FNV-1a over words.
+        const PRIME: u64 = 0x0000_0100_0000_01b3;
+        let mut hash = 0xcbf2_9ce4_8422_2325 ^ u64::from(self.lora_options()?.scale().to_bits());
+        self.visit(&mut |name, parameter| match parameter {
+            Parameter::Array(array) if is_lora(name) => {
+                name.bytes().for_each(|byte| hash = (hash ^ u64::from(byte)).wrapping_mul(PRIME));
+                array.iter().for_each(|x| hash = (hash ^ u64::from(x.to_bits())).wrapping_mul(PRIME));
+            }
+            _ => {}
+        });
+        Some(format!("{hash:016x}"))
     }
 
     /// Compares the keys of the meta tokens, which do not depend on what follows them, with this model's.

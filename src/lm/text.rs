@@ -9,6 +9,7 @@ mod stop;
 mod stream;
 mod template;
 mod tokenizer;
+mod train;
 mod values;
 
 pub use stop::{StopMatcher, StopStream};

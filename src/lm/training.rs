@@ -3,15 +3,21 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::ops::Deref;
+use std::sync::Arc;
 
-use super::block::{Block, BlockCache, Pass, PassGradient};
+use super::block::{BackwardPass, Block, BlockCache, PassGradient};
 use super::config::HymbaLmConfig;
 use super::loss::{HeadGradient, LmLoss};
 use super::model::HymbaLm;
 use crate::kernels::conv::TAPS;
 use crate::kernels::memory::fits;
 use crate::kernels::team::{Team, with_team, work};
-use crate::layers::{Angles, Batch, Buffer, KvStorage, SequenceState, SharedKv, Spans};
+use crate::layers::{
+    Angles, Batch, Buffer, KvStorage, Linear, SequenceState, SharedKv, Spans, Weight, row_seeds, seed_at,
+};
+use crate::lora::Host;
+#[cfg(doc)]
+use crate::lora::LoraOptions;
 use crate::parameters::Parameter;
 use crate::{Error, Result};
 
@@ -29,6 +35,8 @@ pub struct LmTrainCache {
     tokens: Layers,
     /// Output of the last layer, `[tokens, H]`.
     last: Buffer,
+    /// Of the tokens, if adapters drop numbers.
+    row_seeds: Option<Arc<[u64]>>,
 }
 
 /// What a pass through all layers left.
@@ -61,7 +69,7 @@ impl HymbaLm {
     /// has a loss of no tokens.
     ///
     /// Keys and values are not rounded here, whatever [`LoadOptions::kv_storage`](super::LoadOptions::kv_storage) says, and rows of
-    /// one token count for nothing. There are never more than 32 MB of logits, or those of 24 tokens where the vocabulary is so large
+    /// one token count for nothing, and adapters drop nothing: see [`forward_train_seeded`](Self::forward_train_seeded). There are never more than 32 MB of logits, or those of 24 tokens where the vocabulary is so large
     /// that these take more.
     ///
     /// # Errors
@@ -90,9 +98,47 @@ impl HymbaLm {
         rows: &[impl AsRef<[u32]>],
         masks: Option<&[Vec<bool>]>,
     ) -> Result<(LmLoss, LmTrainCache)> {
+        self.forward_by(rows, masks, None)
+    }
+
+    /// As [`forward_train`](Self::forward_train), which drops nothing, with the [dropout](LoraOptions::dropout) of the active adapter.
+    /// What it drops follows from `seed`, the row and the token: give every pass another seed.
+    ///
+    /// # Errors
+    ///
+    /// As [`forward_train`](Self::forward_train).
+    ///
+    /// ```
+    /// # use hymba::HymbaLm;
+    /// # use hymba::lm::{HymbaLmConfig, LoadOptions, LoraOptions};
+    /// # let mut config = HymbaLmConfig::hymba_1_5b();
+    /// # (config.hidden_size, config.intermediate_size, config.vocab_size) = (100, 64, 50);
+    /// # let mut lm = HymbaLm::random(config, 0, &LoadOptions::default())?;
+    /// lm.add_lora(&LoraOptions::default().dropout(0.1), 0)?;
+    /// let (loss, cache) = lm.forward_train_seeded(&[[1, 2, 3, 4]], None, 7)?;
+    /// lm.backward(&cache, &mut lm.zeros_like())?;
+    /// # Ok::<(), hymba::Error>(())
+    /// ```
+    pub fn forward_train_seeded(
+        &self,
+        rows: &[impl AsRef<[u32]>],
+        masks: Option<&[Vec<bool>]>,
+        seed: u64,
+    ) -> Result<(LmLoss, LmTrainCache)> {
+        self.forward_by(rows, masks, Some(&seeds_of(rows, seed)))
+    }
+
+    fn forward_by(
+        &self,
+        rows: &[impl AsRef<[u32]>],
+        masks: Option<&[Vec<bool>]>,
+        seeds: Option<&[u64]>,
+    ) -> Result<(LmLoss, LmTrainCache)> {
         self.check_rows(rows, masks)?;
-        let cache = self.run_train(rows, masks);
-        let sum = with_team(self.train_work(&cache), |team| self.head_loss(team, &cache.last, &cache.targets, None));
+        let cache = self.run_train(rows, masks, seeds);
+        let sum = with_team(self.train_work(&cache), |team| {
+            self.head_loss(team, &cache.last, &cache.targets, cache.row_seeds.as_deref(), None)
+        });
         Ok((LmLoss::new(sum, cache.targets.len()), cache))
     }
 
@@ -130,9 +176,48 @@ impl HymbaLm {
         masks: Option<&[Vec<bool>]>,
         grads: &mut HymbaLm,
     ) -> Result<LmLoss> {
+        self.accumulate_by(rows, masks, None, grads)
+    }
+
+    /// As [`accumulate`](Self::accumulate), with dropout as in [`forward_train_seeded`](Self::forward_train_seeded).
+    ///
+    /// # Errors
+    ///
+    /// As [`accumulate`](Self::accumulate).
+    ///
+    /// ```
+    /// # use hymba::HymbaLm;
+    /// # use hymba::lm::{HymbaLmConfig, LoadOptions, LoraOptions};
+    /// # let mut config = HymbaLmConfig::hymba_1_5b();
+    /// # (config.hidden_size, config.intermediate_size, config.vocab_size) = (100, 64, 50);
+    /// # let mut lm = HymbaLm::random(config, 0, &LoadOptions::default())?;
+    /// lm.add_lora(&LoraOptions::default().dropout(0.1), 0)?;
+    /// let mut gradient = lm.zeros_like();
+    /// let loss = lm.accumulate_seeded(&[[1, 2, 3, 4]], None, 7, &mut gradient)?;
+    /// assert_eq!(loss.tokens, 3);
+    /// # Ok::<(), hymba::Error>(())
+    /// ```
+    pub fn accumulate_seeded(
+        &self,
+        rows: &[impl AsRef<[u32]>],
+        masks: Option<&[Vec<bool>]>,
+        seed: u64,
+        grads: &mut HymbaLm,
+    ) -> Result<LmLoss> {
+        self.accumulate_by(rows, masks, Some(&seeds_of(rows, seed)), grads)
+    }
+
+    /// With a seed for each row, if anything is to be dropped.
+    pub(crate) fn accumulate_by(
+        &self,
+        rows: &[impl AsRef<[u32]>],
+        masks: Option<&[Vec<bool>]>,
+        seeds: Option<&[u64]>,
+        grads: &mut HymbaLm,
+    ) -> Result<LmLoss> {
         self.check_rows(rows, masks)?;
         self.check_gradient(grads)?;
-        let cache = self.run_train(rows, masks);
+        let cache = self.run_train(rows, masks, seeds);
         let sum = self.run_backward(&cache, 1.0, grads);
         Ok(LmLoss::new(sum, cache.targets.len()))
     }
@@ -155,8 +240,14 @@ impl HymbaLm {
 
     /// All layers of a training step. The whole batch goes through a layer together, so that the gradient of a matrix is one product
     /// over all tokens. What comes behind the last predicted token of a row, or predicts nothing, is left out.
-    fn run_train(&self, rows: &[impl AsRef<[u32]>], masks: Option<&[Vec<bool>]>) -> LmTrainCache {
+    fn run_train(
+        &self,
+        rows: &[impl AsRef<[u32]>],
+        masks: Option<&[Vec<bool>]>,
+        seeds: Option<&[u64]>,
+    ) -> LmTrainCache {
         let (mut ids, mut lengths, mut targets) = (Vec::new(), Vec::new(), Vec::new());
+        let mut seeds_of_rows = Vec::new();
         for (i, row) in rows.iter().enumerate() {
             let row = row.as_ref();
             let predicted = |t: &usize| masks.is_none_or(|masks| masks[i][*t]);
@@ -166,6 +257,7 @@ impl HymbaLm {
             if length > 0 {
                 ids.extend(&row[..length]);
                 lengths.push(length);
+                seeds_of_rows.extend(seeds.map(|seeds| seeds[i]));
             }
         }
         with_team(work([self.meta_tokens.nrows() + ids.len(), self.num_parameters()]), |team| {
@@ -173,8 +265,11 @@ impl HymbaLm {
             let mut states = vec![initial.clone(); lengths.len()];
             let sequences = states.iter_mut().zip(lengths.iter().copied());
             let batch = Batch::new(team, sequences, false, self.rotary.as_ref());
+            let drops = seeds.is_some() && self.adapters.drops();
+            let row_seeds = drops.then(|| row_seeds(&batch.spans, seeds_of_rows));
+            let _seeded = team.seeded(row_seeds.clone());
             let (last, tokens) = self.run_layers(batch, self.embedding.forward(team, &ids), self.recompute);
-            LmTrainCache { model: self.id, ids, lengths, targets, initial, meta, tokens, last }
+            LmTrainCache { model: self.id, ids, lengths, targets, initial, meta, tokens, last, row_seeds }
         })
     }
 
@@ -185,7 +280,7 @@ impl HymbaLm {
             return (state, None);
         }
         let batch = Batch::new(team, [(&mut state, self.meta_tokens.nrows())], true, self.rotary.as_ref());
-        let (_, layers) = self.run_layers(batch, Buffer::copy_of(&self.meta_tokens), false);
+        let (_, layers) = self.run_layers(batch, Buffer::copy_of(&self.meta_tokens), self.recompute);
         (state, Some(layers))
     }
 
@@ -216,23 +311,27 @@ impl HymbaLm {
         with_team(self.train_work(cache), |team| {
             let mut dx = Buffer::zeros(cache.last.dim());
             let head = HeadGradient { scale, grads, dx: &mut dx };
-            let sum = self.head_loss(team, &cache.last, &cache.targets, Some(head));
+            let row_seeds = &cache.row_seeds;
+            let sum = self.head_loss(team, &cache.last, &cache.targets, row_seeds.as_deref(), Some(head));
 
             let empty = self.empty_row(KvStorage::F32);
             // what the cache holds counts: recompute_activations may have been called since
             let again = cache.tokens.blocks.iter().any(|kept| matches!(kept, Kept::Input(_)));
             let mut states = vec![cache.initial.clone(); if again { cache.lengths.len() } else { 0 }];
+            let mut before_meta = [empty.clone()];
             let mut of_tokens = PassGradient::zeros(&cache.initial);
             let mut of_meta = PassGradient::zeros(&empty);
             let mut dmeta = cache.meta.as_ref().map(|_| Buffer::zeros(self.meta_tokens.dim()));
             for (i, block) in self.blocks.iter().enumerate().rev() {
                 let grad = &mut grads.blocks[i];
+                let seeded = team.seeded(row_seeds.clone());
                 let pass = cache.tokens.pass(team, &cache.initial);
                 let of_block = cache.tokens.cache_of(block, i, team, &mut states);
                 dx = block.backward(pass, &of_block, dx, None, grad, &mut of_tokens);
+                drop(seeded);
                 if let (Some(meta), Some(dy)) = (&cache.meta, dmeta.take()) {
                     let (pass, dfinal) = (meta.pass(team, &empty), Some(&of_tokens.initial[i]));
-                    let of_block = meta.cache_of(block, i, team, &mut []);
+                    let of_block = meta.cache_of(block, i, team, &mut before_meta);
                     dmeta = Some(block.backward(pass, &of_block, dy, dfinal, grad, &mut of_meta));
                 }
             }
@@ -265,6 +364,7 @@ impl HymbaLm {
             }
         }
         let bytes = self.config().train_bytes(lengths().sum(), rows.len(), self.recompute);
+        let bytes = bytes.saturating_add(self.bytes_of_copies());
         if !fits(bytes) {
             return Err(Error::Tokens(format!(
                 "this batch takes about {} MB of memory, more than there is; give fewer at a time",
@@ -272,6 +372,23 @@ impl HymbaLm {
             )));
         }
         Ok(())
+    }
+
+    /// Bytes that the copies of matrices take which a step will make: those that stay of all, and the largest of the others.
+    fn bytes_of_copies(&self) -> usize {
+        // products read the embedding only where it is the head
+        let head = self.head.as_ref().map_or(self.embedding.weight(), Linear::weight);
+        let maps = self.blocks.iter().flat_map(Block::maps).map(Linear::weight);
+        let copies = maps.chain([head]).map(Weight::copies_to_make);
+        let [stay, most] =
+            copies.fold([0usize; 2], |[stay, most], [stays, passes]| [stay.saturating_add(stays), most.max(passes)]);
+        stay.saturating_add(most)
+    }
+
+    /// Gives back what only training needs.
+    pub(crate) fn end_training(&mut self) {
+        self.embedding.end_training();
+        self.visit_maps(&mut |_, map| map.end_training());
     }
 
     /// Checks the lengths of rows and their ids.
@@ -310,6 +427,11 @@ impl HymbaLm {
     }
 }
 
+/// Seeds of rows, which follow from that of a pass.
+fn seeds_of(rows: &[impl AsRef<[u32]>], seed: u64) -> Vec<u64> {
+    (0..rows.len()).map(|i| seed_at(seed, i)).collect()
+}
+
 /// A cache that was kept, or computed again.
 enum CacheOf<'a> {
     Kept(&'a BlockCache),
@@ -343,8 +465,8 @@ impl Layers {
         }
     }
 
-    fn pass<'a>(&'a self, team: &'a Team, initial: &'a SequenceState) -> Pass<'a> {
-        Pass { team, spans: &self.spans, angles: &self.angles, initial, shared: &self.shared }
+    fn pass<'a>(&'a self, team: &'a Team, initial: &'a SequenceState) -> BackwardPass<'a> {
+        BackwardPass { team, spans: &self.spans, angles: &self.angles, initial, shared: &self.shared }
     }
 }
 
@@ -368,5 +490,32 @@ impl HymbaLmConfig {
         let tokens = tokens.saturating_add(self.num_memory_tokens);
         let numbers = work([tokens, per_token]).saturating_add(work([rows, per_row]));
         work([numbers, size_of::<f32>()])
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What stays of a training is a copy for products, as of inference.
+    #[test]
+    fn copies_of_matrices_are_counted_until_they_are_made() {
+        let mut config = HymbaLmConfig::hymba_1_5b();
+        (config.hidden_size, config.intermediate_size, config.vocab_size) = (40, 48, 20);
+        config.num_hidden_layers = 2;
+        for tied in [true, false] {
+            config.tie_word_embeddings = tied;
+            let mut lm = HymbaLm::build(config.clone(), 0).unwrap();
+            let mut numbers = 0;
+            lm.visit_maps(&mut |_, map| numbers += map.dim().0 * map.dim().1);
+            let bytes = size_of::<f32>() * (numbers + if tied { 20 * 40 } else { 0 });
+            assert_eq!(lm.bytes_of_copies(), 2 * bytes);
+            lm.accumulate(&[[1, 2, 3]], None, &mut lm.zeros_like()).unwrap();
+            assert_eq!(lm.bytes_of_copies(), 0);
+            lm.visit_mut(&mut |_, _| {}); // a step
+            assert_eq!(lm.bytes_of_copies(), 0);
+            lm.end_training();
+            assert_eq!(lm.bytes_of_copies(), bytes);
+        }
     }
 }

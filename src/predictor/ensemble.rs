@@ -55,7 +55,7 @@ const SHARES: [f32; 6] = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6];
 const FACTORS: [f32; 5] = [0.25, 0.5, 1.0, 1.5, 2.0];
 /// The part of the series that share and factor are chosen with.
 const HELD_OUT: f32 = 0.25;
-/// Of fewer series nobody can say whether an encoder makes anything better.
+/// Fewer series do not tell whether an encoder makes anything better.
 const FEWEST_HELD_OUT: usize = 24;
 /// How much the loss of all held out series together must fall for an encoder, which is two numbers to choose: as in Akaike's
 /// criterion, one for each.

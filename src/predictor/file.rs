@@ -1,16 +1,16 @@
 //! Predictors in files: [`Predictor::save`] and [`Predictor::load`].
 
-use std::io::{Read, Seek, Write};
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
 use super::{Differences, Normalization, Predictor, PredictorOptions, Task};
 use crate::encoder::{check_size, first_storage};
-use crate::files::saved::{self, entry, fill};
+use crate::files::saved::{self, entry, fill, in_one_file};
 use crate::files::tensors::{Source, Tensors};
 use crate::files::{Target, header};
 use crate::kernels::matmul::Storage;
+use crate::lora::{self, Adapted, SavedLora};
 use crate::parameters::{Parameter, ParameterMut};
 use crate::{HymbaOptions, Pooling, Result, Stem};
 
@@ -26,6 +26,8 @@ pub(super) struct Saved {
     /// How the large matrices are stored; not there where they can be trained.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub storage: Option<Storage>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lora: Option<SavedLora>,
     /// Not there in the file of an encoder.
     task: Option<Task>,
     #[serde(default, skip_serializing_if = "is_default")]
@@ -45,12 +47,10 @@ fn is_default<T: Default + PartialEq>(value: &T) -> bool {
     *value == T::default()
 }
 
-impl Predictor {
+in_one_file!(Predictor {
     /// Writes the predictor to one safetensors file: every parameter under its own name, f32 or as it is
-    /// [stored](Self::store_as), the normalizations as
-    /// `input_mean`, `input_scale`, `output_mean` and `output_scale`, options and task in the metadata.
-    ///
-    /// As with [`Hymba::save`](crate::Hymba::save), `path` is at all times the old file or the complete new one.
+    /// [stored](Self::store_as), [adapters](Self::add_lora) as [`Hymba::save`](crate::Hymba::save) does, the normalizations as `input_mean`, `input_scale`, `output_mean` and `output_scale`, options and
+    /// task in the metadata.
     ///
     /// ```
     /// use hymba::{HymbaOptions, Predictor, Task};
@@ -62,14 +62,21 @@ impl Predictor {
     /// assert_eq!(Predictor::load(&path)?.task().labels(), ["walking", "standing"]);
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
+    save,
+    /// Reads a predictor that [`save`](Self::save) wrote.
+    load,
+    /// ```
+    /// use hymba::{HymbaOptions, Predictor, Task};
     ///
-    /// # Errors
-    ///
-    /// As [`Hymba::save`](crate::Hymba::save).
-    pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
-        self.write(Target::File(path.as_ref()))
-    }
+    /// let options = HymbaOptions::new(3).hidden_size(8).num_layers(1);
+    /// let bytes = Predictor::build(options, Task::classify(["walking", "standing"]))?.to_bytes()?;
+    /// assert_eq!(Predictor::from_bytes(&bytes)?.task().labels(), ["walking", "standing"]);
+    /// # Ok::<(), hymba::Error>(())
+    /// ```
+    from_bytes,
+});
 
+impl Predictor {
     fn write(&self, target: Target) -> Result<()> {
         saved::write(target, &self.saved(), self.parameters())
     }
@@ -79,37 +86,8 @@ impl Predictor {
         let PredictorOptions { encoder: options, normalize_series, differences, stem, bidirectional, pooling } =
             self.options.clone();
         let (version, storage, task) = (saved::VERSION, self.encoder().storage(), Some(self.task.clone()));
-        Saved { version, options, storage, task, normalize_series, differences, stem, bidirectional, pooling }
-    }
-
-    /// What [`save`](Self::save) would write to a file.
-    ///
-    /// # Errors
-    ///
-    /// As [`Hymba::to_bytes`](crate::Hymba::to_bytes).
-    pub fn to_bytes(&self) -> Result<Vec<u8>> {
-        let mut bytes = Vec::new();
-        self.write(Target::Writer(&mut bytes))?;
-        Ok(bytes)
-    }
-
-    /// As [`save`](Self::save), to anything that can be written to.
-    ///
-    /// # Errors
-    ///
-    /// As [`save`](Self::save).
-    pub fn write_to(&self, mut writer: impl Write) -> Result<()> {
-        self.write(Target::Writer(&mut writer))
-    }
-
-    /// Reads a predictor that [`save`](Self::save) wrote. The file need not be trusted, as in
-    /// [`Hymba::load`](crate::Hymba::load).
-    ///
-    /// # Errors
-    ///
-    /// As [`Hymba::load`](crate::Hymba::load).
-    pub fn load(path: impl AsRef<Path>) -> Result<Predictor> {
-        Self::read(Source::open(path.as_ref())?, None)
+        let lora = SavedLora::of(self);
+        Saved { version, options, storage, lora, task, normalize_series, differences, stem, bidirectional, pooling }
     }
 
     /// As [`load`](Self::load), with the large matrices of the encoder stored in another type than in the file: see
@@ -119,84 +97,60 @@ impl Predictor {
     ///
     /// As [`Hymba::load_as`](crate::Hymba::load_as).
     pub fn load_as(path: impl AsRef<Path>, storage: Storage) -> Result<Predictor> {
-        Self::read(Source::open(path.as_ref())?, Some(storage))
+        Self::read_as(Source::open(path.as_ref())?, Some(storage))
     }
 
-    /// As [`load`](Self::load), from anything that can be read: from its beginning to its end, wherever it stands.
-    ///
-    /// # Errors
-    ///
-    /// As [`load`](Self::load).
-    pub fn read_from(reader: impl Read + Seek) -> Result<Predictor> {
-        Self::read(Source::reader(reader)?, None)
+    fn read(source: Source) -> Result<Predictor> {
+        Self::read_as(source, None)
     }
 
-    /// As [`load`](Self::load), from what [`save`](Self::save) or [`to_bytes`](Self::to_bytes) wrote. The bytes need not be trusted
-    /// either.
-    ///
-    /// ```
-    /// use hymba::{HymbaOptions, Predictor, Task};
-    ///
-    /// let options = HymbaOptions::new(3).hidden_size(8).num_layers(1);
-    /// let bytes = Predictor::build(options, Task::classify(["walking", "standing"]))?.to_bytes()?;
-    /// assert_eq!(Predictor::from_bytes(&bytes)?.task().labels(), ["walking", "standing"]);
-    /// # Ok::<(), hymba::Error>(())
-    /// ```
-    ///
-    /// # Errors
-    ///
-    /// As [`load`](Self::load).
-    pub fn from_bytes(bytes: &[u8]) -> Result<Predictor> {
-        Self::read(Source::memory(bytes), None)
-    }
-
-    fn read(source: Source, asked: Option<Storage>) -> Result<Predictor> {
+    fn read_as(source: Source, asked: Option<Storage>) -> Result<Predictor> {
         let (mut tensors, saved) = header::read(source)?;
         let saved: Saved = entry(saved, &tensors)?;
         let in_file = saved.storage;
-        let mut predictor = Self::with_saved(saved, &tensors, asked)?;
+        let mut predictor = Self::with_saved(&saved, &tensors, asked)?;
         fill(&mut tensors, in_file, &mut |f| predictor.visit_tensors_mut(f))?;
+        predictor.finish_reading(saved.lora.as_ref(), &tensors)?;
         if let Some(asked) = asked {
             predictor.store_as(asked)?;
         }
-        predictor.finish_reading(&tensors)?;
         Ok(predictor)
     }
 
     /// A predictor of zeros for what the file has, into which its matrices can be read if they are to be stored as `asked`.
-    pub(super) fn with_saved(saved: Saved, tensors: &Tensors, asked: Option<Storage>) -> Result<Predictor> {
-        let Saved {
-            options: encoder,
-            storage: in_file,
-            task,
-            normalize_series,
-            differences,
-            stem,
-            bidirectional,
-            pooling,
-            ..
-        } = saved;
-        let options = PredictorOptions { encoder, normalize_series, differences, stem, bidirectional, pooling };
-        let Some(task) = task else {
+    pub(super) fn with_saved(saved: &Saved, tensors: &Tensors, asked: Option<Storage>) -> Result<Predictor> {
+        let options = PredictorOptions {
+            encoder: saved.options.clone(),
+            normalize_series: saved.normalize_series,
+            differences: saved.differences,
+            stem: saved.stem.clone(),
+            bidirectional: saved.bidirectional,
+            pooling: saved.pooling,
+        };
+        let Some(task) = saved.task.clone() else {
             return Err(tensors.error(
                 "it holds an encoder without a head: read it with Hymba::load, and put a head on it with \
                  Predictor::with_encoder",
             ));
         };
-        Predictor::with_room_for(tensors, options, in_file, asked, task)
+        let mut predictor = Predictor::with_room_for(tensors, options, saved.storage, asked, task)?;
+        saved.lora.iter().try_for_each(|lora| lora.make_room(&mut predictor, tensors))?;
+        Ok(predictor)
     }
 
     /// Once every tensor has been read.
-    pub(super) fn finish_reading(&mut self, tensors: &Tensors) -> Result<()> {
-        self.check_normalizations(tensors)?;
+    pub(super) fn finish_reading(&mut self, lora: Option<&SavedLora>, tensors: &Tensors) -> Result<()> {
+        lora.map_or(Ok(()), |lora| lora.activate(self, tensors))?;
+        for (name, normalization) in [(INPUT, &self.input), (OUTPUT, &self.output)] {
+            normalization.iter().try_for_each(|normalization| normalization.check(tensors, name))?;
+        }
         self.salt_encoder();
         Ok(())
     }
 
     /// What is saved: parameters and normalizations.
     pub(super) fn parameters(&self) -> Vec<(String, Parameter<'_>)> {
-        let mut all = Vec::new();
-        self.visit_parameters(&mut |name, parameter| all.push((name.to_string(), parameter)));
+        let mut all = lora::parameters(self);
         for (name, normalization) in [(INPUT, &self.input), (OUTPUT, &self.output)] {
             let tensors = normalization.iter().flat_map(|normalization| normalization.tensors(name));
             all.extend(tensors.map(|(name, array)| (name, Parameter::Array(array))));
@@ -207,6 +161,7 @@ impl Predictor {
     /// As [`parameters`](Self::parameters), for reading them.
     pub(super) fn visit_tensors_mut(&mut self, f: &mut dyn FnMut(&str, ParameterMut<'_>)) {
         self.visit_parameters_mut(f);
+        self.visit_others_mut("", f);
         for (name, normalization) in [(INPUT, &mut self.input), (OUTPUT, &mut self.output)] {
             let tensors = normalization.iter_mut().flat_map(|normalization| normalization.tensors_mut(name));
             tensors.for_each(|(name, array)| f(&name, ParameterMut::Array(array)));
@@ -229,15 +184,5 @@ impl Predictor {
         let input = has(INPUT).then(|| Normalization::zeros(options.features()));
         let output = (has(OUTPUT) && task.is_regression()).then(|| Normalization::zeros(task.outputs()));
         Ok(Predictor { input, output, ..Predictor::zeros(options, first_storage(in_file, asked), task) })
-    }
-
-    /// Checks numbers that a stranger wrote and that are divided by.
-    fn check_normalizations(&self, tensors: &Tensors) -> Result<()> {
-        for (name, normalization) in [(INPUT, &self.input), (OUTPUT, &self.output)] {
-            let Some(normalization) = normalization else { continue };
-            Normalization::new(normalization.mean().clone(), normalization.scale().clone())
-                .map_err(|error| tensors.error(format!("its {name} normalization is not usable: {error}")))?;
-        }
-        Ok(())
     }
 }

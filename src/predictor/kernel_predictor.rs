@@ -15,7 +15,7 @@ mod file;
 ///
 /// The strength of the penalty is chosen by leaving out each training series in turn. What a classifier gives are logits: the
 /// factor between the regression and them is chosen with the same left out series, so that [`softmax`](crate::softmax) makes
-/// probabilities of them that can be believed.
+/// calibrated probabilities of them.
 ///
 /// ```
 /// use hymba::ndarray::Array2;
@@ -48,8 +48,8 @@ const CHUNK: usize = 64;
 impl KernelPredictor {
     /// Fits to the series of a data set. The kernels are drawn from `seed`.
     ///
-    /// The features of all series take up to a gigabyte: of more than 4800 series there are fewer of each. Of more than 6144
-    /// series as many are used.
+    /// The features of all series take up to a gigabyte: with more than 4800 series there are fewer per series. Of more than 6144
+    /// series, 6144 are used.
     ///
     /// # Errors
     ///

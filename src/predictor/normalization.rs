@@ -4,6 +4,7 @@ use std::convert::Infallible;
 
 use ndarray::{Array1, ArrayBase, ArrayView2, ArrayViewD, ArrayViewMutD, DataMut, Dimension};
 
+use crate::files::tensors::Tensors;
 use crate::{Error, Result};
 
 /// A mean and a scale for each feature: x becomes (x − mean) / scale.
@@ -50,6 +51,12 @@ impl Normalization {
     /// To be read from a file.
     pub(super) fn zeros(width: usize) -> Self {
         Normalization { mean: Array1::zeros(width), scale: Array1::zeros(width) }
+    }
+
+    /// Checks numbers that were read from a file and that are divided by: those of the `name` of a model.
+    pub(super) fn check(&self, tensors: &Tensors, name: &str) -> Result<()> {
+        let checked = Self::new(self.mean.clone(), self.scale.clone());
+        checked.map(drop).map_err(|error| tensors.error(format!("its {name} normalization is not usable: {error}")))
     }
 
     /// Fitted to frames `[.., width]`: mean and standard deviation of each feature, a scale of 1 where it does not vary.

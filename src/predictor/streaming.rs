@@ -67,7 +67,7 @@ impl PredictorState {
         &self.encoder
     }
 
-    /// Makes stream `row` one that has seen no frame.
+    /// Resets stream `row`: it has seen no frame.
     ///
     /// # Errors
     ///

@@ -88,8 +88,8 @@ impl Predictor {
         self.run_backward(cache, self.rescaled_backward(cache, dy.view().insert_axis(Axis(1)))?, grads)
     }
 
-    /// As [`predict_frames`](Self::predict_frames), for training. Positions past a sequence's length hold nothing of
-    /// meaning.
+    /// As [`predict_frames`](Self::predict_frames), for training. Positions past a sequence's length are
+    /// unspecified.
     ///
     /// # Errors
     ///
@@ -120,9 +120,9 @@ impl Predictor {
     }
 
     /// What a prediction was made of: gradient × input of one output by the frames of one sequence, x `[l, embed_dim]` → `[l,
-    /// embed_dim]`. A number above 0 speaks for the output, one below 0 against it; together they are, to first order, what the
-    /// frames make of the output beside frames of the input normalization's mean (of 0 without one, and where series are normalized by
-    /// themselves or only differences are read).
+    /// embed_dim]`. A number above 0 raised the output, one below 0 lowered it; their sum is, to first order, the difference of the
+    /// output to that of frames at the input normalization's mean (at 0 without one, and where series are normalized by themselves or only
+    /// differences are read).
     ///
     /// # Errors
     ///

@@ -5,19 +5,15 @@ use std::collections::HashMap;
 use ndarray::Array2;
 
 use super::labels::Labels;
-use super::timestamps::{self, Times, read_time};
+use super::timestamps::{self, Times};
 use super::{
-    Case, Column, CsvLayout, Fault, LATIN, ReadOptions, SeriesSet, Target, TargetKind, TimeInput, check_encoding,
-    latin, number, short, value,
+    Case, Column, CsvLayout, Fault, LATIN, ReadOptions, SeriesSet, Target, TargetKind, TimeInput, decode, number,
+    short, value,
 };
 
 /// Reads a table.
 pub(super) fn read(bytes: &[u8], options: &ReadOptions) -> Result<SeriesSet, Fault> {
-    check_encoding(bytes)?;
-    let bytes = bytes.strip_prefix("\u{feff}".as_bytes()).unwrap_or(bytes);
-    let text = std::str::from_utf8(bytes).map(String::from);
-    let is_utf8 = text.is_ok();
-    let text = text.unwrap_or_else(|_| latin(bytes));
+    let (text, is_utf8) = decode(bytes, |_| true)?;
     let mut rows = Rows::new(&text, options.delimiter.unwrap_or(','));
     let Some(first) = rows.next()? else { return Err(Fault::new("the table is empty")) };
     let table = Table::new(&first, options).map_err(|reason| Fault::at(first.line, reason))?;
@@ -276,8 +272,7 @@ struct Group {
     id: String,
     /// Of its first row.
     line: usize,
-    times: Vec<f64>,
-    are_dates: bool,
+    times: Times,
     /// `[frames, channels]`
     values: Vec<f32>,
     target: String,
@@ -294,19 +289,14 @@ impl Groups {
             None => {
                 let (id, line) = (id.to_string(), row.line);
                 self.places.insert(id.clone(), self.all.len());
-                let (times, values, target) = (Vec::new(), Vec::new(), String::new());
-                self.all.push(Group { id, line, times, are_dates: false, values, target });
+                let (times, values, target) = (Times::default(), Vec::new(), String::new());
+                self.all.push(Group { id, line, times, values, target });
                 self.all.len() - 1
             }
         };
         let group = &mut self.all[place];
         if let Some(time) = table.time {
-            let (time, is_date) = read_time(&row.fields[time])?;
-            if !group.times.is_empty() && group.are_dates != is_date {
-                return Err("of the times of its series some are dates and some are numbers".into());
-            }
-            group.are_dates = is_date;
-            group.times.push(time);
+            group.times.push(&row.fields[time])?;
         }
         for &column in &table.values {
             group.values.push(table.value(row, column)?);
@@ -328,14 +318,13 @@ impl Groups {
 
     fn finish(self, table: &Table, time: TimeInput, set: &mut SeriesSet, targets: &mut Found) -> Result<(), Fault> {
         let channels = table.values.len();
-        for Group { id, line, times, are_dates, values, target } in self.all {
+        for Group { id, line, mut times, values, target } in self.all {
             let at = |reason: String| Fault::at(line, format!("series `{}`, which begins here: {reason}", short(&id)));
             let length = values.len() / channels;
             let mut order: Vec<usize> = (0..length).collect();
             let mut last = None;
             if table.time.is_some() {
-                order.sort_by(|&a, &b| times[a].total_cmp(&times[b]));
-                let times = Times { times: order.iter().map(|&i| times[i]).collect(), are_dates };
+                order = times.sort();
                 match time {
                     TimeInput::Even => {
                         set.spacing = timestamps::common(set.spacing, times.spacing().map_err(at)?).map_err(at)?;

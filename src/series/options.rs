@@ -94,7 +94,7 @@ pub enum TargetKind {
     Classes,
     /// Numbers.
     Values,
-    /// The column of a table is not looked at, and no series has a target: where only the rest is wanted, to predict from.
+    /// The column is ignored, and no series has a target: for data to predict from.
     Ignored,
 }
 

@@ -8,14 +8,34 @@ const ROUNDED: f64 = 0.01;
 const DISORDER: &str = "the timestamps do not ascend: put the values in the order of time, each time once";
 
 /// The times of a series.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, Default, PartialEq)]
 pub(super) struct Times {
     /// As numbers; dates in seconds.
-    pub times: Vec<f64>,
-    pub are_dates: bool,
+    times: Vec<f64>,
+    are_dates: bool,
 }
 
 impl Times {
+    /// Adds the time of one more frame.
+    pub fn push(&mut self, text: &str) -> Result<(), String> {
+        let (time, is_date) = read_time(text)?;
+        if !self.times.is_empty() && is_date != self.are_dates {
+            return Err("some times of the series are dates and some are numbers".into());
+        }
+        self.are_dates = is_date;
+        self.times.push(time);
+        Ok(())
+    }
+
+    /// Sorts them. Returns where each of them stood.
+    #[cfg(feature = "csv")]
+    pub fn sort(&mut self) -> Vec<usize> {
+        let mut order: Vec<usize> = (0..self.times.len()).collect();
+        order.sort_by(|&a, &b| self.times[a].total_cmp(&self.times[b]));
+        self.times = order.iter().map(|&i| self.times[i]).collect();
+        order
+    }
+
     /// The channel that they become.
     pub fn channel(&self, time: TimeInput) -> Result<Vec<f32>, String> {
         let form = |delta: f64| match time {
@@ -98,7 +118,7 @@ pub(super) fn note(time: TimeInput, spacing: Option<Spacing>) -> String {
     match time.channel() {
         Some(name) => format!("the timestamps become the channel `{name}`"),
         None => {
-            let apart = spacing.map_or("one a series".into(), |spacing| format!("evenly {} apart", spacing.amount()));
+            let apart = spacing.map_or("one per series".into(), |spacing| format!("evenly {} apart", spacing.amount()));
             format!("the timestamps ({apart}) are dropped")
         }
     }
@@ -107,7 +127,7 @@ pub(super) fn note(time: TimeInput, spacing: Option<Spacing>) -> String {
 /// Reads `(time,value),(time,value)`.
 pub(super) fn read(field: &str) -> Result<(Vec<f32>, Times), String> {
     let mut values = Vec::new();
-    let mut times = Times { times: Vec::new(), are_dates: false };
+    let mut times = Times::default();
     let mut rest = field;
     loop {
         let place = values.len() + 1;
@@ -117,12 +137,7 @@ pub(super) fn read(field: &str) -> Result<(Vec<f32>, Times), String> {
             return Err(fault(format!("`{}` is not a `(time,value)`, as `@timestamps true` announces", short(rest))));
         };
         let (time, text) = pair.rsplit_once(',').ok_or_else(|| fault(format!("`({})` has no `,`", short(pair))))?;
-        let (time, is_date) = read_time(time.trim_ascii()).map_err(fault)?;
-        if place > 1 && is_date != times.are_dates {
-            return Err(fault("of the timestamps some are dates and some are numbers".into()));
-        }
-        times.are_dates = is_date;
-        times.times.push(time);
+        times.push(time.trim_ascii()).map_err(fault)?;
         values.push(value(text.trim_ascii()).map_err(fault)?);
         match after.trim_ascii_start().strip_prefix(',') {
             Some(next) => rest = next,
@@ -133,7 +148,7 @@ pub(super) fn read(field: &str) -> Result<(Vec<f32>, Times), String> {
 }
 
 /// A time, and whether it is a date.
-pub(super) fn read_time(text: &str) -> Result<(f64, bool), String> {
+fn read_time(text: &str) -> Result<(f64, bool), String> {
     let number = text.parse().ok().filter(|number: &f64| number.is_finite()).map(|number| (number, false));
     number.or_else(|| date(text).map(|seconds| (seconds, true))).ok_or_else(|| {
         format!("`{}` is not a timestamp: a number, or a date such as 2004-08-10 or 2004-08-10 14:30:00", short(text))

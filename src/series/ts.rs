@@ -4,13 +4,11 @@ use ndarray::Array2;
 
 use super::labels::Labels;
 use super::timestamps::{self, Spacing};
-use super::{
-    Case, Fault, LATIN, ReadOptions, SeriesSet, Target, TimeInput, check_encoding, latin, number, short, value,
-};
+use super::{Case, Fault, LATIN, ReadOptions, SeriesSet, Target, TimeInput, decode, number, short, value};
 
 /// Reads a file.
 pub(super) fn read(bytes: &[u8], options: &ReadOptions) -> Result<SeriesSet, Fault> {
-    let (text, is_utf8) = decode(bytes)?;
+    let (text, is_utf8) = decode(bytes, decides)?;
     let mut header = Header { time: options.time, ..Header::default() };
     let mut cases = Vec::new();
     let mut in_data = false;
@@ -42,20 +40,11 @@ pub(super) fn read(bytes: &[u8], options: &ReadOptions) -> Result<SeriesSet, Fau
     }
 }
 
-/// Bytes → text, and whether it is UTF-8. Comments and the name of the problem do not decide: nothing is read of them that
-/// could be mistaken.
-fn decode(bytes: &[u8]) -> Result<(String, bool), Fault> {
-    check_encoding(bytes)?;
-    let bytes = bytes.strip_prefix("\u{feff}".as_bytes()).unwrap_or(bytes);
-    let decides = |line: &&[u8]| {
-        let line = line.trim_ascii_start();
-        let is_name = line.get(..12).is_some_and(|key| key.eq_ignore_ascii_case(b"@problemname"));
-        !is_name && !line.starts_with(b"#") && !line.starts_with(b"%")
-    };
-    let is_utf8 = std::str::from_utf8(bytes).is_ok()
-        || bytes.split(|byte| *byte == b'\n').filter(decides).all(|line| std::str::from_utf8(line).is_ok());
-    let text = if is_utf8 { String::from_utf8_lossy(bytes).into_owned() } else { latin(bytes) };
-    Ok((text, is_utf8))
+/// Whether a line tells the encoding. Comments and the name of the problem do not: nothing is read of them that could be mistaken.
+fn decides(line: &[u8]) -> bool {
+    let line = line.trim_ascii_start();
+    let is_name = line.get(..12).is_some_and(|key| key.eq_ignore_ascii_case(b"@problemname"));
+    !is_name && !line.starts_with(b"#") && !line.starts_with(b"%")
 }
 
 /// What the header says about the lines after it.
@@ -162,7 +151,7 @@ impl Header {
         }
         if let Some(times) = times {
             match self.time {
-                TimeInput::Even => self.keep_spacing(times.spacing()?)?,
+                TimeInput::Even => self.spacing = timestamps::common(self.spacing, times.spacing()?)?,
                 time => columns.push(times.channel(time)?),
             }
         }
@@ -176,12 +165,6 @@ impl Header {
         }
         let frames = Array2::from_shape_fn((length, columns.len()), |(time, dim)| columns[dim][time]);
         Ok(Case { id: String::new(), frames, target })
-    }
-
-    /// All series must have the same, since it is dropped.
-    fn keep_spacing(&mut self, spacing: Option<Spacing>) -> Result<(), String> {
-        self.spacing = timestamps::common(self.spacing, spacing)?;
-        Ok(())
     }
 
     /// What was read.

@@ -88,7 +88,7 @@ impl Augmentation {
         })
     }
 
-    /// Whether it goes with targets of every frame.
+    /// Whether it can be used where every frame has a target.
     pub(super) fn check(&self, task: &Task) -> Result<()> {
         match self {
             Augmentation::Jitter { .. } | Augmentation::Scale { .. } => Ok(()),

@@ -7,7 +7,7 @@ mod ranks;
 mod threads;
 
 pub use data::TrainingData;
-pub(super) use ranks::{Hash, Ranks, hash_of, hash_of_text};
+pub(super) use ranks::{Hash, Ranks, hash_of, hash_of_every, hash_of_text};
 pub use threads::Threads;
 
 /// What joins the processes of a training, the ranks. [`Trainer::fit_on`](super::Trainer::fit_on) needs no more than this: the package

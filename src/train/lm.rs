@@ -8,11 +8,12 @@ use rand::seq::SliceRandom;
 use serde::{Deserialize, Serialize};
 
 use super::{
-    AdamW, Alone, Collective, Hash, Parameters, Ranks, Stopped, TrainingData, cut_into, hash_of, hash_of_text, views,
+    AdamW, Alone, Collective, Parameters, Ranks, Stopped, TrainingData, cut_into, hash_of, hash_of_every, hash_of_text,
+    views,
 };
-use crate::layers::Rng;
+use crate::layers::{Rng, seed_at};
 use crate::lm::LmLoss;
-use crate::{Error, HymbaLm, Parameter, Result};
+use crate::{Error, HymbaLm, Result};
 
 mod checkpoint;
 mod data;
@@ -25,7 +26,8 @@ pub use options::LmTrainerOptions;
 /// low-rank parts ([`HymbaLm::add_lora`]) only these.
 ///
 /// A step adds up the gradients of its rows, in as many passes as [`pass_size`](LmTrainerOptions::pass_size) makes of them, and
-/// divides by the number of predicted tokens. The same seed and rows give the same weights, bit for bit, for any number of threads,
+/// divides by the number of predicted tokens. What [dropout](crate::LoraOptions::dropout) of adapters hits follows from the seed, the
+/// epoch and the row. The same seed and rows give the same weights, bit for bit, for any number of threads,
 /// and over killing and resuming.
 ///
 /// ```
@@ -140,7 +142,7 @@ impl LmTrainer {
     /// # Errors
     ///
     /// [`Error::Io`], [`Error::Format`] and [`Error::Tensors`] when a file cannot be read, is not what it should be, or is of a
-    /// model with other weights.
+    /// model with other weights; [`Error::Option`] names the option in which the adapter of `lm` differs from that of the training.
     pub fn resume(lm: HymbaLm, folder: impl AsRef<Path>) -> Result<Self> {
         let (options, state, data) = checkpoint::read(folder.as_ref(), lm)?;
         let options = options.checkpoint(folder.as_ref());
@@ -220,7 +222,9 @@ impl LmTrainer {
                 state
             }
         };
-        ranks.compare("the weights to begin with", || hash_of_text(&[state.hash(), hash_of_all(&state.lm)]))?;
+        ranks.compare("the weights to begin with", || {
+            hash_of_text(&[state.hash(), hash_of_every(|f| state.lm.visit(&mut |name, parameter| f(name, parameter)))])
+        })?;
         let plan = Plan { in_epoch, steps };
         let mut gradient = state.lm.zeros_like();
         let stopped = loop {
@@ -260,6 +264,7 @@ impl LmTrainer {
             }
         };
         let State { mut lm, history, best, .. } = state;
+        lm.end_training();
         let best_epoch = best_epoch(&history);
         if best_epoch > 0 {
             let mut best = best.into_iter();
@@ -277,7 +282,7 @@ impl Start {
         let options = LmTrainerOptions { checkpoint: None, ..options.clone() };
         let of = |lm: &HymbaLm| {
             let trained: Vec<_> = views(lm).into_iter().map(|(name, array)| (name, array.shape().to_vec())).collect();
-            hash_of_text(&(lm.config(), trained))
+            hash_of_text(&(lm.config(), trained, lm.lora_options()))
         };
         let given = (options, validates, sharded);
         match self {
@@ -314,7 +319,8 @@ impl State {
         let (mut of_epoch, mut last) = (LmLoss::default(), (LmLoss::default(), 0.0));
         for step in cut_into(order.len(), plan.in_epoch) {
             let share = if ranks.stop() { Vec::new() } else { ranks.share(&order[step]) };
-            let loss = sum_of_losses(self.learn(train, &share, options.pass_size, gradient), ranks)?;
+            let seed = seed_at(options.seed, epoch + 1);
+            let loss = sum_of_losses(self.learn(train, &share, options.pass_size, seed, gradient), ranks)?;
             let Some(loss) = loss else { return Ok(None) };
             if loss.tokens > 0 {
                 ranks.sum(gradient)?;
@@ -331,12 +337,20 @@ impl State {
         Ok((!stop).then_some((last, of_epoch)))
     }
 
-    /// Adds the gradient of some rows to `gradient`.
-    fn learn(&self, train: &TokenRows, rows: &[usize], at_a_time: usize, gradient: &mut HymbaLm) -> Result<LmLoss> {
+    /// Adds the gradient of some rows to `gradient`. What dropout hits follows from the seed of the epoch and the row alone.
+    fn learn(
+        &self,
+        train: &TokenRows,
+        rows: &[usize],
+        at_a_time: usize,
+        seed: u64,
+        gradient: &mut HymbaLm,
+    ) -> Result<LmLoss> {
         let mut loss = LmLoss::default();
         for pass in rows.chunks(at_a_time) {
+            let seeds: Vec<_> = pass.iter().map(|row| seed_at(seed, *row)).collect();
             let (rows, masks) = train.select(pass);
-            loss += self.lm.accumulate(&rows, masks.as_deref(), gradient)?;
+            loss += self.lm.accumulate_by(&rows, masks.as_deref(), Some(&seeds), gradient)?;
         }
         Ok(loss)
     }
@@ -381,20 +395,6 @@ fn sum_of_losses(own: Result<LmLoss>, ranks: &mut Ranks) -> Result<Option<LmLoss
     let mut sums = own.as_ref().map_or([0.0; 2], |loss| [loss.sum, loss.tokens as f64]);
     let stop = ranks.agree(own.map(drop), &mut sums)?;
     Ok((!stop).then(|| LmLoss::new(sums[0], sums[1] as usize)))
-}
-
-/// Of all weights, those that are not trained, too.
-fn hash_of_all(lm: &HymbaLm) -> u64 {
-    let mut hash = Hash::new();
-    lm.visit(&mut |name, parameter| {
-        hash.add(hash_of_text(&(name, parameter.storage())));
-        match parameter {
-            Parameter::Array(array) => array.iter().for_each(|number| hash.add(number.to_bits().into())),
-            Parameter::Stored(matrix) => (0..matrix.shape()[0])
-                .for_each(|output| matrix.row(output).iter().for_each(|number| hash.add(number.to_bits().into()))),
-        }
-    });
-    hash.finish()
 }
 
 /// The weights that are trained.

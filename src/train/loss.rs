@@ -2,7 +2,7 @@
 //!
 //! All are means over the frames that count, and say how much counted: means over parts of a batch can be put together again
 //! only with their weights. Non-finite predictions are no error here: they give a non-finite loss, which
-//! whoever trains has to look at anyway.
+//! a training loop checks anyway.
 
 use ndarray::{Array, Array3, ArrayRef2, ArrayRef3, ArrayView1, ArrayView2, ArrayView3, Axis, Dimension, Ix2, Ix3, s};
 use serde::{Deserialize, Serialize};
@@ -240,7 +240,7 @@ impl CrossEntropy {
         Self::default()
     }
 
-    /// Sets ε, from 0 to 1: the share of each frame that is wanted of all classes alike. 0.1 is usual.
+    /// Sets ε, from 0 to 1: the share of each target that is spread evenly over all classes, typically 0.1.
     pub fn label_smoothing(mut self, label_smoothing: f32) -> Self {
         self.label_smoothing = label_smoothing;
         self
@@ -251,8 +251,8 @@ impl CrossEntropy {
     ///
     /// The mean is over the weights of this batch, as in PyTorch. So in a batch of one frame, or of frames of one class, weights
     /// change nothing. For weights that matter whatever is in a batch, take [`Loss::sum_gradient`], and give
-    /// [`AdamW::step_accumulated`](crate::train::AdamW::step_accumulated) the weight that is expected of so many frames: this is
-    /// what [`Trainer`](crate::train::Trainer) does.
+    /// [`AdamW::step_accumulated`](crate::train::AdamW::step_accumulated) the weight that is expected of that many frames, which
+    /// is what [`Trainer`](crate::train::Trainer) does.
     ///
     /// ```
     /// use hymba::ndarray::array;

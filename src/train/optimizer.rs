@@ -5,6 +5,7 @@ use std::fmt;
 use std::ops::RangeInclusive;
 use std::path::Path;
 
+use ndarray::ArrayViewD;
 use serde::{Deserialize, Serialize};
 
 use super::{Parameters, views, views_mut};
@@ -71,7 +72,7 @@ pub struct StepInfo {
     pub step: u64,
     /// The learning rate it used.
     pub learning_rate: f32,
-    /// The Euclidean norm of the whole gradient before it was clipped.
+    /// The Euclidean norm of the whole gradient, but for what is [frozen](AdamWOptions::rate_for), before it was clipped.
     pub gradient_norm: f64,
 }
 
@@ -169,7 +170,7 @@ impl<P: Parameters> AdamW<P> {
         check_same("the gradient", gradient, &self.moments[0])?;
 
         let step = self.steps.saturating_add(1);
-        let gradient_norm = norm(gradient) / weight;
+        let gradient_norm = norm(&self.trained(gradient)) / weight;
         let clip = match self.options.clip_norm.map(f64::from) {
             Some(most) if gradient_norm > most => most / gradient_norm,
             _ => 1.0,
@@ -177,7 +178,7 @@ impl<P: Parameters> AdamW<P> {
         let scale = clip / weight;
         // no number is larger than the norm, and in f64 the norm of finite numbers is finite
         if !USABLE.contains(&(gradient_norm * clip)) {
-            check_each(gradient, scale, step)?;
+            check_each(&self.trained(gradient), scale, step)?;
         }
 
         let learning_rate = self.options.schedule.rate(self.steps - self.before_schedule);
@@ -186,13 +187,18 @@ impl<P: Parameters> AdamW<P> {
         let tensors =
             views_mut(model).into_iter().zip(views_mut(gradient)).zip(views_mut(first)).zip(views_mut(second));
         let pieces =
-            tensors.flat_map(|((((name, parameter), (_, gradient)), (_, first)), (_, second))| {
+            tensors.flat_map(|((((name, parameter), (_, mut gradient)), (_, first)), (_, second))| {
                 let decay = self.options.decay_of(&name, parameter.shape());
                 let factor = self.options.factor_of(&name);
+                if factor == 0.0 {
+                    gradient.fill(0.0);
+                }
                 let keep = (1.0 - f64::from(learning_rate * factor) * f64::from(decay)) as f32;
                 let rate = update.rate * factor;
                 let [parameter, gradient, first, second] = [parameter, gradient, first, second]
                     .map(|array| array.into_slice().expect("checked above").chunks_mut(GROUP));
+                // of what is frozen nothing
+                let parameter = parameter.take(if factor == 0.0 { 0 } else { usize::MAX });
                 parameter.zip(gradient).zip(first).zip(second).map(move |(((parameter, gradient), first), second)| {
                     Piece { keep, rate, parameter, gradient, first, second }
                 })
@@ -209,6 +215,11 @@ impl<P: Parameters> AdamW<P> {
         });
         self.steps = step;
         Ok(StepInfo { step, learning_rate, gradient_norm })
+    }
+
+    /// What a step reads of a gradient: all that is not frozen.
+    fn trained<'g>(&self, gradient: &'g P) -> Vec<(String, ArrayViewD<'g, f32>)> {
+        views(gradient).into_iter().filter(|(name, _)| self.options.factor_of(name) > 0.0).collect()
     }
 
     /// Goes on with other options: the schedule counts from the next step, and the moments and the number of steps stay.
@@ -350,8 +361,7 @@ fn check_same<P: Parameters>(what: &str, given: &P, expected: &P) -> Result<()> 
 }
 
 /// The Euclidean norm of all numbers. Added up in an order that depends on sizes only.
-fn norm(gradient: &impl Parameters) -> f64 {
-    let tensors = views(gradient);
+fn norm(tensors: &[(String, ArrayViewD<f32>)]) -> f64 {
     let pieces = tensors.iter().flat_map(|(_, array)| array.as_slice().expect("checked before").chunks(GROUP));
     let groups = groups(pieces, |piece| piece.len());
     let sums =
@@ -374,8 +384,8 @@ fn sum_of_squares(numbers: &[f32]) -> f64 {
 }
 
 /// Finds the first gradient, times `scale`, that a step cannot take.
-fn check_each(gradient: &impl Parameters, scale: f64, step: u64) -> Result<()> {
-    for (name, array) in views(gradient) {
+fn check_each(tensors: &[(String, ArrayViewD<f32>)], scale: f64, step: u64) -> Result<()> {
+    for (name, array) in tensors {
         if let Some(number) = array.iter().find(|number| !USABLE.contains(&(f64::from(number.abs()) * scale))) {
             let state = if number.is_finite() { "too large" } else { "not finite" };
             return Err(Error::NotFinite { step, what: format!("the gradient of {name:?} is {state} ({number:e})") });

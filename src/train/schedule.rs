@@ -75,7 +75,7 @@ impl Schedule {
         self
     }
 
-    /// Sets the rate at which the way down ends, from 0, the default, to the peak.
+    /// Sets the rate at which the decay ends, from 0, the default, to the peak.
     pub fn floor(mut self, floor: f32) -> Self {
         self.floor = floor;
         self

@@ -4,9 +4,10 @@ use std::ops::ControlFlow;
 use std::path::Path;
 
 use super::{
-    AdamW, Alone, Collective, Dataset, Parameters, Ranks, TrainingData, hash_of, hash_of_text, views, views_mut,
+    AdamW, Alone, Collective, Dataset, Parameters, Ranks, TrainingData, hash_of, hash_of_every, hash_of_text, views,
+    views_mut,
 };
-use crate::{Error, Predictor, Result};
+use crate::{Error, Parameter, Predictor, Result};
 
 mod batches;
 mod checkpoint;
@@ -28,7 +29,8 @@ use report::{Clock, best_epoch};
 pub use report::{EpochMetrics, Metrics, Progress, Stopped, Trained};
 use sets::Sets;
 
-/// Trains a [`Predictor`] on a [`Dataset`].
+/// Trains a [`Predictor`] on a [`Dataset`]: all of it, or of one with adapters ([`Predictor::add_lora`]) the active one and what is
+/// around the encoder.
 ///
 /// In each epoch every series is seen once, in an order drawn from the seed, with series of like length in one batch. The
 /// predictor with the lowest loss of all epochs is the result: loss on the validation part, or without one on the training
@@ -387,7 +389,12 @@ impl Trainer {
                 state
             }
         };
-        ranks.compare("the weights to begin with", || state.hash())?;
+        ranks.compare("the weights to begin with", || {
+            let every = |f: &mut dyn FnMut(&str, Parameter)| {
+                state.predictor.visit_parameters(&mut |name, parameter| f(name, parameter));
+            };
+            hash_of_text(&[state.hash(), hash_of_every(every)])
+        })?;
 
         let clock = Clock::start(batches.unwrap_or(1), state.history.len(), options.epochs);
         let mut gradient = state.predictor.zeros_like();
@@ -433,7 +440,7 @@ impl Start {
         let options = TrainerOptions { checkpoint: None, ..options.clone() };
         let predictor = self.predictor();
         let normalized = [predictor.input_normalization(), predictor.output_normalization()].map(|of| of.is_some());
-        let of = (predictor.task(), predictor.predictor_options(), normalized);
+        let of = (predictor.task(), predictor.predictor_options(), predictor.lora_options(), normalized);
         let done = match self {
             Start::New(_) => None,
             Start::Resumed { state, data, prolonged } => Some((&state.history, data, prolonged)),

@@ -31,6 +31,16 @@ pub fn patterns() -> Vec<HymbaOptions> {
     ]
 }
 
+/// Whether an emulator runs the tests, which is slow: what they only repeat they then do less often.
+pub fn emulated() -> bool {
+    std::env::var_os("HYMBA_TEST_RUNNER").is_some_and(|runner| !runner.is_empty())
+}
+
+/// Numbers of threads whose results must be those of one.
+pub fn threads() -> &'static [usize] {
+    if emulated() { &[3] } else { &[2, 3, 8] }
+}
+
 /// Relative to the package, where cargo starts tests; so they also run from a copy on another machine.
 pub fn data(folder: &str) -> PathBuf {
     Path::new("tests/data").join(folder)

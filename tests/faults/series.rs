@@ -162,7 +162,7 @@ fn other_timestamps_are_refused_by_name() {
         ("(0,1),(1,2),(1,4)", "line 3: the timestamps do not ascend"),
         ("(2,1),(1,2)", "do not ascend"),
         ("(2004-08-10,1),(2004-08-11,2),(2004-08-13,2)", "uneven, 86400 s to 172800 s apart"),
-        ("(2004-08-10,1),(2,2)", "value 2: of the timestamps some are dates"),
+        ("(2004-08-10,1),(2,2)", "value 2: some times of the series are dates"),
         ("(0,1),(1,2)\n(0,1),(2,2)", "line 4: its timestamps are 2 apart, those of the series before 1"),
         ("(yesterday,1)", "value 1: `yesterday` is not a timestamp"),
         ("(2004-13-01,1)", "not a timestamp"),

@@ -1,5 +1,7 @@
 //! `hymba bench [DIR | --random]`: tokens a second, of a prompt and of decoding, beside what the memory gives.
 
+mod lookahead;
+
 use std::path::PathBuf;
 use std::time::Instant;
 
@@ -13,7 +15,7 @@ use crate::bandwidth::{self, Memory};
 use crate::load::LoadArgs;
 use crate::output::{self, out, size};
 
-/// Decoding reads every weight once a token, so that memory bandwidth is its limit: that is measured, too, in turns with the
+/// Decoding reads every weight once per token, so that memory bandwidth is its limit: that is measured, too, in turns with the
 /// tokens, as what a machine gives changes from one second to the next.
 #[derive(clap::Args)]
 pub struct Args {
@@ -41,6 +43,9 @@ pub struct Args {
     /// Tokens decoded.
     #[arg(long, value_name = "N", default_value_t = 32, value_parser = at_least_one)]
     tokens: usize,
+    /// Measures decoding with and without guessing so many tokens, on a text that repeats itself and on one that does not.
+    #[arg(long, value_name = "N", num_args = 0..=1, require_equals = true, default_missing_value = "10", conflicts_with = "save")]
+    lookahead: Option<usize>,
     /// Seed of the random weights.
     #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
@@ -71,6 +76,10 @@ pub fn run(args: Args) -> Result<()> {
     if let Some(folder) = &args.save {
         lm.save_dir(folder)?;
         return Ok(());
+    }
+
+    if let Some(count) = args.lookahead {
+        return lookahead::run(&lm, count, args.prompt_tokens, args.tokens, args.json);
     }
 
     let vocabulary = lm.config().vocab_size as u64;

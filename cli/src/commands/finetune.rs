@@ -4,13 +4,16 @@ use std::fs;
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail};
-use hymba::lm::{ChatOptions, LmLoss, LoraOptions, Message, Role};
+use hymba::HymbaLm;
+use hymba::lm::{ChatOptions, HymbaLmConfig, LmLoss, LoraOptions, Message, Role};
 use hymba::train::{LmTrainerOptions, TokenRows};
 use serde_json::Value;
 
 use super::train::checkpoint_of;
 use super::train_lm::{fit, remove};
+use crate::bandwidth;
 use crate::load::LoadArgs;
+use crate::output::size;
 use crate::text::Text;
 
 /// A line of the data is {"text": "…"}, or {"messages": [{"role": "user", "content": "…"}, …]}, to which the chat template of the
@@ -22,6 +25,9 @@ pub struct Args {
     dir: PathBuf,
     /// Lines of JSON.
     data: PathBuf,
+    /// Random weights in the sizes of the folder's config.json, which needs no others: what a training takes can be seen without them.
+    #[arg(long)]
+    random: bool,
     /// Folder of the adapter to write.
     #[arg(long, short, value_name = "DIR")]
     out: PathBuf,
@@ -35,6 +41,9 @@ pub struct Args {
     /// Scale by alpha/√rank.
     #[arg(long)]
     rslora: bool,
+    /// Share of what an adapter reads that is dropped in training.
+    #[arg(long, value_name = "X", default_value_t = LoraOptions::default().dropout)]
+    dropout: f64,
     #[arg(long, value_name = "N", default_value_t = 1)]
     epochs: usize,
     /// Rows of a step.
@@ -62,7 +71,13 @@ pub fn run(args: Args) -> Result<()> {
     if args.out.join("adapter_config.json").exists() {
         bail!("{}: there is an adapter already; give another folder, or remove it", args.out.display());
     }
-    let mut lm = args.load.read(&args.dir)?;
+    let mut lm = if args.random {
+        args.load.start()?;
+        let config = HymbaLmConfig::from_file(args.dir.join("config.json"))?;
+        HymbaLm::random(config, args.seed, &args.load.options())?
+    } else {
+        args.load.read(&args.dir)?
+    };
     if lm.has_lora() {
         bail!("--lora: an adapter is trained from the beginning, not over another");
     }
@@ -75,15 +90,9 @@ pub fn run(args: Args) -> Result<()> {
     eprintln!("{learned} rows to learn, {} tokens of them; {held_out} held out", train.predicted());
 
     let mut lora = LoraOptions::default().maps(args.maps.iter().map(String::as_str));
-    (lora.rank, lora.alpha, lora.rslora) = (args.rank, args.alpha, args.rslora);
+    (lora.rank, lora.alpha, lora.rslora, lora.dropout) = (args.rank, args.alpha, args.rslora, args.dropout);
     let covered = lm.add_lora(&lora, args.seed)?;
-    eprintln!(
-        "adapters of {} maps, {} parameters: {:.2} % of the {:.1} M of the model",
-        covered.maps.len(),
-        covered.parameters,
-        100.0 * covered.parameters as f64 / lm.num_parameters() as f64,
-        lm.num_parameters() as f64 / 1e6
-    );
+    eprintln!("adapter: {covered}");
     lm.recompute_activations(args.recompute);
     let mut before = LmLoss::default();
     for (row, mask) in rows[learned..].iter().zip(&masks[learned..]) {
@@ -100,11 +109,17 @@ pub fn run(args: Args) -> Result<()> {
         .epochs(args.epochs)
         .seed(args.seed)
         .checkpoint(&checkpoint);
-    let trained = fit(lm, options, args.restart, &train, &validation, |progress| {
-        let loss = progress.finished?.validation?;
-        Some(format!("perplexity {:.4}", loss.perplexity()))
+    let weights = lm.num_bytes();
+    let (trained, curve) = fit(lm, options, args.restart, &train, &validation, |progress| {
+        let finished = progress.finished?;
+        let perplexity = finished.validation?.perplexity();
+        Some(format!("training loss {:.4}, perplexity {perplexity:.4}", finished.train.mean()))
     })?;
+    if let Some(peak) = bandwidth::peak_memory() {
+        eprintln!("{} of memory at most, {} of them weights", size(peak), size(weights));
+    }
     trained.save_lora(&args.out)?;
+    curve.draw(&args.out.join("curve.svg"))?;
     remove(&checkpoint)?;
     eprintln!("the adapter is in {}: --lora {}", args.out.display(), args.out.display());
     Ok(())

@@ -27,7 +27,7 @@ pub struct Args {
     /// Tokens scored together.
     #[arg(long, value_name = "N", default_value_t = 512, value_parser = window)]
     window: usize,
-    /// At most so many tokens of the text.
+    /// At most this many tokens of the text.
     #[arg(long, value_name = "N", default_value_t = usize::MAX, hide_default_value = true)]
     tokens: usize,
     /// One object of JSON in place of words.

@@ -1,4 +1,4 @@
-//! `hymba predict MODEL DATA`: classes with their probabilities, or numbers, as CSV; `--stream` frame by frame.
+//! `hymba predict MODEL DATA`: classes or labels with their probabilities, or numbers, as CSV; `--stream` frame by frame.
 
 use std::io::{self, BufRead};
 use std::path::{Path, PathBuf};
@@ -10,13 +10,13 @@ use serde_json::{Map, Value, json};
 
 use crate::load::ThreadArgs;
 use crate::output::out;
-use crate::series::{Answer, Model, ReadArgs};
+use crate::series::{Answer, Model, ReadArgs, Said};
 
 #[derive(clap::Args)]
 pub struct Args {
     /// A model that `hymba train` wrote.
     model: PathBuf,
-    /// Series: .ts, .csv or .tsv. Their targets, if there are any, are not looked at.
+    /// Series: .ts, .csv or .tsv. Their targets, if there are any, are ignored.
     #[arg(required_unless_present = "stream")]
     data: Option<PathBuf>,
     /// Reads frames from the standard input, one in each line, numbers separated by commas or spaces, and answers each line at once
@@ -48,14 +48,14 @@ fn whole(args: &Args, model: &Model, data: &Path) -> Result<()> {
     let task = model.task();
     let set = args.reading.read_inputs(data)?;
     let (ids, series): (Vec<_>, Vec<_>) = set.cases.into_iter().map(|case| (case.id, case.frames)).unzip();
-    let answers = Answer::all(task, &model.predict(&series)?);
+    let predicted = model.predict(&series)?;
     let mut text = String::new();
     if !args.json {
         text += &header(task, Some("series"));
     }
-    for (i, (id, answer)) in ids.into_iter().zip(answers).enumerate() {
+    for (i, (id, outputs)) in ids.into_iter().zip(predicted.rows()).enumerate() {
         let id = if id.is_empty() { i.to_string() } else { id };
-        text += &line(task, &answer, args.json, Some(("series", &id)));
+        text += &line(task, &Answer::of(task, outputs), args.json, Some(("series", &id)));
     }
     out(text)
 }
@@ -74,9 +74,7 @@ fn stream(args: &Args, predictor: &Predictor) -> Result<()> {
         }
         let frame = frame(&text, width).with_context(|| format!("line {}", i + 1))?;
         let outputs = predictor.step(&frame, &mut state)?;
-        for answer in Answer::all(task, &outputs) {
-            out(line(task, &answer, args.json, None))?;
-        }
+        out(line(task, &Answer::of(task, outputs.row(0)), args.json, None))?;
     }
     Ok(())
 }
@@ -100,7 +98,7 @@ fn frame(text: &str, width: usize) -> Result<Array2<f32>> {
 /// The names of the columns.
 fn header(task: &Task, id: Option<&str>) -> String {
     let mut names: Vec<String> = id.into_iter().map(str::to_string).collect();
-    if task.is_classification() {
+    if !task.labels().is_empty() {
         names.push("predicted".into());
         names.extend(task.labels().iter().map(|label| format!("p({label})")));
     } else if task.outputs() == 1 {
@@ -117,19 +115,24 @@ fn line(task: &Task, answer: &Answer, json: bool, id: Option<(&str, &str)>) -> S
         if let Some((name, id)) = id {
             object.insert(name.into(), id.into());
         }
-        match &answer.label {
-            Some(label) => {
-                object.insert("predicted".into(), label.as_str().into());
-                let labels = task.labels().iter().cloned();
-                let all: Map<String, Value> = labels.zip(answer.numbers.iter().map(|p| json!(p))).collect();
-                object.insert("probabilities".into(), all.into());
-            }
-            None if answer.numbers.len() == 1 => drop(object.insert("predicted".into(), json!(answer.numbers[0]))),
-            None => drop(object.insert("predicted".into(), json!(answer.numbers))),
+        let predicted = match (&answer.said, &answer.numbers[..]) {
+            (Said::Class(class), _) => json!(class),
+            (Said::Labels(labels), _) => json!(labels),
+            (Said::Numbers, [number]) => json!(number),
+            (Said::Numbers, numbers) => json!(numbers),
+        };
+        object.insert("predicted".into(), predicted);
+        if !matches!(answer.said, Said::Numbers) {
+            object.insert("probabilities".into(), answer.probabilities(task));
         }
         return Value::from(object).to_string() + "\n";
     }
-    let fields = id.map(|(_, id)| id.to_string()).into_iter().chain(answer.label.clone());
+    let said = match &answer.said {
+        Said::Class(class) => Some(class.clone()),
+        Said::Labels(labels) => Some(labels.join(";")),
+        Said::Numbers => None,
+    };
+    let fields = id.map(|(_, id)| id.to_string()).into_iter().chain(said);
     let fields: Vec<String> = fields.chain(answer.numbers.iter().map(f32::to_string)).collect();
     row(&fields)
 }

@@ -1,21 +1,25 @@
-//! `hymba train-lm FILE…`: a small language model from scratch, byte by byte.
+//! `hymba train-lm FILE…`: a small language model from scratch.
 
 use std::fs;
 use std::ops::ControlFlow;
 use std::path::PathBuf;
+use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
-use hymba::lm::HymbaLmConfig;
+use hymba::lm::{HymbaLmConfig, Tokenizer};
 use hymba::train::{LmProgress, LmTrainer, LmTrainerOptions, Stopped, TokenRows};
 use hymba::{GenerateOptions, HymbaLm};
 
 use super::train::checkpoint_of;
+use crate::curve::Curve;
 use crate::interrupt::{self, Interrupted};
 use crate::load::ThreadArgs;
 use crate::output;
+use crate::text::Text;
 
 /// The last twentieth of the text is held out. A training that was interrupted goes on when the same is called again. The folder at
-/// the end is laid out as on the Hugging Face Hub, without a tokenizer: the tokens are the bytes of the text.
+/// the end is laid out as on the Hugging Face Hub, with a picture of the loss, curve.svg. The tokens are the bytes of the text, without
+/// a tokenizer, or those of one that is trained on it.
 #[derive(clap::Args)]
 pub struct Args {
     /// Texts.
@@ -29,7 +33,10 @@ pub struct Args {
     hidden: usize,
     #[arg(long, value_name = "N", default_value_t = 4)]
     layers: usize,
-    /// Bytes of a row.
+    /// Trains a byte pair encoding of so many tokens on the text, which is in UTF-8 then.
+    #[arg(long, value_name = "N")]
+    vocabulary: Option<usize>,
+    /// Tokens of a row.
     #[arg(long, value_name = "N", default_value_t = 256)]
     window: usize,
     /// Rows of a step.
@@ -50,22 +57,25 @@ pub struct Args {
     threads: ThreadArgs,
 }
 
+/// The model of [`HymbaLmConfig::bytes`], or the same for the tokens of a tokenizer.
+fn config(args: &Args, tokenizer: Option<&Tokenizer>) -> HymbaLmConfig {
+    let mut config = HymbaLmConfig::bytes(args.hidden, args.layers, args.window);
+    if let Some(tokenizer) = tokenizer {
+        config.vocab_size = tokenizer.vocab_size();
+        (config.bos_token_id, config.eos_token_id) = (tokenizer.bos_id(), tokenizer.eos_id().into_iter().collect());
+    }
+    config
+}
+
 pub fn run(args: Args) -> Result<()> {
     args.threads.start()?;
     if args.out.join("config.json").exists() {
         bail!("{}: there is a model already; give another folder, or remove it", args.out.display());
     }
-    let mut stream = Vec::new();
-    for path in &args.texts {
-        stream.extend(fs::read(path).with_context(|| path.display().to_string())?.into_iter().map(u32::from));
-    }
-    let (text, held_out) = stream.split_at(stream.len() - stream.len() / 20);
-    if held_out.len() < 2 {
-        bail!("the text is too short: a twentieth of it is held out, which needs 2 bytes at least");
-    }
-    let train = TokenRows::packed(text, args.window)?;
-    let validation = TokenRows::packed(held_out, args.window)?.bytes(held_out.len() - 1);
-
+    let (train, validation, tokenizer) = rows(&args)?;
+    let config = config(&args, tokenizer.as_ref());
+    let first = config.bos_token_id;
+    let text = tokenizer.map_or(Text::Bytes { first }, |tokenizer| Text::Tokens(Box::new(tokenizer)));
     let checkpoint = checkpoint_of(&args.out);
     let options = LmTrainerOptions::default()
         .learning_rate(args.learning_rate)
@@ -73,37 +83,66 @@ pub fn run(args: Args) -> Result<()> {
         .epochs(args.epochs)
         .seed(args.seed)
         .checkpoint(&checkpoint);
-    let lm = HymbaLm::build(HymbaLmConfig::bytes(args.hidden, args.layers, args.window), args.seed)?;
+    let lm = HymbaLm::build(config, args.seed)?;
     eprintln!(
-        "{:.2} M parameters; {} bytes to learn, {} held out",
+        "{:.2} M parameters; {} tokens to learn, {} held out",
         lm.num_parameters() as f64 / 1e6,
         train.predicted(),
         validation.predicted()
     );
-    let trained = fit(lm, options, args.restart, &train, &validation, |progress| {
+    let (trained, curve) = fit(lm, options, args.restart, &train, &validation, |progress| {
         let finished = progress.finished?;
         let bits = finished.bits_per_byte.unwrap_or(f64::NAN);
-        let sample = sample(progress.lm).unwrap_or_else(|error| error.to_string());
+        let sample = sample(progress.lm, &text, first).unwrap_or_else(|error| error.to_string());
         Some(format!(
             "training loss {:.4}, {bits:.4} bits per byte of the text held out\n    {sample}",
             finished.train.mean()
         ))
     })?;
     trained.save_dir(&args.out)?;
+    curve.draw(&args.out.join("curve.svg"))?;
     remove(&checkpoint)?;
     eprintln!("the model of the best epoch is in {}", args.out.display());
     Ok(())
 }
 
-/// Some text that the model makes up.
-fn sample(lm: &HymbaLm) -> hymba::Result<String> {
-    let options = GenerateOptions::default().max_tokens(80).temperature(0.8).top_p(0.95).seed(1);
-    let generated = lm.generate(&[10], &options, |_| ControlFlow::Continue(()))?;
-    let bytes: Vec<u8> = generated.ids.iter().map(|&id| id as u8).collect();
-    Ok(format!("{:?}", String::from_utf8_lossy(&bytes)))
+/// What is learned and what is held out, and the tokenizer, if it is not the bytes.
+fn rows(args: &Args) -> Result<(TokenRows, TokenRows, Option<Tokenizer>)> {
+    let mut bytes = Vec::new();
+    for path in &args.texts {
+        bytes.extend(fs::read(path).with_context(|| path.display().to_string())?);
+    }
+    let mut cut = bytes.len() - bytes.len() / 20;
+    if bytes.len() < 40 {
+        bail!("the text is too short: a twentieth of it is held out, which needs 2 bytes at least");
+    }
+    let Some(size) = args.vocabulary else {
+        let ids: Vec<u32> = bytes.into_iter().map(u32::from).collect();
+        let (text, held_out) = ids.split_at(cut);
+        let validation = TokenRows::packed(held_out, args.window)?.bytes(held_out.len() - 1);
+        return Ok((TokenRows::packed(text, args.window)?, validation, None));
+    };
+    let text = String::from_utf8(bytes).context("--vocabulary needs texts in UTF-8")?;
+    while !text.is_char_boundary(cut) {
+        cut -= 1;
+    }
+    let (text, held_out) = text.split_at(cut);
+    let tokenizer = Tokenizer::train(text, size, &args.out)?;
+    let [train, validation] = [tokenizer.encode_plain(text)?, tokenizer.encode_plain(held_out)?];
+    // the token in front stands for no text
+    let validation = TokenRows::packed(&validation, args.window)?.bytes(held_out.len());
+    Ok((TokenRows::packed(&train, args.window)?, validation, Some(tokenizer)))
 }
 
-/// Trains, or goes on with what the checkpoint of the options holds → the model of the best epoch. `tell` says what came of an epoch.
+/// Some text that the model makes up.
+fn sample(lm: &HymbaLm, text: &Text, first: Option<u32>) -> Result<String> {
+    let options = GenerateOptions::default().max_tokens(80).temperature(0.8).top_p(0.95).seed(1);
+    let prompt: Vec<u32> = first.into_iter().collect();
+    let (sample, _) = text.generate(lm, &prompt, &options, |_| ControlFlow::Continue(()))?;
+    Ok(format!("{sample:?}"))
+}
+
+/// Trains, or goes on with what the checkpoint of the options holds → the model of the best epoch, and the loss by step. `tell` says what came of an epoch.
 pub fn fit(
     lm: HymbaLm,
     options: LmTrainerOptions,
@@ -111,7 +150,7 @@ pub fn fit(
     train: &TokenRows,
     validation: &TokenRows,
     tell: impl Fn(&LmProgress) -> Option<String>,
-) -> Result<HymbaLm> {
+) -> Result<(HymbaLm, Curve)> {
     let checkpoint = options.checkpoint.clone().context("a checkpoint is kept")?;
     if restart {
         remove(&checkpoint)?;
@@ -131,19 +170,33 @@ pub fn fit(
     };
     interrupt::listen()?;
     let bar = output::progress_bar(0, "{bar:30} {pos}/{len} steps, {eta} left; {msg}");
+    // of steps alone, without the validation
+    let (mut tokens, mut seconds, mut since) = (0, 0.0, Instant::now());
+    let mut curve = Curve::default();
     let trained = trainer.fit(train, Some(validation), |progress| {
+        let step = progress.step as f64;
+        match progress.finished {
+            None => {
+                tokens += progress.loss.tokens;
+                seconds += since.elapsed().as_secs_f64();
+                curve.train.push((step, progress.loss.mean()));
+            }
+            Some(finished) => curve.held_out.extend(finished.validation.map(|loss| (step, loss.mean()))),
+        }
+        let speed = format!("{:.0} tokens/s", tokens as f64 / seconds);
         bar.set_length(progress.steps);
         bar.set_position(progress.step);
-        bar.set_message(format!("loss {:.3}", progress.loss.mean()));
+        bar.set_message(format!("loss {:.3}, {speed}", progress.loss.mean()));
         if let Some(told) = tell(progress) {
-            bar.suspend(|| eprintln!("epoch {}: {told}", progress.epoch));
+            bar.suspend(|| eprintln!("epoch {}: {speed}, {told}", progress.epoch));
         }
+        since = Instant::now();
         interrupt::flow()
     })?;
     bar.finish_and_clear();
     match trained.stopped {
         Stopped::Callback => Err(Interrupted::TRAINING.into()),
-        _ => Ok(trained.lm),
+        _ => Ok((trained.lm, curve)),
     }
 }
 

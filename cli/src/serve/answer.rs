@@ -1,12 +1,9 @@
 //! From what the engine tells to what OpenAI's clients read: whole, or piece by piece.
 
-use std::collections::VecDeque;
-use std::convert::Infallible;
+mod streaming;
+
 use std::sync::Arc;
 
-use axum::response::sse::{Event as SseEvent, KeepAlive, Sse};
-use axum::response::{IntoResponse, Response};
-use futures_util::stream;
 use hymba::lm::FinishReason;
 use serde_json::{Map, Value, json};
 use tokio::sync::mpsc::UnboundedReceiver;
@@ -112,12 +109,15 @@ impl Answer {
         match &self.kind {
             Kind::Chat { tools } => {
                 let (text, calls) = match tools {
-                    true => tools::calls(&written.text, &format!("{}_{index}", self.id)),
+                    true => tools::calls(&written.text, &self.choice_id(index)),
                     false => (written.text, Vec::new()),
                 };
-                let mut message = json!({"role": "assistant", "content": text, "refusal": null});
+                let mut message = json!({"role": "assistant", "content": &text, "refusal": null});
                 let mut finish = written.finish;
                 if !calls.is_empty() {
+                    if text.is_empty() {
+                        message["content"] = Value::Null;
+                    }
                     message["tool_calls"] = Value::from(calls);
                     finish = Some("tool_calls");
                 }
@@ -139,6 +139,11 @@ impl Answer {
                 json!({"index": index, "text": text, "logprobs": log_probs, "finish_reason": written.finish})
             }
         }
+    }
+
+    /// By which calls of tools are named.
+    fn choice_id(&self, index: usize) -> String {
+        format!("{}_{index}", self.id)
     }
 
     fn head(&self, chunk: bool) -> Value {
@@ -174,163 +179,6 @@ impl Answer {
             value
         });
         json!({"content": scores.collect::<Vec<Value>>()})
-    }
-
-    /// Tells of it as it comes, by server-sent events.
-    pub fn stream(self, events: Events) -> Response {
-        let written = vec![Written::default(); self.choices];
-        let left = self.choices;
-        let streaming =
-            Streaming { answer: self, events, written, left, cached: 0, queue: VecDeque::new(), over: false };
-        let events = stream::unfold(streaming, |mut streaming| async {
-            let data = streaming.next().await?;
-            Some((Ok::<_, Infallible>(SseEvent::default().data(data)), streaming))
-        });
-        Sse::new(events).keep_alive(KeepAlive::default()).into_response()
-    }
-}
-
-struct Streaming {
-    answer: Answer,
-    events: Events,
-    written: Vec<Written>,
-    left: usize,
-    cached: usize,
-    queue: VecDeque<String>,
-    over: bool,
-}
-
-impl Streaming {
-    async fn next(&mut self) -> Option<String> {
-        loop {
-            if let Some(data) = self.queue.pop_front() {
-                return Some(data);
-            }
-            if self.over {
-                return None;
-            }
-            let failure = match self.events.recv().await {
-                Some((_, Event::Failed(failure))) => Some(ApiError::from(failure)),
-                Some((index, event)) => {
-                    self.hear(index, event);
-                    None
-                }
-                None => Some(ApiError::internal("a sequence was lost")),
-            };
-            if let Some(failure) = failure {
-                self.queue.push_back(failure.body().to_string());
-                self.over = true;
-            } else if self.left == 0 {
-                if self.answer.include_usage {
-                    let mut last = self.answer.head(true);
-                    let tokens = self.written.iter().map(|written| written.tokens).sum();
-                    last["usage"] = self.answer.usage(tokens, self.cached);
-                    self.queue.push_back(last.to_string());
-                }
-                self.queue.push_back("[DONE]".into());
-                self.over = true;
-            }
-        }
-    }
-
-    fn hear(&mut self, index: usize, event: Event) {
-        match event {
-            Event::Prompt { cached, scores } => {
-                self.cached += cached;
-                for choice in index..index + self.answer.per_prompt {
-                    self.begin(choice, &scores);
-                }
-            }
-            Event::Token { text, score } => {
-                self.written[index].tokens += 1;
-                self.piece(index, text, &[score], None);
-            }
-            Event::End { text, finish, stop } => {
-                self.left -= 1;
-                let scores: Vec<Score> = stop.into_iter().collect();
-                self.piece(index, text, &scores, Some(reason(finish)));
-            }
-            Event::Failed(_) => {}
-        }
-    }
-
-    /// What stands in front of a continuation.
-    fn begin(&mut self, index: usize, scores: &[Score]) {
-        let choice = match &self.answer.kind {
-            Kind::Chat { .. } => {
-                json!({"index": index, "delta": {"role": "assistant", "content": ""}, "logprobs": null, "finish_reason": null})
-            }
-            Kind::Completion { echo: None } => return,
-            Kind::Completion { echo: Some(echo) } => {
-                let echo = &echo[index / self.answer.per_prompt];
-                let log_probs = self.answer.log_probs.then(|| {
-                    let mut list = TokenList::new(&self.answer.vocabulary, 0);
-                    list.push_prompt(echo, scores);
-                    self.written[index].offset = list.offset;
-                    list.value()
-                });
-                json!({"index": index, "text": echo.text, "logprobs": log_probs, "finish_reason": null})
-            }
-        };
-        self.send(choice);
-    }
-
-    fn piece(&mut self, index: usize, text: String, scores: &[Score], finish: Option<&'static str>) {
-        // a token that gives no text yet tells nothing
-        if finish.is_none() && !self.answer.log_probs && text.is_empty() {
-            return;
-        }
-        let choice = match &self.answer.kind {
-            // calls can be told from text only when all is there
-            Kind::Chat { tools: true } => {
-                self.written[index].text += &text;
-                self.written[index].scores.extend_from_slice(scores);
-                if finish.is_none() {
-                    return;
-                }
-                let written = std::mem::take(&mut self.written[index]);
-                self.written[index].tokens = written.tokens;
-                let mut choice = self.answer.choice(index, Written { finish, ..written }, &[]);
-                let mut delta = choice["message"].take();
-                // the first chunk has said it, and clients join what chunks say
-                if let Some(delta) = delta.as_object_mut() {
-                    delta.remove("role");
-                    delta.remove("refusal");
-                }
-                if let Some(calls) = delta["tool_calls"].as_array_mut() {
-                    calls.iter_mut().enumerate().for_each(|(i, call)| call["index"] = Value::from(i));
-                }
-                if let Some(choice) = choice.as_object_mut() {
-                    choice.remove("message");
-                    choice.insert("delta".into(), delta);
-                }
-                choice
-            }
-            Kind::Chat { tools: false } => {
-                let mut delta = Map::new();
-                if !text.is_empty() {
-                    delta.insert("content".into(), text.into());
-                }
-                let log_probs = if scores.is_empty() { Value::Null } else { self.answer.chat_log_probs(scores) };
-                json!({"index": index, "delta": delta, "logprobs": log_probs, "finish_reason": finish})
-            }
-            Kind::Completion { .. } => {
-                let log_probs = (self.answer.log_probs && !scores.is_empty()).then(|| {
-                    let mut list = TokenList::new(&self.answer.vocabulary, self.written[index].offset);
-                    scores.iter().for_each(|score| list.push(score));
-                    self.written[index].offset = list.offset;
-                    list.value()
-                });
-                json!({"index": index, "text": text, "logprobs": log_probs, "finish_reason": finish})
-            }
-        };
-        self.send(choice);
-    }
-
-    fn send(&mut self, choice: Value) {
-        let mut chunk = self.answer.head(true);
-        chunk["choices"] = Value::from(vec![choice]);
-        self.queue.push_back(chunk.to_string());
     }
 }
 

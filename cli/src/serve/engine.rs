@@ -1,8 +1,9 @@
 //! Continuous batching: one thread owns the model and takes steps; sequences join and leave between them.
 //!
-//! In each step every sequence that is being generated takes its token, and one of the prompts being read takes a piece, prompts in
-//! turns: so nobody waits for another's prompt for longer than a piece takes. Rows of a batch are what they would be alone, and the
-//! pieces of a prompt follow from the request ([`Prompt`]), so that a sequence is bit for bit the same, whatever else is going on.
+//! In each step every sequence that is being generated takes its token, and of the prompts being read one takes a piece, in turns, or
+//! several, if they are short: so nobody waits for another's prompt for longer than a piece takes. Rows of a batch are what they would
+//! be alone, and the pieces of a prompt follow from the request ([`Prompt`]), so that a sequence is bit for bit the same, whatever else
+//! is going on.
 
 mod sequence;
 #[cfg(test)]
@@ -78,6 +79,8 @@ pub struct Score {
 pub struct EngineOptions {
     /// Sequences at a time.
     pub rows: usize,
+    /// Tokens of prompts in a step, unless a piece alone has more.
+    pub piece: usize,
     /// Bytes of cached states.
     pub cache_bytes: usize,
 }
@@ -100,7 +103,7 @@ impl Engine {
         let abort = Arc::new(AtomicBool::new(false));
         let flag = abort.clone();
         let work = move || {
-            // a panic outside of what a step catches loses the sequences at hand, which their clients are told, and nothing else
+            // a panic outside of what a step catches loses the current sequences, which their clients are told, and nothing else
             while catch_unwind(AssertUnwindSafe(|| {
                 Loop::new(&lm, &tokenizer, &options, &metrics, &flag).run(&receiver);
             }))
@@ -151,6 +154,8 @@ struct Loop<'a> {
     cache: PrefixCache,
     waiting: VecDeque<Sequences>,
     reading: VecDeque<Reading>,
+    /// Whether the one that waits longest among them was passed in the last step.
+    passed: bool,
     writing: Vec<Writing>,
 }
 
@@ -170,7 +175,7 @@ impl<'a> Loop<'a> {
     ) -> Self {
         let cache = PrefixCache::new(options.cache_bytes);
         let (waiting, reading, writing) = (VecDeque::new(), VecDeque::new(), Vec::new());
-        Loop { lm, tokenizer, options, metrics, abort, cache, waiting, reading, writing }
+        Loop { lm, tokenizer, options, metrics, abort, cache, waiting, reading, passed: false, writing }
     }
 
     /// Until nobody can send jobs any more and all have ended.
@@ -231,7 +236,7 @@ impl<'a> Loop<'a> {
             }
             None => true,
         });
-        self.writing.retain(|writing| match why(writing.events(), writing.deadline()) {
+        self.writing.retain_mut(|writing| match why(writing.events(), writing.deadline()) {
             Some((end, failure)) => {
                 writing.fail(metrics, end, failure);
                 false
@@ -276,76 +281,75 @@ impl<'a> Loop<'a> {
 
     /// One pass through the model.
     fn step(&mut self) {
-        let mut reading = self.reading.pop_front();
-        if reading.is_none() && self.writing.is_empty() {
+        let mut reading = self.next_pieces();
+        if reading.is_empty() && self.writing.is_empty() {
             return;
         }
-        let logits = catch_unwind(AssertUnwindSafe(|| self.pass(reading.as_mut())));
-        let logits = match logits {
-            Ok(Ok(logits)) => logits,
-            failed => {
-                let failure = match failed {
-                    Ok(Err(error)) => Failure::Internal(error.to_string()),
-                    _ => Failure::Internal("the model broke down".into()),
-                };
-                self.writing.drain(..).for_each(|writing| writing.fail(self.metrics, End::Failed, failure.clone()));
-                if let Some(mut reading) = reading {
-                    reading.fail(self.metrics, End::Failed, &failure);
-                }
-                return;
-            }
+        let metrics = self.metrics;
+        let failure = match catch_unwind(AssertUnwindSafe(|| self.pass(&mut reading))) {
+            Ok(Ok(())) => None,
+            Ok(Err(error)) => Some(Failure::Internal(error.to_string())),
+            Err(_) => Some(Failure::Internal("the model broke down".into())),
         };
-        let (metrics, mut at) = (self.metrics, 0);
-        self.writing.retain_mut(|writing| {
-            at += 1;
-            writing.choose(&logits[at - 1], metrics)
-        });
-        if let Some(reading) = reading {
+        self.writing.retain(|writing| !writing.is_over());
+        if let Some(failure) = failure {
+            self.writing.drain(..).for_each(|mut writing| writing.fail(metrics, End::Failed, failure.clone()));
+            reading.iter_mut().for_each(|reading| reading.fail(metrics, End::Failed, &failure));
+            return;
+        }
+        for reading in reading {
             reading.offer(&mut self.cache);
             if reading.is_done() {
-                let last = logits.last().map_or(&[][..], |logits| logits);
-                self.writing.extend(reading.finish(last, self.tokenizer, self.lm, metrics));
+                self.writing.extend(reading.finish(self.tokenizer, self.lm, metrics));
             } else {
                 self.reading.push_back(reading);
             }
         }
     }
 
-    /// The logits after the token of each sequence being generated, in their order; behind them, those after a prompt that is done.
-    fn pass(&mut self, mut reading: Option<&mut Reading>) -> hymba::Result<Vec<Vec<f32>>> {
-        let mut rows: Vec<Vec<u32>> = self.writing.iter().map(|writing| vec![writing.next()]).collect();
-        let mut first = vec![0; rows.len()];
-        let mut states: Vec<_> = self.writing.iter_mut().filter_map(Writing::take_state).collect();
-        if let Some(reading) = &mut reading {
-            let piece = reading.piece();
-            first.push(reading.first());
-            rows.push(piece.to_vec());
-            states.extend(reading.take_state());
-        }
-        self.metrics.steps.add(1);
-        self.metrics.rows.add(rows.len());
-        let writing = self.writing.len();
-        let mut logits: Vec<Vec<f32>> = vec![Vec::new(); writing];
-        let mut states = states.into_iter();
-        let Some(mut state) = states.next() else { return Ok(logits) };
-        states.try_for_each(|other| state.append(other))?;
-        let mut of_prompt = reading.as_deref_mut();
-        self.lm.prefill_each(&rows, &mut state, &first, |row, i, new| {
-            if row < writing {
-                logits[row] = new.to_vec();
-            } else if let Some(reading) = &mut of_prompt
-                && reading.hear(i, new)
-            {
-                logits.push(new.to_vec());
+    /// The prompts whose next pieces are read together: at least one, if there is any, and others that fit. The one with the least to
+    /// read goes first, and in the next step the one that it has passed, so that a short prompt need not wait for a long one, nor the
+    /// long one for many short ones.
+    fn next_pieces(&mut self) -> Vec<Reading> {
+        let shortest = (0..self.reading.len()).min_by_key(|&i| self.reading[i].left()).filter(|_| !self.passed);
+        self.passed = shortest.is_some_and(|i| i > 0);
+        let (mut next, mut tokens, mut at) = (Vec::new(), 0, shortest.unwrap_or(0));
+        while let Some(reading) = self.reading.get(at) {
+            let piece = reading.piece().len();
+            if next.is_empty() {
+                next.extend(self.reading.remove(at));
+                (tokens, at) = (piece, 0);
+            } else if tokens + piece <= self.options.piece {
+                next.extend(self.reading.remove(at));
+                tokens += piece;
+            } else {
+                at += 1;
             }
+        }
+        next
+    }
+
+    /// Each sequence being generated takes its token and chooses the next; prompts hear what they want to know.
+    fn pass(&mut self, reading: &mut [Reading]) -> hymba::Result<()> {
+        let (metrics, writing) = (self.metrics, &mut self.writing);
+        let next = writing.iter().map(|writing| vec![writing.next()]);
+        let rows: Vec<Vec<u32>> = next.chain(reading.iter().map(|reading| reading.piece().to_vec())).collect();
+        let first: Vec<usize> = writing.iter().map(|_| 0).chain(reading.iter().map(Reading::first)).collect();
+        let states = writing.iter_mut().filter_map(Writing::take_state);
+        let mut states = states.chain(reading.iter_mut().filter_map(Reading::take_state));
+        let Some(mut state) = states.next() else { return Ok(()) };
+        states.try_for_each(|other| state.append(other))?;
+        metrics.steps.add(1);
+        metrics.rows.add(rows.len());
+        let count = writing.len();
+        // from the logits as they are: they are large
+        self.lm.prefill_each(&rows, &mut state, &first, |row, i, logits| match row.checked_sub(count) {
+            None => writing[row].choose(logits, metrics),
+            Some(row) => reading[row].hear(i, logits),
         })?;
         let mut states = state.into_rows().into_iter();
-        for writing in &mut self.writing {
-            writing.put_state(states.next());
-        }
-        if let Some(reading) = reading {
-            reading.read(states.next());
-        }
-        Ok(logits)
+        writing.iter_mut().for_each(|writing| writing.put_state(states.next()));
+        reading.iter_mut().for_each(|reading| reading.read(states.next()));
+        Ok(())
     }
 }

@@ -13,7 +13,7 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use hymba::HymbaLm;
 use hymba::lm::{ChatOptions, GenerateOptions, Tokenizer};
-use serde_json::json;
+use serde_json::{Value, json};
 use tokio::sync::mpsc::unbounded_channel;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 
@@ -67,7 +67,7 @@ pub fn service(
         Some(&eos) => Some(super::schema::Schemas::new(&vocabulary, eos)?),
         None => None,
     };
-    let options = EngineOptions { rows: limits.concurrent, cache_bytes: limits.cache_bytes };
+    let options = EngineOptions { rows: limits.concurrent, piece: limits.piece, cache_bytes: limits.cache_bytes };
     // what the meta tokens leave behind, before the first request waits for it
     lm.new_state(1);
     let engine = Arc::new(Engine::start(Arc::new(lm), tokenizer.clone(), options, metrics.clone())?);
@@ -169,26 +169,16 @@ async fn complete(State(language): State<Arc<Language>>, request: Request) -> Ap
     let prompt_tokens = prompts.iter().map(|prompt| prompt.ids.len()).sum();
     let choices = prompts.len() * per_prompt;
     let events = language.submit(prompts, permits, &options, max_tokens, per_prompt, log_probs, score_prompt)?;
-    let answer = Answer {
-        id: language.id("cmpl"),
-        created: now(),
-        model: language.name.clone(),
-        kind: Kind::Completion { echo: echoes.then_some(echo) },
-        choices,
-        per_prompt,
-        prompt_tokens,
-        log_probs: log_probs.is_some(),
-        include_usage: asked.sampling.includes_usage(),
-        vocabulary: language.vocabulary.clone(),
-    };
-    respond(answer, events, asked.sampling.stream).await
+    let kind = Kind::Completion { echo: echoes.then_some(echo) };
+    let answer = language.answer("cmpl", kind, &asked.sampling, log_probs.is_some(), per_prompt, prompt_tokens);
+    respond(Answer { choices, ..answer }, events, asked.sampling.stream).await
 }
 
 async fn chat(State(language): State<Arc<Language>>, request: Request) -> ApiResult<Response> {
     let asked: ChatRequest = http::json(request, &language.limits).await?;
     language.check_model(asked.sampling.model.as_deref())?;
     let log_probs = asked.alternatives()?;
-    let (messages, tools) = (asked.messages()?, asked.tools()?);
+    let (messages, (tools, must_call)) = (asked.messages()?, asked.tools()?);
     let (per_prompt, mut options) = language.options(&asked.sampling)?;
     let permits = language.permits(1, per_prompt)?;
     let with_tools = !tools.is_empty();
@@ -196,7 +186,7 @@ async fn chat(State(language): State<Arc<Language>>, request: Request) -> ApiRes
     let max_tokens = asked.max_completion_tokens.or(asked.max_tokens).unwrap_or(usize::MAX);
     let (prompt, options, permits) = blocking(move || {
         options.stop_strings.extend(encoding.tokenizer.chat_stop_strings());
-        let options = encoding.format(format, options)?;
+        let options = encoding.format(format, must_call, options)?;
         let chat = ChatOptions::new().tools(tools);
         let Language { tokenizer, vocabulary, limits, .. } = &*encoding;
         let check = |tokens| encoding.check_length(tokens, max_tokens);
@@ -206,18 +196,8 @@ async fn chat(State(language): State<Arc<Language>>, request: Request) -> ApiRes
     .await?;
     let prompt_tokens = prompt.ids.len();
     let events = language.submit(vec![prompt], permits, &options, max_tokens, per_prompt, log_probs, false)?;
-    let answer = Answer {
-        id: language.id("chatcmpl"),
-        created: now(),
-        model: language.name.clone(),
-        kind: Kind::Chat { tools: with_tools },
-        choices: per_prompt,
-        per_prompt,
-        prompt_tokens,
-        log_probs: log_probs.is_some(),
-        include_usage: asked.sampling.includes_usage(),
-        vocabulary: language.vocabulary.clone(),
-    };
+    let kind = Kind::Chat { tools: with_tools };
+    let answer = language.answer("chatcmpl", kind, &asked.sampling, log_probs.is_some(), per_prompt, prompt_tokens);
     respond(answer, events, asked.sampling.stream).await
 }
 
@@ -240,12 +220,8 @@ async fn blocking<T: Send + 'static>(work: impl FnOnce() -> ApiResult<T> + Send 
     done.await.unwrap_or_else(|_| Err(ApiError::internal("reading a request broke down")))
 }
 
-fn now() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs())
-}
-
 impl Language {
-    fn description(&self) -> serde_json::Value {
+    fn description(&self) -> Value {
         json!({
             "id": self.name, "object": "model", "created": self.created, "owned_by": "hymba", "max_model_len": self.context,
         })
@@ -262,28 +238,62 @@ impl Language {
         format!("{kind}-{:016x}", self.random.hash_one(self.count.fetch_add(1, Ordering::Relaxed)))
     }
 
+    /// An answer to one prompt.
+    fn answer(
+        &self,
+        id: &str,
+        kind: Kind,
+        sampling: &Sampling,
+        log_probs: bool,
+        per_prompt: usize,
+        prompt_tokens: usize,
+    ) -> Answer {
+        Answer {
+            id: self.id(id),
+            created: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs()),
+            model: self.name.clone(),
+            kind,
+            choices: per_prompt,
+            per_prompt,
+            prompt_tokens,
+            log_probs,
+            include_usage: sampling.includes_usage(),
+            vocabulary: self.vocabulary.clone(),
+        }
+    }
+
     /// Continuations of each prompt, and the options that they have in common.
     fn options(&self, sampling: &Sampling) -> ApiResult<(usize, GenerateOptions)> {
         let random = self.random.hash_one((self.count.fetch_add(1, Ordering::Relaxed), 1));
         Ok((sampling.count(self.limits.concurrent)?, sampling.options(&self.defaults, random)?))
     }
 
+    /// Holds an answer to a format, or to a call of one of some functions.
     #[cfg(feature = "schema")]
-    fn format(&self, format: Option<ResponseFormat>, options: GenerateOptions) -> ApiResult<GenerateOptions> {
-        match (format, &self.schemas) {
-            (None | Some(ResponseFormat::Text), _) => Ok(options),
-            (Some(format), Some(schemas)) => schemas.apply(&format, options),
-            (Some(_), None) => Err(ApiError::field("response_format", "the model has no token that ends a text")),
+    fn format(
+        &self,
+        format: Option<ResponseFormat>,
+        must_call: Option<Vec<Value>>,
+        options: GenerateOptions,
+    ) -> ApiResult<GenerateOptions> {
+        match (format, must_call, &self.schemas) {
+            (None | Some(ResponseFormat::Text), None, _) => Ok(options),
+            (_, Some(functions), Some(schemas)) => schemas.call(&functions, options),
+            (Some(format), None, Some(schemas)) => schemas.apply(&format, options),
+            (_, _, None) => Err(ApiError::bad("the model has no token that ends a text held to a form")),
         }
     }
 
     #[cfg(not(feature = "schema"))]
-    fn format(&self, format: Option<ResponseFormat>, options: GenerateOptions) -> ApiResult<GenerateOptions> {
-        match format {
-            None | Some(ResponseFormat::Text) => Ok(options),
-            Some(ResponseFormat::JsonObject | ResponseFormat::JsonSchema { .. }) => {
-                Err(ApiError::field("response_format", "this server was built without the feature `schema`"))
-            }
+    fn format(
+        &self,
+        format: Option<ResponseFormat>,
+        must_call: Option<Vec<Value>>,
+        options: GenerateOptions,
+    ) -> ApiResult<GenerateOptions> {
+        match (format, must_call) {
+            (None | Some(ResponseFormat::Text), None) => Ok(options),
+            _ => Err(ApiError::bad("answers are held to no form: this server was built without the feature `schema`")),
         }
     }
 

@@ -11,9 +11,9 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use futures_util::SinkExt;
 use hymba::ndarray::{Array2, Array3, ArrayView1};
-use hymba::{Predictor, PredictorState, softmax};
+use hymba::{Predictor, PredictorState};
 use serde::Deserialize;
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 use tokio::sync::{Semaphore, watch};
 use tokio::time::{Instant, timeout, timeout_at};
 
@@ -21,7 +21,7 @@ use super::Limits;
 use super::error::{ApiError, ApiResult, Failure};
 use super::http::{self, Service};
 use super::metrics::Metrics;
-use crate::series::Model;
+use crate::series::{Answer, Model, Said};
 
 /// Bytes of a message on a stream, at most.
 const LONGEST_MESSAGE: usize = 1 << 20;
@@ -206,23 +206,15 @@ impl Series {
 
     fn describe(&self, row: ArrayView1<f32>, value: &mut Value) {
         let task = self.model.task();
-        if task.labels().is_empty() {
-            value["values"] = row.iter().copied().map(Value::from).collect();
-            return;
+        let answer = Answer::of(task, row);
+        match &answer.said {
+            Said::Numbers => value["values"] = json!(answer.numbers),
+            Said::Class(class) => value["label"] = json!(class),
+            Said::Labels(labels) => value["labels"] = json!(labels),
         }
-        let probabilities = match task.is_multi_label() {
-            true => row.mapv(|logit| 1.0 / (1.0 + (-logit).exp())),
-            false => softmax(&row.to_owned()),
-        };
-        let named = task.labels().iter().cloned().zip(probabilities.iter().copied().map(Value::from));
-        if task.is_multi_label() {
-            let labels = task.labels().iter().zip(&probabilities).filter(|(_, probability)| **probability > 0.5);
-            value["labels"] = labels.map(|(label, _)| Value::from(label.as_str())).collect();
-        } else {
-            let best = hymba::argmax(&row.to_owned()).into_scalar();
-            value["label"] = task.labels()[best].clone().into();
+        if !matches!(answer.said, Said::Numbers) {
+            value["probabilities"] = answer.probabilities(task);
         }
-        value["probabilities"] = Value::Object(named.collect::<Map<_, _>>());
     }
 }
 

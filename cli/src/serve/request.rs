@@ -221,22 +221,31 @@ impl ChatRequest {
         alternatives("top_logprobs", asked.then(|| self.top_logprobs.unwrap_or(0)))
     }
 
-    /// The tools that the model may call, without what could forge turns.
-    pub fn tools(&self) -> ApiResult<Vec<Value>> {
-        match &self.tool_choice {
-            None | Some(Value::Null) => {}
-            Some(Value::String(choice)) if choice == "auto" => {}
-            Some(Value::String(choice)) if choice == "none" => return Ok(Vec::new()),
-            Some(_) => {
-                return Err(ApiError::field(
-                    "tool_choice",
-                    "the model chooses itself: only auto and none are possible",
-                ));
-            }
-        }
+    /// The functions that the model may call, and those of which it must call one, without what could forge turns.
+    pub fn tools(&self) -> ApiResult<(Vec<Value>, Option<Vec<Value>>)> {
         let mut tools: Vec<Value> = self.tools.iter().flatten().map(tools::described).collect::<ApiResult<_>>()?;
         tools.iter_mut().for_each(json_without_marks);
-        Ok(tools)
+        let wrong = |message: &str| Err(ApiError::field("tool_choice", message));
+        let must = match &self.tool_choice {
+            None | Some(Value::Null) => None,
+            Some(Value::String(choice)) => match choice.as_str() {
+                "auto" => None,
+                "none" => return Ok((Vec::new(), None)),
+                "required" => Some(tools.clone()),
+                _ => return wrong("it is auto, none, required or a function"),
+            },
+            Some(choice) => {
+                let name = choice.pointer("/function/name").and_then(Value::as_str).map(without_marks);
+                Some(tools.iter().filter(|tool| tool["name"].as_str() == name.as_deref()).cloned().collect())
+            }
+        };
+        match &must {
+            Some(functions) if functions.is_empty() => wrong("none of the tools is what it asks for"),
+            Some(_) if !matches!(self.response_format, None | Some(ResponseFormat::Text)) => {
+                wrong("an answer cannot be a call and have a response_format")
+            }
+            _ => Ok((tools, must)),
+        }
     }
 
     /// What was said, without what could forge turns.

@@ -10,6 +10,7 @@ use serde_json::{Value, json};
 
 use super::error::{ApiError, ApiResult};
 use super::request::ResponseFormat;
+use super::tools;
 use super::vocabulary::Vocabulary;
 
 /// What schemas are compiled with, for the vocabulary of a model.
@@ -40,24 +41,46 @@ impl Schemas {
             ResponseFormat::JsonObject => json!({"type": "object"}),
             ResponseFormat::JsonSchema { json_schema } => json_schema.schema.clone(),
         };
-        let processor = self.processor(schema)?;
-        // it ends where the schema lets it, by one token
-        Ok(options.stop_tokens(vec![self.eos]).processor(processor))
+        self.held_to(TopLevelGrammar::from_json_schema(formed(schema)), "response_format", options)
     }
 
-    fn processor(&self, mut schema: Value) -> ApiResult<SchemaProcessor> {
-        // one space at most, and none where a model might go on with them for ever; these are regular expressions, ours alone
-        if let Some(schema) = schema.as_object_mut() {
-            let form = json!({"whitespace_flexible": false, "key_separator": ": ?", "item_separator": ", ?"});
-            schema.insert("x-guidance".into(), form);
-        }
-        let parser = self.factory.create_parser(TopLevelGrammar::from_json_schema(schema));
-        let matcher = Matcher::new(parser);
-        match matcher.get_error() {
-            Some(error) => Err(ApiError::field("response_format", format!("the schema cannot be used: {error}"))),
-            None => Ok(SchemaProcessor(Mutex::new(matcher))),
-        }
+    /// Options of an answer that calls one of these functions.
+    pub fn call(&self, functions: &[Value], options: GenerateOptions) -> ApiResult<GenerateOptions> {
+        let call = |function: &Value| {
+            let any = json!({"type": "object"});
+            let arguments = function.get("parameters").filter(|schema| schema.is_object()).unwrap_or(&any);
+            json!({
+                "type": "object", "required": ["name", "arguments"], "additionalProperties": false,
+                "properties": {"name": {"const": function["name"]}, "arguments": arguments},
+            })
+        };
+        let calls = formed(json!({"anyOf": functions.iter().map(call).collect::<Vec<_>>()}));
+        let grammar = format!("start: \"{} \" call \" {}\"\ncall: %json {calls}\n", tools::BEGIN, tools::END);
+        self.held_to(TopLevelGrammar::from_lark(grammar), "tools", options)
     }
+
+    fn held_to(
+        &self,
+        grammar: TopLevelGrammar,
+        field: &'static str,
+        options: GenerateOptions,
+    ) -> ApiResult<GenerateOptions> {
+        let matcher = Matcher::new(self.factory.create_parser(grammar));
+        if let Some(error) = matcher.get_error() {
+            return Err(ApiError::field(field, format!("the schema cannot be used: {error}")));
+        }
+        // it ends where the grammar lets it, by one token
+        Ok(options.stop_tokens(vec![self.eos]).processor(SchemaProcessor(Mutex::new(matcher))))
+    }
+}
+
+/// With one space at most, and none where a model might go on with them for ever; these are regular expressions, ours alone.
+fn formed(mut schema: Value) -> Value {
+    if let Some(schema) = schema.as_object_mut() {
+        let form = json!({"whitespace_flexible": false, "key_separator": ": ?", "item_separator": ", ?"});
+        schema.insert("x-guidance".into(), form);
+    }
+    schema
 }
 
 struct SchemaProcessor(Mutex<Matcher>);

@@ -5,8 +5,8 @@ use serde_json::{Value, json};
 
 use super::error::{ApiError, ApiResult};
 
-const BEGIN: &str = "<toolcall>";
-const END: &str = "</toolcall>";
+pub const BEGIN: &str = "<toolcall>";
+pub const END: &str = "</toolcall>";
 
 /// A tool of OpenAI's as the template writes it.
 pub fn described(tool: &Value) -> ApiResult<Value> {
@@ -39,30 +39,113 @@ pub fn written(calls: &[Value]) -> ApiResult<String> {
         .ok_or_else(|| ApiError::field("messages", "each of tool_calls needs a function with a name and arguments"))
 }
 
-/// An answer's text without its calls, and the calls as OpenAI has them. What is no call stays text.
-pub fn calls(answer: &str, id: &str) -> (String, Vec<Value>) {
-    let (mut text, mut calls, mut rest) = (String::new(), Vec::new(), answer);
-    while let Some(begin) = rest.find(BEGIN) {
-        let inside = &rest[begin + BEGIN.len()..];
-        let end = inside.find(END).unwrap_or(inside.len());
-        let Some(found) = functions(&inside[..end]) else { break };
-        text.push_str(&rest[..begin]);
-        for (name, arguments) in found {
-            let id = format!("call_{id}_{}", calls.len());
-            let function = json!({"name": name, "arguments": arguments.to_string()});
-            calls.push(json!({"id": id, "type": "function", "function": function}));
-        }
-        rest = inside[end..].strip_prefix(END).unwrap_or_default();
+/// A part of an answer.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Part {
+    Text(String),
+    /// A call as OpenAI has it, and which one it is.
+    Call {
+        index: usize,
+        call: Value,
+    },
+}
+
+/// Tells calls from text while an answer comes in pieces. What may be the beginning of a call is held back until it is known, and so is
+/// the white space in front of it, as nothing but a call ends an answer that has one. What is no call stays text.
+pub struct Parts {
+    /// Of the answer, for the names of its calls.
+    id: String,
+    /// Text that may be a call, or the beginning of one.
+    held: String,
+    space: String,
+    calls: usize,
+}
+
+impl Parts {
+    pub fn new(id: String) -> Self {
+        Parts { id, held: String::new(), space: String::new(), calls: 0 }
     }
-    text.push_str(rest);
-    if !calls.is_empty() {
-        text.truncate(text.trim_end().len());
+
+    /// Calls so far.
+    pub fn calls(&self) -> usize {
+        self.calls
+    }
+
+    /// Takes the next piece and gives what is now certain.
+    pub fn push(&mut self, piece: &str) -> Vec<Part> {
+        self.held.push_str(piece);
+        self.certain(false)
+    }
+
+    /// The end of the answer: gives what was held back.
+    pub fn finish(&mut self) -> Vec<Part> {
+        let mut parts = self.certain(true);
+        let space = std::mem::take(&mut self.space);
+        if self.calls == 0 && !space.is_empty() {
+            parts.push(Part::Text(space));
+        }
+        parts
+    }
+
+    fn certain(&mut self, ended: bool) -> Vec<Part> {
+        let mut parts = Vec::new();
+        while let Some(begin) = self.held.find(BEGIN) {
+            self.release(begin, &mut parts);
+            let inside = &self.held[BEGIN.len()..];
+            let looks_like_json = inside.trim_start().chars().next().is_none_or(|first| matches!(first, '{' | '['));
+            let (call, after) = match inside.find(END) {
+                Some(end) => (&inside[..end], end + END.len()),
+                None if looks_like_json && !ended => return parts,
+                None => (inside, inside.len()),
+            };
+            match functions(call) {
+                Some(found) if looks_like_json => {
+                    parts.extend(found.into_iter().map(|function| self.call(function)));
+                    self.held.drain(..BEGIN.len() + after);
+                }
+                _ => self.release(BEGIN.len(), &mut parts),
+            }
+        }
+        let beginning = (1..BEGIN.len()).rev().find(|&count| self.held.ends_with(&BEGIN[..count]) && !ended);
+        self.release(self.held.len() - beginning.unwrap_or(0), &mut parts);
+        parts
+    }
+
+    fn call(&mut self, (name, arguments): (String, String)) -> Part {
+        let index = self.calls;
+        self.calls += 1;
+        let (id, function) = (format!("call_{}_{index}", self.id), json!({"name": name, "arguments": arguments}));
+        Part::Call { index, call: json!({"id": id, "type": "function", "function": function}) }
+    }
+
+    /// Gives out the first bytes of what is held as text, but for white space at its end.
+    fn release(&mut self, bytes: usize, parts: &mut Vec<Part>) {
+        self.space.extend(self.held.drain(..bytes));
+        let text = self.space.trim_end().len();
+        if text > 0 {
+            let space = self.space.split_off(text);
+            parts.push(Part::Text(std::mem::replace(&mut self.space, space)));
+        }
+    }
+}
+
+/// An answer's text without its calls, and the calls.
+pub fn calls(answer: &str, id: &str) -> (String, Vec<Value>) {
+    let mut stream = Parts::new(id.to_owned());
+    let mut parts = stream.push(answer);
+    parts.extend(stream.finish());
+    let (mut text, mut calls) = (String::new(), Vec::new());
+    for part in parts {
+        match part {
+            Part::Text(piece) => text += &piece,
+            Part::Call { call, .. } => calls.push(call),
+        }
     }
     (text, calls)
 }
 
 /// The name and arguments of one call, or of several in a list.
-fn functions(written: &str) -> Option<Vec<(String, Value)>> {
+fn functions(written: &str) -> Option<Vec<(String, String)>> {
     let value: Value = serde_json::from_str(written.trim()).ok()?;
     let all = match value {
         Value::Array(all) if !all.is_empty() => all,
@@ -71,8 +154,12 @@ fn functions(written: &str) -> Option<Vec<(String, Value)>> {
     };
     let one = |call: &Value| {
         let name = call.get("name")?.as_str()?.to_owned();
-        let arguments = call.get("arguments").or_else(|| call.get("parameters")).cloned();
-        Some((name, arguments.unwrap_or_else(|| json!({}))))
+        let arguments = match call.get("arguments").or_else(|| call.get("parameters")) {
+            None => "{}".to_owned(),
+            Some(Value::String(arguments)) => arguments.clone(),
+            Some(arguments) => arguments.to_string(),
+        };
+        Some((name, arguments))
     };
     all.iter().map(one).collect()
 }
@@ -98,6 +185,41 @@ mod tests {
         {
             assert_eq!(calls(text, "7"), (text.to_owned(), vec![]));
         }
+        let (text, found) = calls("a <toolcall> {} </toolcall> b <toolcall>{\"name\": \"c\"}</toolcall>\n", "7");
+        assert_eq!((text.as_str(), found.len()), ("a <toolcall> {} </toolcall> b", 1));
         assert!(written(&[json!({"id": 1})]).is_err());
+    }
+    #[test]
+    fn pieces_make_no_difference() {
+        let call = "<toolcall> {\"name\": \"clock\", \"arguments\": {\"a\": \"<b>\"}} </toolcall>";
+        for answer in [
+            format!("Wait. \n{call} {call}\n"),
+            format!("{call} and so on "),
+            format!("a <b <toolcal <toolcall> x {call}"),
+            "<toolcall> {\"name\": \"cut\", \"argum".into(),
+            "<toolcall> {\"name\": \"not closed\"}".into(),
+            " only text, é€ < \n\n".into(),
+        ] {
+            let (text, found) = calls(&answer, "7");
+            for step in 1..12 {
+                let (mut stream, mut together, mut told) = (Parts::new("7".into()), String::new(), Vec::new());
+                let characters: Vec<char> = answer.chars().collect();
+                let mut parts = Vec::new();
+                for piece in characters.chunks(step) {
+                    parts.extend(stream.push(&piece.iter().collect::<String>()));
+                    // nothing waits that is not the beginning of a call, or white space before one
+                    let held = &stream.held;
+                    assert!(BEGIN.starts_with(held.as_str()) || held.starts_with(BEGIN), "{held:?}");
+                }
+                parts.extend(stream.finish());
+                for part in parts {
+                    match part {
+                        Part::Text(piece) => together += &piece,
+                        Part::Call { call, .. } => told.push(call),
+                    }
+                }
+                assert_eq!((&together, &told), (&text, &found), "{answer:?} in pieces of {step}");
+            }
+        }
     }
 }

@@ -128,8 +128,9 @@ fn a_model_is_trained_tuned_and_looked_at() {
     let (model, adapter) = (path("model"), path("adapter"));
     let trained = hymba(&["train-lm", &path("text.txt"), "--out", &model, "--hidden", "64", "--layers", "2"]);
     assert_eq!(trained.code, 0, "{}", trained.stderr);
-    assert!(trained.stdout.is_empty() && trained.stderr.contains("epoch 1: training loss"), "{}", trained.stderr);
+    assert!(trained.stdout.is_empty() && trained.stderr.contains("tokens/s, training loss"), "{}", trained.stderr);
     assert!(!folder.path().join("model.checkpoint").exists());
+    assert!(fs::read_to_string(folder.path().join("model/curve.svg")).unwrap().contains("held out"));
     assert_eq!(hymba(&["info", &model, "--json"]).json()["options"]["text"], "bytes");
 
     let lines: String = (0..20).map(|i| format!("{{\"text\": \"line {i} of some lines\"}}\n")).collect();
@@ -142,12 +143,47 @@ fn a_model_is_trained_tuned_and_looked_at() {
     assert_eq!(hymba(&["info", &adapter, "--json"]).json()["kind"], "low-rank adapter of a language model");
     hymba(&["complete", &model, "line", "--lora", &adapter, "--max-tokens", "5"]).success();
 
+    // random weights in 4 bits, of which there are no files
+    fs::create_dir(path("sizes")).unwrap();
+    fs::copy(data("byte_lm/config.json"), path("sizes/config.json")).unwrap();
+    let arguments = ["--random", "--quantize", "4", "--recompute", "--epochs", "3", "--learning-rate", "0.01"];
+    let (sizes, lines, out) = (path("sizes"), path("lines.jsonl"), path("of-random"));
+    let tuned = hymba(&[&["finetune", &sizes, &lines, "--out", &out][..], &arguments].concat());
+    assert_eq!(tuned.code, 0, "{}", tuned.stderr);
+    let losses: Vec<f64> = tuned
+        .stderr
+        .lines()
+        .filter_map(|line| line.split_once("training loss ")?.1.split_once(',')?.0.parse().ok())
+        .collect();
+    assert!(losses.len() == 3 && losses[2] < losses[0], "{}", tuned.stderr);
+    assert!(!cfg!(target_os = "linux") || tuned.stderr.contains("of memory at most"), "{}", tuned.stderr);
+
     // what is wrong is said, and told by the exit code
     fs::write(format!("{model}/model.safetensors"), b"damaged").unwrap();
     let info = hymba(&["info", &model, "--json"]);
     assert_eq!((info.code, info.stderr.lines().count()), (1, 1));
     let json: serde_json::Value = serde_json::from_str(&info.stdout).unwrap();
     assert!(json["problem"].as_str().unwrap().contains("model.safetensors"), "{json}");
+}
+
+#[test]
+fn a_tokenizer_is_trained_with_the_model() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).to_str().unwrap().to_string();
+    let text = fs::read(data("byte_lm/text.txt")).unwrap();
+    fs::write(path("text.txt"), &text[..6000]).unwrap();
+    let train = |size: &str, out: &str| {
+        let small = ["--hidden", "64", "--layers", "1", "--window", "64"];
+        hymba(&[&["train-lm", &path("text.txt"), "--out", &path(out), "--vocabulary", size][..], &small].concat())
+    };
+    let trained = train("400", "model");
+    assert_eq!(trained.code, 0, "{}", trained.stderr);
+    assert_eq!(HymbaLm::from_dir(path("model")).unwrap().config().vocab_size, 400);
+    hymba(&["complete", &path("model"), "line", "--max-tokens", "5"]).success();
+    let json = hymba(&["perplexity", &path("model"), &path("text.txt"), "--json"]).json();
+    assert!(json["tokens"].as_f64().unwrap() < 6000.0, "{json}");
+    let refused = train("100", "other");
+    assert!(refused.code == 1 && refused.stderr.contains("as many at least"), "{}", refused.stderr);
 }
 
 #[test]

@@ -3,8 +3,8 @@
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
 
-use hymba::ndarray::Array2;
-use hymba::{Predictor, softmax};
+use hymba::ndarray::{Array2, arr2};
+use hymba::{HymbaOptions, Predictor, Task, softmax};
 
 use crate::support::{command, examples, hymba, hymba_with};
 
@@ -112,4 +112,38 @@ fn a_stream_is_answered_line_by_line_at_once() {
     let bad = hymba_with(&["predict", &model, "--stream"], "1,2\n1,2,3\n");
     assert_eq!((bad.code, bad.stdout.lines().count()), (1, 2));
     assert_eq!(bad.stderr, "hymba: line 2: it has 3 numbers, and the model's frames have 2\n");
+}
+
+#[test]
+fn several_labels_have_probabilities_of_their_own() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).to_str().unwrap().to_string();
+    fs::write(path("data.csv"), "id,time,x,y\na,0,0.5,-1\na,1,2,3\nb,0,-4,1\n").unwrap();
+    let options = HymbaOptions::new(2).hidden_size(16).num_layers(1);
+    let predictor = Predictor::build(options, Task::multi_label(["rain", "wind", "a;b"])).unwrap();
+    predictor.save(path("m.safetensors")).unwrap();
+    let series = [arr2(&[[0.5, -1.0], [2.0, 3.0]]), arr2(&[[-4.0, 1.0]])];
+    let want = predictor.predict_series(&series).unwrap().mapv(|logit| 1.0 / (1.0 + (-logit).exp()));
+    let labels = |row: usize| -> Vec<&str> {
+        ["rain", "wind", "a;b"]
+            .into_iter()
+            .zip(want.row(row))
+            .filter(|(_, p)| **p > 0.5)
+            .map(|(label, _)| label)
+            .collect()
+    };
+
+    let csv = hymba(&["predict", &path("m.safetensors"), &path("data.csv")]).success();
+    let lines: Vec<&str> = csv.lines().collect();
+    assert_eq!(lines[0], "series,predicted,p(rain),p(wind),p(a;b)");
+    for (i, id) in ["a", "b"].into_iter().enumerate() {
+        let numbers: Vec<String> = want.row(i).iter().map(f32::to_string).collect();
+        assert_eq!(lines[i + 1], format!("{id},{},{}", labels(i).join(";"), numbers.join(",")));
+    }
+    let json = hymba(&["predict", &path("m.safetensors"), &path("data.csv"), "--json"]).success();
+    let first: serde_json::Value = serde_json::from_str(json.lines().next().unwrap()).unwrap();
+    assert_eq!(first["predicted"], serde_json::json!(labels(0)));
+    assert_eq!(first["probabilities"]["wind"].as_f64().unwrap() as f32, want[[0, 1]]);
+    let stream = hymba_with(&["predict", &path("m.safetensors"), "--stream"], "-4,1\n").success();
+    assert_eq!(stream.lines().nth(1).unwrap().split(',').nth(1), Some(labels(1).join(";").as_str()));
 }

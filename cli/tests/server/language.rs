@@ -236,9 +236,58 @@ fn tools_are_told_of() {
     assert!(with["usage"]["prompt_tokens"].as_u64() > without["usage"]["prompt_tokens"].as_u64());
     let streamed = json!({"messages": messages, "tools": [tool], "max_tokens": 8, "stream": true});
     let events = server.post(CHAT, &streamed).events();
-    let text: Value = serde_json::from_str(&events[1]).unwrap();
-    assert_eq!(text["choices"][0]["delta"]["content"], with["choices"][0]["message"]["content"]);
+    let chunks: Vec<Value> = events.iter().filter_map(|event| serde_json::from_str(event).ok()).collect();
+    let pieces = chunks.iter().filter_map(|chunk| chunk["choices"][0]["delta"]["content"].as_str());
+    let text: Vec<&str> = pieces.filter(|piece| !piece.is_empty()).collect();
+    assert_eq!(text.concat(), with["choices"][0]["message"]["content"].as_str().unwrap());
+    assert!(text.len() > 2, "it comes piece by piece: {events:?}");
+    assert_eq!(chunks.last().unwrap()["choices"][0]["finish_reason"], "length");
     // clients join what the pieces say
     assert_eq!(events.iter().filter(|event| event.contains("\"role\"")).count(), 1, "{events:?}");
     assert_eq!(server.post(CHAT, &json!({"messages": messages, "tools": [{}]})).status, 400);
+}
+
+#[test]
+#[cfg(feature = "schema")]
+fn a_call_can_be_asked_for() {
+    let server = Server::language(&[]);
+    let tool = |name: &str, values: Value| {
+        let parameters = json!({"type": "object", "properties": {"x": {"enum": values}}, "required": ["x"], "additionalProperties": false});
+        json!({"type": "function", "function": {"name": name, "parameters": parameters}})
+    };
+    let tools = json!([tool("a", json!([1, 2])), tool("b", json!(["one", "two"]))]);
+    let messages = json!([{"role": "user", "content": "Which?"}]);
+    let ask = |choice: Value, seed: usize, stream: bool| {
+        let body = json!({"messages": messages, "tools": tools, "tool_choice": choice, "temperature": 1.5, "seed": seed,
+            "max_tokens": 100, "stream": stream, "logprobs": true});
+        server.post(CHAT, &body)
+    };
+    for (seed, choice) in
+        [json!("required"), json!({"type": "function", "function": {"name": "b"}})].into_iter().enumerate()
+    {
+        let whole = ask(choice.clone(), seed, false).good()["choices"][0].take();
+        let call = &whole["message"]["tool_calls"][0];
+        assert_eq!(
+            (&whole["finish_reason"], &whole["message"]["content"]),
+            (&json!("tool_calls"), &Value::Null),
+            "{whole}"
+        );
+        assert!(seed == 0 || call["function"]["name"] == "b", "{whole}");
+        let arguments: Value = serde_json::from_str(call["function"]["arguments"].as_str().unwrap()).unwrap();
+        assert!([json!(1), json!(2), json!("one"), json!("two")].contains(&arguments["x"]), "{whole}");
+        // the same in pieces, with all log-probabilities
+        let chunks = ask(choice, seed, true).events();
+        let chunks: Vec<Value> = chunks.iter().filter_map(|event| serde_json::from_str(event).ok()).collect();
+        let deltas: Vec<&Value> =
+            chunks.iter().filter_map(|chunk| chunk.pointer("/choices/0/delta/tool_calls/0")).collect();
+        assert_eq!((deltas.len(), &deltas[0]["index"]), (1, &json!(0)), "{chunks:?}");
+        assert_eq!(deltas[0]["function"], call["function"]);
+        assert!(chunks.iter().all(|chunk| chunk.pointer("/choices/0/delta/content").is_none_or(|text| text == "")));
+        assert_eq!(chunks.last().unwrap()["choices"][0]["finish_reason"], "tool_calls");
+        let told = chunks.iter().filter_map(|chunk| chunk.pointer("/choices/0/logprobs/content")?.as_array());
+        assert_eq!(told.map(Vec::len).sum::<usize>(), whole["logprobs"]["content"].as_array().unwrap().len());
+    }
+    for wrong in [json!("always"), json!({"type": "function", "function": {"name": "c"}})] {
+        assert_eq!(ask(wrong, 0, false).status, 400);
+    }
 }

@@ -61,6 +61,25 @@ fn classes_of_series() {
 }
 
 #[test]
+fn several_labels_can_be_right() {
+    let options = HymbaOptions::new(3).hidden_size(16).num_layers(1);
+    let predictor = Predictor::build(options, Task::multi_label(["rain", "wind"])).unwrap();
+    let path = Path::new(env!("CARGO_TARGET_TMPDIR")).join("labels.safetensors");
+    predictor.save(&path).unwrap();
+    let server = Server::start(&path, &[]);
+    let all: Vec<_> = (0..6).map(|seed| series(5, seed)).collect();
+    let asked = json!({"series": all.iter().map(lists).collect::<Vec<_>>()});
+    let answer = server.post("/v1/classify", &asked).good();
+    let want = predictor.predict_series(&all).unwrap().mapv(|logit| 1.0 / (1.0 + (-logit).exp()));
+    for (row, want) in answer["data"].as_array().unwrap().iter().zip(want.rows()) {
+        let right: Vec<&str> =
+            ["rain", "wind"].into_iter().zip(want).filter(|(_, p)| **p > 0.5).map(|(l, _)| l).collect();
+        assert_eq!((&row["labels"], &row["label"]), (&json!(right), &Value::Null));
+        assert_eq!(row["probabilities"]["wind"].as_f64().unwrap() as f32, want[1]);
+    }
+}
+
+#[test]
 fn time_for_series_runs_out() {
     let (_, path) = predictor("late.safetensors");
     let server = Server::start(&path, &["--timeout", "0"]);

@@ -2,11 +2,12 @@
 
 use std::ops::Range;
 
-use ndarray::{ArrayView2, ArrayViewMut2};
+use ndarray::{ArrayView1, ArrayView2, ArrayViewMut2, s};
 
 use super::{Head, KEYS, QUERIES, pieces};
 use crate::kernels::math;
-use crate::kernels::matmul::{Packed, matmul_part};
+use crate::kernels::matmul::{Packed, STRIP, matmul_across, matmul_part};
+use crate::kernels::memory::Scratch;
 use crate::kernels::profiler::{Stage, timed};
 use crate::kernels::rows::{Out, Rows};
 use crate::kernels::simd::{Kernel, LANES, Simd, dispatch};
@@ -48,14 +49,22 @@ pub(crate) fn attend_backward(head: Head, output: AttentionOutput, gradient: Att
 }
 
 fn group_backward(head: Head, output: AttentionOutput, mut gradient: AttentionGradient) {
+    thread_local! {
+        static WORK: Scratch<f32> = const { Scratch::new(Vec::new()) };
+    }
     let (columns, p, v) = (head.columns(), head.key_width, head.value_width);
     let keys = Packed::from_rows(columns, p, |column| head.key(column), None);
     let values = Packed::from_rows(columns, v, |column| head.value(column), None);
     let keys_across = Packed::from_columns(p, columns, |column| head.key(column));
-    let (mut dkeys, mut dvalues) = (vec![0.0; columns * p], vec![0.0; columns * v]);
-    let mut weights = vec![0.0; QUERIES * KEYS]; // P
-    let mut dscores = vec![0.0; QUERIES * KEYS]; // dS
-    let mut transposed = vec![0.0; QUERIES * KEYS];
+    let scores = QUERIES * KEYS.next_multiple_of(STRIP);
+    let mut work = WORK.take();
+    work.resize(work.len().max(columns * (p + v) + 2 * scores + QUERIES * p), 0.0);
+    let (dkeys, rest) = work.split_at_mut(columns * p);
+    let (dvalues, rest) = rest.split_at_mut(columns * v);
+    let (weights, rest) = rest.split_at_mut(scores); // P
+    let (dscores, rest) = rest.split_at_mut(scores); // dS
+    dkeys.fill(0.0);
+    dvalues.fill(0.0);
     for (g, log_sums) in output.log_sums.columns().into_iter().enumerate() {
         let (out, dout) = (output.out.skip_columns(g * v), output.dout.skip_columns(g * v));
         let queries = head.queries.skip_columns(g * p);
@@ -64,39 +73,32 @@ fn group_backward(head: Head, output: AttentionOutput, mut gradient: AttentionGr
             let (queries, out, dout) = (queries.skip_rows(first), out.skip_rows(first), dout.skip_rows(first));
             let queries_across = Packed::from_columns(p, m, |i| queries.row(i, p));
             let dout_across = Packed::from_columns(v, m, |i| dout.row(i, v));
-            let mut dqueries = vec![0.0; m * p];
+            let dqueries = &mut rest[..m * p];
+            dqueries.fill(0.0);
             // of the frames, counted from the first of the past
             let asking = head.before() + first;
             for columns in pieces(head.meta, head.meta + head.first_seen(asking), head.meta + asking + m) {
-                let width = columns.len();
-                matmul_part(queries, m, &keys, columns.clone(), 0..p, &mut weights, width, Out::Set);
-                matmul_part(dout, m, &values, columns.clone(), 0..v, &mut dscores, width, Out::Set);
-                for i in 0..m {
-                    let frame = asking + i;
-                    let here = |from: usize, to: usize| {
-                        let place = |column: usize| column.clamp(columns.start, columns.end) - columns.start;
-                        place(from)..place(to)
-                    };
-                    dispatch(SoftmaxBackward {
-                        scores: &mut weights[i * width..][..width],
-                        dscores: &mut dscores[i * width..][..width],
-                        meta: here(0, head.meta),
-                        frames: here(head.meta + head.first_seen(frame), head.meta + frame + 1),
-                        scale: head.scale(),
-                        log_sum: log_sums[first + i],
-                        projection: dout.row(i, v).iter().zip(out.row(i, v)).map(|(dout, out)| dout * out).sum(),
-                    });
-                }
-                let scores = Rows { data: &dscores, stride: width };
-                matmul_part(scores, m, &keys_across, 0..p, columns.clone(), &mut dqueries, p, Out::Add);
-                let products = [(&queries_across, &dscores, &mut dkeys, p), (&dout_across, &weights, &mut dvalues, v)];
+                let (width, stride) = (columns.len(), columns.len().next_multiple_of(STRIP));
+                matmul_part(queries, m, &keys, columns.clone(), 0..p, weights, stride, Out::Set);
+                matmul_part(dout, m, &values, columns.clone(), 0..v, dscores, stride, Out::Set);
+                dispatch(SoftmaxBackward {
+                    head: &head,
+                    first: asking,
+                    columns: columns.clone(),
+                    scores: &mut weights[..m * stride],
+                    dscores,
+                    stride,
+                    log_sums: log_sums.slice(s![first..first + m]),
+                    out,
+                    dout,
+                });
+                let scores = Rows { data: dscores, stride };
+                matmul_part(scores, m, &keys_across, 0..p, columns.clone(), dqueries, p, Out::Add);
+                let products =
+                    [(&queries_across, &*dscores, &mut *dkeys, p), (&dout_across, &*weights, &mut *dvalues, v)];
                 for (across, from, to, size) in products {
-                    for (i, row) in from.chunks_exact(width).enumerate().take(m) {
-                        row.iter().enumerate().for_each(|(column, number)| transposed[column * m + i] = *number);
-                    }
-                    let rows = Rows { data: &transposed, stride: m };
                     let to = &mut to[columns.start * size..columns.end * size];
-                    matmul_part(rows, width, across, 0..size, 0..m, to, size, Out::Add);
+                    matmul_across(Rows { data: from, stride }, width, across, to, Out::Add);
                 }
             }
             for (i, dquery) in dqueries.chunks_exact(p).enumerate() {
@@ -106,7 +108,7 @@ fn group_backward(head: Head, output: AttentionOutput, mut gradient: AttentionGr
         }
     }
     for (from, mut past, mut frames) in
-        [(&dkeys, gradient.past_keys, gradient.keys), (&dvalues, gradient.past_values, gradient.values)]
+        [(&*dkeys, gradient.past_keys, gradient.keys), (&*dvalues, gradient.past_values, gradient.values)]
     {
         let width = frames.ncols();
         let rows = past.rows_mut().into_iter().chain(frames.rows_mut());
@@ -114,20 +116,26 @@ fn group_backward(head: Head, output: AttentionOutput, mut gradient: AttentionGr
             to.iter_mut().zip(from).for_each(|(to, from)| *to = *from);
         }
     }
+    WORK.set(work);
 }
 
-/// Turns the scores of one query into its weights P, and dout·Vᵀ into dS = P ⊙ (dout·Vᵀ − projection)·scale; both are 0 for
+/// Turns the scores of a tile into its weights P, and dout·Vᵀ into dS = P ⊙ (dout·Vᵀ − Σ dout ⊙ out)·scale; both are 0 for
 /// hidden keys.
 struct SoftmaxBackward<'a> {
+    head: &'a Head<'a>,
+    /// The frame of the first query, counted from the first of the past.
+    first: usize,
+    /// The keys of the scores.
+    columns: Range<usize>,
+    /// `[queries, columns]`, the rows `stride` apart.
     scores: &'a mut [f32],
     dscores: &'a mut [f32],
-    /// The columns that the query sees, in two runs.
-    meta: Range<usize>,
-    frames: Range<usize>,
-    scale: f32,
-    log_sum: f32,
-    /// Σ dout ⊙ out
-    projection: f32,
+    stride: usize,
+    /// `[queries]`
+    log_sums: ArrayView1<'a, f32>,
+    /// `[queries, value_width]`
+    out: Rows<'a>,
+    dout: Rows<'a>,
 }
 
 impl Kernel for SoftmaxBackward<'_> {
@@ -135,18 +143,28 @@ impl Kernel for SoftmaxBackward<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let SoftmaxBackward { scores, dscores, meta, frames, scale, log_sum, projection } = self;
-        for hidden in [0..meta.start, meta.end..frames.start.max(meta.end), frames.end.max(meta.end)..scores.len()] {
-            scores[hidden.clone()].fill(0.0);
-            dscores[hidden].fill(0.0);
-        }
-        let (scale_all, shift, projection) = (s.splat(scale), s.splat(-log_sum), s.splat(projection));
-        for run in [meta, frames] {
-            for (score, dscore) in scores[run.clone()].chunks_mut(LANES).zip(dscores[run].chunks_mut(LANES)) {
-                let weight = math::exp(s, s.mul_add(scale_all, s.load_some(score), shift));
-                let dweight = s.sub(s.load_some(dscore), projection);
-                s.store_some(weight, score);
-                s.store_some(s.mul(s.mul(weight, dweight), scale_all), dscore);
+        let (head, width) = (self.head, self.columns.len());
+        let scale = s.splat(head.scale());
+        let rows = self.scores.chunks_mut(self.stride).zip(self.dscores.chunks_mut(self.stride));
+        for (i, ((scores, dscores), log_sum)) in rows.zip(self.log_sums).enumerate() {
+            let [meta, frames] = head.seen_of(self.first + i, &self.columns);
+            for hidden in [0..meta.start, meta.end..frames.start.max(meta.end), frames.end.max(meta.end)..width] {
+                scores[hidden.clone()].fill(0.0);
+                dscores[hidden].fill(0.0);
+            }
+            let (out, dout) = (self.out.row(i, head.value_width), self.dout.row(i, head.value_width));
+            let mut projection = s.splat(0.0);
+            for (out, dout) in out.chunks(LANES).zip(dout.chunks(LANES)) {
+                projection = s.mul_add(s.load_some(out), s.load_some(dout), projection);
+            }
+            let (shift, projection) = (s.splat(-log_sum), s.splat(s.sum(projection)));
+            for run in [meta, frames] {
+                for (score, dscore) in scores[run.clone()].chunks_mut(LANES).zip(dscores[run].chunks_mut(LANES)) {
+                    let weight = math::exp(s, s.mul_add(scale, s.load_some(score), shift));
+                    let dweight = s.sub(s.load_some(dscore), projection);
+                    s.store_some(weight, score);
+                    s.store_some(s.mul(s.mul(weight, dweight), scale), dscore);
+                }
             }
         }
     }

@@ -187,6 +187,22 @@ fn sums_and_maxima_of_lanes_are_the_same_on_every_level() {
     }
 }
 
+struct Soften<'a> {
+    scores: &'a mut [f32],
+    seen: [Range<usize>; 2],
+    softmax: &'a mut RunningSoftmax,
+    sums: &'a mut [f32],
+}
+
+impl Kernel for Soften<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        soften(s, self.scores, self.seen, 0.5, self.softmax, self.sums);
+    }
+}
+
 #[test]
 fn softmax_rows_agree_on_every_level() {
     for width in 0..130 {
@@ -196,17 +212,8 @@ fn softmax_rows_agree_on_every_level() {
                 let mut got = scores.clone();
                 let mut softmax = RunningSoftmax { largest: 1.0, sum: 2.0 };
                 let mut sums = [3.0; 5];
-                dispatch_at(
-                    level,
-                    SoftmaxRow {
-                        scores: &mut got,
-                        meta: meta.clone(),
-                        frames: frames.clone(),
-                        scale: 0.5,
-                        softmax: &mut softmax,
-                        sums: &mut sums,
-                    },
-                );
+                let seen = [meta.clone(), frames.clone()];
+                dispatch_at(level, Soften { scores: &mut got, seen, softmax: &mut softmax, sums: &mut sums });
                 let seen = |i: &usize| meta.contains(i) || frames.contains(i);
                 let largest = (0..width).filter(seen).fold(1.0f32, |m, i| m.max(0.5 * scores[i]));
                 let mut sum = 2.0 * (1.0 - largest).exp();

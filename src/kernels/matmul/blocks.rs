@@ -9,9 +9,10 @@ use crate::kernels::rows::Out;
 use crate::kernels::simd::{Isa, dispatch_bf16_at};
 use crate::kernels::team::Team;
 
-/// Rows that pass over the panels together where all panels stay in a near cache: with 256 inputs the rows stay in the nearest. A
-/// multiple of the rows of every tile.
+/// Rows that pass over the panels together where all panels stay in a near cache, at least. A multiple of the rows of every tile.
 const FEW_ROWS: usize = 24;
+/// As many on CPUs with AVX-512, whose second cache holds them beside the panels: half as many blocks, each of which reads all panels.
+const WIDE_ROWS: usize = 48;
 /// And where they do not, so that the weights are read from far away a few times only.
 const MANY_ROWS: usize = 480;
 /// Bytes of weights that stay in a near cache.
@@ -33,9 +34,10 @@ pub(crate) fn multiply<X, W, const N: usize>(
     W: Weights<X::Inputs> + Sync,
 {
     let rows = match size_of_val(&*w.panels) <= NEAR {
-        true if level > Isa::Scalar && level <= Isa::Avx2 => {
+        true if level > Isa::Scalar && level < Isa::Avx512 => {
             (ROWS_NEAR / (4 * (w.k + w.n).max(1))).clamp(FEW_ROWS, MANY_ROWS)
         }
+        true if level >= Isa::Avx512 => WIDE_ROWS,
         true => FEW_ROWS,
         false => MANY_ROWS,
     };

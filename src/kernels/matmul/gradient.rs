@@ -17,7 +17,7 @@ const ROWS: usize = 120;
 /// Frames that are brought into order and summed before their sums are added to the gradient: they stay in near caches.
 const FRAMES: usize = 256;
 /// Columns of the left operand that lie side by side: a multiple of the rows of every tile.
-const STRIP: usize = 12;
+pub(crate) const STRIP: usize = 12;
 
 type StripRow = [f32; STRIP];
 
@@ -46,6 +46,16 @@ pub(crate) fn matmul_gradient(team: &Team, dy: Rows, n: usize, x: Rows, k: usize
     }
     STRIPS.set(strips);
     PANELS.set(panels);
+}
+
+/// out `[m, n]` = xᵀ·Wᵀ, or added to it, for the first m columns of x `[k, ·]`, on this thread. Rows of x go on to a multiple of
+/// [`STRIP`] numbers, whatever these are.
+pub(crate) fn matmul_across(x: Rows, m: usize, w: &Packed, out: &mut [f32], mode: Out) {
+    debug_assert!(m.next_multiple_of(STRIP) <= x.stride && x.data.len() >= w.k * x.stride);
+    let out = ArrayViewMut2::from_shape((m, w.n), out).expect("room for m rows");
+    timed_product(m, w.n, w.k, || {
+        dispatch(Product { x: Across(x), w, outputs: 0..w.n, inputs: 0..w.k, out, mode });
+    });
 }
 
 /// At most [`STRIP`] numbers, filled up with zeros.
@@ -115,6 +125,71 @@ impl Columns<'_> {
             let strip = &self.strips[column / STRIP * self.frames..][product.inputs.clone()];
             let columns = StripColumns::<R> { strip, first: column % STRIP };
             product.tile::<S, R, L>(s, columns, row, R.min(m - row), line);
+        }
+    }
+}
+
+/// Rows whose columns are read as rows.
+#[derive(Clone, Copy)]
+struct Across<'a>(Rows<'a>);
+
+/// R columns of them.
+#[derive(Clone, Copy)]
+struct AcrossColumns<'a, const R: usize> {
+    x: Rows<'a>,
+    first: usize,
+}
+
+impl<const R: usize> LeftTile<[f32; 1]> for AcrossColumns<'_, R> {
+    #[inline(always)]
+    fn at(self, row: usize, i: usize) -> [f32; 1] {
+        let columns: &[f32; R] = self.x.data[i * self.x.stride + self.first..].first_chunk().expect("a whole tile");
+        [columns[row]]
+    }
+
+    #[inline(always)]
+    fn multiply_lane<S: Simd, const LANE: usize>(self, s: S, row: usize, i: usize, w: S::V, sum: S::V) -> S::V {
+        s.mul_add(s.splat(self.at(row, 4 * i + LANE)[0]), w, sum)
+    }
+}
+
+impl Across<'_> {
+    #[inline(always)]
+    fn tiles<S: Simd, W: Weights<[f32; 1]>, const N: usize, const R: usize, const L: usize>(
+        self,
+        s: S,
+        product: &mut Product<Self, W, N>,
+        line: usize,
+    ) {
+        let m = product.out.nrows();
+        for row in (0..m).step_by(R) {
+            let columns = AcrossColumns::<R> { x: self.0, first: row };
+            product.tile::<S, R, L>(s, columns, row, R.min(m - row), line);
+        }
+    }
+}
+
+impl Left for Across<'_> {
+    type Inputs = [f32; 1];
+
+    #[inline(always)]
+    fn lines<S: Simd, W: Weights<[f32; 1]>>(_rows: usize) -> usize {
+        S::TILE_LINES
+    }
+
+    #[inline(always)]
+    fn by_lines<S: Simd, W: Weights<[f32; 1]>, const N: usize>(
+        s: S,
+        product: &mut Product<Self, W, N>,
+        line: usize,
+        _lines: usize,
+    ) {
+        let x = product.x;
+        match (S::TILE_ROWS, S::TILE_LINES) {
+            (12, 2) => x.tiles::<S, W, N, 12, 2>(s, product, line),
+            (6, 1) => x.tiles::<S, W, N, 6, 1>(s, product, line),
+            (3, 1) => x.tiles::<S, W, N, 3, 1>(s, product, line),
+            _ => x.tiles::<S, W, N, 2, 2>(s, product, line),
         }
     }
 }

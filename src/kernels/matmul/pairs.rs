@@ -4,12 +4,8 @@ use half::bf16;
 
 use super::packed::Store;
 use super::product::Weights;
+pub(crate) use crate::kernels::simd::Words as PairRow;
 use crate::kernels::simd::{LANES, Simd};
-
-/// A panel's weights for two inputs: two cache lines. The first input's weight is in the low bits.
-#[derive(Clone, Copy)]
-#[repr(C, align(64))]
-pub(crate) struct PairRow(pub [[u32; LANES]; 2]);
 
 impl Weights<[f32; 2]> for PairRow {
     const MAX_ROWS: usize = 8;
@@ -27,6 +23,18 @@ impl Weights<[u16; 2]> for PairRow {
     const MAX_ROWS: usize = 12;
     const PANELS: usize = 4;
     const AHEAD: usize = 1024;
+    const BY_SIX: bool = true;
+
+    #[inline(always)]
+    fn some_rows<S: Simd, const R: usize>(
+        s: S,
+        x: [&[[u16; 2]]; R],
+        w: &[Self],
+        line: usize,
+        sums: &mut [S::V],
+    ) -> usize {
+        s.dot_rows_bf16(x, w, line, sums)
+    }
 
     #[inline(always)]
     fn load<S: Simd>(&self, s: S, _step: usize, half: usize) -> S::I {

@@ -61,10 +61,16 @@ pub(crate) trait Weights<X: Inputs>: Copy {
     const PANELS: usize;
     /// How many bytes ahead they are fetched for few rows: 0 if that is left to the CPU.
     const AHEAD: usize;
-    /// Whether the sums of six rows are made by [`six_rows`](Self::six_rows) if products are [by lane](Simd::BY_LANE).
+    /// Whether the sums of six rows are made by [`some_rows`](Self::some_rows) if products are [by lane](Simd::BY_LANE).
     const BY_SIX: bool = false;
-    /// As [`Simd::six_rows`].
-    fn six_rows<S: Simd>(_s: S, _x: [&[X]; 6], _w: &[Self], _line: usize, _sums: &mut [S::V; 6]) -> usize {
+    /// As [`Simd::six_rows`], or [`Simd::dot_rows_bf16`].
+    fn some_rows<S: Simd, const R: usize>(
+        _s: S,
+        _x: [&[X]; R],
+        _w: &[Self],
+        _line: usize,
+        _sums: &mut [S::V],
+    ) -> usize {
         0
     }
     /// Those of a step, for the first or the second half of the panel.
@@ -78,8 +84,17 @@ impl Weights<[f32; 1]> for PanelRow {
     const BY_SIX: bool = true;
 
     #[inline(always)]
-    fn six_rows<S: Simd>(s: S, x: [&[[f32; 1]]; 6], w: &[Self], line: usize, sums: &mut [S::V; 6]) -> usize {
-        s.six_rows(x.map(Inputs::fours), w, line, sums)
+    fn some_rows<S: Simd, const R: usize>(
+        s: S,
+        x: [&[[f32; 1]]; R],
+        w: &[Self],
+        line: usize,
+        sums: &mut [S::V],
+    ) -> usize {
+        match (x.as_slice().try_into(), sums.try_into()) {
+            (Ok(x), Ok(sums)) => s.six_rows(<[_; 6]>::map(x, Inputs::fours), w, line, sums),
+            _ => 0,
+        }
     }
 
     #[inline(always)]
@@ -149,10 +164,7 @@ impl<const R: usize, X: Inputs> LeftTile<X> for [&[X]; R] {
 
     #[inline(always)]
     fn begin<S: Simd, W: Weights<X>>(self, s: S, w: &[W], line: usize, sums: &mut [S::V]) -> usize {
-        match (self.as_slice().try_into(), sums.try_into()) {
-            (Ok(x), Ok(sums)) => W::six_rows(s, x, w, line, sums),
-            _ => 0,
-        }
+        W::some_rows(s, self, w, line, sums)
     }
 
     #[inline(always)]

@@ -241,15 +241,14 @@ impl<Q: Quants> Kernel for Product<'_, Q> {
             while row < m {
                 // as even as can be: a tile of one row would wait for its own sums
                 let left = m - row;
-                let most = if S::TILE_LINES == 1 { 4 } else { S::TILE_ROWS.div_ceil(2).max(2) };
-                let rows = left.div_ceil(left.div_ceil(most));
+                let rows = left.div_ceil(left.div_ceil(S::DOT_ROWS));
                 match rows {
                     1 => self.tile::<S, 1>(s, row, panel),
                     2 => self.tile::<S, 2>(s, row, panel),
                     3 => self.tile::<S, 3>(s, row, panel),
                     4 => self.tile::<S, 4>(s, row, panel),
-                    5 if S::TILE_LINES > 1 => self.tile::<S, 5>(s, row, panel),
-                    _ if S::TILE_LINES > 1 => self.tile::<S, 6>(s, row, panel),
+                    5 if S::DOT_ROWS > 4 => self.tile::<S, 5>(s, row, panel),
+                    _ if S::DOT_ROWS > 4 => self.tile::<S, 6>(s, row, panel),
                     _ => unreachable!("a tile that does not fit the registers"),
                 }
                 row += rows;
@@ -272,7 +271,11 @@ impl<Q: Quants> Product<'_, Q> {
             *x = &self.x[(row + r) * blocks..][..blocks];
         }
         let mut sums = [[s.splat(0.0); 2]; R];
-        for b in 0..blocks {
+        if S::BY_PAIRS && R >= 4 {
+            half_panel::<S, Q, R>(s, x, w, 0, &mut sums);
+            half_panel::<S, Q, R>(s, x, w, 1, &mut sums);
+        }
+        for b in 0..if S::BY_PAIRS && R >= 4 { 0 } else { blocks } {
             if R < 3 {
                 let ahead = w.as_ptr().wrapping_add(b).wrapping_byte_add(AHEAD);
                 for line in (0..size_of::<Q>()).step_by(64) {
@@ -294,6 +297,32 @@ impl<Q: Quants> Product<'_, Q> {
             for (sum, out) in sums.into_iter().zip(out[panel * PANEL - self.outputs.start..].chunks_mut(LANES)) {
                 finish(s, sum, out, None, self.mode);
             }
+        }
+    }
+}
+
+/// Adds the products of all blocks, of one half of the panel, by [`dot_rows`](Simd::dot_rows). That takes all registers; with both halves
+/// of a block after each other, the compiler would store what it makes of the first, too.
+#[inline(always)]
+#[allow(clippy::needless_range_loop)] // as above
+fn half_panel<S: Simd, Q: Quants, const R: usize>(
+    s: S,
+    x: [&[Inputs]; R],
+    w: &[Q],
+    half: usize,
+    sums: &mut [[S::V; 2]; R],
+) {
+    for b in 0..w.len() {
+        let (mut quads, mut starts) = ([&[0; QUADS]; R], [0; R]);
+        for r in 0..R {
+            (quads[r], starts[r]) = (&x[r][b].quads, x[r][b].start);
+        }
+        let whole = w[b].dot_rows(s, quads, starts, half);
+        let scales = s.load_int(w[b].scales());
+        let scales = if half == 0 { s.low_bf16(scales) } else { s.high_bf16(scales) };
+        for r in 0..R {
+            let (sum, scale) = (&mut sums[r][half], s.splat(x[r][b].scale));
+            *sum = s.mul_add(s.mul(s.to_float(whole[r]), scales), scale, *sum);
         }
     }
 }

@@ -53,6 +53,14 @@ pub(crate) trait Quants: Copy + Send + Sync + 'static {
     fn end<S: Simd>(_s: S, sums: S::I, _start: S::I) -> S::I {
         sums
     }
+    /// All of that at once, for one half of the outputs, as [`Simd::dot_rows`].
+    fn dot_rows<S: Simd, const R: usize>(
+        &self,
+        s: S,
+        x: [&[u32; QUADS]; R],
+        starts: [u32; R],
+        half: usize,
+    ) -> [S::I; R];
     /// Quotients as they stand in files, and back.
     fn to_file(quants: &[u8; BLOCK], bytes: &mut Vec<u8>);
     fn of_file(bytes: &[u8]) -> [u8; BLOCK];
@@ -122,6 +130,17 @@ impl Quants for Q8Block {
     #[inline(always)]
     fn load<S: Simd>(&self, s: S, quad: usize, half: usize) -> S::I {
         s.load_int(&self.quads[quad][half & 1])
+    }
+
+    #[inline(always)]
+    fn dot_rows<S: Simd, const R: usize>(
+        &self,
+        s: S,
+        x: [&[u32; QUADS]; R],
+        starts: [u32; R],
+        half: usize,
+    ) -> [S::I; R] {
+        s.dot_rows(x, starts, &self.quads, half)
     }
 
     fn to_file(quants: &[u8; BLOCK], bytes: &mut Vec<u8>) {
@@ -211,6 +230,17 @@ impl Quants for Q4Block {
     #[inline(always)]
     fn end<S: Simd>(s: S, sums: S::I, start: S::I) -> S::I {
         s.end_nibbles(sums, start)
+    }
+
+    #[inline(always)]
+    fn dot_rows<S: Simd, const R: usize>(
+        &self,
+        s: S,
+        x: [&[u32; QUADS]; R],
+        starts: [u32; R],
+        half: usize,
+    ) -> [S::I; R] {
+        s.dot_rows(x, starts, &self.pairs, half)
     }
 
     fn to_file(quants: &[u8; BLOCK], bytes: &mut Vec<u8>) {

@@ -102,19 +102,9 @@ fn rows_of_any_size_and_spread() {
                 }
 
                 let (mut dx, mut dweight, mut dbias) = (vec![9.0; h], vec![0.0; h], vec![0.0; h]);
-                dispatch_at(
-                    level,
-                    LayerNormBackward {
-                        x: &x,
-                        weight: &weight,
-                        epsilon: 1e-5,
-                        rule,
-                        dy: &dy,
-                        dx: &mut dx,
-                        dweight: &mut dweight,
-                        dbias: &mut dbias,
-                    },
-                );
+                let (dx, dweight, dbias) = (&mut dx[..], &mut dweight[..], &mut dbias[..]);
+                let (x, weight, dy) = (&x[..], &weight[..], &dy[..]);
+                dispatch_at(level, LayerNormBackward { x, weight, epsilon: 1e-5, rule, dy, dx, dweight, dbias });
                 let g: Vec<f64> = (0..h).map(|i| weight[i] as f64 * dy[i] as f64).collect();
                 let mean_g = g.iter().sum::<f64>() / h as f64;
                 let projection = g.iter().zip(&hat).map(|(g, hat)| g * hat).sum::<f64>() / h as f64;
@@ -187,19 +177,9 @@ fn gradients_equal_finite_differences_on_every_level() {
             };
             for level in Isa::ALL.into_iter().filter(|level| level.is_available()) {
                 let (mut dx, mut dweight, mut dbias) = (vec![9.0; 2 * h], vec![1.0; h], vec![2.0; h]);
-                dispatch_at(
-                    level,
-                    LayerNormBackward {
-                        x: &x,
-                        weight: &weight,
-                        epsilon: 1e-5,
-                        rule,
-                        dy: &dy,
-                        dx: &mut dx,
-                        dweight: &mut dweight,
-                        dbias: &mut dbias,
-                    },
-                );
+                let (dx, dweight, dbias) = (&mut dx[..], &mut dweight[..], &mut dbias[..]);
+                let (x, weight, dy) = (&x[..], &weight[..], &dy[..]);
+                dispatch_at(level, LayerNormBackward { x, weight, epsilon: 1e-5, rule, dy, dx, dweight, dbias });
                 let wide: Vec<f64> = x.iter().map(|x| *x as f64).collect();
                 let largest = dx.iter().fold(1.0f64, |m, dx| m.max(dx.abs() as f64));
                 for i in 0..2 * h {
@@ -214,7 +194,7 @@ fn gradients_equal_finite_differences_on_every_level() {
                     assert!((dbias[i] - 2.0 - dy[i] - dy[h + i]).abs() < 1e-5);
                 }
                 let mut y = vec![0.0; 2 * h];
-                layer_norm(&x, &vec![1.0; h], &vec![0.0; h], 1e-5, rule, &mut y);
+                layer_norm(x, &vec![1.0; h], &vec![0.0; h], 1e-5, rule, &mut y);
                 for i in 0..h {
                     assert!((dweight[i] - 1.0 - dy[i] * y[i] - dy[h + i] * y[h + i]).abs() < 1e-5);
                 }

@@ -33,26 +33,53 @@ fn reference(input: &ScanInput, state: &mut Array2<f32>, l: usize, d: usize) -> 
     out
 }
 
+/// What a scan of l frames reads.
+struct Numbers {
+    delta: Vec<f32>,
+    v: Vec<f32>,
+    z: Vec<f32>,
+    bc: Vec<f32>,
+    a: Vec<f32>,
+    skip: Vec<f32>,
+    mean_delta: Vec<f32>,
+}
+
+impl Numbers {
+    fn new(l: usize, d: usize, n: usize) -> Self {
+        Numbers {
+            delta: wave(l * d, 5, 0.04).iter().map(|x| x + 0.05).collect(),
+            v: wave(l * d, 7, 1.0),
+            z: wave(l * 2 * d, 11, 2.0),
+            bc: wave(l * 2 * n, 13, 1.0),
+            a: (0..n * d).map(|i| -((i / d + 1) as f32) - (i % 3) as f32 / 7.0).collect(),
+            skip: wave(d, 3, 1.0),
+            mean_delta: wave(l, 3, 0.1),
+        }
+    }
+
+    fn input(&self, edifice: bool) -> ScanInput<'_> {
+        let d = self.skip.len();
+        let n = self.a.len() / d;
+        ScanInput {
+            delta: Rows { data: &self.delta, stride: d },
+            v: Rows { data: &self.v, stride: d },
+            b: Rows { data: &self.bc, stride: 2 * n },
+            c: Rows { data: &self.bc[n..], stride: 2 * n },
+            z: Rows { data: &self.z[d..], stride: 2 * d },
+            a: &self.a,
+            skip: (!edifice).then_some(&self.skip),
+            mean_delta: edifice.then_some(&self.mean_delta),
+        }
+    }
+}
+
 #[test]
 fn every_level_equals_the_plain_recurrence() {
     for level in Isa::ALL.into_iter().filter(|level| level.is_available()) {
         for d in (1..130).step_by(3).chain([16, 32, 64, 512]) {
             for (l, n, edifice) in [(1, 16, false), (9, 5, true), (9, 1, false)] {
-                let delta: Vec<f32> = wave(l * d, 5, 0.04).iter().map(|x| x + 0.05).collect();
-                let (v, z) = (wave(l * d, 7, 1.0), wave(l * 2 * d, 11, 2.0));
-                let bc = wave(l * 2 * n, 13, 1.0);
-                let a: Vec<f32> = (0..n * d).map(|i| -((i / d + 1) as f32) - (i % 3) as f32 / 7.0).collect();
-                let (skip, step) = (wave(d, 3, 1.0), wave(l, 3, 0.1));
-                let input = ScanInput {
-                    delta: Rows { data: &delta, stride: d },
-                    v: Rows { data: &v, stride: d },
-                    b: Rows { data: &bc, stride: 2 * n },
-                    c: Rows { data: &bc[n..], stride: 2 * n },
-                    z: Rows { data: &z[d..], stride: 2 * d },
-                    a: &a,
-                    skip: (!edifice).then_some(&skip),
-                    mean_delta: edifice.then_some(&step),
-                };
+                let numbers = Numbers::new(l, d, n);
+                let input = numbers.input(edifice);
                 let mut want_state = Array2::from_elem((n, d), 0.5);
                 let mut state = want_state.clone();
                 let want = reference(&input, &mut want_state, l, d);
@@ -102,21 +129,9 @@ fn channels_do_not_depend_on_how_they_are_shared_out() {
 #[test]
 fn gradients_equal_the_plain_reverse_recurrence_on_every_level() {
     for (d, l, n, edifice) in [(1, 1, 1, false), (33, 16, 5, false), (40, 37, 3, true), (70, 33, 16, false)] {
-        let delta: Vec<f32> = wave(l * d, 5, 0.04).iter().map(|x| x + 0.05).collect();
-        let (v, z, dout) = (wave(l * d, 7, 1.0), wave(l * 2 * d, 11, 2.0), wave(l * d, 17, 1.0));
-        let bc = wave(l * 2 * n, 13, 1.0);
-        let a: Vec<f32> = (0..n * d).map(|i| -((i / d + 1) as f32) - (i % 3) as f32 / 7.0).collect();
-        let (skip, step) = (wave(d, 3, 1.0), wave(l, 3, 0.1));
-        let input = ScanInput {
-            delta: Rows { data: &delta, stride: d },
-            v: Rows { data: &v, stride: d },
-            b: Rows { data: &bc, stride: 2 * n },
-            c: Rows { data: &bc[n..], stride: 2 * n },
-            z: Rows { data: &z[d..], stride: 2 * d },
-            a: &a,
-            skip: (!edifice).then_some(&skip),
-            mean_delta: edifice.then_some(&step),
-        };
+        let numbers = Numbers::new(l, d, n);
+        let (input, dout) = (numbers.input(edifice), wave(l * d, 17, 1.0));
+        let Numbers { a, skip, .. } = &numbers;
         let (start, dend) = (wave(n * d, 19, 0.5), wave(n * d, 23, 0.5));
 
         let at = |rows: Rows, t: usize, i: usize| rows.data[t * rows.stride + i] as f64;
@@ -126,7 +141,7 @@ fn gradients_equal_the_plain_reverse_recurrence_on_every_level() {
         for ch in 0..d {
             // states[t] is that before frame t
             let mut states = vec![(0..n).map(|i| start[i * d + ch] as f64).collect::<Vec<f64>>()];
-            let step_at = |t: usize| if edifice { step[t] as f64 } else { at(input.delta, t, ch) };
+            let step_at = |t: usize| if edifice { numbers.mean_delta[t] as f64 } else { at(input.delta, t, ch) };
             let decay = |t: usize, i: usize| (at(input.delta, t, ch) * a[i * d + ch] as f64).exp();
             for t in 0..l {
                 let wrote = |i: usize| step_at(t) * at(input.b, t, i) * at(input.v, t, ch);

@@ -18,6 +18,9 @@ pub(crate) enum Isa {
     /// With `bfdot` for [`Simd::dot_bf16`](super::Simd::dot_bf16) besides, which only [`dispatch_bf16_at`](super::dispatch_bf16_at) makes use of.
     NeonBf16,
     Avx2,
+    /// As `Avx2`, with an instruction for [`Simd::dot`](super::Simd::dot) (AVX-VNNI), which only [`dispatch_int_at`](super::dispatch_int_at)
+    /// makes use of.
+    Avx2Vnni,
     Avx512,
     /// As `Avx512`, with an instruction for [`Simd::dot`](super::Simd::dot), which only [`dispatch_int_at`](super::dispatch_int_at) makes use of.
     Avx512Vnni,
@@ -30,7 +33,7 @@ pub(crate) enum Isa {
 impl Isa {
     const HAS_SIMD128: bool = cfg!(all(target_arch = "wasm32", target_feature = "simd128"));
 
-    pub(crate) const ALL: [Isa; 11] = [
+    pub(crate) const ALL: [Isa; 12] = [
         Isa::Scalar,
         Isa::Simd128,
         Isa::Neon,
@@ -38,6 +41,7 @@ impl Isa {
         Isa::NeonI8mm,
         Isa::NeonBf16,
         Isa::Avx2,
+        Isa::Avx2Vnni,
         Isa::Avx512,
         Isa::Avx512Vnni,
         Isa::Avx512Bf16,
@@ -49,9 +53,17 @@ impl Isa {
             Isa::Scalar => "scalar",
             Isa::Simd128 => "simd128",
             Isa::Neon | Isa::NeonDot | Isa::NeonI8mm | Isa::NeonBf16 => "neon",
-            Isa::Avx2 => "avx2",
+            Isa::Avx2 | Isa::Avx2Vnni => "avx2",
             Isa::Avx512 | Isa::Avx512Vnni | Isa::Avx512Bf16 => "avx512",
             Isa::Amx => "amx",
+        }
+    }
+
+    /// What `HYMBA_SIMD` calls it: `avx2` leaves out AVX-VNNI, so that it is the same on every CPU.
+    fn forced_name(self) -> &'static str {
+        match self {
+            Isa::Avx2Vnni => "avx2-vnni",
+            level => level.name(),
         }
     }
 
@@ -71,6 +83,8 @@ impl Isa {
             Isa::Avx2 => {
                 is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c")
             }
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2Vnni => is_x86_feature_detected!("avxvnni") && Isa::Avx2.is_available(),
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512 => {
                 is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw") && Isa::Avx2.is_available()
@@ -111,7 +125,7 @@ impl Isa {
     /// them from then on.
     fn choose(most: Isa, forced: &str, is_available: impl Fn(Isa) -> bool) -> Isa {
         let levels = Isa::ALL.into_iter().rev().filter(|level| *level <= most);
-        let named = levels.clone().find(|level| level.name() == forced && is_available(*level));
+        let named = levels.clone().find(|level| level.forced_name() == forced && is_available(*level));
         named.or_else(|| levels.clone().find(|level| is_available(*level))).unwrap_or(Isa::Scalar)
     }
 }
@@ -167,11 +181,31 @@ mod tests {
     use super::*;
     use std::cell::RefCell;
 
+    /// What the system says of the CPU is what tests of all levels go through; `--nocapture` shows which these are.
+    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+    #[test]
+    fn the_levels_are_those_of_the_cpu() {
+        let levels: Vec<Isa> = Isa::ALL.into_iter().filter(|level| level.is_available()).collect();
+        println!("levels: {levels:?}");
+        let info = std::fs::read_to_string("/proc/cpuinfo").unwrap();
+        let flags: Vec<&str> = info.lines().find(|line| line.starts_with("flags")).unwrap().split(' ').collect();
+        for (level, flag) in [
+            (Isa::Avx2, "avx2"),
+            (Isa::Avx2Vnni, "avx_vnni"),
+            (Isa::Avx512, "avx512bw"),
+            (Isa::Avx512Vnni, "avx512_vnni"),
+            (Isa::Avx512Bf16, "avx512_bf16"),
+        ] {
+            assert_eq!(levels.contains(&level), flags.contains(&flag), "{level:?}");
+        }
+    }
+
     #[test]
     fn a_level_that_is_not_wanted_is_not_asked_for() {
         for (forced, want, asked_for_tiles) in [
             ("avx512", Isa::Avx512Bf16, false),
             ("avx2", Isa::Avx2, false),
+            ("avx2-vnni", Isa::Avx2Vnni, false),
             ("scalar", Isa::Scalar, false),
             ("amx", Isa::Amx, true),
             ("", Isa::Amx, true),
@@ -186,6 +220,8 @@ mod tests {
         }
         let old = |level: Isa| level <= Isa::Avx2;
         assert_eq!(Isa::choose(Isa::Amx, "avx512", old), Isa::Avx2, "the CPU lacks it");
+        assert_eq!(Isa::choose(Isa::Amx, "avx2-vnni", old), Isa::Avx2, "the CPU lacks it");
+        assert_eq!(Isa::choose(Isa::Avx512Bf16, "", |level| level < Isa::Avx512), Isa::Avx2Vnni);
         assert_eq!(Isa::choose(Isa::Avx512Bf16, "amx", |_| true), Isa::Avx512Bf16);
     }
 }

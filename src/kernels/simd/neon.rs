@@ -1,9 +1,11 @@
 //! NEON, with what later ARM CPUs multiply bytes and bfloat16 by: the products of four bytes (`sdot`), those of bytes without a sign by
-//! bytes with one (`usdot`), and of pairs of bfloat16 (`bfdot`). Of these, Rust has no stable functions: they are assembly.
+//! bytes with one (`usdot`), and of pairs of bfloat16 (`bfdot`), and those of [`matrices`]. Of these, Rust has no stable functions: they are assembly.
 
-use super::{BF16_HIGH, EXPONENT_MAGIC, Kernel, LANES, Line, NIBBLES, Simd, dot_bf16, pair};
+use super::{BF16_HIGH, EXPONENT_MAGIC, Kernel, LANES, Line, NIBBLES, Simd, Words, dot_bf16, pair};
 use std::arch::aarch64::*;
 use std::arch::asm;
+
+mod matrices;
 
 #[target_feature(enable = "neon")]
 pub(super) fn run_neon<K: Kernel>(kernel: K) -> K::Output {
@@ -29,9 +31,9 @@ pub(super) fn run_neon_bf16<K: Kernel>(kernel: K) -> K::Output {
 const PLAIN: u8 = 0;
 /// And `sdot`.
 const DOT: u8 = 1;
-/// And `usdot`.
+/// And `usdot` and `usmmla`.
 const I8MM: u8 = 2;
-/// And `bfdot`.
+/// And `bfdot` and `bfmmla`.
 const BF16: u8 = 3;
 
 /// The vectors of sixteen lanes.
@@ -85,6 +87,8 @@ impl<const MORE: u8> Simd for Neon<MORE> {
     const TILE_LINES: usize = 1;
     const BY_LANE: bool = true;
     const LANE_ROWS: usize = 4;
+    const BY_PAIRS: bool = MORE >= I8MM;
+    const DOT_ROWS: usize = if Self::BY_PAIRS { 6 } else { 4 };
 
     #[inline(always)]
     fn splat(self, x: f32) -> Self::V {
@@ -218,6 +222,19 @@ impl<const MORE: u8> Simd for Neon<MORE> {
         }
         dot_bf16(self, a, self.splat_int(pair(b[LANE])), c)
     }
+    #[inline(always)]
+    fn dot_rows_bf16<const R: usize>(
+        self,
+        x: [&[[u16; 2]]; R],
+        w: &[Words],
+        half: usize,
+        sums: &mut [Self::V],
+    ) -> usize {
+        if const { MORE >= BF16 && R >= 4 && R <= 6 } {
+            return unsafe { matrices::dot_bf16(x, w, half, sums) };
+        }
+        0
+    }
 
     #[inline(always)]
     fn splat_int(self, x: u32) -> Self::I {
@@ -263,6 +280,19 @@ impl<const MORE: u8> Simd for Neon<MORE> {
             return quarters!(|a, c| accumulate_lane!(LANE, "sdot {0:v}.4s, {1:v}.16b, {2:v}.4b", c, a, quads));
         }
         self.dot_nibbles(a, self.splat_int(b[LANE]), c)
+    }
+    #[inline(always)]
+    fn dot_rows<const R: usize, const N: usize>(
+        self,
+        x: [&[u32; 8]; R],
+        starts: [u32; R],
+        w: &[[[u32; LANES]; 2]; N],
+        half: usize,
+    ) -> [Self::I; R] {
+        if const { MORE >= I8MM && R >= 4 && R <= 6 } {
+            return unsafe { matrices::dot_bytes(x, starts, w, half) };
+        }
+        unreachable!("not by pairs of rows")
     }
     #[inline(always)]
     fn low_nibbles(self, x: Self::I) -> Self::I {

@@ -20,7 +20,12 @@ pub(super) fn run_avx512_bf16<K: Kernel>(kernel: K) -> K::Output {
 
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(super) fn run_avx2<K: Kernel>(kernel: K) -> K::Output {
-    kernel.run(Avx2(()))
+    kernel.run(Avx2::<PLAIN>(()))
+}
+
+#[target_feature(enable = "avx2,avxvnni,fma,f16c")]
+pub(super) fn run_avx2_vnni<K: Kernel>(kernel: K) -> K::Output {
+    kernel.run(Avx2::<VNNI>(()))
 }
 
 /// The lanes of both, each time the first half plus the second: the order of [`Simd::sum`].
@@ -35,7 +40,7 @@ unsafe fn sum_halves(low: __m256, high: __m256) -> f32 {
     }
 }
 
-/// What there is besides AVX-512F and AVX-512BW.
+/// What there is besides AVX-512F and AVX-512BW, or besides AVX2, FMA and F16C.
 const PLAIN: u8 = 0;
 const VNNI: u8 = 1;
 /// And VNNI.
@@ -52,6 +57,7 @@ impl<const MORE: u8> Simd for Avx512<MORE> {
     type I = __m512i;
     const TILE_ROWS: usize = 12;
     const TILE_LINES: usize = 2;
+    const DOT_ROWS: usize = 6;
 
     #[inline(always)]
     fn splat(self, x: f32) -> __m512 {
@@ -202,17 +208,19 @@ impl<const MORE: u8> Simd for Avx512<MORE> {
     }
 }
 
-/// Exists only inside [`run_avx2`].
+/// Exists only inside [`run_avx2`] and [`run_avx2_vnni`].
 #[derive(Clone, Copy)]
-pub(super) struct Avx2(());
+pub(super) struct Avx2<const MORE: u8>(());
 
-// SAFETY of every block below: an `Avx2` exists only where the CPU has AVX2, FMA and F16C; the pointers come from
-// references to sixteen numbers, of which the second half starts at the eighth.
-impl Simd for Avx2 {
+// SAFETY of every block below: an `Avx2` exists only where the CPU has AVX2, FMA and F16C, and what `MORE` says; the pointers come
+// from references to sixteen numbers, of which the second half starts at the eighth.
+impl<const MORE: u8> Simd for Avx2<MORE> {
     type V = [__m256; 2];
     type I = [__m256i; 2];
     const TILE_ROWS: usize = 6;
     const TILE_LINES: usize = 1;
+    // without VNNI a product of bytes needs registers of its own
+    const DOT_ROWS: usize = if MORE >= VNNI { 6 } else { 4 };
 
     #[inline(always)]
     fn splat(self, x: f32) -> Self::V {
@@ -265,6 +273,15 @@ impl Simd for Avx2 {
         }
     }
     #[inline(always)]
+    fn largest(self, v: Self::V) -> f32 {
+        unsafe {
+            let eight = _mm256_max_ps(v[0], v[1]);
+            let four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps::<1>(eight));
+            let two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+            _mm_cvtss_f32(_mm_max_ss(two, _mm_shuffle_ps::<1>(two, two)))
+        }
+    }
+    #[inline(always)]
     fn sum(self, v: Self::V) -> f32 {
         unsafe { sum_halves(v[0], v[1]) }
     }
@@ -311,11 +328,14 @@ impl Simd for Avx2 {
         unsafe { [_mm256_set1_epi32(x.cast_signed()); 2] }
     }
     #[inline(always)]
-    fn begin(self, _start: Self::I) -> Self::I {
-        self.splat_int(0)
+    fn begin(self, start: Self::I) -> Self::I {
+        if MORE >= VNNI { start } else { self.splat_int(0) }
     }
     #[inline(always)]
     fn dot(self, a: Self::I, b: Self::I, c: Self::I) -> Self::I {
+        if MORE >= VNNI {
+            return unsafe { [_mm256_dpbusd_avx_epi32(c[0], a[0], b[0]), _mm256_dpbusd_avx_epi32(c[1], a[1], b[1])] };
+        }
         let half = |a, b, c| unsafe {
             // the sign of a goes to b: then no sum of two products overflows 16 bits
             let a = _mm256_xor_si256(a, _mm256_set1_epi8(i8::MIN));
@@ -325,16 +345,22 @@ impl Simd for Avx2 {
         [half(a[0], b[0], c[0]), half(a[1], b[1], c[1])]
     }
     #[inline(always)]
-    fn begin_nibbles(self, _start: Self::I) -> Self::I {
-        self.splat_int(0)
+    fn begin_nibbles(self, start: Self::I) -> Self::I {
+        if MORE >= VNNI { start } else { self.splat_int(0) }
     }
     #[inline(always)]
     fn dot_nibbles(self, a: Self::I, b: Self::I, c: Self::I) -> Self::I {
+        if MORE >= VNNI {
+            return self.dot(a, b, c);
+        }
         let half = |a, b, c| unsafe { _mm256_add_epi16(c, _mm256_maddubs_epi16(a, b)) };
         [half(a[0], b[0], c[0]), half(a[1], b[1], c[1])]
     }
     #[inline(always)]
     fn end_nibbles(self, sums: Self::I, start: Self::I) -> Self::I {
+        if MORE >= VNNI {
+            return sums;
+        }
         let half = |sums, start| unsafe { _mm256_add_epi32(start, _mm256_madd_epi16(sums, _mm256_set1_epi16(1))) };
         [half(sums[0], start[0]), half(sums[1], start[1])]
     }

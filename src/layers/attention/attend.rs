@@ -74,6 +74,7 @@ impl MetaTokenAttention {
             push(batch, k, v, true);
         }
 
+        // keys and values: of the past, per sequence and head, and the new ones, which may be another layer's
         let caches: Vec<&KvCache> = batch
             .states
             .iter()
@@ -99,6 +100,7 @@ impl MetaTokenAttention {
             None => (k, v),
         };
 
+        // what is to be done: steps of single rows, and tiles of the heads that share keys and values
         let mut mixed = Buffer::uninit((batch.spans.rows(), query_heads * value_width));
         let mut sums = log_sums.map(|sums| batch.spans.split(flat_mut(sums), query_heads));
         let (mut steps, mut groups) = (Vec::new(), Vec::new());
@@ -133,6 +135,7 @@ impl MetaTokenAttention {
                 groups.push((input, packed, parts));
             }
         }
+        // it is done, whichever thread does what
         batch.team.for_each(steps, |(cache, head, query, out)| cache.attend(head, group, query, out));
         let pack = |packed: &mut Option<PackedHead>, head: &Head| {
             if is_new {
@@ -156,6 +159,7 @@ impl MetaTokenAttention {
                 .for_each(tiles.collect::<Vec<_>>(), |(head, packed, tile)| attend_tile(head, packed.as_ref(), tile));
         }
 
+        // the new keys and values go into the caches, or to later layers first
         drop(pasts);
         if !depth.kv_is_used_later {
             push(batch, k, v, false);

@@ -13,7 +13,7 @@ impl MetaTokenAttention {
     pub(super) fn attend_one_by_one(&self, batch: &mut Batch, depth: Depth, q: Rows, k: Rows, v: Rows) -> Buffer {
         let AttentionConfig { query_heads, kv: KvShape { heads, key_width, value_width, .. } } = self.config;
         let (group, owns) = (query_heads / heads, depth.kv_layer == depth.layer);
-        let shared = match batch.shared.remove(&depth.kv_layer) {
+        let mut shared = match batch.shared.remove(&depth.kv_layer) {
             Some(shared) => Some(shared),
             None if depth.kv_is_used_later => Some(SharedKv {
                 keys: super::attend::copy_rows(k, batch.spans.rows(), heads * key_width),
@@ -23,8 +23,9 @@ impl MetaTokenAttention {
             }),
             None => None,
         };
-        let mut copies: Vec<KvCache> = match &shared {
-            Some(shared) if !owns => shared.before.clone(),
+        let mut copies: Vec<KvCache> = match &mut shared {
+            Some(shared) if !owns && depth.kv_is_used_later => shared.before.clone(),
+            Some(shared) if !owns => std::mem::take(&mut shared.before),
             _ => Vec::new(),
         };
         let (k, v) = match &shared {

@@ -5,8 +5,8 @@ use ndarray::{Array2, ArrayViewMutD};
 use super::HymbaLm;
 use crate::layers::{Lazy, Linear};
 use crate::lm::block::Block;
-use crate::lm::lora_options::is_lora;
 use crate::lm::names::{EMBEDDING, FINAL_NORM, HEAD_MAP, META_TOKENS};
+use crate::lora::is_lora;
 use crate::parameters::{Parameter, ParameterMut, Visitor, VisitorMut, next_id};
 
 impl HymbaLm {
@@ -43,9 +43,9 @@ impl HymbaLm {
 
     /// Calls `f` with the name and the values of every parameter that can be trained, for changing them: all of a model that was
     /// loaded with [`LoadOptions::trainable`](super::LoadOptions::trainable), all but the big matrices of another, and of one with
-    /// low-rank parts only these ([`add_lora`](Self::add_lora)). States made before are then of another model.
+    /// adapters only the active one ([`add_lora`](Self::add_lora)). States made before are then of another model.
     pub fn visit_mut<'a>(&'a mut self, f: &mut dyn FnMut(&str, ArrayViewMutD<'a, f32>)) {
-        let all = self.lora.is_none();
+        let all = self.adapters.is_empty();
         self.walk_mut(&mut |name, parameter| match parameter {
             ParameterMut::Array(array) if all || is_lora(name) => f(name, array),
             _ => {}
@@ -63,7 +63,7 @@ impl HymbaLm {
             final_norm: self.final_norm.zeros_like(),
             head: self.head.as_ref().map(Linear::zeros_like),
             recompute: self.recompute,
-            lora: self.lora.clone(),
+            adapters: self.adapters.zeros_like(),
             frozen: false,
             rotary: self.rotary.clone(),
             kv_storage: self.kv_storage,

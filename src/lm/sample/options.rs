@@ -7,13 +7,13 @@ use std::sync::Arc;
 use super::processor::{LogitsProcessor, Processor};
 use crate::{Error, Result};
 
-/// How a language model writes on: which tokens are chosen, and where it ends.
+/// How a language model continues: which tokens are chosen, and where it ends.
 ///
 /// | option | default | range | meaning |
 /// |---|---|---|---|
 /// | `max_tokens` | 256 | any | tokens at most; 0 generates none |
 /// | `temperature` | 0 | finite, ≥ 0 | 0 takes the most probable token; otherwise logits are divided by it and the token is drawn |
-/// | `top_k` | 0 | any | draw from the so many most probable tokens; 0 turns it off |
+/// | `top_k` | 0 | any | draw from this many of the most probable tokens; 0 turns it off |
 /// | `top_p` | 1.0 | 0 < p ≤ 1 | draw from the fewest most probable tokens that have this probability together; 1 turns it off |
 /// | `min_p` | 0.0 | 0 to 1 | draw from the tokens with this share of the largest probability; 0 turns it off |
 /// | `repetition_penalty` | 1.0 | finite, > 0 | above 1, tokens of the prompt and of the text so far become less probable; 1 turns it off |
@@ -25,7 +25,7 @@ use crate::{Error, Result};
 /// | `log_probs` | no | | report the log-probability of every chosen token |
 /// | `lookahead` | 0 | 0 to 64 | tokens that are guessed and checked in one pass; the text is the same |
 /// | `processors` | none | | change the logits before a token is chosen |
-/// | `on_prompt` | nobody | | who hears how far the prompt is, and may end it |
+/// | `on_prompt` | none | | called with the progress of the prompt; may end it |
 ///
 /// The names and the arithmetic are those of Hugging Face's `generate`, with two differences: the default is the most
 /// probable token, without a draw (there `do_sample=False`), and the filters decide between equal logits by the lower id, so
@@ -77,11 +77,11 @@ pub struct GenerateOptions {
     pub processors: Vec<Processor>,
     /// How many tokens are guessed at most, to be checked in one pass; 0 for none.
     pub lookahead: usize,
-    /// Who hears how far the prompt is.
+    /// Called with the progress of the prompt.
     pub on_prompt: Option<OnPrompt>,
 }
 
-/// Hears how many tokens of a prompt are done, and how many there are: see [`GenerateOptions::on_prompt`]. Clones are equal, others
+/// Called with how many tokens of a prompt are done, and how many there are: see [`GenerateOptions::on_prompt`]. Clones are equal, others
 /// are not.
 #[derive(Clone)]
 pub struct OnPrompt(Arc<dyn Fn(usize, usize) -> ControlFlow<()> + Send + Sync>);
@@ -263,10 +263,10 @@ impl GenerateOptions {
         self
     }
 
-    /// Sets who hears how far a long prompt is: how many tokens of all rows are done, and how many there are, after each piece of at
-    /// most 512. [`ControlFlow::Break`] ends the generation with [`FinishReason::Cancelled`](crate::lm::FinishReason::Cancelled)
+    /// Sets what is called with the progress of a long prompt, after each piece of at most 512 tokens: how many tokens of all rows are
+    /// done, and how many there are. [`ControlFlow::Break`] ends the generation with [`FinishReason::Cancelled`](crate::lm::FinishReason::Cancelled)
     /// before its first token; the state has then seen a part of the prompt, as [`LmState::lengths`](crate::LmState::lengths) says.
-    /// In a batch with options of each row, all that are set are heard, and the first to break ends all rows.
+    /// In a batch with options of each row, all that are set are called, and the first to break ends all rows.
     ///
     /// ```
     /// use std::ops::ControlFlow;

@@ -9,7 +9,7 @@ use crate::{Error, Result};
 /// Changes the logits of a row before its next token is chosen: what is favoured, what is ruled out.
 ///
 /// A generation takes processors by [`GenerateOptions::processor`](super::GenerateOptions::processor), and each of its rows has
-/// clones of its own, which hear the row's tokens.
+/// clones of its own, which are told the row's tokens.
 ///
 /// ```
 /// use std::ops::ControlFlow;
@@ -35,10 +35,10 @@ use crate::{Error, Result};
 /// # Ok::<(), hymba::Error>(())
 /// ```
 pub trait LogitsProcessor: Send + Sync {
-    /// Hears the tokens of the prompt, before anything is generated.
+    /// Is told the tokens of the prompt, before anything is generated.
     fn observe_prompt(&mut self, _ids: &[u32]) {}
 
-    /// Hears a token that has become part of the generated text. Stop tokens have not.
+    /// Is told a token that has become part of the generated text. Stop tokens do not.
     fn observe(&mut self, _id: u32) {}
 
     /// Changes the logits, one for each token of the vocabulary; −∞ rules a token out.

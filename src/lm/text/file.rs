@@ -13,7 +13,7 @@ use tokenizers::models::bpe::BPE;
 use tokenizers::normalizers::{NormalizerWrapper, Prepend, Replace, Sequence};
 use tokenizers::pre_tokenizers::metaspace::{Metaspace, PrependScheme};
 
-use super::stream::{Spelling, Spellings};
+use super::stream::{TokenText, TokenTexts};
 use crate::files::tensors::quoted;
 
 /// Most pieces, merges and added tokens; the largest published vocabularies have a quarter of this.
@@ -208,8 +208,8 @@ fn merges<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<(String, Str
     deserializer.deserialize_seq(Merges)
 }
 
-/// A tokenizer, and the spelling of its tokens. The error is the reason why it cannot be.
-pub(super) fn build(file: File) -> Result<(tokenizers::Tokenizer, Spellings), String> {
+/// A tokenizer, and the text of each of its tokens. The error is the reason why it cannot be.
+pub(super) fn build(file: File) -> Result<(tokenizers::Tokenizer, TokenTexts), String> {
     let mut tokenizer = tokenizers::Tokenizer::new(model(file.model)?);
     let normalizer = normalizer(file.normalizer)?;
     tokenizer.with_normalizer(Some(normalizer)).map_err(reason)?;
@@ -217,8 +217,8 @@ pub(super) fn build(file: File) -> Result<(tokenizers::Tokenizer, Spellings), St
         tokenizer.with_pre_tokenizer(Some(Metaspace::new(replacement, prepend_scheme, split)));
     }
     add(&mut tokenizer, &file.added_tokens)?;
-    let spellings = spellings(&tokenizer, file.decoder, &file.added_tokens)?;
-    Ok((tokenizer, spellings))
+    let texts = token_texts(&tokenizer, file.decoder, &file.added_tokens)?;
+    Ok((tokenizer, texts))
 }
 
 fn reason(error: tokenizers::Error) -> String {
@@ -364,7 +364,7 @@ fn add(tokenizer: &mut tokenizers::Tokenizer, added: &[Added]) -> Result<(), Str
     Ok(())
 }
 
-fn spellings(tokenizer: &tokenizers::Tokenizer, decoder: Decoder, added: &[Added]) -> Result<Spellings, String> {
+fn token_texts(tokenizer: &tokenizers::Tokenizer, decoder: Decoder, added: &[Added]) -> Result<TokenTexts, String> {
     let Decoder::Sequence { decoders } = decoder;
     count("decoder", decoders.len())?;
     let mut replacements = Vec::new();
@@ -391,15 +391,15 @@ fn spellings(tokenizer: &tokenizers::Tokenizer, decoder: Decoder, added: &[Added
     }
     let ids = tokenizer.get_vocab(true);
     let length = ids.values().max().map_or(0, |&largest| largest as usize + 1);
-    let mut all = Spellings { spellings: vec![Spelling::Nothing; length], special: vec![false; length], strip };
+    let mut all = TokenTexts { texts: vec![TokenText::Nothing; length], special: vec![false; length], strip };
     for &id in ids.values() {
         let Some(mut text) = tokenizer.id_to_token(id) else { continue };
         for (pattern, content) in &replacements {
             text = text.replace(pattern, content);
         }
-        all.spellings[id as usize] = match byte(&text).filter(|_| bytes) {
-            Some(byte) => Spelling::Byte(byte),
-            None => Spelling::Text(text.into()),
+        all.texts[id as usize] = match byte(&text).filter(|_| bytes) {
+            Some(byte) => TokenText::Byte(byte),
+            None => TokenText::Text(text.into()),
         };
     }
     for token in added.iter().filter(|token| token.special) {

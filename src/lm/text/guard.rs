@@ -11,14 +11,14 @@ use std::sync::Arc;
 use serde_json::Value;
 use tokenizers::tokenizer::{Model, OffsetType, PreTokenizedString, PreTokenizer};
 
-use super::stream::{Spelling, Spellings};
+use super::stream::{TokenText, TokenTexts};
 use super::template::{ChatOptions, Message};
 
 /// How the special tokens are spelled.
 #[derive(Clone)]
 pub(super) struct Guard {
     /// In order.
-    spellings: Arc<[Box<str>]>,
+    texts: Arc<[Box<str>]>,
 }
 
 /// A chat with marks in it.
@@ -31,22 +31,22 @@ pub(super) struct Guarded {
 impl Guard {
     /// Those that the file marks as special, and those that the config names.
     pub(super) fn new<'a>(
-        spellings: &Spellings,
+        texts: &TokenTexts,
         tokenizer: &tokenizers::Tokenizer,
         named: impl IntoIterator<Item = &'a String>,
     ) -> Self {
         let mut all: BTreeSet<String> = named.into_iter().cloned().collect();
-        let special = spellings.special.iter().zip(0..).filter(|(special, _)| **special);
+        let special = texts.special.iter().zip(0..).filter(|(special, _)| **special);
         for (_, id) in special {
             // as it is searched for in the text, and in the text that is made ready
             all.extend(tokenizer.get_added_tokens_decoder().get(&id).map(|token| token.content.clone()));
             all.extend(tokenizer.id_to_token(id));
-            if let Some(Spelling::Text(text)) = spellings.spellings.get(id as usize) {
+            if let Some(TokenText::Text(text)) = texts.texts.get(id as usize) {
                 all.insert(text.to_string());
             }
         }
         all.remove("");
-        Guard { spellings: all.into_iter().map(String::into_boxed_str).collect() }
+        Guard { texts: all.into_iter().map(String::into_boxed_str).collect() }
     }
 
     /// `None` where nothing that is said has a part of a special token in it.
@@ -124,12 +124,12 @@ impl Guard {
 
     /// Whether a special token begins the text, or the text begins one.
     fn begins(&self, text: &[u8]) -> bool {
-        let mut candidates = &self.spellings[..];
+        let mut candidates = &self.texts[..];
         for (length, &byte) in text.iter().enumerate() {
             // those that have this byte there stand together, and a shorter one first
-            let at = |spelling: &str| spelling.as_bytes()[length];
-            let start = candidates.partition_point(|spelling| at(spelling) < byte);
-            let end = candidates.partition_point(|spelling| at(spelling) <= byte);
+            let at = |text: &str| text.as_bytes()[length];
+            let start = candidates.partition_point(|text| at(text) < byte);
+            let end = candidates.partition_point(|text| at(text) <= byte);
             candidates = &candidates[start..end];
             match candidates.first() {
                 None => return false,

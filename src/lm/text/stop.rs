@@ -27,7 +27,7 @@ pub struct StopMatcher {
     stops: Vec<String>,
     /// Text that may be the beginning of a stop string.
     held: String,
-    /// Where in it are special tokens, which a stop string can name and nobody is to read.
+    /// Where in it are special tokens, which a stop string can name and which are not given out.
     hidden: Vec<Range<usize>>,
     /// The text that the last call gave out.
     out: String,
@@ -80,12 +80,12 @@ impl StopMatcher {
 
     /// As [`push`](Self::push), for a special token: stop strings that name it find it, and it is never given out. Where none
     /// does, it is as if it were not there.
-    pub(crate) fn push_special(&mut self, spelling: &str) -> &str {
-        if self.stopped.is_some() || !self.stops.iter().any(|stop| stop.contains(spelling)) {
+    pub(crate) fn push_special(&mut self, text: &str) -> &str {
+        if self.stopped.is_some() || !self.stops.iter().any(|stop| stop.contains(text)) {
             return self.push("");
         }
-        self.hidden.push(self.held.len()..self.held.len() + spelling.len());
-        self.push(spelling)
+        self.hidden.push(self.held.len()..self.held.len() + text.len());
+        self.push(text)
     }
 
     /// The end of the text without a match: gives what was held back.
@@ -149,7 +149,7 @@ impl StopStream {
     /// the text.
     pub fn push(&mut self, id: u32) -> &str {
         match self.stream.special(id) {
-            Some(spelling) => self.stops.push_special(spelling),
+            Some(text) => self.stops.push_special(text),
             None => self.stops.push(self.stream.push(id)),
         }
     }

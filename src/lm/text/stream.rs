@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 /// What a token is in text.
 #[derive(Debug, Clone, PartialEq)]
-pub(super) enum Spelling {
+pub(super) enum TokenText {
     Text(Box<str>),
     /// One byte of a character that has no token of its own.
     Byte(u8),
@@ -12,10 +12,10 @@ pub(super) enum Spelling {
     Nothing,
 }
 
-/// The spelling of every token, by id.
+/// The text of every token, by id.
 #[derive(Debug)]
-pub(super) struct Spellings {
-    pub(super) spellings: Vec<Spelling>,
+pub(super) struct TokenTexts {
+    pub(super) texts: Vec<TokenText>,
     pub(super) special: Vec<bool>,
     /// How many of this character are taken from the start of a text: the space that encoding puts there.
     pub(super) strip: Option<(char, usize)>,
@@ -41,7 +41,7 @@ pub(super) struct Spellings {
 /// ```
 #[derive(Debug, Clone)]
 pub struct TextStream {
-    spellings: Arc<Spellings>,
+    texts: Arc<TokenTexts>,
     keep_special: bool,
     /// Bytes of a character that is not complete.
     pending: Vec<u8>,
@@ -52,12 +52,12 @@ pub struct TextStream {
 }
 
 impl TextStream {
-    pub(super) fn new(spellings: &Arc<Spellings>, keep_special: bool) -> Self {
+    pub(super) fn new(texts: &Arc<TokenTexts>, keep_special: bool) -> Self {
         TextStream {
-            spellings: Arc::clone(spellings),
+            texts: Arc::clone(texts),
             keep_special,
             pending: Vec::with_capacity(4),
-            strip: spellings.strip.map_or(0, |(_, count)| count),
+            strip: texts.strip.map_or(0, |(_, count)| count),
             out: String::new(),
         }
     }
@@ -79,8 +79,8 @@ impl TextStream {
 
     /// The text that `id` adds where special tokens are spelled out, or `None` where it is not a special token.
     pub(crate) fn special(&self, id: u32) -> Option<&str> {
-        match self.spellings.spellings.get(id as usize)? {
-            Spelling::Text(text) if self.spellings.special[id as usize] => Some(text),
+        match self.texts.texts.get(id as usize)? {
+            TokenText::Text(text) if self.texts.special[id as usize] => Some(text),
             _ => None,
         }
     }
@@ -97,27 +97,27 @@ impl TextStream {
     pub fn finish(&mut self) -> &str {
         self.out.clear();
         self.give_up();
-        self.strip = self.spellings.strip.map_or(0, |(_, count)| count);
+        self.strip = self.texts.strip.map_or(0, |(_, count)| count);
         &self.out
     }
 
     /// Adds to `out`; `push` without forgetting what is there.
     pub(super) fn add(&mut self, id: u32) {
-        let spellings = Arc::clone(&self.spellings);
+        let texts = Arc::clone(&self.texts);
         let index = id as usize;
-        if !self.keep_special && spellings.special.get(index).is_some_and(|&special| special) {
+        if !self.keep_special && texts.special.get(index).is_some_and(|&special| special) {
             return;
         }
-        match spellings.spellings.get(index) {
-            Some(Spelling::Text(text)) => {
+        match texts.texts.get(index) {
+            Some(TokenText::Text(text)) => {
                 self.give_up();
                 self.emit(text);
             }
-            Some(&Spelling::Byte(byte)) => {
+            Some(&TokenText::Byte(byte)) => {
                 self.pending.push(byte);
                 self.settle();
             }
-            Some(Spelling::Nothing) | None => {}
+            Some(TokenText::Nothing) | None => {}
         }
     }
 
@@ -151,7 +151,7 @@ impl TextStream {
     }
 
     fn emit(&mut self, mut text: &str) {
-        if let Some((stripped, _)) = self.spellings.strip {
+        if let Some((stripped, _)) = self.texts.strip {
             while self.strip > 0 && !text.is_empty() {
                 match text.strip_prefix(stripped) {
                     Some(rest) => (text, self.strip) = (rest, self.strip - 1),
@@ -167,11 +167,11 @@ impl TextStream {
 mod tests {
     use super::*;
 
-    fn bytes_and(texts: &[&str]) -> Arc<Spellings> {
-        let bytes = (0..=255).map(Spelling::Byte);
-        let texts = texts.iter().map(|&text| Spelling::Text(text.into()));
-        let spellings: Vec<_> = bytes.chain(texts).collect();
-        Arc::new(Spellings { special: vec![false; spellings.len()], spellings, strip: Some((' ', 1)) })
+    fn bytes_and(texts: &[&str]) -> Arc<TokenTexts> {
+        let bytes = (0..=255).map(TokenText::Byte);
+        let texts = texts.iter().map(|&text| TokenText::Text(text.into()));
+        let texts: Vec<_> = bytes.chain(texts).collect();
+        Arc::new(TokenTexts { special: vec![false; texts.len()], texts, strip: Some((' ', 1)) })
     }
 
     #[test]

@@ -10,7 +10,7 @@ use serde::de::IgnoredAny;
 
 use super::file;
 use super::guard::{self, Guard};
-use super::stream::{Spelling, Spellings, TextStream};
+use super::stream::{TextStream, TokenText, TokenTexts};
 use super::template::{ChatOptions, ChatTemplate, Message, shown};
 use crate::files::tensors::Source;
 use crate::lm::python_json::{python_json, without_bom};
@@ -43,7 +43,7 @@ const TURN: &str = "<extra_id_";
 #[derive(Clone)]
 pub struct Tokenizer {
     tokenizer: Arc<tokenizers::Tokenizer>,
-    spellings: Arc<Spellings>,
+    token_texts: Arc<TokenTexts>,
     chat: Chat,
     bos: Option<u32>,
     add_bos: bool,
@@ -126,7 +126,7 @@ impl Tokenizer {
         let file = serde_json::from_slice(without_bom(&bytes))
             .map_err(|error| Error::format(&path, shown(error.to_string())))?;
         drop(bytes);
-        let (tokenizer, spellings) = file::build(file).map_err(|reason| Error::format(&path, reason))?;
+        let (tokenizer, texts) = file::build(file).map_err(|reason| Error::format(&path, reason))?;
 
         let path = folder.join("tokenizer_config.json");
         let mut config = Config::default();
@@ -166,14 +166,14 @@ impl Tokenizer {
             Err(error) => Chat::Refused { path, reason: error.to_string() },
         };
         Ok(Tokenizer {
-            guard: Guard::new(&spellings, &tokenizer, special.map(|(_, text)| text)),
+            guard: Guard::new(&texts, &tokenizer, special.map(|(_, text)| text)),
             chat,
             bos: tokenizer.token_to_id(&bos),
             add_bos: config.add_bos_token.unwrap_or(true),
             eos: tokenizer.token_to_id(&eos),
             eos_token: eos,
             tokenizer: Arc::new(tokenizer),
-            spellings: Arc::new(spellings),
+            token_texts: Arc::new(texts),
         })
     }
 
@@ -227,12 +227,12 @@ impl Tokenizer {
     ///
     /// [`Error::Text`] for an id that is not below [`vocab_size`](Self::vocab_size).
     pub fn decode(&self, ids: &[u32]) -> Result<String> {
-        self.text(ids, TextStream::new(&self.spellings, false))
+        self.text(ids, TextStream::new(&self.token_texts, false))
     }
 
     /// As [`decode`](Self::decode), with special tokens spelled out.
     pub fn decode_keep_special(&self, ids: &[u32]) -> Result<String> {
-        self.text(ids, TextStream::new(&self.spellings, true))
+        self.text(ids, TextStream::new(&self.token_texts, true))
     }
 
     fn text(&self, ids: &[u32], mut stream: TextStream) -> Result<String> {
@@ -249,7 +249,7 @@ impl Tokenizer {
     /// Text from ids that come one by one, without special tokens. It is the beginning of a text: the space that
     /// [`encode`](Self::encode) puts in front is left out.
     pub fn stream(&self) -> TextStream {
-        TextStream::new(&self.spellings, false)
+        TextStream::new(&self.token_texts, false)
     }
 
     /// As [`stream`](Self::stream), for a text that continues the ids of a prompt: the pieces are what
@@ -328,7 +328,7 @@ impl Tokenizer {
 
     /// All ids are below this. A model may have room for more.
     pub fn vocab_size(&self) -> usize {
-        self.spellings.spellings.len()
+        self.token_texts.texts.len()
     }
 
     /// The token that begins a text.
@@ -336,7 +336,7 @@ impl Tokenizer {
         self.bos
     }
 
-    /// Where the text of an answer in a chat ends, besides stop tokens: the spelling of the token that ends a text, and the beginning of
+    /// Where the text of an answer in a chat ends, besides stop tokens: the token that ends a text, and the beginning of
     /// a turn in Hymba's template, which is plain text.
     pub fn chat_stop_strings(&self) -> Vec<String> {
         [TURN].into_iter().chain(self.eos.map(|_| self.eos_token.as_str())).map(str::to_owned).collect()
@@ -350,7 +350,7 @@ impl Tokenizer {
 
 impl fmt::Debug for Tokenizer {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        let tokens = self.spellings.spellings.iter().filter(|spelling| **spelling != Spelling::Nothing).count();
+        let tokens = self.token_texts.texts.iter().filter(|text| **text != TokenText::Nothing).count();
         f.debug_struct("Tokenizer")
             .field("tokens", &tokens)
             .field("bos", &self.bos)

@@ -30,10 +30,14 @@ struct SavedEncoder {
     predictor: file::Saved,
 }
 
-in_one_file!(
-    Ensemble,
-    "Writes both views to one safetensors file: the kernels under names that begin with `features.`, the encoder as [`Predictor::save`] does, the rest in the metadata."
-);
+in_one_file!(Ensemble {
+    /// Writes both views to one safetensors file: the kernels under names that begin with `features.`, the encoder as
+    /// [`Predictor::save`] does, the rest in the metadata.
+    save,
+    /// Reads an ensemble that [`save`](Self::save) wrote.
+    load,
+    from_bytes,
+});
 
 impl Ensemble {
     fn write(&self, target: Target) -> Result<()> {
@@ -53,12 +57,15 @@ impl Ensemble {
         let Saved { task, kernels, encoder, .. } = entry(saved, &tensors)?;
         let kernels = KernelPredictor::with_room_for(&tensors, KERNELS, kernels, task)?;
         let in_file = encoder.as_ref().and_then(|encoder| encoder.predictor.storage);
+        let mut lora = None;
         let encoder = match encoder {
             Some(SavedEncoder { share, factor, predictor }) => {
                 if !(0.0..=1.0).contains(&share) || !factor.is_finite() {
                     return Err(tensors.error(format!("its encoder has the share {share} and the factor {factor}")));
                 }
-                Some((Predictor::with_saved(predictor, &tensors, None)?, Mix { share, factor }))
+                let room = Predictor::with_saved(&predictor, &tensors, None)?;
+                lora = predictor.lora;
+                Some((room, Mix { share, factor }))
             }
             None => None,
         };
@@ -72,7 +79,7 @@ impl Ensemble {
         fill(&mut tensors, in_file, &mut |f| ensemble.visit_tensors_mut(f))?;
         ensemble.kernels.check(&tensors)?;
         if let Some((predictor, _)) = &mut ensemble.encoder {
-            predictor.finish_reading(&tensors)?;
+            predictor.finish_reading(lora.as_ref(), &tensors)?;
         }
         Ok(ensemble)
     }

@@ -2,7 +2,7 @@
 
 use ndarray::{Array2, ArrayView1};
 
-/// Channels looked at, the first ones.
+/// Channels used, the first ones.
 const MOST_CHANNELS: usize = 16;
 /// Halvings of the series.
 const DEPTHS: usize = 6;

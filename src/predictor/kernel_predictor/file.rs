@@ -19,10 +19,13 @@ struct Saved {
     task: Task,
 }
 
-in_one_file!(
-    KernelPredictor,
-    "Writes the predictor to one safetensors file: `kernels.*` and `head.*` as f32, the rest in the metadata."
-);
+in_one_file!(KernelPredictor {
+    /// Writes the predictor to one safetensors file: `kernels.*` and `head.*` as f32, the rest in the metadata.
+    save,
+    /// Reads a predictor that [`save`](Self::save) wrote.
+    load,
+    from_bytes,
+});
 
 impl KernelPredictor {
     fn write(&self, target: Target) -> Result<()> {
@@ -98,11 +101,7 @@ impl KernelPredictor {
         Ok(KernelPredictor { task, features, ridge: Ridge { weight, bias: Array1::zeros(outputs) } })
     }
 
-    /// Checks numbers that a stranger wrote and that are divided by.
     pub(in crate::predictor) fn check(&self, tensors: &Tensors) -> Result<()> {
-        let input = &self.features.input;
-        Normalization::new(input.mean().clone(), input.scale().clone())
-            .map_err(|error| tensors.error(format!("its input normalization is not usable: {error}")))?;
-        Ok(())
+        self.features.input.check(tensors, "input")
     }
 }

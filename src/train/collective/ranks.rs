@@ -6,7 +6,7 @@ use ndarray::ArrayView2;
 
 use super::Collective;
 use crate::train::{Parameters, cut_into, views, views_mut};
-use crate::{Error, Normalization, Result};
+use crate::{Error, Normalization, Parameter, Result};
 
 /// The ranks of a training.
 pub(in crate::train) struct Ranks<'a> {
@@ -227,6 +227,20 @@ pub(in crate::train) fn hash_of(parameters: &impl Parameters) -> u64 {
     parameters.visit(&mut |name, array| {
         name.bytes().for_each(|byte| hash.add(byte.into()));
         array.iter().for_each(|number| hash.add(number.to_bits().into()));
+    });
+    hash.finish()
+}
+
+/// A hash of all that a walk visits, and of the types it is stored in.
+pub(in crate::train) fn hash_of_every(walk: impl FnOnce(&mut dyn FnMut(&str, Parameter<'_>))) -> u64 {
+    let mut hash = Hash::new();
+    walk(&mut |name, parameter| {
+        hash.add(hash_of_text(&(name, parameter.storage())));
+        match parameter {
+            Parameter::Array(array) => array.iter().for_each(|number| hash.add(number.to_bits().into())),
+            Parameter::Stored(matrix) => (0..matrix.shape()[0])
+                .for_each(|output| matrix.row(output).iter().for_each(|number| hash.add(number.to_bits().into()))),
+        }
     });
     hash.finish()
 }

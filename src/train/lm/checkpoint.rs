@@ -15,7 +15,7 @@ use crate::files::tensors::Source;
 use crate::files::{Target, header, replace};
 use crate::parameters::{Parameter, ParameterMut};
 use crate::train::{AdamW, Parameters, views};
-use crate::{Error, HymbaLm, Result};
+use crate::{Error, HymbaLm, LoraOptions, Result};
 
 const FILE: &str = "training.json";
 /// Longest `training.json` that is read.
@@ -28,6 +28,9 @@ struct Saved<H = Vec<LmEpoch>, O = LmTrainerOptions> {
     options: O,
     /// Fingerprint of the data.
     data: u64,
+    /// Of the adapter that is trained, if it is one.
+    #[serde(default)]
+    lora: Option<LoraOptions>,
     history: H,
 }
 
@@ -61,7 +64,7 @@ pub(super) fn write(folder: &Path, options: &LmTrainerOptions, state: &State, da
     let tensors = views(&state.lm).into_iter().map(|(name, array)| (name, Parameter::Array(array)));
     files::write(Target::File(&weights(folder, epoch)), &Version { version: VERSION }, tensors)?;
     state.optimizer.save(optimizer(folder, epoch))?;
-    let saved = Saved { version: VERSION, options, data, history: &state.history };
+    let saved = Saved { version: VERSION, options, data, lora: state.lm.lora_options(), history: &state.history };
     let path = folder.join(FILE);
     replace(&path, |file| {
         serde_json::to_writer(&mut *file, &saved)?;
@@ -85,18 +88,45 @@ pub(super) fn read(folder: &Path, mut lm: HymbaLm) -> Result<(LmTrainerOptions, 
     let text = source.text(MAX_LENGTH)?;
     let unusable =
         |reason: String| source.error(format!("it is no checkpoint of a training: {}", header::printable(&reason)));
-    let Saved { version, options, data, history }: Saved =
+    let Saved { version, options, data, lora, history }: Saved =
         serde_json::from_str(&text).map_err(|error| unusable(error.to_string()))?;
     options.validate().map_err(|error| unusable(error.to_string()))?;
     if version != VERSION || history.len() > options.epochs {
         return Err(unusable(format!("version {version}, {} of {} epochs done", history.len(), options.epochs)));
     }
+    lora.map_or(Ok(()), |lora| check_lora(&lora, &lm))?;
     let (epoch, best) = (history.len(), best_epoch(&history));
     read_weights(&weights(folder, best), &mut lm)?;
     let best_weights = super::copy_of(&lm);
     read_weights(&weights(folder, epoch), &mut lm)?;
     let optimizer = AdamW::load(optimizer(folder, epoch), &lm)?;
     Ok((options, State { lm, optimizer, history, best: best_weights }, data))
+}
+
+/// Refuses a model whose adapter computes something else than that of the training.
+fn check_lora(saved: &LoraOptions, lm: &HymbaLm) -> Result<()> {
+    let Some(own) = lm.lora_options() else {
+        return Err(Error::State(
+            "the training is that of an adapter, and the model has none that is active: add one by add_lora".into(),
+        ));
+    };
+    let all = |options: &LoraOptions| {
+        [
+            ("rank", options.rank.to_string()),
+            ("alpha", options.alpha.to_string()),
+            ("rslora", options.rslora.to_string()),
+            ("dropout", options.dropout.to_string()),
+            ("maps", format!("{:?}", options.maps)),
+        ]
+    };
+    match all(&own).into_iter().zip(all(saved)).find(|(own, saved)| own != saved) {
+        None => Ok(()),
+        Some(((option, given), (_, saved))) => Err(Error::Option {
+            option,
+            given,
+            allowed: format!("the adapter of the training that is resumed has {saved}: add one of the same options"),
+        }),
+    }
 }
 
 fn read_weights(path: &Path, lm: &mut HymbaLm) -> Result<()> {

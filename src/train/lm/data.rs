@@ -41,7 +41,7 @@ impl TokenRows {
         Ok(TokenRows { rows: rows.collect(), masks: None, bytes: None })
     }
 
-    /// Documents that know nothing of each other, one a row. `masks` has a mark for every token of every row; only those that are
+    /// Documents that know nothing of each other, one per row. `masks` has a mark for every token of every row; only those that are
     /// marked are predicted.
     ///
     /// # Errors

@@ -112,7 +112,7 @@ impl AdamWOptions {
     }
 
     /// Sets a factor of the learning rate of the parameters whose names fit `pattern`, in which `*` stands for any text. A factor of 0
-    /// freezes them: they stay as they are, to the bit. Of several patterns that fit, the last one counts.
+    /// freezes them: they stay as they are, to the bit, and their gradients do not count, neither in the norm that is clipped. Of several patterns that fit, the last one counts.
     ///
     /// ```
     /// use hymba::train::AdamWOptions;
@@ -132,7 +132,7 @@ impl AdamWOptions {
         self.rate_for.iter().rfind(|(pattern, _)| fits(pattern, name)).map_or(1.0, |(_, factor)| *factor)
     }
 
-    /// Sets the largest norm a gradient keeps: a longer one, all parameters taken together, is scaled down to it.
+    /// Sets the largest norm a gradient keeps: a longer one, all parameters that are not frozen taken together, is scaled down to it.
     pub fn clip_norm(mut self, norm: f32) -> Self {
         self.clip_norm = Some(norm);
         self

@@ -33,6 +33,8 @@ pub struct Reading {
     pieces: usize,
     cached: usize,
     scores: Vec<Score>,
+    /// The logits after the prompt.
+    last: Vec<f32>,
     state: Option<LmState>,
 }
 
@@ -41,8 +43,18 @@ impl Reading {
         let Job { prompt, choices, first_choice, log_probs, score_prompt, events, deadline, permit } = job;
         let common = Arc::new(Common { events, log_probs, deadline, since, _permit: permit });
         let cached = pieces.checked_sub(1).map_or(0, |last| prompt.cuts[last]);
-        let (scores, scores_prompt) = (Vec::new(), score_prompt);
-        Reading { common, prompt, choices, first_choice, scores_prompt, pieces, cached, scores, state: Some(state) }
+        Reading {
+            common,
+            prompt,
+            choices,
+            first_choice,
+            scores_prompt: score_prompt,
+            pieces,
+            cached,
+            scores: Vec::new(),
+            last: Vec::new(),
+            state: Some(state),
+        }
     }
 
     pub fn rows(&self) -> usize {
@@ -65,6 +77,11 @@ impl Reading {
         self.pieces.checked_sub(1).map_or(0, |last| self.prompt.cuts[last])
     }
 
+    /// Tokens that are still to be read.
+    pub fn left(&self) -> usize {
+        self.prompt.ids.len() - self.start()
+    }
+
     /// What is read next.
     pub fn piece(&self) -> &[u32] {
         &self.prompt.ids[self.start()..self.prompt.cuts[self.pieces]]
@@ -84,15 +101,17 @@ impl Reading {
         self.state.take()
     }
 
-    /// Takes the logits after a token of the piece; whether they are those after the prompt.
-    pub fn hear(&mut self, i: usize, logits: &[f32]) -> bool {
+    /// Takes the logits after a token of the piece.
+    pub fn hear(&mut self, i: usize, logits: &[f32]) {
         let at = self.start() + i + 1;
         if self.scores_prompt
             && let Some(&id) = self.prompt.ids.get(at)
         {
             self.scores.push(score(logits, id, self.common.log_probs));
         }
-        at == self.prompt.ids.len()
+        if at == self.prompt.ids.len() {
+            self.last = logits.to_vec();
+        }
     }
 
     /// The piece is done.
@@ -119,7 +138,7 @@ impl Reading {
     }
 
     /// The sequences that go on from here, each with its first token.
-    pub fn finish(mut self, logits: &[f32], tokenizer: &Tokenizer, lm: &HymbaLm, metrics: &Metrics) -> Vec<Writing> {
+    pub fn finish(mut self, tokenizer: &Tokenizer, lm: &HymbaLm, metrics: &Metrics) -> Vec<Writing> {
         let scores = std::mem::take(&mut self.scores);
         let _ = self.common.events.send((self.first_choice, Event::Prompt { cached: self.cached, scores }));
         let Some(state) = self.state.take() else { return Vec::new() };
@@ -131,7 +150,8 @@ impl Reading {
             }));
             match begun {
                 Ok(Ok(mut writing)) => {
-                    if writing.choose(logits, metrics) {
+                    writing.choose(&self.last, metrics);
+                    if !writing.is_over() {
                         // many bytes: the last needs no copy
                         writing.state = if i == last { state.take() } else { state.clone() };
                         all.push(writing);
@@ -161,6 +181,8 @@ pub struct Writing {
     count: usize,
     next: u32,
     state: Option<LmState>,
+    /// Whether its end has been told.
+    over: bool,
 }
 
 impl Writing {
@@ -177,7 +199,18 @@ impl Writing {
         let text = StopStream::new(tokenizer.stream_after(prompt), options.stop_strings.iter().cloned())?;
         let stop_tokens = options.stop_tokens.clone().unwrap_or_else(|| lm.config().eos_token_id.clone());
         let max_tokens = options.max_tokens;
-        Ok(Writing { common, index, sampler, max_tokens, stop_tokens, text, count: 0, next: 0, state: None })
+        Ok(Writing {
+            common,
+            index,
+            sampler,
+            max_tokens,
+            stop_tokens,
+            text,
+            count: 0,
+            next: 0,
+            state: None,
+            over: false,
+        })
     }
 
     pub fn events(&self) -> &UnboundedSender<(usize, Event)> {
@@ -201,9 +234,18 @@ impl Writing {
         self.state = state;
     }
 
-    pub fn fail(&self, metrics: &Metrics, end: End, failure: Failure) {
+    pub fn is_over(&self) -> bool {
+        self.over
+    }
+
+    pub fn fail(&mut self, metrics: &Metrics, end: End, failure: Failure) {
+        self.end(metrics, end, Event::Failed(failure));
+    }
+
+    fn end(&mut self, metrics: &Metrics, end: End, last: Event) {
+        self.over = true;
         metrics.end(end);
-        self.send(Event::Failed(failure));
+        self.send(last);
     }
 
     fn send(&self, event: Event) {
@@ -211,26 +253,19 @@ impl Writing {
         let _ = self.common.events.send((self.index, event));
     }
 
-    /// Chooses the next token; whether it goes on.
-    pub fn choose(&mut self, logits: &[f32], metrics: &Metrics) -> bool {
+    /// Chooses the next token, or ends.
+    pub fn choose(&mut self, logits: &[f32], metrics: &Metrics) {
         match catch_unwind(AssertUnwindSafe(|| self.advance(logits, metrics))) {
-            Ok(Ok(None)) => true,
+            Ok(Ok(None)) => {}
             Ok(Ok(Some(finish))) => {
                 let text = self.text.finish();
                 let stop = (finish == FinishReason::StopToken).then(|| score(logits, self.next, self.common.log_probs));
-                self.send(Event::End { text, finish, stop });
-                metrics.end(if finish == FinishReason::MaxTokens { End::Length } else { End::Stop });
+                let end = if finish == FinishReason::MaxTokens { End::Length } else { End::Stop };
+                self.end(metrics, end, Event::End { text, finish, stop });
                 metrics.whole.observe(self.common.since.elapsed());
-                false
             }
-            Ok(Err(error)) => {
-                self.fail(metrics, End::Failed, Failure::Internal(error.to_string()));
-                false
-            }
-            Err(_) => {
-                self.fail(metrics, End::Failed, Failure::Internal("choosing a token broke down".into()));
-                false
-            }
+            Ok(Err(error)) => self.fail(metrics, End::Failed, Failure::Internal(error.to_string())),
+            Err(_) => self.fail(metrics, End::Failed, Failure::Internal("choosing a token broke down".into())),
         }
     }
 

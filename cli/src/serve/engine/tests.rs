@@ -23,7 +23,7 @@ fn tokenizer() -> Tokenizer {
 
 fn engine(lm: &Arc<HymbaLm>, rows: usize, cache_bytes: usize) -> (Engine, Arc<Metrics>) {
     let metrics = Arc::<Metrics>::default();
-    let options = EngineOptions { rows, cache_bytes };
+    let options = EngineOptions { rows, piece: PIECE, cache_bytes };
     (Engine::start(lm.clone(), tokenizer(), options, metrics.clone()).unwrap(), metrics)
 }
 

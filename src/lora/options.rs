@@ -1,4 +1,6 @@
-//! Which low-rank parts a language model gets.
+//! Which low-rank parts a model gets.
+
+use serde::{Deserialize, Serialize};
 
 use crate::layers::LORA_NAMES;
 use crate::{Error, Result};
@@ -10,12 +12,17 @@ use crate::{Error, Result};
 /// | `rank` | 8 | r, rows of A: from 1 to 4096 |
 /// | `alpha` | 16 | scale is alpha/r |
 /// | `rslora` | `false` | scale is alpha/√r instead |
+/// | `dropout` | 0 | share of x that A does not see in training: at least 0 and below 1 |
 /// | `maps` | `*_proj*` | patterns of names, in which `*` stands for any text; one without fits the end of a name, too |
 ///
-/// Maps are called as in the checkpoint, such as `model.layers.0.mamba.in_proj`, without `.weight`: in every layer
+/// Maps are called as in files, without `.weight`. In the language model, such as `model.layers.0.mamba.in_proj`: in every layer
 /// `mamba.in_proj`, `mamba.x_proj.0`, `mamba.dt_proj.0` and `mamba.out_proj`, `moe.experts.0.gate_proj` (in a gated MLP), `up_proj`
-/// and `down_proj`, and of an untied model `lm_head`.
-#[derive(Debug, Clone, PartialEq)]
+/// and `down_proj`, and of an untied model `lm_head`. In the encoder, such as `blocks.0.mamba.in_proj`: `input_proj`,
+/// and of what a block has `mamba.in_proj`, `mamba.x_proj`, `mamba.dt_proj`, `mamba.out_proj`, `attention.q_proj`, `attention.k_proj`,
+/// `attention.v_proj`, `attention.out_proj`, `shared_proj`, `gate`, `ffn.up` and `ffn.down`, of which the default leaves out the last
+/// three. In a bidirectional [`Predictor`](crate::Predictor) the second encoder's stand behind `reverse.`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 #[non_exhaustive]
 pub struct LoraOptions {
     /// Rows of A.
@@ -23,14 +30,18 @@ pub struct LoraOptions {
     /// The scale is alpha/r, or alpha/√r.
     pub alpha: f64,
     /// Whether it is alpha/√r.
+    #[serde(default)]
     pub rslora: bool,
-    /// Patterns of the names of maps.
+    /// Share of x that A does not see in training.
+    #[serde(default)]
+    pub dropout: f64,
+    /// Patterns of the names of maps; of an adapter that a model holds, the names.
     pub maps: Vec<String>,
 }
 
 impl Default for LoraOptions {
     fn default() -> Self {
-        LoraOptions { rank: 8, alpha: 16.0, rslora: false, maps: vec!["*_proj*".into()] }
+        LoraOptions { rank: 8, alpha: 16.0, rslora: false, dropout: 0.0, maps: vec!["*_proj*".into()] }
     }
 }
 
@@ -56,24 +67,45 @@ impl LoraOptions {
         self
     }
 
+    /// Sets the share of the numbers of x that A does not see in training; the others are divided by what is left. Which, is drawn
+    /// for each map and row from the seed of the pass.
+    ///
+    /// ```
+    /// use hymba::ndarray::Array3;
+    /// use hymba::{Hymba, HymbaOptions, LoraOptions};
+    ///
+    /// let mut model = Hymba::build(HymbaOptions::new(6).hidden_size(32).num_layers(1))?;
+    /// model.add_lora(&LoraOptions::default().dropout(0.1), 0)?;
+    /// let (y, cache) = model.forward_train(&Array3::ones((2, 10, 6)), None, 7)?; // 7 is the seed
+    /// # Ok::<(), hymba::Error>(())
+    /// ```
+    pub fn dropout(mut self, dropout: f64) -> Self {
+        self.dropout = dropout;
+        self
+    }
+
     /// Sets the patterns of the names of maps.
     pub fn maps<T: Into<String>>(mut self, patterns: impl IntoIterator<Item = T>) -> Self {
         self.maps = patterns.into_iter().map(Into::into).collect();
         self
     }
 
-    pub(super) fn scale(&self) -> f32 {
+    pub(crate) fn scale(&self) -> f32 {
         let rank = self.rank as f64;
         (self.alpha / if self.rslora { rank.sqrt() } else { rank }) as f32
     }
 
-    pub(super) fn validate(&self) -> Result<()> {
+    pub(crate) fn validate(&self) -> Result<()> {
         let bad = |option, given: String, allowed: &str| Err(Error::Option { option, given, allowed: allowed.into() });
         if !(1..=Self::MAX_RANK).contains(&self.rank) {
             return bad("rank", self.rank.to_string(), "it must be from 1 to 4096");
         }
         if !self.scale().is_finite() {
             return bad("alpha", self.alpha.to_string(), "it must be finite; 16 is usual");
+        }
+        // written so that NaN fails
+        if !(0.0..1.0).contains(&self.dropout) {
+            return bad("dropout", self.dropout.to_string(), "it must be at least 0 and below 1; 0.05 is usual");
         }
         Ok(())
     }

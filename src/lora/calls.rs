@@ -1,0 +1,230 @@
+//! The public calls of a model with adapters.
+
+/// `$task` is PEFT's name of what the model is for; `$setup` makes the mutable `model` of the examples.
+macro_rules! lora_calls {
+    ($what:ident, $task:expr, $setup:literal) => {
+        /// # Low-rank adapters (LoRA)
+        impl $what {
+            /// Adds a new low-rank adapter beside the maps whose names fit, and activates it. It is called `default`, and takes the place
+            /// of one of this name; for others see [`add_lora_as`](Self::add_lora_as).
+            ///
+            /// From now on only the active adapter is trained, and in a [`Predictor`](crate::Predictor) what is around the encoder; the
+            /// weights themselves stay as they are, in whatever type they are stored. B is zero, so nothing changes yet; A is drawn from
+            /// `seed`.
+            ///
+            /// # Errors
+            ///
+            /// [`Error::Option`](crate::Error::Option) if an option is out of range, a pattern fits no map, or the adapter does not fit
+            /// into memory. Nothing is changed then.
+            ///
+            /// ```
+            #[doc = $setup]
+            /// let covered = model.add_lora(&LoraOptions::default().rank(4).maps(["in_proj", "out_proj"]), 0)?;
+            /// println!("{covered}"); // how many maps, parameters, and of which maps
+            /// assert!(covered.parameters > 0 && covered.maps.iter().all(|(name, _)| name.ends_with("_proj")));
+            /// assert!(model.add_lora(&LoraOptions::default().maps(["no_such_map"]), 0).is_err());
+            /// # Ok::<(), hymba::Error>(())
+            /// ```
+            pub fn add_lora(
+                &mut self,
+                options: &$crate::LoraOptions,
+                seed: u64,
+            ) -> $crate::Result<$crate::LoraCoverage> {
+                self.add_lora_as($crate::lora::DEFAULT, options, seed)
+            }
+
+            /// As [`add_lora`](Self::add_lora), by a name: 1 to 64 ASCII letters, digits, `-` and `_`. A model holds any number of adapters,
+            /// of which one is active at a time or none.
+            ///
+            /// # Errors
+            ///
+            /// As [`add_lora`](Self::add_lora), and if the name is another.
+            ///
+            /// ```
+            #[doc = $setup]
+            /// for (seed, name) in ["french", "german"].into_iter().enumerate() {
+            ///     model.add_lora_as(name, &LoraOptions::default(), seed as u64)?;
+            /// }
+            /// assert_eq!((model.loras(), model.lora()), (vec!["french", "german"], Some("german")));
+            /// # Ok::<(), hymba::Error>(())
+            /// ```
+            pub fn add_lora_as(
+                &mut self,
+                name: &str,
+                options: &$crate::LoraOptions,
+                seed: u64,
+            ) -> $crate::Result<$crate::LoraCoverage> {
+                $crate::lora::add(self, name, options, seed)
+            }
+
+            /// Reads an adapter from a folder that the PEFT library or [`save_lora`](Self::save_lora) wrote, `adapter_config.json` and
+            /// `adapter_model.safetensors`, and activates it. It is called `default`, as in [`add_lora`](Self::add_lora).
+            ///
+            /// The folder need not be trusted.
+            ///
+            /// # Errors
+            ///
+            /// [`Error::Io`](crate::Error::Io) when a file cannot be read; [`Error::Format`](crate::Error::Format) when one is damaged, or
+            /// says that it is another kind of adapter, such as DoRA, or one that changes the weights, such as PiSSA;
+            /// [`Error::Tensors`](crate::Error::Tensors) when it has none for maps of this model, others, or in other shapes. Nothing is
+            /// changed then.
+            ///
+            /// ```
+            #[doc = $setup]
+            /// # let folder = tempfile::tempdir().unwrap();
+            /// # let folder = folder.path();
+            /// model.add_lora(&LoraOptions::default(), 0)?;
+            /// model.save_lora(folder)?;
+            /// model.remove_lora();
+            /// model.load_lora(folder)?;
+            /// assert!(model.has_lora());
+            /// # Ok::<(), hymba::Error>(())
+            /// ```
+            pub fn load_lora(&mut self, folder: impl AsRef<std::path::Path>) -> $crate::Result<$crate::LoraCoverage> {
+                self.load_lora_as($crate::lora::DEFAULT, folder)
+            }
+
+            /// As [`load_lora`](Self::load_lora), by a name as in [`add_lora_as`](Self::add_lora_as): others that the model holds stay.
+            ///
+            /// # Errors
+            ///
+            /// As [`load_lora`](Self::load_lora), and [`Error::Option`](crate::Error::Option) if the name cannot be used.
+            ///
+            /// ```
+            #[doc = $setup]
+            /// # let folder = tempfile::tempdir().unwrap();
+            /// # let folder = folder.path();
+            /// model.add_lora_as("french", &LoraOptions::default(), 0)?;
+            /// model.save_lora(folder)?;
+            /// model.load_lora_as("german", folder)?;
+            /// assert_eq!(model.loras(), ["french", "german"]);
+            /// # Ok::<(), hymba::Error>(())
+            /// ```
+            pub fn load_lora_as(
+                &mut self,
+                name: &str,
+                folder: impl AsRef<std::path::Path>,
+            ) -> $crate::Result<$crate::LoraCoverage> {
+                $crate::lora::load(self, name, folder.as_ref())
+            }
+
+            /// Writes the active adapter to a folder, which is made if there is none, as the PEFT library has them: under the names of
+            /// maps in the files of this crate.
+            ///
+            /// # Errors
+            ///
+            /// [`Error::State`](crate::Error::State) if none is active, and [`Error::Io`](crate::Error::Io) when a file cannot be written.
+            ///
+            /// ```
+            #[doc = $setup]
+            /// # let folder = tempfile::tempdir().unwrap();
+            /// # let folder = folder.path();
+            /// model.add_lora(&LoraOptions::default(), 0)?;
+            /// model.save_lora(folder)?;
+            /// assert!(folder.join("adapter_model.safetensors").exists());
+            /// # Ok::<(), hymba::Error>(())
+            /// ```
+            pub fn save_lora(&self, folder: impl AsRef<std::path::Path>) -> $crate::Result<()> {
+                $crate::lora::save(self, folder.as_ref(), $task)
+            }
+
+            /// Activates the adapter of this name, or with `None` none. That moves a pointer for each map, and copies and computes
+            /// nothing. States that streams have of one adapter are refused while another is active, and go on when theirs is again.
+            ///
+            /// # Errors
+            ///
+            /// [`Error::Option`](crate::Error::Option) if the model holds none of this name.
+            ///
+            /// ```
+            #[doc = $setup]
+            /// model.add_lora_as("french", &LoraOptions::default(), 0)?;
+            /// model.add_lora_as("german", &LoraOptions::default(), 1)?;
+            /// model.set_lora("french")?;
+            /// assert_eq!(model.lora(), Some("french"));
+            /// model.set_lora(None)?; // the model itself
+            /// assert_eq!(model.lora(), None);
+            /// assert!(model.set_lora("latin").is_err());
+            /// # Ok::<(), hymba::Error>(())
+            /// ```
+            pub fn set_lora<'n>(&mut self, name: impl Into<Option<&'n str>>) -> $crate::Result<()> {
+                $crate::lora::set(self, name.into())
+            }
+
+            /// The name of the active adapter.
+            pub fn lora(&self) -> Option<&str> {
+                $crate::lora::Adapted::active(self)
+            }
+
+            /// The names of all adapters that the model holds, in the order of the alphabet.
+            pub fn loras(&self) -> Vec<&str> {
+                $crate::lora::Adapted::names(self)
+            }
+
+            /// The options of the active adapter, with the names of its maps in place of patterns.
+            ///
+            /// ```
+            #[doc = $setup]
+            /// model.add_lora(&LoraOptions::default().rank(4).maps(["in_proj"]), 0)?;
+            /// let options = model.lora_options().unwrap();
+            /// assert!(options.rank == 4 && options.maps[0].ends_with("0.mamba.in_proj"));
+            /// # Ok::<(), hymba::Error>(())
+            /// ```
+            pub fn lora_options(&self) -> Option<$crate::LoraOptions> {
+                $crate::lora::Adapted::options_of(self, self.lora()?)
+            }
+
+            /// Whether the model holds adapters.
+            pub fn has_lora(&self) -> bool {
+                !self.loras().is_empty()
+            }
+
+            /// Adds the active adapter to the weights, row by row, so that it costs nothing any more, and removes all others. Weights in f32
+            /// then give what the two gave apart, to rounding; narrower ones are rounded again. Matrices that could be trained before
+            /// there were adapters can be trained again.
+            ///
+            /// ```
+            #[doc = $setup]
+            /// model.add_lora(&LoraOptions::default(), 0)?;
+            /// model.merge_lora();
+            /// assert!(!model.has_lora());
+            /// # Ok::<(), hymba::Error>(())
+            /// ```
+            pub fn merge_lora(&mut self) {
+                $crate::lora::Adapted::merge(self);
+            }
+
+            /// Removes all adapters: the model is again as it was without, and what could be trained then can be again.
+            ///
+            /// ```
+            #[doc = $setup]
+            /// model.add_lora(&LoraOptions::default(), 0)?;
+            /// model.remove_lora();
+            /// assert!(!model.has_lora());
+            /// # Ok::<(), hymba::Error>(())
+            /// ```
+            pub fn remove_lora(&mut self) {
+                $crate::lora::Adapted::remove(self, None);
+            }
+
+            /// Removes the adapter of this name; if it is the active one, none is active then.
+            ///
+            /// # Errors
+            ///
+            /// [`Error::Option`](crate::Error::Option) if the model holds none of this name.
+            ///
+            /// ```
+            #[doc = $setup]
+            /// model.add_lora_as("french", &LoraOptions::default(), 0)?;
+            /// model.add_lora_as("german", &LoraOptions::default(), 1)?;
+            /// model.drop_lora("french")?;
+            /// assert_eq!((model.loras(), model.lora()), (vec!["german"], Some("german")));
+            /// # Ok::<(), hymba::Error>(())
+            /// ```
+            pub fn drop_lora(&mut self, name: &str) -> $crate::Result<()> {
+                $crate::lora::drop(self, name)
+            }
+        }
+    };
+}
+
+pub(crate) use lora_calls;

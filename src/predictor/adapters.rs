@@ -1,0 +1,99 @@
+//! Low-rank adapters of a predictor's encoders: each holds the parts of its own maps.
+
+use super::Predictor;
+use crate::lora::{Adapted, LoraOptions, Maps, Parts, is_lora, lora_calls};
+use crate::parameters::{Visitor, VisitorMut, join};
+
+/// In front of the maps of the encoder that reads from the end.
+const REVERSE: &str = "reverse";
+
+impl Adapted for Predictor {
+    fn maps(&mut self) -> Maps {
+        let mut maps = self.reader.encoder.maps();
+        let reverse = self.reverse.iter_mut().flat_map(|reverse| reverse.encoder.maps());
+        maps.extend(reverse.map(|(name, dim)| (join(REVERSE, &name), dim)));
+        maps
+    }
+
+    fn hold(&mut self, name: &str, options: LoraOptions, parts: Parts) {
+        let (mut own, mut of_reverse) = (Parts::new(), Parts::new());
+        for (map, part) in parts {
+            match of_the_reverse(&map) {
+                Some(map) => of_reverse.insert(map.into(), part),
+                None => own.insert(map, part),
+            };
+        }
+        let (reverse, maps): (Vec<_>, Vec<_>) =
+            options.maps.iter().cloned().partition(|map| of_the_reverse(map).is_some());
+        self.reader.encoder.hold(name, LoraOptions { maps, ..options.clone() }, own);
+        if let Some(other) = &mut self.reverse {
+            let maps = reverse.iter().filter_map(|map| of_the_reverse(map)).map(Into::into).collect();
+            other.encoder.hold(name, LoraOptions { maps, ..options }, of_reverse);
+        }
+    }
+
+    fn activate(&mut self, name: Option<&str>) {
+        self.readers_mut().for_each(|reader| reader.encoder.activate(name));
+    }
+
+    fn merge(&mut self) {
+        self.readers_mut().for_each(|reader| reader.encoder.merge());
+    }
+
+    fn remove(&mut self, name: Option<&str>) {
+        self.readers_mut().for_each(|reader| reader.encoder.remove(name));
+    }
+
+    fn names(&self) -> Vec<&str> {
+        self.reader.encoder.names()
+    }
+
+    fn active(&self) -> Option<&str> {
+        self.reader.encoder.active()
+    }
+
+    fn options_of(&self, name: &str) -> Option<LoraOptions> {
+        let mut options = self.reader.encoder.options_of(name)?;
+        let reverse = self.reverse.as_ref().and_then(|reverse| reverse.encoder.options_of(name));
+        options.maps.extend(reverse.into_iter().flat_map(|reverse| reverse.maps).map(|map| join(REVERSE, &map)));
+        Some(options)
+    }
+
+    fn visit_every<'a>(&'a self, f: &mut Visitor<'_, 'a>) {
+        self.visit_parameters(f);
+    }
+
+    fn visit_others<'a>(&'a self, prefix: &str, f: &mut Visitor<'_, 'a>) {
+        self.reader.encoder.visit_others(prefix, f);
+        self.reverse.iter().for_each(|reverse| reverse.encoder.visit_others(&join(prefix, REVERSE), f));
+    }
+
+    fn visit_others_mut<'a>(&'a mut self, prefix: &str, f: &mut VisitorMut<'_, 'a>) {
+        self.reader.encoder.visit_others_mut(prefix, f);
+        self.reverse.iter_mut().for_each(|reverse| reverse.encoder.visit_others_mut(&join(prefix, REVERSE), f));
+    }
+
+    fn of(&self) -> usize {
+        self.num_parameters()
+    }
+}
+
+/// The name of a map without what is in front of it, if it is of the encoder that reads from the end.
+fn of_the_reverse(map: &str) -> Option<&str> {
+    map.strip_prefix(REVERSE)?.strip_prefix('.')
+}
+
+/// Whether a parameter is trained in a predictor with adapters: those of the active one, and all that is around the encoders.
+pub(super) fn trains_beside_adapters(name: &str) -> bool {
+    let around = ["head.", "stem.", "pooling.", "reverse.pooling."];
+    is_lora(name) || around.iter().any(|start| name.starts_with(start))
+}
+
+lora_calls!(
+    Predictor,
+    None,
+    "use hymba::{HymbaOptions, LoraOptions, Predictor, Task};
+
+let options = HymbaOptions::new(6).hidden_size(32).num_layers(2);
+let mut model = Predictor::build(options, Task::classify([\"walking\", \"standing\"]))?; // or of load_as, in bf16, 8 or 4 bits"
+);
