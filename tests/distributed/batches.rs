@@ -96,6 +96,9 @@ impl BatchSource for Source {
     }
 }
 
+/// A loss that may differ from rank to rank.
+type RankLoss = fn(usize, &Array3<f32>, &SeriesBatch<f32>) -> Result<Loss<Ix3>>;
+
 fn squares(z: &Array3<f32>, batch: &SeriesBatch<f32>) -> Result<Loss<Ix3>> {
     RegressionLoss::MeanSquaredError.evaluate_sequences(z, &Array3::from_elem(z.dim(), batch.targets), None)
 }
@@ -105,7 +108,7 @@ fn train(
     count: usize,
     options: TrainerOptions,
     source: impl Fn(usize) -> Source + Clone + Send + 'static,
-    loss: fn(usize, &Array3<f32>, &SeriesBatch<f32>) -> Result<Loss<Ix3>>,
+    loss: RankLoss,
 ) -> Vec<(Result<Trained>, Vec<u64>, usize)> {
     all_ranks(count, move |mut rank| {
         let number = rank.rank();
@@ -165,8 +168,7 @@ fn ranks_that_have_other_numbers_of_batches() {
 
 #[test]
 fn what_happens_to_one_source_happens_to_all() {
-    let failed = |source: fn(usize) -> Source,
-                  loss: fn(usize, &Array3<f32>, &SeriesBatch<f32>) -> Result<Loss<Ix3>>| {
+    let failed = |source: fn(usize) -> Source, loss: RankLoss| {
         train(3, options(), source, loss).into_iter().map(|(trained, ..)| trained).collect::<Vec<_>>()
     };
     fn good(_: usize, z: &Array3<f32>, batch: &SeriesBatch<f32>) -> Result<Loss<Ix3>> {

@@ -56,9 +56,9 @@ impl BinaryCrossEntropy {
     ///
     /// # Errors
     ///
-    /// [`Error::Shape`] if b or c is 0, the shapes differ, or the gradient does not fit into memory; [`Error::Targets`] if a target is not
-    /// from 0 to 1; [`Error::Option`] if the label smoothing is not from 0 to 1, or there are not c weights that are finite and 0 or
-    /// more.
+    /// [`Error::Shape`](crate::Error::Shape) if b or c is 0, the shapes differ, or the gradient does not fit into memory;
+    /// [`Error::Targets`](crate::Error::Targets) if a target is not from 0 to 1; [`Error::Option`](crate::Error::Option) if the label smoothing
+    /// is not from 0 to 1, or there are not c weights that are finite and 0 or more.
     pub fn evaluate(&self, logits: &ArrayRef2<f32>, targets: &ArrayRef2<f32>) -> Result<Loss<Ix2>> {
         let (logits, targets) = (logits.view().insert_axis(Axis(1)), targets.view().insert_axis(Axis(1)));
         Ok(single_frames(self.evaluate_sequences(&logits, &targets, None)?))
@@ -69,7 +69,8 @@ impl BinaryCrossEntropy {
     ///
     /// # Errors
     ///
-    /// Those of [`evaluate`](Self::evaluate), and [`Error::Lengths`] unless there are b lengths, each from 1 to l.
+    /// Those of [`evaluate`](Self::evaluate), and [`Error::Lengths`](crate::Error::Lengths) unless there are b lengths, each from 1
+    /// to l.
     pub fn evaluate_sequences(
         &self,
         logits: &ArrayRef3<f32>,
