@@ -25,9 +25,16 @@ pub fn is_closed(error: &anyhow::Error) -> bool {
         .any(|cause| cause.downcast_ref::<io::Error>().is_some_and(|error| error.kind() == io::ErrorKind::BrokenPipe))
 }
 
-/// An error with its causes, in one line.
+/// An error with those of its causes that it does not tell itself, in one line.
 pub fn one_line(error: &anyhow::Error) -> String {
-    format!("{error:#}").split_whitespace().collect::<Vec<_>>().join(" ")
+    let mut text = String::new();
+    for cause in error.chain().map(ToString::to_string) {
+        if !text.contains(&cause) {
+            text += if text.is_empty() { "" } else { ": " };
+            text += &cause;
+        }
+    }
+    text.split_whitespace().collect::<Vec<_>>().join(" ")
 }
 
 /// A bar on stderr, if that is a terminal; `template` as indicatif has it.
@@ -45,5 +52,20 @@ pub fn size(bytes: usize) -> String {
         0..100_000 => format!("{:.1} kB", bytes as f64 / 1e3),
         100_000..100_000_000 => format!("{:.1} MB", bytes as f64 / 1e6),
         _ => format!("{:.2} GB", bytes as f64 / 1e9),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn causes_are_told_once() {
+        let error = anyhow::Error::msg("no such\nfile");
+        assert_eq!(
+            one_line(&error.context("m.json: no such\nfile; copy it").context("loading")),
+            "loading: m.json: no such file; copy it"
+        );
+        assert_eq!(one_line(&anyhow::Error::msg("b").context("a")), "a: b");
     }
 }

@@ -145,9 +145,10 @@ pub fn run(args: Args) -> Result<()> {
     // connections and streams hold a receiver each
     let stop = watch::Sender::new(false);
     let service = if args.model.is_dir() {
-        let lm = args.load.read(&args.model)?;
+        // what is quick to read first: the weights take a while
         let tokenizer = hymba::lm::Tokenizer::from_dir(&args.model)?;
         let defaults = hymba::GenerateOptions::from_dir(&args.model)?;
+        let lm = args.load.read(&args.model)?;
         language::service(lm, tokenizer, defaults, name, &limits, &metrics)?
     } else {
         args.load.start()?;

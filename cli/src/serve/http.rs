@@ -111,7 +111,9 @@ pub async fn serve(
     let router = router
         .route("/health", get(async || axum::Json(serde_json::json!({"status": "ok"}))))
         .route("/metrics", get(metrics_text).with_state(common.clone()))
-        .fallback(async || ApiError::status(StatusCode::NOT_FOUND, "there is nothing here"))
+        .fallback(async || {
+            ApiError::status(StatusCode::NOT_FOUND, "there is nothing here; /v1/models says which model there is")
+        })
         .method_not_allowed_fallback(async || ApiError::status(StatusCode::METHOD_NOT_ALLOWED, "not by this method"))
         .layer(CatchPanicLayer::custom(|_| ApiError::internal("a handler broke down").into_response()))
         .layer(middleware::from_fn_with_state(common, watch_over));

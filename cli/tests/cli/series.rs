@@ -145,5 +145,5 @@ fn several_labels_have_probabilities_of_their_own() {
     assert_eq!(first["predicted"], serde_json::json!(labels(0)));
     assert_eq!(first["probabilities"]["wind"].as_f64().unwrap() as f32, want[[0, 1]]);
     let stream = hymba_with(&["predict", &path("m.safetensors"), "--stream"], "-4,1\n").success();
-    assert_eq!(stream.lines().nth(1).unwrap().split(',').nth(1), Some(labels(1).join(";").as_str()));
+    assert_eq!(stream.lines().nth(1).unwrap().split(',').next(), Some(labels(1).join(";").as_str()));
 }
