@@ -142,6 +142,7 @@ impl<Q: Quants> Quantized<Q> {
         thread_local! {
             static INPUTS: Scratch<Inputs> = const { Scratch::new(Vec::new()) };
         }
+        let level = if level == Isa::Avx2Vnni && !Q::AVX_VNNI { Isa::Avx2 } else { level };
         let width = self.width();
         with_scratch(&INPUTS, m * width, |inputs| {
             team.for_each(inputs.chunks_mut((ROWS * width).max(1)).enumerate(), |(i, to)| {

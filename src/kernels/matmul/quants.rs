@@ -24,6 +24,8 @@ pub(crate) trait Quants: Copy + Send + Sync + 'static {
     const MOST: f32;
     /// Bytes that a row of a block takes in files.
     const FILE_BYTES: usize;
+    /// Whether AVX-VNNI is of use beside AVX2.
+    const AVX_VNNI: bool;
     /// The scale and the quants of the nearest weights there are; these are too high by [`BIAS`](Self::BIAS).
     fn nearest<S: Simd>(s: S, numbers: &[f32; BLOCK]) -> (bf16, [u8; BLOCK]);
     /// The scales as pairs, the first half of the outputs in the low bits.
@@ -96,6 +98,7 @@ impl Quants for Q8Block {
     const LEAST: f32 = -127.0;
     const MOST: f32 = 127.0;
     const FILE_BYTES: usize = BLOCK;
+    const AVX_VNNI: bool = true;
 
     #[inline(always)]
     fn nearest<S: Simd>(s: S, numbers: &[f32; BLOCK]) -> (bf16, [u8; BLOCK]) {
@@ -158,6 +161,8 @@ impl Quants for Q4Block {
     const LEAST: f32 = -8.0;
     const MOST: f32 = 7.0;
     const FILE_BYTES: usize = BLOCK / 2;
+    /// A sum of products by `maddubs` takes two instructions here, and fewer registers: 1.6 times as fast on a Sapphire Rapids.
+    const AVX_VNNI: bool = false;
 
     /// Of some scales, that with the least squared error.
     #[inline(always)]

@@ -219,8 +219,8 @@ impl<const MORE: u8> Simd for Avx2<MORE> {
     type I = [__m256i; 2];
     const TILE_ROWS: usize = 6;
     const TILE_LINES: usize = 1;
-    // without VNNI a product of bytes needs registers of its own
-    const DOT_ROWS: usize = if MORE >= VNNI { 6 } else { 4 };
+    // with VNNI the compiler keeps no more than two rows in registers: 0.060 instructions per multiply-add, and 0.094 with six rows
+    const DOT_ROWS: usize = if MORE >= VNNI { 2 } else { 4 };
 
     #[inline(always)]
     fn splat(self, x: f32) -> Self::V {
@@ -345,22 +345,16 @@ impl<const MORE: u8> Simd for Avx2<MORE> {
         [half(a[0], b[0], c[0]), half(a[1], b[1], c[1])]
     }
     #[inline(always)]
-    fn begin_nibbles(self, start: Self::I) -> Self::I {
-        if MORE >= VNNI { start } else { self.splat_int(0) }
+    fn begin_nibbles(self, _: Self::I) -> Self::I {
+        self.splat_int(0)
     }
     #[inline(always)]
     fn dot_nibbles(self, a: Self::I, b: Self::I, c: Self::I) -> Self::I {
-        if MORE >= VNNI {
-            return self.dot(a, b, c);
-        }
         let half = |a, b, c| unsafe { _mm256_add_epi16(c, _mm256_maddubs_epi16(a, b)) };
         [half(a[0], b[0], c[0]), half(a[1], b[1], c[1])]
     }
     #[inline(always)]
     fn end_nibbles(self, sums: Self::I, start: Self::I) -> Self::I {
-        if MORE >= VNNI {
-            return sums;
-        }
         let half = |sums, start| unsafe { _mm256_add_epi32(start, _mm256_madd_epi16(sums, _mm256_set1_epi16(1))) };
         [half(sums[0], start[0]), half(sums[1], start[1])]
     }
