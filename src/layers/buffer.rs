@@ -48,6 +48,16 @@ fn pool() -> Option<MutexGuard<'static, Pool>> {
     None
 }
 
+/// An array of another thread's pool: what a training step leaves is dropped by the thread that called for it, and wanted by
+/// whichever works on the next.
+fn others(count: usize) -> Option<Vec<f32>> {
+    POOLS.iter().find_map(|pool| match pool.try_lock() {
+        Ok(mut pool) => pool.take(count),
+        Err(TryLockError::Poisoned(pool)) => pool.into_inner().take(count),
+        Err(TryLockError::WouldBlock) => None,
+    })
+}
+
 impl Pool {
     /// The smallest array with room for `count` numbers, unless it is far too large.
     fn take(&mut self, count: usize) -> Option<Vec<f32>> {
@@ -84,7 +94,11 @@ impl Buffer {
     /// An array with unspecified contents, for callers that overwrite every element.
     pub(crate) fn uninit(dim: (usize, usize)) -> Self {
         let count = dim.0 * dim.1;
-        let taken = if count >= SMALLEST { pool().and_then(|mut pool| pool.take(count)) } else { None };
+        let taken = if count >= SMALLEST {
+            pool().and_then(|mut pool| pool.take(count)).or_else(|| others(count))
+        } else {
+            None
+        };
         let mut array = taken.unwrap_or_default();
         array.resize(count, 0.0);
         Buffer(Array2::from_shape_vec(dim, array).expect("as many numbers as the shape has"))
