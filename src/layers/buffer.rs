@@ -48,8 +48,8 @@ fn pool() -> Option<MutexGuard<'static, Pool>> {
     None
 }
 
-/// An array from the pool of this thread, or else from another's: what one thread makes, as the logits in a pool of threads, another
-/// may drop, call after call.
+/// An array from the pool of this thread, or else from another's: what one thread makes, as the logits in a pool of threads or what a
+/// training step leaves, another may drop, call after call.
 fn take(count: usize) -> Option<Vec<f32>> {
     let own = pool().and_then(|mut pool| pool.take(count));
     own.or_else(|| POOLS.iter().find_map(|pool| pool.try_lock().ok()?.take(count)))
