@@ -7,6 +7,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 
+use ndarray::ArrayD;
 use rand::SeedableRng;
 
 use crate::kernels::memory::fits as fits_memory;
@@ -204,6 +205,21 @@ pub(crate) trait Adapted {
     fn visit_others_mut<'a>(&'a mut self, prefix: &str, f: &mut VisitorMut<'_, 'a>);
     /// Parameters of the model without adapters.
     fn of(&self) -> usize;
+
+    /// What is trained or fitted beside an adapter around the maps, by module and name. By default nothing.
+    fn around(&self) -> Vec<(&'static str, String, Parameter<'_>)> {
+        Vec::new()
+    }
+
+    /// The shapes that there may be around the maps.
+    fn around_shapes(&self) -> Vec<(&'static str, String, Vec<usize>)> {
+        Vec::new()
+    }
+
+    /// Puts some of it in place. Nothing is changed where there is an error.
+    fn set_around(&mut self, _: BTreeMap<String, ArrayD<f32>>) -> Result<()> {
+        Ok(())
+    }
 }
 
 impl<H: Host> Adapted for H {
@@ -299,6 +315,10 @@ impl<H: Host> Adapted for H {
 pub(crate) fn add(model: &mut impl Adapted, name: &str, options: &LoraOptions, seed: u64) -> Result<LoraCoverage> {
     check_room(model, name)?;
     options.validate()?;
+    if options.maps.is_empty() {
+        let allowed = "give at least one pattern of the names of maps; \"*_proj*\" is usual".into();
+        return Err(Error::Option { option: "maps", given: "none".into(), allowed });
+    }
     let mut maps = model.maps();
     let does_fit = |pattern: &str, name: &str| fits(pattern, name) || fits(&format!("*.{pattern}"), name);
     if let Some(pattern) = options.maps.iter().find(|pattern| !maps.iter().any(|(name, _)| does_fit(pattern, name))) {

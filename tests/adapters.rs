@@ -5,7 +5,9 @@ use std::ops::ControlFlow;
 
 use hymba::ndarray::{Array2, Array3, ArrayD, Axis};
 use hymba::train::{AdamW, AdamWOptions, Dataset, Parameters, Targets, Trainer, TrainerOptions};
-use hymba::{Error, Hymba, HymbaOptions, LoraOptions, Parameter, Predictor, PredictorOptions, Storage, Task};
+use hymba::{
+    Error, Hymba, HymbaOptions, LoraOptions, Parameter, Pooling, Predictor, PredictorOptions, Stem, Storage, Task,
+};
 
 const ALL: [&str; 6] = ["*_proj", "gate", "up", "down", "x_proj", "dt_proj"];
 
@@ -261,6 +263,116 @@ fn a_predictor_with_an_adapter_is_trained() {
     }
 }
 
+/// What is trained with an adapter goes with it: base and folder together are what was trained, in another process, too.
+#[test]
+fn an_adapter_brings_what_was_trained_around_the_encoder() {
+    let classes = Task::classify(["slow", "fast"]);
+    let regress = Task::Regress { outputs: 1 };
+    let stem = PredictorOptions::new(small())
+        .stem(Stem::new(2).widths([3]).channels(16))
+        .pooling(Pooling::Attention { queries: 2 })
+        .bidirectional(true);
+    for (options, task) in [(stem, classes), (PredictorOptions::new(small()), regress.clone())] {
+        let data = waves(16);
+        let data = match task == regress {
+            true => {
+                let targets = Targets::Values(Array2::from_shape_fn((16, 1), |(i, _)| 5.0 + (i % 2) as f32));
+                Dataset::new(&task, data.series().to_vec(), targets).unwrap()
+            }
+            false => data,
+        };
+        let base = Predictor::build(options, task).unwrap().to_bytes().unwrap();
+        let base = || Predictor::from_bytes(&base).unwrap();
+        let train = |maps: &str| {
+            let mut start = base();
+            start.add_lora(&LoraOptions::default().rank(2).maps([maps]), 0).unwrap();
+            let options = TrainerOptions::default().epochs(2).learning_rate(1e-2);
+            Trainer::new(start, options).unwrap().fit(&data, go_on).unwrap().predictor
+        };
+        let (x, folder) = (input(3, 20, 1), tempfile::tempdir().unwrap());
+        let trained = ["in_proj", "out_proj"].map(train);
+        for (i, trained) in trained.iter().enumerate() {
+            trained.save_lora(folder.path().join(i.to_string())).unwrap();
+        }
+        let mut read = base();
+        for i in [0, 1, 0] {
+            read.load_lora(folder.path().join(i.to_string())).unwrap();
+            assert_eq!(read.predict(&x, None).unwrap(), trained[i].predict(&x, None).unwrap());
+        }
+        assert!(read.to_bytes().unwrap() == trained[0].to_bytes().unwrap());
+
+        // nothing changes where there is an error
+        let config = folder.path().join("0/adapter_config.json");
+        let text = std::fs::read_to_string(&config).unwrap();
+        let mut start = base();
+        for (from, to) in [("\"head\"", "\"tail\""), ("\"head\",", ""), ("\"head\"", "7")] {
+            assert!(text.contains(from), "{text}");
+            std::fs::write(&config, text.replace(from, to)).unwrap();
+            let error = start.load_lora(folder.path().join("0")).unwrap_err();
+            assert!(matches!(error, Error::Format { .. } | Error::Tensors { .. }), "{error}");
+            assert!(start.to_bytes().unwrap() == base().to_bytes().unwrap());
+        }
+        // nor does a folder from around a predictor fit an encoder
+        std::fs::write(&config, &text).unwrap();
+        assert!(matches!(base().encoder().clone().load_lora(folder.path().join("0")), Err(Error::Format { .. })));
+    }
+}
+
+/// Models of one checkpoint that do not go together are refused before anything goes over the numbers of two.
+#[test]
+fn a_checkpoint_of_two_adapters() {
+    let with = |rank: usize, maps: &str| {
+        let mut start = predictor(small(), None);
+        start.add_lora(&LoraOptions::default().rank(rank).maps([maps]), 0).unwrap();
+        start
+    };
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("run");
+    let options = TrainerOptions::default().epochs(2).average(0.9).checkpoint(&path);
+    let stop = |progress: &hymba::train::Progress| match progress.finished {
+        Some(_) => ControlFlow::Break(()),
+        None => ControlFlow::Continue(()),
+    };
+    Trainer::new(with(2, "in_proj"), options).unwrap().fit(&waves(8), stop).unwrap();
+    assert!(Trainer::resume(&path).is_ok());
+    let average = path.join("average-1.safetensors");
+    let mut narrow = with(2, "in_proj");
+    narrow.store_as(Storage::Bf16).unwrap();
+    let mut inactive = with(2, "in_proj");
+    inactive.set_lora(None).unwrap();
+    for other in [with(3, "in_proj"), with(2, "out_proj"), predictor(small(), None), narrow, inactive] {
+        other.save(&average).unwrap();
+        let error = Trainer::resume(&path).err().map(|error| error.to_string()).unwrap_or_default();
+        assert!(error.contains("adapters"), "{error}");
+    }
+    with(2, "in_proj").save(&average).unwrap();
+    assert!(Trainer::resume(&path).unwrap().fit(&waves(8), go_on).is_ok());
+}
+
+/// Where none of the adapters is active it is the model itself that is explained.
+#[test]
+fn saliency_beside_adapters() {
+    let bare = predictor(small(), None);
+    let (mut with, x) = (bare.clone(), Array2::from_shape_fn((9, 1), |(t, _)| (t as f32).sin()));
+    with.add_lora(&LoraOptions::default(), 0).unwrap();
+    with.visit_mut(&mut |name, mut array| array += if name.contains("lora_") { 0.1 } else { 0.0 });
+    assert!(with.saliency(&x, 1).unwrap() != bare.saliency(&x, 1).unwrap());
+    with.set_lora(None).unwrap();
+    assert_eq!(with.saliency(&x, 1).unwrap(), bare.saliency(&x, 1).unwrap());
+    assert_eq!(with.loras(), ["default"]);
+}
+
+/// Of two encoders one may have no map of an adapter, and is a model of its own.
+#[test]
+fn an_adapter_of_the_second_encoder_alone() {
+    let mut both = predictor(PredictorOptions::new(small()).bidirectional(true), None);
+    both.add_lora(&LoraOptions::default().maps(["reverse.*in_proj"]), 0).unwrap();
+    let encoder = Hymba::from_bytes(&both.encoder().to_bytes().unwrap()).unwrap();
+    assert_eq!(encoder.forward(&input(1, 9, 1)).unwrap(), both.encoder().forward(&input(1, 9, 1)).unwrap());
+    assert!(!encoder.has_lora());
+    assert_eq!(Predictor::from_bytes(&both.to_bytes().unwrap()).unwrap().lora_options(), both.lora_options());
+}
+
 #[test]
 fn a_frozen_head_stays_as_it_is() {
     let mut start = predictor(small(), None);
@@ -374,6 +486,7 @@ fn bad_input() {
         LoraOptions::default().alpha(f64::INFINITY),
         LoraOptions::default().maps(["in_proj", "lm_head"]),
         LoraOptions::default().maps(["conv"]),
+        LoraOptions::default().maps([""; 0]),
     ] {
         assert!(matches!(model.add_lora(&options, 0), Err(Error::Option { .. })), "{options:?}");
         assert!(!model.has_lora());
@@ -408,10 +521,14 @@ fn bad_input() {
         Hymba::from_bytes(&changed)
     };
     assert!(Hymba::from_bytes(&bytes).is_ok());
+    let maps = model.lora_options().unwrap().maps.iter().map(|map| format!(r#"\"{map}\""#)).collect::<Vec<_>>();
+    let with_maps = format!(r#"\"maps\":[{}]"#, maps.join(","));
+    let without = format!(r#"\"maps\":[{}]"#, " ".repeat(with_maps.len() - r#"\"maps\":[]"#.len()));
     for (from, to) in [
         (r#"\"rank\":2"#, r#"\"rank\":3"#),
         (r#"\"rank\":2"#, r#"\"rank\":0"#),
         (r#"\"active\":\"other\""#, r#"\"active\":\"outer\""#),
+        (&with_maps, &without),
         ("in_proj.lora_A", "xn_proj.lora_A"),
     ] {
         assert!(matches!(text(from, to), Err(Error::Format { .. } | Error::Tensors { .. })), "{to}");

@@ -257,6 +257,19 @@ fn a_sharded_training_goes_on_whichever_rank_has_which_series() {
     }
 }
 
+/// A part is validated on even where all series are equal.
+#[test]
+fn equal_series_of_ranks_are_divided() {
+    let trained = all_ranks(2, |mut rank| {
+        let task = Task::Regress { outputs: 1 };
+        let data = Dataset::new(&task, vec![Array2::ones((9, 2)); 6], Targets::Values(Array2::ones((6, 1)))).unwrap();
+        let trainer = trainer(&data, options().validation_fraction(0.25));
+        trainer.fit_on(TrainingData::new(&data).sharded(), &mut rank, go_on).unwrap()
+    });
+    assert!(trained[0].history[0].validation.is_some());
+    assert_eq!(trained[0].history, trained[1].history);
+}
+
 // ---- what happens to one happens to all ----
 
 /// Every rank's error, of which the one at `fault` is its own.
@@ -524,6 +537,27 @@ mod lm {
         assert_eq!(error([3, 3], [true, true]), None);
         assert!(error([3, 4], [true, true]).is_some_and(|error| error.contains("the weights to begin with")));
         assert!(error([3, 3], [true, false]).is_some_and(|error| error.contains("the options")));
+    }
+
+    /// Rows count from 0 on every rank, and lose other numbers there.
+    #[test]
+    fn ranks_with_parts_drop_for_themselves() {
+        let row = TokenRows::new(vec![(0..15).map(|t| t * t % 11).collect()], None).unwrap();
+        let loss = |count: usize, dropout: f64| {
+            let row = row.clone();
+            let all = all_ranks(count, move |mut rank| {
+                let mut model = HymbaLm::build(tiny_lm::config(11), 3).unwrap();
+                model.add_lora(&LoraOptions::default().rank(2).dropout(dropout), 0).unwrap();
+                model.visit_mut(&mut |_, mut array| array.fill(0.1));
+                let trainer = LmTrainer::new(model, options().batch_size(count)).unwrap();
+                trainer.fit_on(TrainingData::new(&row).sharded(), &mut rank, go_on).unwrap().history[0].train.mean()
+            });
+            all[0]
+        };
+        // the same row on each
+        assert_eq!(loss(2, 0.0), loss(1, 0.0));
+        let [one, two, again] = [1, 2, 2].map(|count| loss(count, 0.3));
+        assert!(two != one && two == again, "{one} {two}");
     }
 
     #[test]

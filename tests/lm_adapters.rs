@@ -97,6 +97,21 @@ fn several_adapters_take_turns() {
             assert_eq!(alone(other).0.load_state(&file).is_ok(), other == name, "{other:?} {name:?}");
         }
     }
+    // a gradient of another adapter, of as many numbers in the same shapes
+    let mut pair = model();
+    for (name, map) in [("a", "layers.0.mamba.in_proj"), ("b", "layers.1.mamba.in_proj")] {
+        pair.add_lora_as(name, &LoraOptions::default().rank(2).maps([map]), 0).unwrap();
+    }
+    let mut of_b = pair.zeros_like();
+    let rows = [ids(0).row(0).to_vec()];
+    assert!(pair.accumulate(&rows, None, &mut of_b).is_ok());
+    pair.set_lora("a").unwrap();
+    assert!(matches!(pair.accumulate(&rows, None, &mut of_b), Err(Error::State(_))));
+    assert!(matches!(
+        pair.add_lora(&LoraOptions::default().maps([""; 0]), 0),
+        Err(Error::Option { option: "maps", .. })
+    ));
+
     lm.set_lora(None).unwrap();
     assert!(by_name(&lm).is_empty());
     assert!(matches!(AdamW::new(&lm, AdamWOptions::default()), Err(Error::State(_))));

@@ -410,11 +410,11 @@ impl HymbaLm {
     }
 
     fn check_gradient(&self, grads: &HymbaLm) -> Result<()> {
-        fn shapes(lm: &HymbaLm) -> Vec<usize> {
+        fn shapes(lm: &HymbaLm) -> Vec<(String, Vec<usize>)> {
             let mut shapes = Vec::new();
-            lm.visit(&mut |_, parameter| {
+            lm.visit(&mut |name, parameter| {
                 if let Parameter::Array(array) = parameter {
-                    shapes.extend_from_slice(array.shape());
+                    shapes.push((name.to_string(), array.shape().to_vec()));
                 }
             });
             shapes

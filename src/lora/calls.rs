@@ -60,12 +60,15 @@ macro_rules! lora_calls {
             /// Reads an adapter from a folder that the PEFT library or [`save_lora`](Self::save_lora) wrote, `adapter_config.json` and
             /// `adapter_model.safetensors`, and activates it. It is called `default`, as in [`add_lora`](Self::add_lora).
             ///
+            /// What the folder has from around the encoder of a [`Predictor`](crate::Predictor) takes the place of what is there.
+            ///
             /// The folder need not be trusted.
             ///
             /// # Errors
             ///
             /// [`Error::Io`](crate::Error::Io) when a file cannot be read; [`Error::Format`](crate::Error::Format) when one is damaged, or
-            /// says that it is another kind of adapter, such as DoRA, or one that changes the weights, such as PiSSA;
+            /// says that it is another kind of adapter, such as DoRA, one that changes the weights, such as PiSSA, or one with modules
+            /// that are not around the encoder of such a model;
             /// [`Error::Tensors`](crate::Error::Tensors) when it has none for maps of this model, others, or in other shapes. Nothing is
             /// changed then.
             ///
@@ -111,6 +114,9 @@ macro_rules! lora_calls {
             /// Writes the active adapter to a folder, which is made if there is none, as the PEFT library has them: under the names of
             /// maps in the files of this crate.
             ///
+            /// Of a [`Predictor`](crate::Predictor) what was trained with it around the encoder is in the folder, too, as PEFT's
+            /// `modules_to_save`: `head`, `stem`, `pooling` and `reverse.pooling`, and the normalizations, `input` and `output`.
+            ///
             /// # Errors
             ///
             /// [`Error::State`](crate::Error::State) if none is active, and [`Error::Io`](crate::Error::Io) when a file cannot be written.
@@ -130,6 +136,10 @@ macro_rules! lora_calls {
 
             /// Activates the adapter of this name, or with `None` none. That moves a pointer for each map, and copies and computes
             /// nothing. States that streams have of one adapter are refused while another is active, and go on when theirs is again.
+            ///
+            /// What is around the encoder of a [`Predictor`](crate::Predictor) is there once, for all adapters, and stays as it is:
+            /// where it was trained with each, [load](Self::load_lora_as) an adapter in place of activating it, or keep it as it is in
+            /// training, by [`rate_for("head.*", 0.0)`](crate::train::AdamWOptions::rate_for) and so on.
             ///
             /// # Errors
             ///
@@ -193,7 +203,8 @@ macro_rules! lora_calls {
                 $crate::lora::Adapted::merge(self);
             }
 
-            /// Removes all adapters: the model is again as it was without, and what could be trained then can be again.
+            /// Removes all adapters: the maps are again as they were without, and what could be trained then can be again. What is around
+            /// the encoder of a [`Predictor`](crate::Predictor) stays as it was trained or [loaded](Self::load_lora) with them.
             ///
             /// ```
             #[doc = $setup]

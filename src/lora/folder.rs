@@ -1,10 +1,11 @@
 //! Adapters in folders, as the PEFT library has them.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io::Write;
 use std::path::Path;
 
-use ndarray::ArrayViewMutD;
+use ndarray::{ArrayD, ArrayViewMutD};
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
@@ -34,12 +35,14 @@ struct Config {
     use_rslora: bool,
     #[serde(default)]
     lora_dropout: f64,
+    /// What is in the folder beside low-rank parts.
+    modules_to_save: Option<Vec<String>>,
     #[serde(flatten)]
     others: Map<String, Value>,
 }
 
 /// Keys of other kinds of adapters, which are refused unless they hold nothing.
-const UNSUPPORTED: [&str; 16] = [
+const UNSUPPORTED: [&str; 15] = [
     "use_dora",
     "use_qalora",
     "use_bdlora",
@@ -47,7 +50,6 @@ const UNSUPPORTED: [&str; 16] = [
     "fan_in_fan_out",
     "rank_pattern",
     "alpha_pattern",
-    "modules_to_save",
     "layer_replication",
     "trainable_token_indices",
     "target_parameters",
@@ -80,7 +82,7 @@ fn keeps_weights(init_lora_weights: &Value) -> bool {
 /// Reads an adapter from a folder, holds it by this name, and activates it. Nothing is changed where there is an error.
 pub(crate) fn load(model: &mut impl Adapted, name: &str, folder: &Path) -> Result<LoraCoverage> {
     check_room(model, name)?;
-    let options = read_config(folder)?;
+    let (options, modules) = read_config(folder, model)?;
     let (mut tensors, _) = header::read(Source::open(&folder.join(WEIGHTS))?)?;
     let mut maps = model.maps();
     // before memory is taken
@@ -95,6 +97,9 @@ pub(crate) fn load(model: &mut impl Adapted, name: &str, folder: &Path) -> Resul
         return Err(tensors.error(format!("it has no tensors of rank {} for a map of this model", options.rank)));
     }
     let mut parts = zeros(&maps, &options);
+    let is_saved = |module: &str| modules.iter().any(|saved| saved == module);
+    let around = model.around_shapes().into_iter().filter(|(module, ..)| is_saved(module));
+    let mut around: BTreeMap<_, _> = around.map(|(_, name, shape)| (name, ArrayD::zeros(shape))).collect();
     fill(&mut tensors, None, &mut |place| {
         for (name, part) in &mut parts {
             let [a, b] = in_files(name);
@@ -104,12 +109,16 @@ pub(crate) fn load(model: &mut impl Adapted, name: &str, folder: &Path) -> Resul
             put(&a, part.a.rows_mut().map(|rows| rows.into_dyn()));
             put(&b, part.b.rows_mut().map(|rows| rows.into_dyn()));
         }
+        for (name, array) in &mut around {
+            place(&format!("{PREFIX}{name}"), ParameterMut::Array(array.view_mut()));
+        }
     })?;
+    model.set_around(around).map_err(|error| tensors.error(format!("{modules:?} of it cannot be used: {error}")))?;
     Ok(hold(model, name, &options, &maps, parts))
 }
 
-/// The options that a configuration gives, without maps.
-fn read_config(folder: &Path) -> Result<LoraOptions> {
+/// The options that a configuration gives, without maps, and the modules that the folder has beside low-rank parts.
+fn read_config(folder: &Path, model: &impl Adapted) -> Result<(LoraOptions, Vec<String>)> {
     let mut source = Source::open(&folder.join(CONFIG))?;
     let text = source.text(MAX_CONFIG)?;
     let config: Config = serde_json::from_str(&text).map_err(|error| {
@@ -131,10 +140,18 @@ fn read_config(folder: &Path) -> Result<LoraOptions> {
             "init_lora_weights is {value}: such an adapter changes the weights that it was made on; save it as plain LoRA"
         )));
     }
+    let modules = config.modules_to_save.unwrap_or_default();
+    let known: BTreeSet<_> = model.around_shapes().into_iter().map(|(module, ..)| module).collect();
+    if let Some(module) = modules.iter().find(|module| !known.contains(&module[..])) {
+        let module = printable(module);
+        return Err(source.error(format!(
+            "modules_to_save has {module:?}: of this kind of model there may be {known:?} beside low-rank parts"
+        )));
+    }
     let Config { r: rank, lora_alpha: alpha, use_rslora: rslora, lora_dropout: dropout, .. } = config;
     let options = LoraOptions { rank, alpha, rslora, dropout, maps: Vec::new() };
     options.validate().map_err(|error| source.error(error.to_string()))?;
-    Ok(options)
+    Ok((options, modules))
 }
 
 /// Writes the active adapter to a folder. PEFT's `task_type` is one of its names, or none.
@@ -149,6 +166,11 @@ pub(crate) fn save(model: &impl Adapted, folder: &Path, task_type: Option<&str>)
             arrays.push((format!("{PREFIX}{name}"), parameter.shape(), parameter));
         }
     });
+    let mut modules = BTreeSet::new();
+    for (module, name, parameter) in model.around() {
+        modules.insert(module);
+        arrays.push((format!("{PREFIX}{name}"), parameter.shape(), parameter));
+    }
     stored::write(Target::File(&folder.join(WEIGHTS)), &[("format", "pt")], &arrays)?;
     let config = json!({
         "peft_type": "LORA",
@@ -163,7 +185,7 @@ pub(crate) fn save(model: &impl Adapted, folder: &Path, task_type: Option<&str>)
         "bias": "none",
         "fan_in_fan_out": false,
         "target_modules": options.maps,
-        "modules_to_save": null,
+        "modules_to_save": Some(modules).filter(|modules| !modules.is_empty()),
         "rank_pattern": {},
         "alpha_pattern": {},
     });

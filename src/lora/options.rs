@@ -68,7 +68,8 @@ impl LoraOptions {
     }
 
     /// Sets the share of the numbers of x that A does not see in training; the others are divided by what is left. Which, is drawn
-    /// for each map and row from the seed of the pass.
+    /// for each map and row from the seed of the pass: a map that several blocks share, as in
+    /// [`HymbaOptions::zamba`](crate::HymbaOptions::zamba), loses the same in all of them.
     ///
     /// ```
     /// use hymba::ndarray::Array3;

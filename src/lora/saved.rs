@@ -20,8 +20,11 @@ impl SavedLora {
     /// Of a model that holds some.
     pub(crate) fn of(model: &impl Adapted) -> Option<Self> {
         let options = |name: &str| Some((name.to_string(), model.options_of(name)?));
-        let adapters: BTreeMap<_, _> = model.names().into_iter().filter_map(options).collect();
-        (!adapters.is_empty()).then(|| SavedLora { active: model.active().map(Into::into), adapters })
+        // one encoder of two may have no map of an adapter: to it, that is none
+        let has_maps = |(_, options): &(String, LoraOptions)| !options.maps.is_empty();
+        let adapters: BTreeMap<_, _> = model.names().into_iter().filter_map(options).filter(has_maps).collect();
+        let active = model.active().filter(|name| adapters.contains_key(*name)).map(Into::into);
+        (!adapters.is_empty()).then_some(SavedLora { active, adapters })
     }
 
     /// Gives `model` adapters of zeros for what the file has, none of them active.
@@ -34,8 +37,8 @@ impl SavedLora {
             let bad = |error: crate::Error| tensors.error(format!("its adapter {name:?} is not usable: {error}"));
             check_name(name).map_err(bad)?;
             options.validate().map_err(bad)?;
-            if options.maps.len() > all.len() {
-                return Err(tensors.error(format!("its adapter {name:?} has more maps than the model")));
+            if options.maps.is_empty() || options.maps.len() > all.len() {
+                return Err(tensors.error(format!("its adapter {name:?} has no maps, or more than the model")));
             }
             let mut maps = Maps::new();
             for map in &options.maps {

@@ -1,11 +1,19 @@
 //! Low-rank adapters of a predictor's encoders: each holds the parts of its own maps.
 
-use super::Predictor;
+use std::collections::BTreeMap;
+
+use ndarray::{ArrayD, Ix1};
+
+use super::file::{INPUT, OUTPUT};
+use super::{Normalization, Predictor};
+use crate::Result;
 use crate::lora::{Adapted, LoraOptions, Maps, Parts, is_lora, lora_calls};
-use crate::parameters::{Visitor, VisitorMut, join};
+use crate::parameters::{Parameter, ParameterMut, Visitor, VisitorMut, join};
 
 /// In front of the maps of the encoder that reads from the end.
 const REVERSE: &str = "reverse";
+/// What is trained beside an adapter, around the encoders.
+const AROUND: [&str; 4] = ["head", "stem", "pooling", "reverse.pooling"];
 
 impl Adapted for Predictor {
     fn maps(&mut self) -> Maps {
@@ -76,6 +84,57 @@ impl Adapted for Predictor {
     fn of(&self) -> usize {
         self.num_parameters()
     }
+
+    fn around(&self) -> Vec<(&'static str, String, Parameter<'_>)> {
+        let mut all = Vec::new();
+        self.visit_parameters(&mut |name, parameter| {
+            all.extend(module_of(name).map(|module| (module, name.to_string(), parameter)));
+        });
+        for (module, normalization) in [(INPUT, &self.input), (OUTPUT, &self.output)] {
+            let tensors = normalization.iter().flat_map(|normalization| normalization.tensors(module));
+            all.extend(tensors.map(|(name, array)| (module, name, Parameter::Array(array))));
+        }
+        all
+    }
+
+    fn around_shapes(&self) -> Vec<(&'static str, String, Vec<usize>)> {
+        let mut all = Vec::new();
+        self.visit_parameters(&mut |name, parameter| {
+            all.extend(module_of(name).map(|module| (module, name.to_string(), parameter.shape())));
+        });
+        let output = self.task.is_regression().then_some((OUTPUT, self.task.outputs()));
+        for (module, width) in [(INPUT, self.options.features())].into_iter().chain(output) {
+            all.extend(["mean", "scale"].map(|part| (module, format!("{module}_{part}"), vec![width])));
+        }
+        all
+    }
+
+    fn set_around(&mut self, mut tensors: BTreeMap<String, ArrayD<f32>>) -> Result<()> {
+        let mut normalization = |of: &str| {
+            let mut part = |part: &str| tensors.remove(&format!("{of}_{part}"))?.into_dimensionality::<Ix1>().ok();
+            let both = part("mean").zip(part("scale"));
+            both.map(|(mean, scale)| Normalization::new(mean, scale)).transpose()
+        };
+        let (input, output) = (normalization(INPUT)?, normalization(OUTPUT)?);
+        if output.is_some() {
+            self.output = output;
+        }
+        if input.is_some() {
+            self.input = input;
+            self.salt_encoder();
+        }
+        let f: &mut VisitorMut = &mut |name, parameter| {
+            if let (ParameterMut::Array(mut array), Some(read)) = (parameter, tensors.get(name)) {
+                array.assign(read);
+            }
+        };
+        // not through the encoders: nothing in them changes
+        self.reader.pool.visit_mut("pooling", f);
+        self.reverse.iter_mut().for_each(|reverse| reverse.pool.visit_mut(&join(REVERSE, "pooling"), f));
+        self.stem.iter_mut().for_each(|stem| stem.visit_mut("stem", f));
+        self.head.visit_mut("head", f);
+        Ok(())
+    }
 }
 
 /// The name of a map without what is in front of it, if it is of the encoder that reads from the end.
@@ -85,8 +144,12 @@ fn of_the_reverse(map: &str) -> Option<&str> {
 
 /// Whether a parameter is trained in a predictor with adapters: those of the active one, and all that is around the encoders.
 pub(super) fn trains_beside_adapters(name: &str) -> bool {
-    let around = ["head.", "stem.", "pooling.", "reverse.pooling."];
-    is_lora(name) || around.iter().any(|start| name.starts_with(start))
+    is_lora(name) || module_of(name).is_some()
+}
+
+/// Which part around the encoders a parameter is of.
+fn module_of(name: &str) -> Option<&'static str> {
+    AROUND.into_iter().find(|module| name.strip_prefix(module).is_some_and(|rest| rest.starts_with('.')))
 }
 
 lora_calls!(

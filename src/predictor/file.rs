@@ -15,8 +15,8 @@ use crate::parameters::{Parameter, ParameterMut};
 use crate::{HymbaOptions, Pooling, Result, Stem};
 
 /// In front of `_mean` and `_scale`, in files.
-const INPUT: &str = "input";
-const OUTPUT: &str = "output";
+pub(super) const INPUT: &str = "input";
+pub(super) const OUTPUT: &str = "output";
 
 /// The metadata entry of a saved predictor.
 #[derive(Serialize, Deserialize)]

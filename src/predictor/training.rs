@@ -145,6 +145,9 @@ impl Predictor {
             return Err(Error::Option { option: "output", given: output.to_string(), allowed });
         }
         let mut plain = self.clone();
+        if plain.lora().is_none() {
+            plain.remove_lora();
+        }
         plain.reader = plain.reader.without_dropout();
         plain.reverse = plain.reverse.map(Reader::without_dropout);
         let (_, cache) = plain.forward_train(&x.view().insert_axis(Axis(0)), None, 0)?;

@@ -27,7 +27,7 @@ pub use options::LmTrainerOptions;
 ///
 /// A step adds up the gradients of its rows, in as many passes as [`pass_size`](LmTrainerOptions::pass_size) makes of them, and
 /// divides by the number of predicted tokens. What [dropout](crate::LoraOptions::dropout) of adapters hits follows from the seed, the
-/// epoch and the row. The same seed and rows give the same weights, bit for bit, for any number of threads,
+/// epoch and the row, and where each rank has [rows of its own](TrainingData::sharded) from the rank. The same seed and rows give the same weights, bit for bit, for any number of threads,
 /// and over killing and resuming.
 ///
 /// ```
@@ -320,6 +320,8 @@ impl State {
         for step in cut_into(order.len(), plan.in_epoch) {
             let share = if ranks.stop() { Vec::new() } else { ranks.share(&order[step]) };
             let seed = seed_at(options.seed, epoch + 1);
+            // rows count from 0 on each
+            let seed = if ranks.sharded() && ranks.rank() > 0 { seed_at(!seed, ranks.rank()) } else { seed };
             let loss = sum_of_losses(self.learn(train, &share, options.pass_size, seed, gradient), ranks)?;
             let Some(loss) = loss else { return Ok(None) };
             if loss.tokens > 0 {
@@ -337,7 +339,7 @@ impl State {
         Ok((!stop).then_some((last, of_epoch)))
     }
 
-    /// Adds the gradient of some rows to `gradient`. What dropout hits follows from the seed of the epoch and the row alone.
+    /// Adds the gradient of some rows to `gradient`. What dropout hits follows from the seed and the row alone.
     fn learn(
         &self,
         train: &TokenRows,

@@ -15,6 +15,8 @@ const FEWEST_EPOCHS: usize = 20;
 const MOST_EPOCHS: usize = 300;
 /// Tokens that are learned from in all, at most: it is enough then.
 const MOST_TOKENS: usize = 2_000_000;
+/// Series of a step: more than any machine takes at once.
+const MOST_SERIES: usize = 1 << 24;
 /// Tokens of a batch, padding included. Larger batches are computed in pieces.
 const BATCH_TOKENS: usize = 8192;
 
@@ -86,8 +88,8 @@ impl TrainerOptions {
         Self::recommended_for_steps_of(usual.batch_size.min(data.num_series().div_ceil(2)), data)
     }
 
-    /// As [`recommended_for`](Self::recommended_for), with `batch` series in a step (0 is taken as 1): pieces of it, and epochs of as many
-    /// steps.
+    /// As [`recommended_for`](Self::recommended_for), with `batch` series in a step (0 is taken as 1, and at most 2²⁴): pieces of it, and
+    /// epochs of as many steps. Pieces are of one size, which may add one series or less for each to the step.
     ///
     /// ```
     /// use hymba::Task;
@@ -104,10 +106,11 @@ impl TrainerOptions {
     pub fn recommended_for_steps_of(batch: usize, data: &Dataset) -> Self {
         let model = PredictorOptions::recommended_for(data);
         let tokens = |frames: usize| model.stem.as_ref().map_or(frames, |stem| stem.tokens(frames));
-        let batch = batch.max(1);
+        let batch = batch.clamp(1, MOST_SERIES);
         let fitting = (BATCH_TOKENS / tokens(data.longest())).max(1);
-        let pieces = (1..=batch).find(|pieces| batch.is_multiple_of(*pieces) && batch / pieces <= fitting).unwrap_or(1);
-        let steps = data.num_series().div_ceil(batch);
+        let pieces = batch.div_ceil(fitting);
+        let batch_size = batch.div_ceil(pieces);
+        let steps = data.num_series().div_ceil(batch_size * pieces);
         let all: usize = data.series().iter().map(|series| tokens(series.nrows())).sum();
         let epochs = STEPS.div_ceil(steps).clamp(FEWEST_EPOCHS, MOST_EPOCHS).min((MOST_TOKENS / all).max(1));
         let long = data.series().iter().all(|series| series.nrows() >= 20) && !data.task().is_frame_wise();
@@ -117,11 +120,38 @@ impl TrainerOptions {
         };
         TrainerOptions::default()
             .epochs(epochs)
-            .batch_size(batch / pieces)
+            .batch_size(batch_size)
             .accumulation(pieces)
             .learning_rate(2e-3)
             .weight_decay(0.05)
             .average(0.98)
             .augmentations(augmentations)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use ndarray::Array2;
+
+    use super::*;
+    use crate::Task;
+    use crate::train::Targets;
+
+    #[test]
+    fn steps_of_any_number_of_series_are_cut_into_few_pieces() {
+        let targets = Targets::Classes((0..40).map(|i| i % 2).collect());
+        let data = Dataset::new(&Task::classify(["a", "b"]), vec![Array2::ones((60, 1)); 40], targets).unwrap();
+        let fitting = BATCH_TOKENS / 60;
+        for batch in [0, 1, 7, 136, 137, 200, 1009, 7919, usize::MAX] {
+            let options = TrainerOptions::recommended_for_steps_of(batch, &data);
+            let (size, pieces) = (options.batch_size, options.accumulation);
+            let wanted = batch.clamp(1, MOST_SERIES);
+            assert_eq!(pieces, wanted.div_ceil(fitting), "{batch}");
+            assert!(
+                size <= fitting && (wanted..wanted + pieces).contains(&(size * pieces)),
+                "{batch}: {size} {pieces}"
+            );
+            assert!(options.validate().is_ok());
+        }
     }
 }

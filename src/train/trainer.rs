@@ -364,12 +364,14 @@ impl Trainer {
                 if prolonged {
                     state.optimizer.restart(optimizer)?;
                 } else if *state.optimizer.options() != optimizer {
+                    let steps = steps.map_or("of unknown number".into(), |steps| format!("{steps} in an epoch"));
                     return Err(Error::Checkpoint {
                         path: options.checkpoint.unwrap_or_default(),
-                        reason:
-                            "its options, or the number of its steps, are not those that its optimiser goes by: were they \
-                                 edited? To train by other options, or longer, resume and call Trainer::prolong"
-                                .into(),
+                        reason: format!(
+                            "its options, or the number of its steps, here {steps}, are not those that its optimiser goes by: \
+                             were they edited, or are there other batches, or ranks? To train by other options, or longer, \
+                             resume and call Trainer::prolong"
+                        ),
                     });
                 }
                 *state

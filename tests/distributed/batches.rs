@@ -271,6 +271,28 @@ fn a_training_goes_on_with_other_ranks() {
     };
     let whole = run(2, 9, folder.path().join("whole"));
     run(3, 1, path.clone());
+    // a schedule counts steps: with other numbers of them only one that is constant goes on
+    let of_five = |path: &std::path::Path| {
+        let source = &mut Source::new(0, 5);
+        Trainer::resume(path).unwrap().fit_batches(source, squares, |_| Ok(None), |_| ControlFlow::Continue(()))
+    };
+    let error = of_five(&path).unwrap_err().to_string();
+    assert!(error.contains("5 in an epoch"), "{error}");
+    let constant = folder.path().join("constant");
+    let rate = options().decay(Decay::Constant).warm_up(0.0).epochs(2).checkpoint(&constant);
+    trainer(&numbers(2), rate)
+        .fit_batches(
+            &mut Source::new(0, 3),
+            squares,
+            |_| Ok(None),
+            |progress| match progress.finished {
+                Some(_) => ControlFlow::Break(()),
+                None => ControlFlow::Continue(()),
+            },
+        )
+        .unwrap();
+    assert_eq!(of_five(&constant).unwrap().history.len(), 2);
+
     run(2, 2, path.clone());
     let end = run(1, 9, path);
     assert_eq!((end[0].history.len(), whole[0].history.len()), (4, 4));

@@ -4,7 +4,7 @@ use super::{HymbaLmConfig, RopeType, TorchDtype};
 
 impl HymbaLmConfig {
     /// A small model over bytes, of any width and depth, for texts that are learned in rows of `length` bytes: 256 tokens, 8 meta tokens, a
-    /// head of 32 numbers, an MLP 2.75 times as wide. The first and the last layer see everything, those between them a window of 48, two
+    /// head of 32 numbers, half as many of keys and values where that divides them, an MLP 2.75 times as wide. The first and the last layer see everything, those between them a window of 48, two
     /// by two with the same keys and values. A text begins with a line feed and ends with a zero.
     ///
     /// It is not checked: widths and lengths that cannot be are refused by [`validate`](Self::validate).
@@ -19,12 +19,14 @@ impl HymbaLmConfig {
     /// ```
     pub fn bytes(hidden_size: usize, layers: usize, length: usize) -> Self {
         let pairs = (1..layers.saturating_sub(2)).step_by(2).map(|first| vec![first, first + 1]).collect::<Vec<_>>();
+        let heads = (hidden_size / 32).max(1);
+        let half = (heads / 2).max(1);
         HymbaLmConfig {
             hidden_size,
             num_hidden_layers: layers,
             vocab_size: 256,
-            num_attention_heads: (hidden_size / 32).max(1),
-            num_key_value_heads: (hidden_size / 64).max(1),
+            num_attention_heads: heads,
+            num_key_value_heads: if heads.is_multiple_of(half) { half } else { heads },
             intermediate_size: hidden_size.saturating_mul(11) / 4,
             mamba_dt_rank: Some(hidden_size.div_ceil(16)),
             num_memory_tokens: 8,
@@ -38,6 +40,24 @@ impl HymbaLmConfig {
             pad_token_id: Some(0),
             torch_dtype: Some(TorchDtype::F32),
             ..HymbaLmConfig::hymba_1_5b()
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::HymbaLm;
+
+    #[test]
+    fn models_of_many_widths_are_built() {
+        for width in (32..=704).step_by(32) {
+            let config = HymbaLmConfig::bytes(width, 1, 16);
+            if width.is_multiple_of(64) {
+                assert_eq!(config.num_key_value_heads, width / 64);
+            }
+            let lm = HymbaLm::build(config, 0).unwrap_or_else(|error| panic!("{width}: {error}"));
+            assert!(lm.forward_train(&[[1, 2, 3]], None).unwrap().0.mean().is_finite(), "{width}");
         }
     }
 }

@@ -38,14 +38,14 @@ impl Tokenizer {
     ///
     /// # Errors
     ///
-    /// [`Error::Option`] if `size` is too small for the characters of the text, those of all bytes and three more, or above 2²⁰;
+    /// [`Error::Option`] if `size` is too small for the characters of the text, a space, those of all bytes and three more, or above 2²⁰;
     /// [`Error::Io`] where a file cannot be written.
     pub fn train(text: &str, size: usize, folder: impl AsRef<Path>) -> Result<Self> {
         const MOST: usize = 1 << 20;
         let folder = folder.as_ref();
         let special = SPECIAL.map(str::to_owned).into_iter().chain((0..=255).map(|byte| format!("<0x{byte:02X}>")));
         let special: Vec<_> = special.map(|token| AddedToken::from(token, true)).collect();
-        let mut characters: Vec<char> = text.chars().collect();
+        let mut characters: Vec<char> = text.chars().filter(|c| *c != ' ').chain([SPACE]).collect();
         characters.sort_unstable();
         characters.dedup();
         let least = special.len() + characters.len();
@@ -60,6 +60,8 @@ impl Tokenizer {
             .min_frequency(2)
             .show_progress(false)
             .special_tokens(special)
+            // in front of every text, whether or not there is one in this
+            .initial_alphabet([SPACE].into())
             .build();
         trainer.feed(text.split_inclusive('\n'), |line| Ok(words(line))).map_err(failed)?;
         let bpe = BPE::builder().unk_token(SPECIAL[0].into()).fuse_unk(true).byte_fallback(true);
@@ -180,11 +182,26 @@ mod tests {
     #[test]
     fn sizes_that_do_not_do_are_told() {
         let folder = tempfile::tempdir().unwrap();
-        for size in [0, 261, (1 << 20) + 1] {
+        for size in [0, 262, (1 << 20) + 1] {
             let error = Tokenizer::train("abc", size, folder.path()).unwrap_err().to_string();
-            assert!(error.contains("262"), "{error}");
+            assert!(error.contains("263"), "{error}");
         }
-        assert_eq!(Tokenizer::train("abc", 300, folder.path()).unwrap().vocab_size(), 262);
-        assert_eq!(Tokenizer::train("", 300, folder.path()).unwrap().vocab_size(), 259);
+        for (text, size) in [("abc", 263), ("a bc", 263), ("", 260)] {
+            assert_eq!(Tokenizer::train(text, 300, folder.path()).unwrap().vocab_size(), size, "{text:?}");
+            assert_eq!(Tokenizer::train(text, size, folder.path()).unwrap().vocab_size(), size, "{text:?}");
+        }
+    }
+
+    #[test]
+    fn a_text_without_a_space_comes_back() {
+        let folder = tempfile::tempdir().unwrap();
+        let japanese = "日本語の文章には空白がない。\n".repeat(20);
+        for text in ["abc", "", "abcabc\nabc", &japanese] {
+            let tokenizer = Tokenizer::train(text, 400, folder.path()).unwrap();
+            for text in [text, "another text"] {
+                let ids = tokenizer.encode(text).unwrap();
+                assert_eq!(tokenizer.decode(&ids).unwrap(), text);
+            }
+        }
     }
 }

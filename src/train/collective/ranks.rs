@@ -125,6 +125,17 @@ impl<'a> Ranks<'a> {
         Ok(all)
     }
 
+    /// The hashes of all ranks, in their order, and where those of this rank begin.
+    pub fn gather_hashes(&mut self, own: &[u64]) -> Result<(Vec<u64>, usize)> {
+        let counts: Vec<usize> = self.gather([own.len() as f64])?.iter().map(|[count]| *count as usize).collect();
+        let first = counts[..self.rank()].iter().sum();
+        let mut all = vec![[0.0; 2]; counts.iter().sum()];
+        all[first..].iter_mut().zip(own).for_each(|(halves, hash)| *halves = split(*hash));
+        self.collective.sum_f64(all.as_flattened_mut())?;
+        let whole = |[high, low]: [f64; 2]| (high as u64) << 32 | low as u64;
+        Ok((all.into_iter().map(whole).collect(), first))
+    }
+
     /// A normalization of the frames `[.., width]` of all ranks.
     pub fn fit<'f>(
         &mut self,

@@ -203,6 +203,7 @@ impl Trainer {
     /// * `accumulation` batches of each rank make a step, weighted by what they count. Where some ranks have no more batches, the others go
     ///   on; the epoch is over when none has any. The number of batches is known if it is on all ranks.
     /// * [`BatchSource::begin`] gets the same seed on all ranks: sources that draw an order can divide the same one among them.
+    /// * A checkpoint may be resumed by another number of ranks if an epoch has as many steps then, or the learning rate is constant.
     /// * `metric` is called on every rank, and the mean of those that return something is what counts.
     ///
     /// ```

@@ -16,6 +16,7 @@ use crate::files::header::printable;
 use crate::files::replace;
 use crate::files::saved::VERSION;
 use crate::files::tensors::Source;
+use crate::lora::Adapted;
 use crate::train::AdamW;
 use crate::{Error, Predictor, Result};
 
@@ -132,11 +133,9 @@ impl<'a> Checkpoint<'a> {
             true => average.as_ref().unwrap_or(&predictor).clone(),
             false => Predictor::load(self.kept(&options, best))?,
         };
-        let same = |other: &Predictor| {
-            (other.task(), other.predictor_options()) == (predictor.task(), predictor.predictor_options())
-        };
+        let same = |other: &Predictor| sizes(other) == sizes(&predictor);
         if !same(&best) || !average.as_ref().is_none_or(same) {
-            return Err(unusable("its models have different tasks or options"));
+            return Err(unusable("its models have different tasks, options, adapters or types of weights"));
         }
         Ok((options, State { predictor, average, best, optimizer, history, before_schedule }, data))
     }
@@ -157,6 +156,18 @@ impl<'a> Checkpoint<'a> {
     fn optimizer(&self, epoch: usize) -> PathBuf {
         self.folder.join(format!("optimizer-{epoch}.safetensors"))
     }
+}
+
+/// What the models of a training have in common, so that what goes over the numbers of two finds the same in both.
+fn sizes(predictor: &Predictor) -> impl PartialEq {
+    let mut parameters = Vec::new();
+    predictor.visit_parameters(&mut |name, parameter| {
+        parameters.push((name.to_string(), parameter.shape(), parameter.storage()));
+    });
+    let adapters = predictor.loras().into_iter().map(|name| (name.to_string(), predictor.options_of(name)));
+    let active = predictor.lora().map(str::to_string);
+    let of = (predictor.task().clone(), predictor.predictor_options().clone());
+    (of, active, adapters.collect::<Vec<_>>(), parameters)
 }
 
 /// The e of `model-e.safetensors`, `optimizer-e.safetensors` or `average-e.safetensors`; `None` for files that are not ours.

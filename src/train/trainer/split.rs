@@ -1,5 +1,7 @@
 //! The part of the series of several ranks that is validated on: the same one, whichever rank has which of them.
 
+use std::collections::HashMap;
+
 use rand::{RngExt, SeedableRng};
 
 use crate::layers::Rng;
@@ -8,15 +10,20 @@ use crate::train::{Dataset, Hash, Ranks, Targets};
 use crate::{Error, Result};
 
 /// Training and validation part of what this rank has. As in [`Dataset::split`] each class of series has its share in the validation
-/// part, but a series is drawn by a number of its own, which follows from what is in it: those with the lowest are validated on.
+/// part, but a series is drawn by a number of its own, which follows from what is in it, and of equal ones from how many came before: those with the lowest are validated on.
 pub(super) fn split(data: &Dataset, fraction: f32, seed: u64, ranks: &mut Ranks) -> Result<(Vec<usize>, Vec<usize>)> {
     let group = |i: usize| if let Targets::Classes(classes) = data.targets() { classes[i] } else { 0 };
-    let number = |i: usize| {
+    let own: Vec<u64> = (0..data.num_series()).map(|i| data.fingerprint_of_parts(&[i])).collect();
+    let (all, first) = ranks.gather_hashes(&own)?;
+    let mut equal = HashMap::new();
+    let number = |print: u64| {
+        let count = equal.entry(print).or_insert(0u64);
+        let before = std::mem::replace(count, *count + 1);
         let mut hash = Hash::new();
-        [data.fingerprint_of_parts(&[i]), seed].into_iter().for_each(|word| hash.add(word));
+        [print, seed].into_iter().chain((before > 0).then_some(before)).for_each(|word| hash.add(word));
         Rng::seed_from_u64(hash.finish()).random::<u32>()
     };
-    let numbers: Vec<u32> = (0..data.num_series()).map(number).collect();
+    let numbers: Vec<u32> = all[..first + own.len()].iter().copied().map(number).skip(first).collect();
     let groups = if let Targets::Classes(_) = data.targets() { data.task().outputs() } else { 1 };
     // of all ranks
     let mut count = |limit: &dyn Fn(usize) -> u64| {
@@ -69,6 +76,35 @@ mod tests {
         });
         all.sort_unstable();
         all
+    }
+
+    /// Sets of equal series are divided, too, and the same number of each is validated on, whichever rank has them.
+    #[test]
+    fn equal_series_count_apart() {
+        let of_rank = |count: [usize; 2], rank: &mut Threads| {
+            let series = |kind: usize| Array2::from_elem((5, 1), kind as f32);
+            let kinds: Vec<_> = (0..2).flat_map(|kind| vec![kind; count[kind]]).collect();
+            let series = kinds.iter().map(|kind| series(*kind)).collect();
+            let classes = Targets::Classes(vec![0; kinds.len()]);
+            let data = Dataset::new(&Task::classify(["a", "b"]), series, classes).unwrap();
+            let (_, validation) = split(&data, 0.25, 3, &mut Ranks::new(rank, true).unwrap()).unwrap();
+            [0, 1].map(|kind| validation.iter().filter(|i| kinds[**i] == kind).count())
+        };
+        let counts = |parts: &[[usize; 2]]| {
+            std::thread::scope(|scope| {
+                let ranks = Threads::new(parts.len()).into_iter().zip(parts);
+                let ranks = ranks.map(|(mut rank, part)| scope.spawn(move || of_rank(*part, &mut rank)));
+                let ranks: Vec<_> = ranks.collect();
+                let all = ranks.into_iter().map(|rank| rank.join().unwrap());
+                all.fold([0; 2], |sum, part| [sum[0] + part[0], sum[1] + part[1]])
+            })
+        };
+        let one = counts(&[[24, 16]]);
+        assert_eq!(one[0] + one[1], 10);
+        assert_eq!(counts(&[[12, 8], [12, 8]]), one);
+        assert_eq!(counts(&[[1, 15], [20, 1], [3, 0]]), one);
+        // of a single kind
+        assert_eq!(counts(&[[6, 0], [6, 0]]), [3, 0]);
     }
 
     #[test]
