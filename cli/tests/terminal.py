@@ -181,10 +181,14 @@ def man_and_completions():
     run = lambda *command, **more: subprocess.run(command, capture_output=True, text=True, check=True, **more)
     page = run(program, "man").stdout
     trivial = ".TH TRIVIAL 1\n.SH NAME\ntrivial \\- a page\n"
-    show = lambda renderer, page: subprocess.run(
-        renderer, input=page, capture_output=True, encoding="utf-8", env={**os.environ, "LC_ALL": "C.UTF-8"}
-    )
-    for renderer in [["groff", "-man", "-ww", "-Tutf8"], ["man", "--warnings", "-l", "-"], ["mandoc", "-W", "error"]]:
+
+    def show(renderer, page):
+        environment = {**os.environ, "LC_ALL": "C.UTF-8"}
+        shown = subprocess.run(renderer, input=page, capture_output=True, encoding="utf-8", env=environment)
+        shown.stdout = re.sub(".\b", "", shown.stdout)  # some print bold letters twice
+        return shown
+
+    for renderer in [["groff", "-Kutf8", "-man", "-ww", "-Tutf8"], ["man", "--warnings", "-l", "-"], ["mandoc", "-W", "error"]]:
         if not shutil.which(renderer[0]):
             continue
         # some are stubs, or have other options
