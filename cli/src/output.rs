@@ -29,12 +29,21 @@ pub fn is_closed(error: &anyhow::Error) -> bool {
 pub fn one_line(error: &anyhow::Error) -> String {
     let mut text = String::new();
     for cause in error.chain().map(ToString::to_string) {
-        if !text.contains(&cause) {
+        if !tells(&text, &cause) {
             text += if text.is_empty() { "" } else { ": " };
             text += &cause;
         }
     }
     text.split_whitespace().collect::<Vec<_>>().join(" ")
+}
+
+/// Whether an error's text ends with this cause, or has it between a colon and what it says of it.
+fn tells(text: &str, cause: &str) -> bool {
+    let mut places = text.match_indices(cause).map(|(at, _)| (&text[..at], &text[at + cause.len()..]));
+    cause.is_empty()
+        || places.any(|(before, after)| {
+            (before.is_empty() || before.ends_with(": ")) && (after.is_empty() || after.starts_with([':', ';', ',']))
+        })
 }
 
 /// A bar on stderr, if that is a terminal; `template` as indicatif has it.
@@ -66,6 +75,13 @@ mod tests {
             one_line(&error.context("m.json: no such\nfile; copy it").context("loading")),
             "loading: m.json: no such file; copy it"
         );
-        assert_eq!(one_line(&anyhow::Error::msg("b").context("a")), "a: b");
+        for (cause, context, line) in [
+            ("b", "a", "a: b"),
+            ("b", "about a", "about a: b"),
+            ("b", "a: b", "a: b"),
+            ("no", "a: nothing", "a: nothing: no"),
+        ] {
+            assert_eq!(one_line(&anyhow::Error::msg(cause).context(context)), line);
+        }
     }
 }

@@ -23,10 +23,13 @@ program = os.path.abspath(sys.argv[1])
 root = pathlib.Path(__file__).resolve().parents[2]
 PATIENCE = 120  # seconds, of a busy machine
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\s")
 
 
 class Terminal:
     """A program that believes to be at a terminal."""
+
+    running = set()
 
     def __init__(self, *arguments, **environment):
         self.text = ""
@@ -35,6 +38,7 @@ class Terminal:
             os.environ.pop("NO_COLOR", None)
             os.environ.update(TERM="xterm-256color", **environment)
             os.execv(program, [program, *map(str, arguments)])
+        self.running.add(self.pid)
         fcntl.ioctl(self.terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
 
     def read(self):
@@ -46,13 +50,21 @@ class Terminal:
         self.text += piece.decode(errors="replace")
         return bool(piece)
 
+    def wait_until(self, come, what):
+        """Reads until it has come."""
+        end = time.monotonic() + PATIENCE
+        while not come():
+            assert time.monotonic() < end, f"no {what} in {self.text[-500:]!r}"
+            if select.select([self.terminal], [], [], 1)[0]:
+                assert self.read(), f"it ended before {what}: {self.text[-500:]!r}"
+
+    def wait_for_answer(self):
+        """Reads until some of a text has come, whatever it is."""
+        self.wait_until(lambda: len(CONTROL.sub("", self.text)) > 20, "answer")
+
     def wait_for(self, words):
         """Reads until these words come, and returns what came before them."""
-        end = time.monotonic() + PATIENCE
-        while words not in self.text:
-            assert time.monotonic() < end, f"no {words!r} in {self.text[-500:]!r}"
-            if select.select([self.terminal], [], [], 1)[0]:
-                assert self.read(), f"it ended before {words!r}: {self.text[-500:]!r}"
+        self.wait_until(lambda: words in self.text, repr(words))
         before, self.text = self.text.split(words, 1)
         return before
 
@@ -64,9 +76,22 @@ class Terminal:
         end = time.monotonic() + PATIENCE
         while time.monotonic() < end and (not select.select([self.terminal], [], [], 1)[0] or self.read()):
             pass
-        os.close(self.terminal)
         assert time.monotonic() < end, f"it does not end: {self.text[-500:]!r}"
-        return self.text, os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        os.close(self.terminal)
+        return self.text, self.reap()
+
+    def reap(self):
+        status = os.waitpid(self.pid, 0)[1]
+        self.running.discard(self.pid)
+        return os.waitstatus_to_exitcode(status)
+
+    @classmethod
+    def kill_all(cls):
+        """Ends those that a failure has left."""
+        for pid in cls.running:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+        cls.running.clear()
 
 
 def chat(model):
@@ -96,7 +121,7 @@ def chat(model):
     talk.type("Tell me everything\r")
     talk.wait_for("everything")
     talk.wait_for("\n")
-    time.sleep(1)
+    talk.wait_for_answer()
     talk.type("\x03")
     talk.wait_for("ended early")
     talk.wait_for("you> ")
@@ -108,7 +133,7 @@ def chat(model):
 def interrupts(model):
     text = Terminal("complete", model, "Once", "--max-tokens", "1000000")
     text.wait_for("Once")
-    time.sleep(1)
+    text.wait_for_answer()
     text.type("\x03")
     text, code = text.end()
     assert code == 130 and "hymba: interrupted: the text ends here" in text, (code, text[-500:])
@@ -155,12 +180,26 @@ def pipes(model):
 def man_and_completions():
     run = lambda *command, **more: subprocess.run(command, capture_output=True, text=True, check=True, **more)
     page = run(program, "man").stdout
-    for renderer in [["man", "--warnings", "-l", "-"], ["groff", "-man", "-ww", "-Tutf8"], ["mandoc", "-W", "error"]]:
-        if shutil.which(renderer[0]):
-            shown = run(*renderer, input=page)
-            assert "NAME" in shown.stdout and "lookahead" in shown.stdout and shown.stderr == "", shown.stderr
-            print(f"man: read by {renderer[0]}")
-            break
+    trivial = ".TH TRIVIAL 1\n.SH NAME\ntrivial \\- a page\n"
+
+    def show(renderer, page):
+        environment = {**os.environ, "LC_ALL": "C.UTF-8"}
+        shown = subprocess.run(renderer, input=page, capture_output=True, encoding="utf-8", env=environment)
+        shown.stdout = re.sub(".\b", "", shown.stdout)  # some print bold letters twice
+        return shown
+
+    for renderer in [["groff", "-Kutf8", "-man", "-ww", "-Tutf8"], ["man", "--warnings", "-l", "-"], ["mandoc", "-W", "error"]]:
+        if not shutil.which(renderer[0]):
+            continue
+        # some are stubs, or have other options
+        able = show(renderer, trivial)
+        if able.returncode != 0 or "NAME" not in able.stdout or able.stderr:
+            continue
+        shown = show(renderer, page)
+        assert shown.returncode == 0 and shown.stderr == "", shown.stderr
+        assert "NAME" in shown.stdout and "lookahead" in shown.stdout, shown.stdout
+        print(f"man: read by {renderer[0]}")
+        break
     else:
         print("man: nothing here to read it with")
     folder = tempfile.mkdtemp()
@@ -196,9 +235,12 @@ with tempfile.TemporaryDirectory() as place:
     subprocess.run([program, "bench", "--random", *sizes, "--save", model], check=True)
     for file in (root / "tests/data/hymba-1.5b-base").glob("tokenizer*.json"):
         shutil.copy(file, model)
-    chat(model)
-    interrupts(model)
-    bars_and_colours(model)
-    pipes(model)
-    man_and_completions()
-    server(model)
+    try:
+        chat(model)
+        interrupts(model)
+        bars_and_colours(model)
+        pipes(model)
+        man_and_completions()
+        server(model)
+    finally:
+        Terminal.kill_all()

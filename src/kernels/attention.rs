@@ -295,7 +295,8 @@ fn soften<S: Simd>(
         softmax.sum += sum;
         return;
     }
-    if softmax.largest > f32::NEG_INFINITY {
+    // before the first score there is nothing to fade; a sum of scores that are all NaN stays NaN
+    if softmax.largest > f32::NEG_INFINITY || softmax.sum != 0.0 {
         let faded = (softmax.largest - largest).exp();
         for sum in sums.chunks_mut(LANES) {
             s.store_some(s.mul(s.splat(faded), s.load_some(sum)), sum);

@@ -1,7 +1,7 @@
 //! Tools, as the instruct model knows them: descriptions in the system prompt, calls as `<toolcall> {json} </toolcall>` in an
 //! answer, results in a turn of their own.
 
-use serde_json::{Value, json};
+use serde_json::{Deserializer, Map, Value, json};
 
 use super::error::{ApiError, ApiResult};
 
@@ -91,19 +91,13 @@ impl Parts {
         let mut parts = Vec::new();
         while let Some(begin) = self.held.find(BEGIN) {
             self.release(begin, &mut parts);
-            let inside = &self.held[BEGIN.len()..];
-            let looks_like_json = inside.trim_start().chars().next().is_none_or(|first| matches!(first, '{' | '['));
-            let (call, after) = match inside.find(END) {
-                Some(end) => (&inside[..end], end + END.len()),
-                None if looks_like_json && !ended => return parts,
-                None => (inside, inside.len()),
-            };
-            match functions(call) {
-                Some(found) if looks_like_json => {
-                    parts.extend(found.into_iter().map(|function| self.call(function)));
-                    self.held.drain(..BEGIN.len() + after);
+            match inside(&self.held[BEGIN.len()..], ended) {
+                Inside::Calls(functions, bytes) => {
+                    parts.extend(functions.into_iter().map(|function| self.call(function)));
+                    self.held.drain(..BEGIN.len() + bytes);
                 }
-                _ => self.release(BEGIN.len(), &mut parts),
+                Inside::Beginning => return parts,
+                Inside::Text => self.release(BEGIN.len(), &mut parts),
             }
         }
         let beginning = (1..BEGIN.len()).rev().find(|&count| self.held.ends_with(&BEGIN[..count]) && !ended);
@@ -144,9 +138,40 @@ pub fn calls(answer: &str, id: &str) -> (String, Vec<Value>) {
     (text, calls)
 }
 
+/// What stands behind [`BEGIN`].
+enum Inside {
+    /// Names and arguments, and how many bytes they take with their end.
+    Calls(Vec<(String, String)>, usize),
+    /// What may become a call.
+    Beginning,
+    Text,
+}
+
+/// A call is one JSON value with [`END`] behind it, or nothing more once the answer has ended. In a string of it `END` is text.
+fn inside(written: &str, ended: bool) -> Inside {
+    let json = written.trim_start();
+    if !json.is_empty() && !json.starts_with(['{', '[']) {
+        return Inside::Text;
+    }
+    let mut values = Deserializer::from_str(json).into_iter();
+    let value: Value = match values.next() {
+        Some(Ok(value)) => value,
+        Some(Err(error)) if !error.is_eof() => return Inside::Text,
+        _ if ended => return Inside::Text,
+        _ => return Inside::Beginning,
+    };
+    let after = json[values.byte_offset()..].trim_start();
+    let rest = match after.strip_prefix(END) {
+        Some(rest) => rest,
+        None if ended && after.is_empty() => after,
+        None if !ended && END.starts_with(after) => return Inside::Beginning,
+        None => return Inside::Text,
+    };
+    functions(value).map_or(Inside::Text, |found| Inside::Calls(found, written.len() - rest.len()))
+}
+
 /// The name and arguments of one call, or of several in a list.
-fn functions(written: &str) -> Option<Vec<(String, String)>> {
-    let value: Value = serde_json::from_str(written.trim()).ok()?;
+fn functions(value: Value) -> Option<Vec<(String, String)>> {
     let all = match value {
         Value::Array(all) if !all.is_empty() => all,
         Value::Array(_) => return None,
@@ -156,7 +181,8 @@ fn functions(written: &str) -> Option<Vec<(String, String)>> {
         let name = call.get("name")?.as_str()?.to_owned();
         let arguments = match call.get("arguments").or_else(|| call.get("parameters")) {
             None => "{}".to_owned(),
-            Some(Value::String(arguments)) => arguments.clone(),
+            // an object that was written as a string
+            Some(Value::String(text)) if serde_json::from_str::<Map<String, Value>>(text).is_ok() => text.clone(),
             Some(arguments) => arguments.to_string(),
         };
         Some((name, arguments))
@@ -188,6 +214,16 @@ mod tests {
         let (text, found) = calls("a <toolcall> {} </toolcall> b <toolcall>{\"name\": \"c\"}</toolcall>\n", "7");
         assert_eq!((text.as_str(), found.len()), ("a <toolcall> {} </toolcall> b", 1));
         assert!(written(&[json!({"id": 1})]).is_err());
+        // the end of a call, in a string of it
+        let (text, found) =
+            calls("<toolcall> {\"name\": \"c\", \"arguments\": {\"x\": \"</toolcall>\"}} </toolcall>", "7");
+        assert_eq!((text.as_str(), &found[0]["function"]["arguments"]), ("", &json!("{\"x\":\"</toolcall>\"}")));
+        // arguments as a string
+        for (arguments, want) in [("{\"x\":  1}", "{\"x\":  1}"), ("[1]", "\"[1]\""), ("hi", "\"hi\"")] {
+            let (_, found) =
+                calls(&format!("<toolcall> {} </toolcall>", json!({"name": "c", "arguments": arguments})), "7");
+            assert_eq!(found[0]["function"]["arguments"], want);
+        }
     }
     #[test]
     fn pieces_make_no_difference() {
@@ -196,6 +232,10 @@ mod tests {
             format!("Wait. \n{call} {call}\n"),
             format!("{call} and so on "),
             format!("a <b <toolcal <toolcall> x {call}"),
+            format!("<toolcall> {{\"name\": \"a\", \"arguments\": {{\"x\": \"</toolcall> {{\"}}}} </toolcall> {call}"),
+            format!("<toolcall> {{\"name\": \"a\"}} </tool {call}"),
+            format!("<toolcall> {{\"name\": \"a </toolcall>\n {call}"),
+            "<toolcall> {\"name\": \"cut\"} </tool".into(),
             "<toolcall> {\"name\": \"cut\", \"argum".into(),
             "<toolcall> {\"name\": \"not closed\"}".into(),
             " only text, é€ < \n\n".into(),

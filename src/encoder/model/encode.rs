@@ -44,7 +44,8 @@ impl Hymba {
         y
     }
 
-    /// Sequences through all blocks and the final norm. Which thread does what depends on sizes only, and no number on either.
+    /// Sequences through all blocks and the final norm. Which thread does what depends on sizes and the number of
+    /// threads, but no sum is cut by it.
     fn encode(&self, sequences: Vec<Sequence>, every_frame: bool) {
         let total: usize = sequences.iter().map(|sequence| sequence.frames.nrows()).sum();
         with_team(self.work(total), |team| {

@@ -48,6 +48,9 @@ pub(crate) fn attend_backward(head: Head, output: AttentionOutput, gradient: Att
     timed(Stage::Attention, work, || group_backward(head, output, gradient));
 }
 
+/// Numbers of work memory that a thread keeps; what a long sequence takes more is given back.
+const KEPT: usize = 1 << 20;
+
 fn group_backward(head: Head, output: AttentionOutput, mut gradient: AttentionGradient) {
     thread_local! {
         static WORK: Scratch<f32> = const { Scratch::new(Vec::new()) };
@@ -116,7 +119,9 @@ fn group_backward(head: Head, output: AttentionOutput, mut gradient: AttentionGr
             to.iter_mut().zip(from).for_each(|(to, from)| *to = *from);
         }
     }
-    WORK.set(work);
+    if work.capacity() <= KEPT {
+        WORK.set(work);
+    }
 }
 
 /// Turns the scores of a tile into its weights P, and dout·Vᵀ into dS = P ⊙ (dout·Vᵀ − Σ dout ⊙ out)·scale; both are 0 for

@@ -315,3 +315,16 @@ fn what_lies_ahead_touches_nothing() {
         assert_eq!(row.iter().any(|x| x.is_nan()), (5..8).contains(&i), "frame {i}");
     }
 }
+
+/// NaN in all keys that a query sees in a piece: no later piece makes its sum a number again.
+#[test]
+fn nan_of_an_earlier_piece_stays() {
+    let mut meta = Case::new((200, 0, 1), (1, 1), (4, 4), Some(40));
+    meta.meta_keys.fill(f32::NAN);
+    let mut first = Case::new((2 * KEYS, 0, 0), (1, 1), (4, 4), None);
+    first.keys.slice_mut(s![..KEYS, ..]).fill(f32::NAN);
+    for case in [meta, first] {
+        let (out, log_sums) = case.attend();
+        assert!(out.iter().chain(&log_sums).all(|x| x.is_nan()), "{log_sums}");
+    }
+}
