@@ -83,7 +83,7 @@ pub struct LimitArgs {
     #[arg(long, default_value_t = 512, value_name = "MB")]
     cache: usize,
     /// Tokens of prompts that are read in a step beside the sequences being generated.
-    #[arg(long, default_value_t = 128, value_name = "N", value_parser = count::<1, 512>)]
+    #[arg(long, default_value_t = 64, value_name = "N", value_parser = count::<1, 512>)]
     piece: usize,
 }
 
