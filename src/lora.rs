@@ -6,6 +6,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::mem::{swap, take};
 
 use ndarray::ArrayD;
 use rand::SeedableRng;
@@ -172,7 +173,7 @@ pub(crate) trait Host {
 
     fn adapters(&self) -> &Adapters<Self::Cached>;
     fn adapters_mut(&mut self) -> &mut Adapters<Self::Cached>;
-    fn swap_cached(&mut self, other: &mut Self::Cached);
+    fn cached_mut(&mut self) -> &mut Self::Cached;
     /// Calls `f` with every map that may have a part, and its name in files.
     fn visit_maps<'a>(&'a mut self, f: &mut dyn FnMut(String, &'a mut Linear));
     fn visit_all<'a>(&'a self, f: &mut Visitor<'_, 'a>);
@@ -204,7 +205,7 @@ pub(crate) trait Adapted {
     fn visit_others<'a>(&'a self, prefix: &str, f: &mut Visitor<'_, 'a>);
     fn visit_others_mut<'a>(&'a mut self, prefix: &str, f: &mut VisitorMut<'_, 'a>);
     /// Parameters of the model without adapters.
-    fn of(&self) -> usize;
+    fn model_parameters(&self) -> usize;
 
     /// What is trained or fitted beside an adapter around the maps, by module and name. By default nothing.
     fn around(&self) -> Vec<(&'static str, String, Parameter<'_>)> {
@@ -232,7 +233,7 @@ impl<H: Host> Adapted for H {
     fn hold(&mut self, name: &str, options: LoraOptions, parts: Parts) {
         if self.adapters().is_empty() {
             self.freeze();
-            self.swap_cached(&mut H::Cached::default());
+            *self.cached_mut() = H::Cached::default();
         }
         self.activate(None);
         let adapter = Adapter { options, parts, cached: H::Cached::default() };
@@ -241,19 +242,19 @@ impl<H: Host> Adapted for H {
     }
 
     fn activate(&mut self, name: Option<&str>) {
-        let mut adapters = std::mem::take(self.adapters_mut());
+        let mut adapters = take(self.adapters_mut());
         if adapters.active.as_deref() != name {
             if let Some(adapter) = adapters.active.take().and_then(|active| adapters.held.get_mut(&active)) {
                 self.visit_maps(&mut |name, map| {
                     adapter.parts.extend(map.take_low_rank().map(|part| (name, part)));
                 });
-                self.swap_cached(&mut adapter.cached);
-                self.swap_cached(&mut adapters.bare);
+                swap(self.cached_mut(), &mut adapter.cached);
+                swap(self.cached_mut(), &mut adapters.bare);
             }
             if let Some((name, adapter)) = name.and_then(|name| Some((name, adapters.held.get_mut(name)?))) {
                 self.visit_maps(&mut |name, map| map.set_low_rank(adapter.parts.remove(&name)));
-                self.swap_cached(&mut adapters.bare);
-                self.swap_cached(&mut adapter.cached);
+                swap(self.cached_mut(), &mut adapters.bare);
+                swap(self.cached_mut(), &mut adapter.cached);
                 adapters.active = Some(name.into());
             }
         }
@@ -265,7 +266,7 @@ impl<H: Host> Adapted for H {
             self.visit_maps(&mut |_, map| map.merge());
             *self.adapters_mut() = Adapters::default();
             self.thaw();
-            self.swap_cached(&mut H::Cached::default());
+            *self.cached_mut() = H::Cached::default();
         }
     }
 
@@ -278,7 +279,7 @@ impl<H: Host> Adapted for H {
         adapters.held.retain(|held, _| name.is_some_and(|name| name != held));
         if had && adapters.is_empty() {
             self.thaw();
-            self.swap_cached(&mut H::Cached::default());
+            *self.cached_mut() = H::Cached::default();
         }
     }
 
@@ -306,7 +307,7 @@ impl<H: Host> Adapted for H {
         self.adapters_mut().visit_held_mut(prefix, f);
     }
 
-    fn of(&self) -> usize {
+    fn model_parameters(&self) -> usize {
         self.base_parameters()
     }
 }
@@ -354,7 +355,7 @@ fn hold(model: &mut impl Adapted, name: &str, options: &LoraOptions, maps: &Maps
     let covered = LoraCoverage {
         maps: maps.iter().map(|(name, (outputs, inputs))| (name.clone(), [*outputs, *inputs])).collect(),
         parameters: maps.iter().map(|(_, (outputs, inputs))| options.rank * (outputs + inputs)).sum(),
-        model_parameters: model.of(),
+        model_parameters: model.model_parameters(),
     };
     let maps = maps.iter().map(|(name, _)| name.clone()).collect();
     model.hold(name, LoraOptions { maps, ..options.clone() }, parts);

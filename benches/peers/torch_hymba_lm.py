@@ -24,6 +24,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from torch_hymba import _unrolled as scan_piece_en  # the same with states [B,E,N] and A [E,N]
+
 CHUNK = int(os.environ.get("CHUNK", "16"))
 
 
@@ -34,16 +36,6 @@ def scan_piece(h, u, dt, A, Bm, C):
         d = dt[:, t].unsqueeze(1)
         h = torch.exp(d * A) * h + (d * u[:, t].unsqueeze(1)) * Bm[:, t].unsqueeze(2)
         ys.append((h * C[:, t].unsqueeze(2)).sum(1))
-    return h, torch.stack(ys, 1)
-
-
-def scan_piece_en(h, u, dt, A, Bm, C):
-    """The same with states [B,E,N]."""
-    ys = []
-    for t in range(u.shape[1]):
-        d = dt[:, t].unsqueeze(-1)
-        h = torch.exp(d * A) * h + (d * u[:, t].unsqueeze(-1)) * Bm[:, t].unsqueeze(1)
-        ys.append((h * C[:, t].unsqueeze(1)).sum(-1))
     return h, torch.stack(ys, 1)
 
 

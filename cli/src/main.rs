@@ -4,6 +4,7 @@
 #![cfg_attr(not(feature = "schema"), allow(dead_code))]
 
 mod bandwidth;
+mod checkpoint;
 mod commands;
 mod curve;
 mod header;

@@ -1,25 +1,9 @@
 //! Low-rank adapters of an encoder.
 
-use std::sync::Arc;
-
-use super::model::Hymba;
-use crate::layers::{Lazy, Linear, SequenceState};
+use super::model::{Cached, Hymba};
+use crate::layers::Linear;
 use crate::lora::{Adapters, Host, lora_calls};
-use crate::parameters::{Visitor, next_id};
-
-/// What follows from the weights: see the fields of [`Hymba`] of these names.
-#[derive(Clone)]
-pub(crate) struct Cached {
-    initial: Lazy<Arc<SequenceState>>,
-    fingerprint: Lazy<u64>,
-    id: u64,
-}
-
-impl Default for Cached {
-    fn default() -> Self {
-        Cached { initial: Lazy::new(), fingerprint: Lazy::new(), id: next_id() }
-    }
-}
+use crate::parameters::Visitor;
 
 impl Host for Hymba {
     type Cached = Cached;
@@ -32,10 +16,8 @@ impl Host for Hymba {
         &mut self.adapters
     }
 
-    fn swap_cached(&mut self, other: &mut Cached) {
-        std::mem::swap(&mut self.initial, &mut other.initial);
-        std::mem::swap(&mut self.fingerprint, &mut other.fingerprint);
-        std::mem::swap(&mut self.id, &mut other.id);
+    fn cached_mut(&mut self) -> &mut Cached {
+        &mut self.cached
     }
 
     fn visit_maps<'a>(&'a mut self, f: &mut dyn FnMut(String, &'a mut Linear)) {

@@ -7,7 +7,7 @@ use crate::parameters::Parameter;
 impl Hymba {
     /// A hash of the weights and of those options that change what they compute.
     pub(super) fn fingerprint(&self) -> u64 {
-        *self.fingerprint.get(|| {
+        *self.cached.fingerprint.get(|| {
             let mut hash = Fingerprint::default();
             let options = &self.options;
             for size in [options.num_heads, options.window_size, options.num_meta_tokens, options.variant as usize] {

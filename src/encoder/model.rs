@@ -9,7 +9,6 @@ use std::sync::Arc;
 use ndarray::{Array2, Array3, ArrayRef3};
 use rand::SeedableRng;
 
-use super::adapters::Cached;
 use super::block::{BlockInspection, rows, sequences};
 use super::blocks::{Block, Blocks};
 use super::options::HymbaOptions;
@@ -62,15 +61,27 @@ pub struct Hymba {
     pub(super) final_norm: LayerNorm,
     /// Of the large matrices, if they are not to be trained.
     pub(super) storage: Option<Storage>,
-    /// What a sequence remembers before its first frame: what the meta tokens left behind.
-    pub(super) initial: Lazy<Arc<SequenceState>>,
-    /// Identifies this set of weights within the process; clones share it.
-    pub(super) id: u64,
-    /// Identifies this set of weights anywhere.
-    pub(super) fingerprint: Lazy<u64>,
+    pub(super) cached: Cached,
     /// Identifies what happens to frames before they come here: states belong to it, too.
     pub(super) salt: u64,
     pub(super) adapters: Adapters<Cached>,
+}
+
+/// What follows from the weights, and what identifies them. The default is that of weights that are new.
+#[derive(Clone)]
+pub(crate) struct Cached {
+    /// What a sequence remembers before its first frame: what the meta tokens left behind.
+    initial: Lazy<Arc<SequenceState>>,
+    /// Identifies this set of weights anywhere.
+    pub(super) fingerprint: Lazy<u64>,
+    /// Identifies this set of weights within the process; clones share it.
+    pub(super) id: u64,
+}
+
+impl Default for Cached {
+    fn default() -> Self {
+        Cached { initial: Lazy::new(), fingerprint: Lazy::new(), id: next_id() }
+    }
 }
 
 /// What every block did to an input: see [`Hymba::inspect`].
@@ -121,9 +132,7 @@ impl Hymba {
             final_norm: options.new_norm(h),
             options,
             storage,
-            initial: Lazy::new(),
-            id: next_id(),
-            fingerprint: Lazy::new(),
+            cached: Cached::default(),
             salt: 0,
             adapters: Adapters::default(),
         }
@@ -273,9 +282,7 @@ impl Hymba {
 
     /// To be called wherever parameters change.
     pub(super) fn changed(&mut self) {
-        self.initial.forget();
-        self.fingerprint.forget();
-        self.id = next_id();
+        self.cached = Cached::default();
     }
 
     /// Multiplications that `frames` frames take, about.
@@ -301,7 +308,7 @@ impl Hymba {
 
     /// What a sequence remembers before its first frame.
     pub(super) fn initial(&self) -> &Arc<SequenceState> {
-        self.initial.get(|| {
+        self.cached.initial.get(|| {
             let mut state = self.empty_state();
             if let Some(tokens) = &self.meta_tokens {
                 with_team(self.work(tokens.nrows()), |team| {

@@ -157,7 +157,7 @@ impl Hymba {
             let mut batch = Batch::new(team, sequences, false, None);
             let (x, blocks) = self.blocks.forward_train(&mut batch, x, |depth| self.dropout(seed, depth));
             let last = Buffer::empty();
-            let cache = TrainCache { model: self.id, seed, l, lengths, input, initial, meta, blocks, last };
+            let cache = TrainCache { model: self.cached.id, seed, l, lengths, input, initial, meta, blocks, last };
             (x, cache)
         }))
     }
@@ -235,7 +235,7 @@ impl Hymba {
 
     /// Refuses what another model made.
     pub(crate) fn check_cache(&self, cache: &TrainCache) -> Result<()> {
-        if cache.model != self.id {
+        if cache.model != self.cached.id {
             let advice = "another model made it, or the parameters have changed since; run the forward pass again";
             return Err(Error::State(advice.into()));
         }

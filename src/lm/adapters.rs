@@ -1,23 +1,11 @@
 //! Low-rank adapters of a language model.
 
-use super::model::HymbaLm;
+use super::model::{Cached, HymbaLm};
 use super::names::HEAD_MAP;
-use crate::layers::{Lazy, Linear, SequenceState};
+use crate::layers::Linear;
 use crate::lora::{Adapters, Host, lora_calls};
-use crate::parameters::{Visitor, next_id};
+use crate::parameters::Visitor;
 use crate::{Error, Result};
-
-/// What follows from the weights: see the fields of [`HymbaLm`] of these names.
-pub(crate) struct Cached {
-    prefix: Lazy<SequenceState>,
-    id: u64,
-}
-
-impl Default for Cached {
-    fn default() -> Self {
-        Cached { prefix: Lazy::new(), id: next_id() }
-    }
-}
 
 impl Host for HymbaLm {
     type Cached = Cached;
@@ -30,9 +18,8 @@ impl Host for HymbaLm {
         &mut self.adapters
     }
 
-    fn swap_cached(&mut self, other: &mut Cached) {
-        std::mem::swap(&mut self.prefix, &mut other.prefix);
-        std::mem::swap(&mut self.id, &mut other.id);
+    fn cached_mut(&mut self) -> &mut Cached {
+        &mut self.cached
     }
 
     fn visit_maps<'a>(&'a mut self, f: &mut dyn FnMut(String, &'a mut Linear)) {

@@ -9,7 +9,6 @@ use std::ops::ControlFlow;
 use ndarray::{Array2, Array3, ArrayRef, ArrayRef2, Dimension, s};
 
 use self::pass::{Input, MOST_TOKENS};
-use super::adapters::Cached;
 use super::arrays::{dim_of, rows_of, zeros};
 use super::block::Block;
 use super::config::HymbaLmConfig;
@@ -74,10 +73,21 @@ pub struct HymbaLm {
     pub(super) source: Option<String>,
     /// Counted once: every step asks for it.
     num_parameters: usize,
+    pub(super) cached: Cached,
+}
+
+/// What follows from the weights, and what identifies them. The default is that of weights that are new.
+pub(crate) struct Cached {
     /// A row that has seen the meta tokens.
-    pub(super) prefix: Lazy<SequenceState>,
+    prefix: Lazy<SequenceState>,
     /// Identifies this set of weights.
     pub(super) id: u64,
+}
+
+impl Default for Cached {
+    fn default() -> Self {
+        Cached { prefix: Lazy::new(), id: next_id() }
+    }
 }
 
 /// The residual stream of one row of tokens: see [`HymbaLm::inspect`].
@@ -110,8 +120,7 @@ impl HymbaLm {
             frozen: false,
             source: None,
             num_parameters: 0,
-            prefix: Lazy::new(),
-            id: next_id(),
+            cached: Cached::default(),
             config,
         };
         let mut num_parameters = 0;
@@ -159,7 +168,7 @@ impl HymbaLm {
         let prefix = self.prefix();
         let fits = batch.checked_mul(prefix.footprint()).is_some_and(fits);
         LmState {
-            model: self.id,
+            model: self.cached.id,
             meta: self.meta_tokens.nrows(),
             rows: vec![prefix.clone(); if fits { batch } else { 0 }],
         }
@@ -403,7 +412,7 @@ impl HymbaLm {
 
     /// Checks that a state of this model has so many rows.
     fn check_state(&self, rows: usize, state: &LmState) -> Result<()> {
-        if state.model != self.id {
+        if state.model != self.cached.id {
             return Err(Error::State(
                 "another model made it; make one with new_state, or read one with load_state".into(),
             ));
@@ -429,7 +438,7 @@ impl HymbaLm {
 
     /// A row that has seen the meta tokens.
     pub(super) fn prefix(&self) -> &SequenceState {
-        self.prefix.get(|| {
+        self.cached.prefix.get(|| {
             let mut row = self.empty_row(self.kv_storage);
             with_team(self.meta_tokens.nrows().saturating_mul(self.num_parameters()), |team| {
                 for piece in self.meta_pieces() {

@@ -54,7 +54,7 @@ impl HymbaLm {
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     pub fn save_state(&self, state: &LmState, path: impl AsRef<Path>) -> Result<()> {
-        if state.model != self.id {
+        if state.model != self.cached.id {
             return Err(Error::State("another model made it, and only that one can save it".into()));
         }
         // a state keeps the type it was made with, whatever the model would keep now
@@ -94,7 +94,7 @@ impl HymbaLm {
         let meta = config.num_memory_tokens;
         let rows = states::read(&mut tensors, &positions, meta, &|| self.empty_row(kv_storage).layers)?;
         rows.iter().try_for_each(|row| self.check_meta_keys(row))?;
-        Ok(LmState { model: self.id, meta, rows })
+        Ok(LmState { model: self.cached.id, meta, rows })
     }
 
     /// Of the numbers and the scale of the active adapter.

@@ -229,7 +229,7 @@ impl HymbaLm {
     }
 
     fn backward_scaled(&self, cache: &LmTrainCache, scale: f32, grads: &mut HymbaLm) -> Result<()> {
-        if cache.model != self.id {
+        if cache.model != self.cached.id {
             let advice = "another model made it, or the parameters have changed since; run the forward pass again";
             return Err(Error::State(advice.into()));
         }
@@ -269,7 +269,7 @@ impl HymbaLm {
             let row_seeds = drops.then(|| row_seeds(&batch.spans, seeds_of_rows));
             let _seeded = team.seeded(row_seeds.clone());
             let (last, tokens) = self.run_layers(batch, self.embedding.forward(team, &ids), self.recompute);
-            LmTrainCache { model: self.id, ids, lengths, targets, initial, meta, tokens, last, row_seeds }
+            LmTrainCache { model: self.cached.id, ids, lengths, targets, initial, meta, tokens, last, row_seeds }
         })
     }
 

@@ -81,7 +81,7 @@ impl Adapted for Predictor {
         self.reverse.iter_mut().for_each(|reverse| reverse.encoder.visit_others_mut(&join(prefix, REVERSE), f));
     }
 
-    fn of(&self) -> usize {
+    fn model_parameters(&self) -> usize {
         self.num_parameters()
     }
 

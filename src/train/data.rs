@@ -1,4 +1,4 @@
-//! Series and their targets: checked, split, shuffled and padded.
+//! Series and their targets: checked, split and shuffled.
 
 use std::collections::BTreeMap;
 use std::fmt::Display;
@@ -8,10 +8,14 @@ use ndarray::{Array2, Array3, Axis, s};
 use rand::SeedableRng;
 use rand::seq::SliceRandom;
 
-use super::augment::{Augmentation, augmented, mix, share};
 use super::{Hash, Ranks};
 use crate::layers::Rng;
 use crate::{Error, Normalization, Predictor, Result, Task};
+
+mod batch;
+
+use batch::padded;
+pub(super) use batch::{Batch, BatchTargets, Mixed};
 
 /// Series of any lengths, and what is to be learned of each.
 ///
@@ -82,33 +86,6 @@ impl Targets {
             Targets::Labels(all) => Targets::Labels(all.select(Axis(0), indices)),
         }
     }
-}
-
-/// Some series, padded.
-pub(super) struct Batch {
-    /// `[b, l, width]`, zeros past the end of each series.
-    pub x: Array3<f32>,
-    pub lengths: Vec<usize>,
-    pub targets: BatchTargets,
-    /// How many targets of each row count.
-    pub counts: Vec<usize>,
-}
-
-/// Targets of which a batch has a part, too: those of the series that its own are mixed with.
-pub(super) struct Mixed {
-    /// What is left to the own targets.
-    pub share: f32,
-    pub targets: BatchTargets,
-}
-
-/// Targets of every frame, or of one.
-pub(super) enum BatchTargets {
-    /// `[b, l]` or `[b, 1]`
-    Classes(Array2<usize>),
-    /// `[b, l, outputs]` or `[b, 1, outputs]`
-    Values(Array3<f32>),
-    /// `[b, 1, outputs]`, 1 where a label is right and 0 elsewhere
-    Labels(Array3<f32>),
 }
 
 impl Dataset {
@@ -416,59 +393,6 @@ impl Dataset {
             .filter(|class| *class != Targets::IGNORED)
     }
 
-    pub(super) fn batch(&self, indices: &[usize]) -> Batch {
-        self.padded_batch(&self.series, indices, indices)
-    }
-
-    /// The targets of some series, with frames `frames` of any `series`.
-    fn padded_batch(&self, series: &[Array2<f32>], frames: &[usize], indices: &[usize]) -> Batch {
-        let lengths = frames.iter().map(|&i| series[i].nrows()).collect();
-        let counts = if self.task.is_frame_wise() { self.lengths(indices) } else { vec![1; indices.len()] };
-        Batch { x: padded(series, frames), lengths, targets: self.batch_targets(indices), counts }
-    }
-
-    fn batch_targets(&self, indices: &[usize]) -> BatchTargets {
-        match &self.targets {
-            Targets::Classes(all) => {
-                BatchTargets::Classes(Array2::from_shape_fn((indices.len(), 1), |(row, _)| all[indices[row]]))
-            }
-            Targets::Values(all) => BatchTargets::Values(all.select(Axis(0), indices).insert_axis(Axis(1))),
-            Targets::FrameClasses(all) => {
-                let longest = self.lengths(indices).into_iter().max().unwrap_or(0);
-                BatchTargets::Classes(Array2::from_shape_fn((indices.len(), longest), |(row, frame)| {
-                    all[indices[row]].get(frame).copied().unwrap_or(0)
-                }))
-            }
-            Targets::FrameValues(all) => BatchTargets::Values(padded(all, indices)),
-            Targets::Labels(all) => {
-                let labels = all.select(Axis(0), indices).mapv(|label| if label { 1.0 } else { 0.0 });
-                BatchTargets::Labels(labels.insert_axis(Axis(1)))
-            }
-        }
-    }
-
-    /// As [`batch`](Self::batch), with series that are changed at random, and the targets of those they are mixed with.
-    pub(super) fn augmented_batch(
-        &self,
-        indices: &[usize],
-        augmentations: &[Augmentation],
-        rng: &mut Rng,
-    ) -> (Batch, Option<Mixed>) {
-        if augmentations.is_empty() {
-            return (self.batch(indices), None);
-        }
-        let mut series: Vec<_> = indices.iter().map(|&i| augmented(&self.series[i], augmentations, rng)).collect();
-        let mixed = share(augmentations, rng).map(|share| {
-            let mut others: Vec<_> = (0..indices.len()).collect();
-            others.shuffle(rng);
-            series = mix(&series, &others, share);
-            let others: Vec<_> = others.into_iter().map(|other| indices[other]).collect();
-            Mixed { share, targets: self.batch_targets(&others) }
-        });
-        let all: Vec<_> = (0..series.len()).collect();
-        (self.padded_batch(&series, &all, indices), mixed)
-    }
-
     /// Fitted to the frames of some series, and of those of other ranks, in the form in which `predictor` sees them.
     pub(super) fn input_normalization(
         &self,
@@ -548,16 +472,6 @@ pub(super) fn cut_into(count: usize, pieces: usize) -> impl Iterator<Item = Rang
     // in u64: the product may be past a usize of 32 bits
     let start = move |piece: usize| (piece as u64 * count as u64 / pieces as u64) as usize;
     (0..pieces).map(move |piece| start(piece)..start(piece + 1))
-}
-
-/// `[length, width]` each → `[b, longest, width]`
-fn padded(all: &[Array2<f32>], indices: &[usize]) -> Array3<f32> {
-    let longest = indices.iter().map(|&i| all[i].nrows()).max().unwrap_or(0);
-    let mut padded = Array3::zeros((indices.len(), longest, all[0].ncols()));
-    for (row, &i) in indices.iter().enumerate() {
-        padded.slice_mut(s![row, ..all[i].nrows(), ..]).assign(&all[i]);
-    }
-    padded
 }
 
 fn find(array: &Array2<f32>, what: impl Fn(f32) -> bool) -> Option<((usize, usize), f32)> {

@@ -9,9 +9,9 @@ use hymba::lm::{ChatOptions, HymbaLmConfig, LmLoss, LoraOptions, Message, Role};
 use hymba::train::{LmTrainerOptions, TokenRows};
 use serde_json::Value;
 
-use super::train::checkpoint_of;
-use super::train_lm::{fit, remove};
+use super::train_lm::fit;
 use crate::bandwidth;
+use crate::checkpoint;
 use crate::load::LoadArgs;
 use crate::output::size;
 use crate::text::Text;
@@ -100,7 +100,7 @@ pub fn run(args: Args) -> Result<()> {
     }
     eprintln!("before: perplexity {:.4}", before.perplexity());
 
-    let checkpoint = checkpoint_of(&args.out);
+    let checkpoint = checkpoint::of(&args.out);
     let options = LmTrainerOptions::default()
         .learning_rate(args.learning_rate)
         .batch_size(args.batch)
@@ -120,7 +120,7 @@ pub fn run(args: Args) -> Result<()> {
     }
     trained.save_lora(&args.out)?;
     curve.draw(&args.out.join("curve.svg"))?;
-    remove(&checkpoint)?;
+    checkpoint::remove(&checkpoint)?;
     eprintln!("the adapter is in {}: --lora {}", args.out.display(), args.out.display());
     Ok(())
 }

@@ -8,7 +8,7 @@ use clap::ValueEnum;
 use hymba::train::{Dataset, Progress, Stopped, Trainer, TrainerOptions};
 use hymba::{Differences, Ensemble, Error, KernelPredictor, Pooling, Predictor, PredictorOptions, Task};
 
-use super::train_lm;
+use crate::checkpoint;
 use crate::interrupt::{self, Interrupted};
 use crate::load::ThreadArgs;
 use crate::output;
@@ -71,9 +71,9 @@ pub fn run(args: Args) -> Result<()> {
     let set = args.reading.read(&args.data)?;
     let task = set.task()?;
     let data = set.into_dataset(&task)?;
-    let checkpoint = checkpoint_of(&args.out);
+    let checkpoint = checkpoint::of(&args.out);
     if args.restart {
-        train_lm::remove(&checkpoint)?;
+        checkpoint::remove(&checkpoint)?;
     }
     // one for each training: of an ensemble, with a part of the series, and then with all
     let mut trainings = 0;
@@ -96,16 +96,9 @@ pub fn run(args: Args) -> Result<()> {
     };
     model.save(&args.out)?;
     // the model is safe now
-    train_lm::remove(&checkpoint)?;
+    checkpoint::remove(&checkpoint)?;
     eprintln!("the model is in {}", args.out.display());
     Ok(())
-}
-
-/// Where a training keeps what it needs to go on.
-pub fn checkpoint_of(out: &Path) -> PathBuf {
-    let mut name = out.as_os_str().to_owned();
-    name.push(".checkpoint");
-    name.into()
 }
 
 fn train_encoder(args: &Args, task: &Task, data: &Dataset, checkpoint: &Path) -> Result<Predictor> {

@@ -10,7 +10,7 @@ use hymba::lm::{HymbaLmConfig, Tokenizer};
 use hymba::train::{LmProgress, LmTrainer, LmTrainerOptions, Stopped, TokenRows};
 use hymba::{GenerateOptions, HymbaLm};
 
-use super::train::checkpoint_of;
+use crate::checkpoint;
 use crate::curve::Curve;
 use crate::interrupt::{self, Interrupted};
 use crate::load::ThreadArgs;
@@ -76,7 +76,7 @@ pub fn run(args: Args) -> Result<()> {
     let config = config(&args, tokenizer.as_ref());
     let first = config.bos_token_id;
     let text = tokenizer.map_or(Text::Bytes { first }, |tokenizer| Text::Tokens(Box::new(tokenizer)));
-    let checkpoint = checkpoint_of(&args.out);
+    let checkpoint = checkpoint::of(&args.out);
     let options = LmTrainerOptions::default()
         .learning_rate(args.learning_rate)
         .batch_size(args.batch)
@@ -101,7 +101,7 @@ pub fn run(args: Args) -> Result<()> {
     })?;
     trained.save_dir(&args.out)?;
     curve.draw(&args.out.join("curve.svg"))?;
-    remove(&checkpoint)?;
+    checkpoint::remove(&checkpoint)?;
     eprintln!("the model of the best epoch is in {}", args.out.display());
     Ok(())
 }
@@ -153,7 +153,7 @@ pub fn fit(
 ) -> Result<(HymbaLm, Curve)> {
     let checkpoint = options.checkpoint.clone().context("a checkpoint is kept")?;
     if restart {
-        remove(&checkpoint)?;
+        checkpoint::remove(&checkpoint)?;
     }
     let trainer = if checkpoint.join("training.json").exists() {
         let trainer = LmTrainer::resume(lm, &checkpoint)?;
@@ -197,13 +197,5 @@ pub fn fit(
     match trained.stopped {
         Stopped::Callback => Err(Interrupted::TRAINING.into()),
         _ => Ok((trained.lm, curve)),
-    }
-}
-
-/// What was kept to go on, where all is done.
-pub fn remove(checkpoint: &PathBuf) -> Result<()> {
-    match checkpoint.exists() {
-        true => fs::remove_dir_all(checkpoint).with_context(|| checkpoint.display().to_string()),
-        false => Ok(()),
     }
 }

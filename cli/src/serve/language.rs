@@ -269,32 +269,23 @@ impl Language {
     }
 
     /// Holds an answer to a format, or to a call of one of some functions.
-    #[cfg(feature = "schema")]
     fn format(
         &self,
         format: Option<ResponseFormat>,
         must_call: Option<Vec<Value>>,
         options: GenerateOptions,
     ) -> ApiResult<GenerateOptions> {
-        match (format, must_call, &self.schemas) {
-            (None | Some(ResponseFormat::Text), None, _) => Ok(options),
-            (_, Some(functions), Some(schemas)) => schemas.call(&functions, options),
-            (Some(format), None, Some(schemas)) => schemas.apply(&format, options),
-            (_, _, None) => Err(ApiError::bad("the model has no token that ends a text held to a form")),
+        if matches!((&format, &must_call), (None | Some(ResponseFormat::Text), None)) {
+            return Ok(options);
         }
-    }
-
-    #[cfg(not(feature = "schema"))]
-    fn format(
-        &self,
-        format: Option<ResponseFormat>,
-        must_call: Option<Vec<Value>>,
-        options: GenerateOptions,
-    ) -> ApiResult<GenerateOptions> {
-        match (format, must_call) {
-            (None | Some(ResponseFormat::Text), None) => Ok(options),
-            _ => Err(ApiError::bad("answers are held to no form: this server was built without the feature `schema`")),
-        }
+        #[cfg(feature = "schema")]
+        return match (&self.schemas, format, must_call) {
+            (Some(schemas), _, Some(functions)) => schemas.call(&functions, options),
+            (Some(schemas), Some(format), None) => schemas.apply(&format, options),
+            _ => Err(ApiError::bad("the model has no token that ends a text held to a form")),
+        };
+        #[cfg(not(feature = "schema"))]
+        Err(ApiError::bad("answers are held to no form: this server was built without the feature `schema`"))
     }
 
     /// Places in the queue, for the continuations of each prompt, or none at all.

@@ -2,10 +2,10 @@
 
 use ndarray::{Array2, ArrayViewD, ArrayViewMutD};
 
-use super::Hymba;
-use crate::layers::{Lazy, Linear};
+use super::{Cached, Hymba};
+use crate::layers::Linear;
 use crate::lora::is_lora;
-use crate::parameters::{Parameter, ParameterMut, Visitor, VisitorMut, next_id};
+use crate::parameters::{Parameter, ParameterMut, Visitor, VisitorMut};
 
 impl Hymba {
     /// Calls `f` with the name and the values of every parameter, in a fixed order. The names are those in files. Matrices that are
@@ -83,9 +83,7 @@ impl Hymba {
             final_norm: self.final_norm.zeros_like(),
             options: self.options.clone(),
             storage: self.storage,
-            initial: Lazy::new(),
-            id: next_id(),
-            fingerprint: Lazy::new(),
+            cached: Cached::default(),
             salt: 0,
             adapters: self.adapters.zeros_like(),
         }

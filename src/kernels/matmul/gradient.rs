@@ -1,6 +1,7 @@
 //! The gradient of a matrix: a product of two operands that are both packed for it.
 
 use std::cell::Cell;
+use std::ops::Range;
 
 use ndarray::ArrayViewMut2;
 
@@ -37,7 +38,7 @@ pub(crate) fn matmul_gradient(team: &Team, dy: Rows, n: usize, x: Rows, k: usize
         let x = Packed::refill_from_columns(team, k, frames, |i| x.row(i, k), panels);
         team.for_each(blocks(team, grad.view_mut(), ROWS), |Block { row, column, out }| {
             let (n, outputs, inputs) = (out.nrows(), column..column + out.ncols(), 0..frames);
-            let columns = Columns { strips: &strips, frames, first: row };
+            let columns = Tiled(Columns { strips: &strips, frames, first: row });
             timed_product(n, outputs.len(), frames, || {
                 dispatch(Product { x: columns, w: &x, outputs, inputs, out, mode: Out::Add });
             });
@@ -54,7 +55,7 @@ pub(crate) fn matmul_across(x: Rows, m: usize, w: &Packed, out: &mut [f32], mode
     debug_assert!(m.next_multiple_of(STRIP) <= x.stride && x.data.len() >= w.k * x.stride);
     let out = ArrayViewMut2::from_shape((m, w.n), out).expect("room for m rows");
     timed_product(m, w.n, w.k, || {
-        dispatch(Product { x: Across(x), w, outputs: 0..w.n, inputs: 0..w.k, out, mode });
+        dispatch(Product { x: Tiled(Across(x)), w, outputs: 0..w.n, inputs: 0..w.k, out, mode });
     });
 }
 
@@ -111,21 +112,13 @@ impl<const R: usize> LeftTile<[f32; 1]> for StripColumns<'_, R> {
     }
 }
 
-impl Columns<'_> {
+impl<'a> ByColumns for Columns<'a> {
+    type Tile<const R: usize> = StripColumns<'a, R>;
+
     #[inline(always)]
-    fn tiles<S: Simd, W: Weights<[f32; 1]>, const N: usize, const R: usize, const L: usize>(
-        self,
-        s: S,
-        product: &mut Product<Self, W, N>,
-        line: usize,
-    ) {
-        let m = product.out.nrows();
-        for row in (0..m).step_by(R) {
-            let column = self.first + row;
-            let strip = &self.strips[column / STRIP * self.frames..][product.inputs.clone()];
-            let columns = StripColumns::<R> { strip, first: column % STRIP };
-            product.tile::<S, R, L>(s, columns, row, R.min(m - row), line);
-        }
+    fn tile<const R: usize>(self, first: usize, inputs: Range<usize>) -> Self::Tile<R> {
+        let column = self.first + first;
+        StripColumns { strip: &self.strips[column / STRIP * self.frames..][inputs], first: column % STRIP }
     }
 }
 
@@ -153,27 +146,47 @@ impl<const R: usize> LeftTile<[f32; 1]> for AcrossColumns<'_, R> {
     }
 }
 
-impl Across<'_> {
+impl<'a> ByColumns for Across<'a> {
+    type Tile<const R: usize> = AcrossColumns<'a, R>;
+
+    #[inline(always)]
+    fn tile<const R: usize>(self, first: usize, _: Range<usize>) -> Self::Tile<R> {
+        AcrossColumns { x: self.0, first }
+    }
+}
+
+/// What has columns for the rows of a product.
+trait ByColumns: Copy {
+    type Tile<const R: usize>: LeftTile<[f32; 1]>;
+
+    /// R of them, from `first` on, of some inputs.
+    fn tile<const R: usize>(self, first: usize, inputs: Range<usize>) -> Self::Tile<R>;
+}
+
+/// As the left side of a product, in tiles of the size that fits the registers.
+#[derive(Clone, Copy)]
+struct Tiled<X>(X);
+
+impl<X: ByColumns> Tiled<X> {
     #[inline(always)]
     fn tiles<S: Simd, W: Weights<[f32; 1]>, const N: usize, const R: usize, const L: usize>(
-        self,
         s: S,
         product: &mut Product<Self, W, N>,
         line: usize,
     ) {
         let m = product.out.nrows();
         for row in (0..m).step_by(R) {
-            let columns = AcrossColumns::<R> { x: self.0, first: row };
+            let columns = product.x.0.tile::<R>(row, product.inputs.clone());
             product.tile::<S, R, L>(s, columns, row, R.min(m - row), line);
         }
     }
 }
 
-impl Left for Across<'_> {
+impl<X: ByColumns> Left for Tiled<X> {
     type Inputs = [f32; 1];
 
     #[inline(always)]
-    fn lines<S: Simd, W: Weights<[f32; 1]>>(_rows: usize) -> usize {
+    fn lines<S: Simd, W: Weights<[f32; 1]>>(_: usize) -> usize {
         S::TILE_LINES
     }
 
@@ -182,39 +195,13 @@ impl Left for Across<'_> {
         s: S,
         product: &mut Product<Self, W, N>,
         line: usize,
-        _lines: usize,
+        _: usize,
     ) {
-        let x = product.x;
         match (S::TILE_ROWS, S::TILE_LINES) {
-            (12, 2) => x.tiles::<S, W, N, 12, 2>(s, product, line),
-            (6, 1) => x.tiles::<S, W, N, 6, 1>(s, product, line),
-            (3, 1) => x.tiles::<S, W, N, 3, 1>(s, product, line),
-            _ => x.tiles::<S, W, N, 2, 2>(s, product, line),
-        }
-    }
-}
-
-impl Left for Columns<'_> {
-    type Inputs = [f32; 1];
-
-    #[inline(always)]
-    fn lines<S: Simd, W: Weights<[f32; 1]>>(_rows: usize) -> usize {
-        S::TILE_LINES
-    }
-
-    #[inline(always)]
-    fn by_lines<S: Simd, W: Weights<[f32; 1]>, const N: usize>(
-        s: S,
-        product: &mut Product<Self, W, N>,
-        line: usize,
-        _lines: usize,
-    ) {
-        let columns = product.x;
-        match (S::TILE_ROWS, S::TILE_LINES) {
-            (12, 2) => columns.tiles::<S, W, N, 12, 2>(s, product, line),
-            (6, 1) => columns.tiles::<S, W, N, 6, 1>(s, product, line),
-            (3, 1) => columns.tiles::<S, W, N, 3, 1>(s, product, line),
-            _ => columns.tiles::<S, W, N, 2, 2>(s, product, line),
+            (12, 2) => Self::tiles::<S, W, N, 12, 2>(s, product, line),
+            (6, 1) => Self::tiles::<S, W, N, 6, 1>(s, product, line),
+            (3, 1) => Self::tiles::<S, W, N, 3, 1>(s, product, line),
+            _ => Self::tiles::<S, W, N, 2, 2>(s, product, line),
         }
     }
 }

@@ -2,12 +2,12 @@
 
 use ndarray::{Array2, ArrayViewMutD};
 
-use super::HymbaLm;
-use crate::layers::{Lazy, Linear};
+use super::{Cached, HymbaLm};
+use crate::layers::Linear;
 use crate::lm::block::Block;
 use crate::lm::names::{EMBEDDING, FINAL_NORM, HEAD_MAP, META_TOKENS};
 use crate::lora::is_lora;
-use crate::parameters::{Parameter, ParameterMut, Visitor, VisitorMut, next_id};
+use crate::parameters::{Parameter, ParameterMut, Visitor, VisitorMut};
 
 impl HymbaLm {
     /// Calls `f` with the name and the values of every parameter, in a fixed order: matrices as what they are stored in. The names
@@ -69,15 +69,13 @@ impl HymbaLm {
             kv_storage: self.kv_storage,
             source: None,
             num_parameters: self.num_parameters,
-            prefix: Lazy::new(),
-            id: next_id(),
+            cached: Cached::default(),
         }
     }
 
     /// As [`visit`](Self::visit), for changing parameters of any kind.
     pub(in crate::lm) fn walk_mut<'a>(&'a mut self, f: &mut VisitorMut<'_, 'a>) {
-        self.prefix.forget();
-        self.id = next_id();
+        self.cached = Cached::default();
         self.embedding.visit_mut(EMBEDDING, f);
         if !self.meta_tokens.is_empty() {
             f(META_TOKENS, ParameterMut::Array(self.meta_tokens.view_mut().into_dyn()));

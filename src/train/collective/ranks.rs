@@ -3,8 +3,10 @@
 use std::ops::ControlFlow;
 
 use ndarray::ArrayView2;
+use rand::SeedableRng;
 
 use super::Collective;
+use crate::layers::Rng;
 use crate::train::{Parameters, cut_into, views, views_mut};
 use crate::{Error, Normalization, Parameter, Result};
 
@@ -43,6 +45,16 @@ impl<'a> Ranks<'a> {
 
     pub fn sharded(&self) -> bool {
         self.sharded
+    }
+
+    /// What all ranks draw from in an epoch, and what each draws from for itself.
+    pub fn generators(&self, seed: u64, epoch: usize) -> [Rng; 2] {
+        let all = epoch as u64 + 1;
+        [all, 1 << 63 | (self.rank() as u64) << 32 | all].map(|stream| {
+            let mut rng = Rng::seed_from_u64(seed);
+            rng.set_stream(stream);
+            rng
+        })
     }
 
     /// The part of `all` that this rank takes: every one in turn, so that of a sorted list each rank has its share of the large.

@@ -2,12 +2,9 @@
 
 use std::ops::ControlFlow;
 
-use rand::SeedableRng;
-
 use super::measure::Totals;
 use super::report::Clock;
 use super::{Metrics, Progress, State, TrainerOptions};
-use crate::layers::Rng;
 use crate::train::{Parameters, Ranks};
 use crate::{Error, Predictor, Result};
 
@@ -50,16 +47,6 @@ pub(super) struct Plan {
     pub steps: Option<usize>,
     /// Of this rank in an epoch, if that is known.
     pub batches: Option<usize>,
-}
-
-/// What all ranks draw from in an epoch, and what each draws from for itself.
-pub(super) fn generators(seed: u64, epoch: usize, ranks: &Ranks) -> [Rng; 2] {
-    let all = epoch as u64 + 1;
-    [all, 1 << 63 | (ranks.rank() as u64) << 32 | all].map(|stream| {
-        let mut rng = Rng::seed_from_u64(seed);
-        rng.set_stream(stream);
-        rng
-    })
 }
 
 impl State {

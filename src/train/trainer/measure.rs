@@ -3,7 +3,6 @@
 use ndarray::{Array3, s};
 use rand::seq::SliceRandom;
 
-use super::epoch::generators;
 use super::{Metrics, TrainerOptions};
 use crate::layers::Rng;
 use crate::train::data::{Batch, BatchTargets, Mixed};
@@ -93,7 +92,7 @@ impl<'a> Part<'a> {
     /// The series of this rank in each of the `count` steps of an epoch, in an order drawn from the seed, and what this rank draws
     /// further from.
     pub fn steps(&self, count: usize, seed: u64, epoch: usize, ranks: &Ranks) -> (Vec<Vec<usize>>, Rng) {
-        let [mut of_all, mut own] = generators(seed, epoch, ranks);
+        let [mut of_all, mut own] = ranks.generators(seed, epoch);
         let mut steps =
             self.data.sorted_batches(&self.indices, count, if ranks.sharded() { &mut own } else { &mut of_all });
         // the same order on all ranks, so that they have series of like length at a time

@@ -3,7 +3,7 @@
 use ndarray::{Array3, Ix3};
 use rand::{RngExt, SeedableRng};
 
-use super::epoch::{Loader, Plan, generators};
+use super::epoch::{Loader, Plan};
 use super::measure::Totals;
 use super::{BatchSource, Metrics, SeriesBatch, State, TrainerOptions};
 use crate::layers::Rng;
@@ -84,7 +84,7 @@ where
     }
 
     fn begin(&mut self, epoch: usize, ranks: &mut Ranks) -> Result<()> {
-        let [mut of_all, own] = generators(self.seed, epoch, ranks);
+        let [mut of_all, own] = ranks.generators(self.seed, epoch);
         let seed = of_all.random();
         self.rng = if ranks.is_first() { of_all } else { own };
         (self.epoch, self.given) = (epoch, 0);
