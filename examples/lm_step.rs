@@ -7,6 +7,7 @@
 //!
 //! DIR holds a `config.json`, and weights. Where it has none yet, new ones from seed 0 are written there. The batch, the same for all
 //! steps, is the first bytes of TEXT, here 16 rows of 256. `losses` are those of the first three steps; 9 more are timed.
+//! A table on standard error says where the time of all threads went, in milliseconds per step.
 //! `of_peak` is the share of this machine's multiply-adds per second, measured in registers on as many threads, that those of all
 //! products and of attention come to.
 
@@ -53,6 +54,13 @@ fn main() -> Result<(), Box<dyn Error>> {
         step()?;
         times.push(start.elapsed().as_secs_f64());
     }
+    let milliseconds = |seconds: f64| 1e3 * seconds / times.len() as f64;
+    let mut left = times.iter().sum::<f64>() * threads as f64;
+    for part in profile::report().iter().filter(|part| part.calls > 0) {
+        eprintln!("{:21} {:9.2} ms", part.name, milliseconds(part.seconds));
+        left -= part.seconds;
+    }
+    eprintln!("{:21} {:9.2} ms", "waiting and the rest", milliseconds(left));
     let multiply_adds: u64 = profile::report().iter().map(|part| part.work.multiply_adds).sum();
     let done = multiply_adds as f64 / times.iter().sum::<f64>() / threads as f64;
     let peak = peak(threads);

@@ -18,10 +18,11 @@ mod trials;
 use std::collections::HashSet;
 use std::path::Path;
 
+use hymba::ndarray::s;
 use rand::SeedableRng;
 use rand::rngs::ChaCha8Rng;
 use results::{Record, append, is_done, load};
-use tasks::{Example, Generated, POSITION};
+use tasks::{Example, Generated};
 use trial::{Outcome, PATTERNS, Settings, Trial, Work, pattern};
 
 const ALL: [&str; 6] =
@@ -125,12 +126,17 @@ fn sequences_are_what_they_are_said_to_be() {
             };
             assert_eq!(answers, expected, "{name}");
         }
-        let x = task.frames(&examples);
-        assert_eq!(x.dim(), (20, task.length(), task.tokens() + POSITION));
+        let x = task.frames(&examples, 2);
+        assert_eq!(x.dim(), (20, task.length(), task.width(2)));
+        let all = task.tokens();
         for (i, token) in examples[7].tokens.iter().enumerate() {
-            assert_eq!(x[[7, i, *token]], 1.0);
-            assert_eq!(x.slice(hymba::ndarray::s![7, i, ..task.tokens()]).sum(), 1.0);
-            let position = x.slice(hymba::ndarray::s![7, i, task.tokens()..]);
+            let shown = |place: usize| x.slice(s![7, i, place * all..(place + 1) * all]);
+            assert_eq!((shown(0)[*token], shown(0).sum()), (1.0, 1.0));
+            match i.checked_sub(1) {
+                Some(before) => assert_eq!((shown(1)[examples[7].tokens[before]], shown(1).sum()), (1.0, 1.0)),
+                None => assert_eq!(shown(1).sum(), 0.0),
+            }
+            let position = x.slice(s![7, i, 2 * all..]);
             assert!(
                 (position.iter().map(|x| x * x).sum::<f32>() - 1.0).abs() < 1e-5,
                 "a position weighs as much as a token"
@@ -214,7 +220,8 @@ fn tasks_that_cannot_be() {
 
 // ---- trials ----
 
-const SETTINGS: Settings = Settings { parameters: 100_000, layers: 4, every: 2, heads: 2, steps: 1000, frames: 4096 };
+const SETTINGS: Settings =
+    Settings { parameters: 100_000, layers: 4, every: 2, heads: 2, steps: 1000, frames: 4096, shown: 2 };
 
 #[test]
 fn models_are_of_one_size() {

@@ -13,7 +13,9 @@
 //! on where it was. Which trials there are depends on the options, so give all processes the same ones.
 //!
 //! Every generated sequence is new, in training and in tests; the learning rate of a pattern is chosen by data of its own (`validation`),
-//! never by the test. A frame is a one-hot token and sixteen numbers that tell its position, since attention here has no positions.
+//! never by the test. A frame is a one-hot token, the one before it, and sixteen numbers that tell its position, since attention here has
+//! no positions. The token before stands for the short convolution that published comparisons put in front of every mixer, so that all
+//! patterns see a key and its value together (`--shown 1` leaves it out).
 //! `tasks.rs` says what the tasks are. Times are those of the machine while the trials run: with as many jobs as cores, on an
 //! otherwise idle machine, they can be compared with each other.
 
@@ -47,6 +49,7 @@ const USAGE: &str = "usage: compare [options]
   --heads N           (2)
   --steps N           of a generated task (1500)
   --frames N          in a step of a generated task (2048)
+  --shown N           tokens that a frame of a generated task shows, its own the first (2)
   --trial K/N         only every Nth trial, from the Kth on, counted from 1
   --jobs N            processes of one thread each (1, with all threads)
   --out FILE          results, to which lines are added (target/compare/results.jsonl)
@@ -123,7 +126,15 @@ impl Arguments {
             patterns: PATTERNS.map(String::from).to_vec(),
             rates: vec![1e-3, 3e-3, 1e-2],
             seeds: 3,
-            settings: Settings { parameters: 100_000, layers: 2, every: 2, heads: 2, steps: 1500, frames: 2048 },
+            settings: Settings {
+                parameters: 100_000,
+                layers: 2,
+                every: 2,
+                heads: 2,
+                steps: 1500,
+                frames: 2048,
+                shown: 2,
+            },
             trial: None,
             jobs: 1,
             out: target,
@@ -152,6 +163,7 @@ impl Arguments {
                 "--heads" => settings.heads = number::<usize>(&argument, &value()?)?.max(1),
                 "--steps" => settings.steps = number(&argument, &value()?)?,
                 "--frames" => settings.frames = number(&argument, &value()?)?,
+                "--shown" => settings.shown = number::<usize>(&argument, &value()?)?.max(1),
                 "--trial" => parsed.trial = Some(trials::share(&value()?)?),
                 "--jobs" => parsed.jobs = number(&argument, &value()?)?,
                 "--out" => parsed.out = value()?.into(),
@@ -264,14 +276,15 @@ fn report(files: &[PathBuf], svg: Option<&Path>) -> Result<(), Box<dyn Error>> {
     let diverged = records.iter().filter(|record| record.outcome.diverged).count();
     let s = &first.settings;
     println!(
-        "\n{} trials; {} parameters, {} blocks, attention_every {}, {} heads; generated tasks: {} steps of {} frames\n",
+        "\n{} trials; {} parameters, {} blocks, attention_every {}, {} heads; generated tasks: {} steps of {} frames that show {} tokens\n",
         records.len(),
         s.parameters,
         s.layers,
         s.every,
         s.heads,
         s.steps,
-        s.frames
+        s.frames,
+        s.shown
     );
     println!("{}", table::table(&records));
     if diverged > 0 {

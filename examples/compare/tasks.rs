@@ -115,19 +115,27 @@ impl Generated {
         }
     }
 
-    /// The frames of sequences of one length `[b, l, tokens + POSITION]`: a one-hot token, and where it stands.
-    pub fn frames(&self, examples: &[Example]) -> Array3<f32> {
+    /// Numbers of a frame that shows so many tokens.
+    pub fn width(&self, shown: usize) -> usize {
+        shown * self.tokens() + POSITION
+    }
+
+    /// The frames of sequences of one length `[b, l, width]`: the token, one-hot, then those before it until `shown` are, and where it
+    /// stands.
+    pub fn frames(&self, examples: &[Example], shown: usize) -> Array3<f32> {
         // eight pairs, each of length one
         let scale = (2.0 / POSITION as f32).sqrt();
-        let (l, width) = (examples.first().map_or(0, |example| example.tokens.len()), self.tokens());
-        let mut x = Array3::zeros((examples.len(), l, width + POSITION));
+        let (l, all) = (examples.first().map_or(0, |example| example.tokens.len()), self.tokens());
+        let mut x = Array3::zeros((examples.len(), l, self.width(shown)));
         for (example, mut x) in examples.iter().zip(x.outer_iter_mut()) {
-            for (t, (&token, mut x)) in example.tokens.iter().zip(x.outer_iter_mut()).enumerate() {
-                x[token] = 1.0;
+            for (t, mut x) in x.outer_iter_mut().enumerate() {
+                for (i, token) in example.tokens[..=t].iter().rev().take(shown).enumerate() {
+                    x[i * all + token] = 1.0;
+                }
                 for i in 0..POSITION / 2 {
                     let angle = std::f32::consts::TAU * (t % (2 << i)) as f32 / (2 << i) as f32;
-                    x[width + 2 * i] = scale * angle.sin();
-                    x[width + 2 * i + 1] = scale * angle.cos();
+                    x[shown * all + 2 * i] = scale * angle.sin();
+                    x[shown * all + 2 * i + 1] = scale * angle.cos();
                 }
             }
         }

@@ -13,7 +13,7 @@ use rand::SeedableRng;
 use rand::rngs::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 
-use crate::tasks::{Example, Generated, POSITION};
+use crate::tasks::{Example, Generated};
 
 /// What all trials of a comparison have in common.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -27,6 +27,14 @@ pub struct Settings {
     /// Of a generated task: steps, and frames in each. Series have the defaults of `TrainerOptions`.
     pub steps: usize,
     pub frames: usize,
+    /// Tokens that a frame of a generated task shows: its own, and those before it.
+    #[serde(default = "alone")]
+    pub shown: usize,
+}
+
+/// As it was before there was a choice.
+fn alone() -> usize {
+    1
 }
 
 /// What tells one trial from another.
@@ -104,13 +112,13 @@ impl Work {
     }
 
     /// The options of a model, but for its width, and what it predicts.
-    fn model(&self) -> (HymbaOptions, Task) {
+    fn model(&self, settings: &Settings) -> (HymbaOptions, Task) {
         match self {
             Work::Generated(task) => {
                 let longest = task.test_lengths().into_iter().max().unwrap_or(1);
                 // the last class is that of frames without an answer, which do not count
                 let labels = (0..=task.classes()).map(|class| class.to_string());
-                (HymbaOptions::new(task.tokens() + POSITION).window_size(longest), Task::classify_frames(labels))
+                (HymbaOptions::new(task.width(settings.shown)).window_size(longest), Task::classify_frames(labels))
             }
             Work::Series(data) => {
                 let [train, test] = &**data;
@@ -122,7 +130,7 @@ impl Work {
 
     /// The options of a model of so many parameters, the head among them, and how many it really has.
     pub fn fitted(&self, pattern: Pattern, settings: &Settings) -> Result<(HymbaOptions, usize), String> {
-        let (options, task) = self.model();
+        let (options, task) = self.model(settings);
         let options = options.num_layers(settings.layers).num_heads(settings.heads).pattern(pattern);
         options.clone().hidden_size(settings.heads).validate().map_err(|error| error.to_string())?;
         let sized = |width: usize| {
@@ -146,7 +154,7 @@ impl Work {
 
     pub fn run(&self, trial: &Trial, settings: &Settings) -> Result<Outcome, Box<dyn Error>> {
         let (options, parameters) = self.fitted(pattern(&trial.pattern, settings.every)?, settings)?;
-        let predictor = Predictor::build(options.clone().seed(trial.seed), self.model().1)?;
+        let predictor = Predictor::build(options.clone().seed(trial.seed), self.model(settings).1)?;
         let learned = match self {
             Work::Generated(task) => learn(*task, predictor, trial, settings)?,
             Work::Series(data) => learn_series(data, predictor, trial)?,
@@ -202,7 +210,7 @@ fn learn(
     let (mut times, mut in_a_row, mut diverged) = (Vec::new(), 0, false);
     for step in 0..steps {
         let examples: Vec<Example> = (0..batch).map(|_| task.example(&mut rng)).collect();
-        let (x, labels) = (task.frames(&examples), labels(task, &examples));
+        let (x, labels) = (task.frames(&examples, settings.shown), labels(task, &examples));
         let start = Instant::now();
         let (logits, cache) = predictor.forward_frames_train(&x, None, step)?;
         let loss = loss.evaluate_sequences(&logits, &labels, None)?;
@@ -220,16 +228,12 @@ fn learn(
             break;
         }
     }
+    let measure = |task, seed| measure(task, settings.shown, &predictor, seed);
+    let lengths = task.test_lengths().into_iter();
     let scores =
-        task.test_lengths().into_iter().map(|length| Ok((length, measure(task.of_length(length), &predictor, TEST)?)));
-    Ok(Learned {
-        steps: times.len(),
-        diverged,
-        validation: measure(task, &predictor, VALIDATION)?,
-        scores: scores.collect::<hymba::Result<_>>()?,
-        step_ms: 1e3 * median(times),
-        predictor,
-    })
+        lengths.map(|length| Ok((length, measure(task.of_length(length), TEST)?))).collect::<hymba::Result<_>>()?;
+    let validation = measure(task, VALIDATION)?;
+    Ok(Learned { steps: times.len(), diverged, validation, scores, step_ms: 1e3 * median(times), predictor })
 }
 
 /// The class of each frame `[b, l]`.
@@ -256,7 +260,7 @@ fn right(task: Generated, examples: &[Example], predictions: &Array3<f32>) -> us
 }
 
 /// The share of right answers on new sequences.
-fn measure(task: Generated, predictor: &Predictor, seed: u64) -> hymba::Result<f64> {
+fn measure(task: Generated, shown: usize, predictor: &Predictor, seed: u64) -> hymba::Result<f64> {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     let batch = (8192 / task.length()).max(1);
     let (mut all, mut good) = (0, 0);
@@ -264,7 +268,7 @@ fn measure(task: Generated, predictor: &Predictor, seed: u64) -> hymba::Result<f
     let mut sequences = 0;
     while all < ANSWERS && sequences < ANSWERS / 4 {
         let examples: Vec<Example> = (0..batch).map(|_| task.example(&mut rng)).collect();
-        let prediction = predictor.predict_frames(&task.frames(&examples))?;
+        let prediction = predictor.predict_frames(&task.frames(&examples, shown))?;
         all += answers(&examples);
         good += right(task, &examples, &prediction);
         sequences += batch;

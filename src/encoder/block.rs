@@ -8,7 +8,7 @@ use crate::kernels::matmul::Storage;
 use crate::kernels::team::Team;
 use crate::layers::{
     AttentionCache, Batch, Buffer, Depth, Dropout, Gate, KvStorage, LayerNorm, LayerState, Linear, MambaBranch,
-    MambaCache, MetaTokenAttention, Rng, Spans, StateGradient,
+    MambaCache, MetaTokenAttention, Rng, Spans, StateGradient, add_array, copied,
 };
 use crate::parameters::{Visitor, VisitorMut, debug_shapes, join};
 
@@ -169,7 +169,7 @@ impl HymbaBlock {
         let (mut attention, attention_cache) = self.attention.forward_train(batch, Depth::of(layer), u.view());
         dropout.at(ATTENTION).apply(team, &batch.spans, &mut attention);
         let gate = self.gate.forward(team, u.view());
-        let mut mixed = Buffer::copy_of(&x);
+        let mut mixed = copied(team, &x);
         Gate::mix(team, &gate, &mamba, &attention, &mut mixed);
         let (y, ffn) = self.ffn.residual_train(team, &batch.spans, mixed, dropout.at(FFN));
         let cache = BlockCache { dropout, x, u, mamba_cache, attention_cache, mamba, attention, gate, ffn };
@@ -193,9 +193,7 @@ impl HymbaBlock {
     ) -> Buffer {
         let dropout = cache.dropout;
         // y = mixed + FFN(LayerNorm(mixed))
-        let mut dffn = Buffer::copy_of(&dy);
-        dropout.at(FFN).apply(team, spans, &mut dffn);
-        *dy += &*self.ffn.backward(team, &cache.ffn, dffn.view(), &mut grad.ffn);
+        self.ffn.residual_backward(team, spans, &cache.ffn, dropout.at(FFN), &mut dy, &mut grad.ffn);
         // mixed = x + g ⊙ Mamba(u) + (1 − g) ⊙ Attention(u)
         let (dgate, mut dmamba, mut dattention) =
             Gate::mix_backward(team, &cache.gate, &cache.mamba, &cache.attention, &dy);
@@ -207,7 +205,7 @@ impl HymbaBlock {
         let mut du =
             self.mamba.backward(team, spans, u, mamba, &initial.mamba, dmamba, dfinal_mamba, &mut grad.mamba, dstate);
         let (attention, dattention) = (&cache.attention_cache, dattention.view());
-        *du += &*self.attention.backward(
+        let of_attention = self.attention.backward(
             team,
             spans,
             u,
@@ -218,9 +216,10 @@ impl HymbaBlock {
             &mut grad.attention,
             dinitial,
         );
-        *du += &*self.gate.backward(team, u, &cache.gate, dgate, &mut grad.gate);
+        add_array(team, &of_attention, &mut du);
+        self.gate.backward_add(team, u, &cache.gate, dgate, &mut du, &mut grad.gate);
         // u = LayerNorm(x)
-        *dy += &*self.norm.backward(team, cache.x.view(), du.view(), &mut grad.norm);
+        self.norm.backward_add(team, cache.x.view(), du.view(), &mut dy, &mut grad.norm);
         dy
     }
 

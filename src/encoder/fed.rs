@@ -9,6 +9,7 @@ use crate::kernels::matmul::Storage;
 use crate::kernels::team::Team;
 use crate::layers::{
     Batch, Buffer, Dropout, LayerNorm, LayerState, Linear, MambaBranch, MambaCache, Rng, Spans, StateGradient,
+    add_array, copied,
 };
 use crate::parameters::{Visitor, VisitorMut, debug_shapes, join};
 
@@ -172,7 +173,7 @@ impl FedBlock {
         dx0: &mut Array2<f32>,
     ) -> Buffer {
         // y = x + Mamba(u)
-        let mut dmamba = Buffer::copy_of(&dy);
+        let mut dmamba = copied(team, &dy);
         cache.dropout.at(MAMBA).apply(team, spans, &mut dmamba);
         let du = self.mamba.backward(
             team,
@@ -187,7 +188,7 @@ impl FedBlock {
         );
         // u = LayerNorm(x + T·Wᵀ)
         let dfed = self.norm.backward(team, cache.fed.view(), du.view(), &mut grad.norm);
-        *dy += &*dfed;
+        add_array(team, &dfed, &mut dy);
         if let (Some(shared_proj), Some((y, cache)), Some(grad)) =
             (&self.shared_proj, &cache.shared, &mut grad.shared_proj)
         {

@@ -8,7 +8,7 @@ use crate::kernels::matmul::Storage;
 use crate::kernels::team::Team;
 use crate::layers::{
     AttentionCache, Batch, Buffer, Depth, Dropout, KvStorage, LayerNorm, LayerState, Linear, MambaBranch, MambaCache,
-    MetaTokenAttention, Rng, Spans, StateGradient,
+    MetaTokenAttention, Rng, Spans, StateGradient, add_array, copied,
 };
 use crate::parameters::{Visitor, VisitorMut, debug_shapes, join};
 
@@ -139,7 +139,7 @@ impl SerialBlock {
         if let Some(rows) = only {
             x = x.rows_at(rows);
         }
-        *x += &*y;
+        add_array(batch.team, &y, &mut x);
         self.ffn.add_to(batch.team, &mut x);
         x
     }
@@ -173,7 +173,7 @@ impl SerialBlock {
             }
         };
         dropout.at(BRANCH).apply(team, &batch.spans, &mut mixed);
-        *mixed += &*x;
+        add_array(team, &x, &mut mixed);
         let (y, ffn) = self.ffn.residual_train(team, &batch.spans, mixed, dropout.at(FFN));
         (y, SerialCache { dropout, x, u, branch, ffn })
     }
@@ -194,11 +194,9 @@ impl SerialBlock {
     ) -> Buffer {
         let dropout = cache.dropout;
         // y = mixed + FFN(LayerNorm(mixed))
-        let mut dffn = Buffer::copy_of(&dy);
-        dropout.at(FFN).apply(team, spans, &mut dffn);
-        *dy += &*self.ffn.backward(team, &cache.ffn, dffn.view(), &mut grad.ffn);
+        self.ffn.residual_backward(team, spans, &cache.ffn, dropout.at(FFN), &mut dy, &mut grad.ffn);
         // mixed = x + branch(u)
-        let mut dbranch = Buffer::copy_of(&dy);
+        let mut dbranch = copied(team, &dy);
         dropout.at(BRANCH).apply(team, spans, &mut dbranch);
         let (u, dbranch) = (cache.u.view(), dbranch.view());
         let du = match (&self.branch, &cache.branch, &mut grad.branch) {
@@ -212,7 +210,7 @@ impl SerialBlock {
             _ => unreachable!("caches and gradients have the branch of their block"),
         };
         // u = LayerNorm(x)
-        *dy += &*self.norm.backward(team, cache.x.view(), du.view(), &mut grad.norm);
+        self.norm.backward_add(team, cache.x.view(), du.view(), &mut dy, &mut grad.norm);
         dy
     }
 

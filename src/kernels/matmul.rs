@@ -4,7 +4,7 @@
 //! by side and aligned to 64 bytes ([`packed`]). A tile of the product, a few rows of x by one panel, stays in registers over the
 //! whole of k ([`product`]): each weight is read once for all rows of the tile, in the order it lies in memory, and nothing is
 //! packed during the call. Weights may be narrower than `f32` ([`matrix`]): they are widened in registers, or multiplied as they
-//! are ([`bfloat16`], [`quantized`]).
+//! are ([`bfloat16`], [`quantized`]). What a product is made of is in [`operands`].
 //!
 //! Every output is one sum over k in ascending order (bf16 pairs in the CPU's own), whatever the shape of the product and however
 //! it is shared among threads ([`blocks`]). So a row's result does not depend on the batch it is in.
@@ -15,7 +15,8 @@ use super::profiler::timed_product;
 use super::rows::{Out, Rows};
 use super::simd::{Isa, dispatch};
 use super::team::Team;
-use product::{Floats, Product};
+use operands::Floats;
+use product::Product;
 
 pub(crate) use gradient::{STRIP, matmul_across, matmul_gradient};
 pub(crate) use matrix::Matrix;
@@ -30,6 +31,7 @@ mod bfloat16;
 mod blocks;
 mod gradient;
 mod matrix;
+mod operands;
 mod packed;
 mod pairs;
 mod product;

@@ -263,8 +263,8 @@ impl MetaTokenAttention {
         // q = u·W_qᵀ + b_q, k and v likewise                 du [rows, h], from all three
         scale(team, &mut dq, *query_scale);
         let mut du = q.backward(team, u, dq.view(), &mut grads.q);
-        *du += &*k.backward(team, u, dk.view(), &mut grads.k);
-        *du += &*v.backward(team, u, dv.view(), &mut grads.v);
+        k.backward_add(team, u, dk.view(), &mut du, &mut grads.k);
+        v.backward_add(team, u, dv.view(), &mut du, &mut grads.v);
         du
     }
 

@@ -4,9 +4,12 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 
+use ndarray::Array2;
+
 use super::rope::{Angles, Rotary};
 use super::shared_kv::SharedKv;
 use super::state::SequenceState;
+use super::{Buffer, flat, flat_mut};
 use crate::kernels::team::Team;
 
 /// Which rows of activations `[rows, ·]` belong to which sequence: they lie one after the other.
@@ -132,6 +135,20 @@ pub(crate) fn for_rows_summed(
     let mut total = vec![0.0; count];
     sums.iter().for_each(|sums| add(sums, &mut total));
     total
+}
+
+/// A copy of an array.
+pub(crate) fn copied(team: &Team, x: &Array2<f32>) -> Buffer {
+    let mut copy = Buffer::uninit(x.dim());
+    for_rows(team, flat_mut(&mut copy), x.ncols(), |first, copy| {
+        copy.copy_from_slice(&flat(x)[first * x.ncols()..][..copy.len()]);
+    });
+    copy
+}
+
+/// to += x
+pub(crate) fn add_array(team: &Team, x: &Array2<f32>, to: &mut Array2<f32>) {
+    for_rows(team, flat_mut(to), x.ncols(), |first, to| add(&flat(x)[first * x.ncols()..], to));
 }
 
 /// total += sums

@@ -68,22 +68,23 @@ impl Gate {
         });
     }
 
-    /// The gradient of [`forward`](Self::forward) at u, for its result g: dg `[rows, h]` → du `[rows, h]`.
-    pub(crate) fn backward(
+    /// The gradient of [`forward`](Self::forward) at u, for its result g: dg `[rows, h]` → added to du `[rows, h]`.
+    pub(crate) fn backward_add(
         &self,
         team: &Team,
         u: ArrayView2<f32>,
         gate: &Array2<f32>,
         mut dgate: Buffer,
+        du: &mut Array2<f32>,
         grad: &mut Gate,
-    ) -> Buffer {
+    ) {
         let h = gate.ncols();
         for_rows(team, flat_mut(&mut dgate), h, |first, dgate| {
             timed(Stage::Elementwise, Cost::numbers(3 * dgate.len()), || {
                 dgate.iter_mut().zip(&flat(gate)[first * h..]).for_each(|(dg, g)| *dg *= g * (1.0 - g)); // sigmoid′
             });
         });
-        self.linear.backward(team, u, dgate.view(), &mut grad.linear)
+        self.linear.backward_add(team, u, dgate.view(), du, &mut grad.linear);
     }
 
     /// The gradients of [`mix`](Self::mix): dx `[rows, h]`, which is also that of the x before, → those of the gate, of mamba

@@ -5,6 +5,7 @@ use ndarray::{Array1, Array2, ArrayView2};
 use super::batch::for_rows;
 use super::{Buffer, flat, flat_mut};
 use crate::kernels::norm::{SmallVariance, layer_norm, layer_norm_backward};
+use crate::kernels::rows::Out;
 use crate::kernels::team::Team;
 use crate::parameters::{Parameter, ParameterMut, Visitor, VisitorMut, join};
 
@@ -62,20 +63,44 @@ impl LayerNorm {
         dy: ArrayView2<f32>,
         grad: &mut LayerNorm,
     ) -> Buffer {
-        let h = self.weight.len();
         let mut dx = Buffer::uninit(x.dim());
+        self.backward_to(team, x, dy, &mut dx, Out::Set, grad);
+        dx
+    }
+
+    /// As [`backward`](Self::backward), added to dx.
+    pub(crate) fn backward_add(
+        &self,
+        team: &Team,
+        x: ArrayView2<f32>,
+        dy: ArrayView2<f32>,
+        dx: &mut Array2<f32>,
+        grad: &mut LayerNorm,
+    ) {
+        self.backward_to(team, x, dy, dx, Out::Add, grad);
+    }
+
+    fn backward_to(
+        &self,
+        team: &Team,
+        x: ArrayView2<f32>,
+        dy: ArrayView2<f32>,
+        dx: &mut Array2<f32>,
+        mode: Out,
+        grad: &mut LayerNorm,
+    ) {
+        let h = self.weight.len();
         let blocks = x.nrows().div_ceil(ROWS);
         let [mut dweights, mut dbiases] = [(); 2].map(|()| Array2::<f32>::zeros((blocks, h)));
         let (weights, biases) = (flat_mut(&mut dweights).chunks_mut(h), flat_mut(&mut dbiases).chunks_mut(h));
         let rows = flat(&x).chunks(ROWS * h).zip(flat(&dy).chunks(ROWS * h));
-        let blocks = rows.zip(flat_mut(&mut dx).chunks_mut(ROWS * h)).zip(weights.zip(biases));
+        let blocks = rows.zip(flat_mut(dx).chunks_mut(ROWS * h)).zip(weights.zip(biases));
         team.for_each(blocks, |(((x, dy), dx), (dweight, dbias))| {
             let weight = flat(&self.weight);
-            layer_norm_backward(x, weight, EPSILON, self.small_variance, dy, dx, dweight, dbias);
+            layer_norm_backward(x, weight, EPSILON, self.small_variance, dy, dx, mode, dweight, dbias);
         });
         dweights.rows().into_iter().for_each(|dweight| grad.weight += &dweight);
         dbiases.rows().into_iter().for_each(|dbias| grad.bias += &dbias);
-        dx
     }
 
     pub(crate) fn visit<'a>(&'a self, name: &str, f: &mut Visitor<'_, 'a>) {

@@ -120,14 +120,41 @@ impl Linear {
         across: &Packed,
         grad: &mut Linear,
     ) -> Buffer {
+        let mut dx = Buffer::uninit((dy.nrows(), self.dim().1));
+        self.backward_to(team, x, dy, across, grad, &mut dx, Out::Set);
+        dx
+    }
+
+    /// As [`backward`](Self::backward), added to dx.
+    pub(crate) fn backward_add(
+        &self,
+        team: &Team,
+        x: ArrayView2<f32>,
+        dy: ArrayView2<f32>,
+        dx: &mut Array2<f32>,
+        grad: &mut Linear,
+    ) {
+        self.backward_to(team, x, dy, &self.across(team), grad, dx, Out::Add);
+    }
+
+    #[allow(clippy::too_many_arguments)]
+    fn backward_to(
+        &self,
+        team: &Team,
+        x: ArrayView2<f32>,
+        dy: ArrayView2<f32>,
+        across: &Packed,
+        grad: &mut Linear,
+        dx: &mut Array2<f32>,
+        mode: Out,
+    ) {
         if let Some(bias) = &mut grad.bias {
             add_rows(team, flat(&dy), flat_mut(bias));
         }
-        let mut dx = self.weight.backward_by(team, rows(&x), dy, across, &mut grad.weight);
+        self.weight.backward_to(team, rows(&x), dy, across, &mut grad.weight, dx, mode);
         if let (Some(low_rank), Some(grad)) = (&self.low_rank, &mut grad.low_rank) {
-            low_rank.backward(team, rows(&x), dy, &mut dx, grad);
+            low_rank.backward(team, rows(&x), dy, dx, grad);
         }
-        dx
     }
 
     #[cfg_attr(not(feature = "lm"), allow(dead_code))]

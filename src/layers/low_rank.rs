@@ -2,9 +2,9 @@
 
 use std::sync::Arc;
 
-use ndarray::ArrayView2;
+use ndarray::{Array2, ArrayView2};
 
-use super::batch::for_rows;
+use super::batch::{add_array, for_rows};
 use super::{Buffer, Dropout, Rng, Weight, flat, flat_mut};
 use crate::kernels::rows::{Out, Rows};
 use crate::kernels::team::Team;
@@ -64,7 +64,7 @@ impl LowRank {
     }
 
     /// The gradient of [`add_to`](Self::add_to) at x: for dy `[m, out]`, adds to dx `[m, in]`.
-    pub(crate) fn backward(&self, team: &Team, x: Rows, dy: ArrayView2<f32>, dx: &mut Buffer, grad: &mut LowRank) {
+    pub(crate) fn backward(&self, team: &Team, x: Rows, dy: ArrayView2<f32>, dx: &mut Array2<f32>, grad: &mut LowRank) {
         let dropped = self.dropped(team, x, dy.nrows());
         let x = dropped.as_ref().map_or(x, |(x, _)| rows(x));
         let down = self.down(team, x, dy.nrows());
@@ -74,7 +74,7 @@ impl LowRank {
         if let Some((_, seeds)) = &dropped {
             self.dropout.apply_by_row(team, seeds, &mut more);
         }
-        **dx += &*more;
+        add_array(team, &more, dx);
     }
 
     /// Adds row `output` of scale · B·A to `numbers` `[in]`.

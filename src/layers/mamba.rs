@@ -3,7 +3,7 @@
 use ndarray::{Array2, ArrayView2, ArrayView3, ArrayViewMut3, s};
 use rand::RngExt;
 
-use super::batch::{Batch, Spans, for_rows, for_rows_summed};
+use super::batch::{Batch, Spans, copied, for_rows, for_rows_summed};
 use super::conv::{CausalConv, HISTORY};
 use super::rms_norm::RmsNorm;
 use super::scan::{ScanRows, ScanRowsGradient, SelectiveScan, TimeStep};
@@ -210,7 +210,7 @@ impl MambaBranch {
         self.conv.forward(team, spans, all.skip_columns(width - 2 * d), histories, flat_mut(&mut v));
         // [δ | B | C] = v·W_xᵀ                               [rows, r | n | n]
         let mut dbc = self.x_proj.forward(team, v.view());
-        let before_norms = self.inner_norms.as_ref().filter(|_| cache.is_some()).map(|_| Buffer::copy_of(&dbc));
+        let before_norms = self.inner_norms.as_ref().filter(|_| cache.is_some()).map(|_| copied(team, &dbc));
         self.normalise(team, &mut dbc);
         // Δ = softplus(δ·W_dtᵀ + b_dt)                       [rows, d]
         let mut delta = self.dt_proj.forward(team, dbc.view());
@@ -323,7 +323,7 @@ impl MambaBranch {
         ddbc.slice_mut(s![.., ..dlow.ncols()]).assign(&*dlow);
         // [δ | B | C] = v·W_xᵀ                               dv [rows, d], beside that of the scan
         self.normalise_backward(team, cache.before_norms.as_deref(), &mut ddbc, grad);
-        *dv += &*self.x_proj.backward(team, cache.v.view(), ddbc.view(), &mut grad.x_proj);
+        self.x_proj.backward_add(team, cache.v.view(), ddbc.view(), &mut dv, &mut grad.x_proj);
         // v = silu(conv(xi))                                 dxi [rows, d]
         let (history, column) = (initial.conv.view(), xz.ncols() - 2 * d);
         let (dv, dhistory) = (flat_mut(&mut dv), &mut dinitial.conv);

@@ -2,7 +2,7 @@
 
 use ndarray::{Array2, ArrayView2};
 
-use super::batch::{Spans, for_rows};
+use super::batch::{Spans, add_array, copied, for_rows};
 use super::{Buffer, Dropout, Linear, Rng, flat, flat_mut};
 use crate::kernels::math::{Gelu, SquaredRelu, map, map_backward, map_mul};
 use crate::kernels::math::{Silu, Unary};
@@ -117,13 +117,13 @@ impl Mlp {
         dropout: Dropout,
     ) -> (Buffer, MlpCache) {
         if dropout.is_none() {
-            let mut y = Buffer::copy_of(residual);
+            let mut y = copied(team, residual);
             let cache = self.add_to_train(team, x, &mut y);
             return (y, cache);
         }
         let (mut y, cache) = self.forward_train(team, x);
         dropout.apply(team, spans, &mut y);
-        *y += residual;
+        add_array(team, residual, &mut y);
         (y, cache)
     }
 
@@ -140,12 +140,11 @@ impl Mlp {
         match (&self.gate, &cache.gate, &mut grad.gate) {
             (Some(linear), Some(gate), Some(grad_gate)) => {
                 // inner = silu(gate) ⊙ up
-                let mut dgate = Buffer::copy_of(&dup);
-                *dgate *= &*cache.up;
+                let mut dgate = product(team, &dup, &cache.up);
                 map_rows_backward::<Silu>(team, gate, &mut dgate);
                 silu_times_reversed(team, gate, &mut dup);
                 let mut dx = self.up.backward(team, x, dup.view(), &mut grad.up);
-                *dx += &*linear.backward(team, x, dgate.view(), grad_gate);
+                linear.backward_add(team, x, dgate.view(), &mut dx, grad_gate);
                 dx
             }
             _ => {
@@ -165,12 +164,12 @@ impl Mlp {
     fn activated(&self, team: &Team, cache: &MlpCache) -> Buffer {
         match &cache.gate {
             Some(gate) => {
-                let mut inner = Buffer::copy_of(gate);
+                let mut inner = copied(team, gate);
                 silu_times(team, &mut inner, &cache.up);
                 inner
             }
             None => {
-                let mut inner = Buffer::copy_of(&cache.up);
+                let mut inner = copied(team, &cache.up);
                 self.activate(team, &mut inner);
                 inner
             }
@@ -209,6 +208,16 @@ fn map_rows<F: Unary>(team: &Team, x: &mut Array2<f32>) {
 fn map_rows_backward<F: crate::kernels::math::Differentiable>(team: &Team, x: &Array2<f32>, dy: &mut Array2<f32>) {
     let width = x.ncols();
     for_rows(team, flat_mut(dy), width, |first, dy| map_backward::<F>(&flat(x)[first * width..][..dy.len()], dy));
+}
+
+/// a ⊙ b
+fn product(team: &Team, a: &Array2<f32>, b: &Array2<f32>) -> Buffer {
+    let (mut product, width) = (Buffer::uninit(a.dim()), a.ncols());
+    for_rows(team, flat_mut(&mut product), width, |first, product| {
+        let factors = flat(a)[first * width..].iter().zip(&flat(b)[first * width..]);
+        product.iter_mut().zip(factors).for_each(|(product, (a, b))| *product = a * b);
+    });
+    product
 }
 
 /// gate = silu(gate) ⊙ up

@@ -183,15 +183,30 @@ impl Weight {
         across: &Packed,
         grad: &mut Weight,
     ) -> Buffer {
+        let mut dx = Buffer::uninit((dy.nrows(), self.dim().1));
+        self.backward_to(team, x, dy, across, grad, &mut dx, Out::Set);
+        dx
+    }
+
+    /// As [`backward_by`](Self::backward_by), into dx or added to it.
+    #[allow(clippy::too_many_arguments)]
+    pub(crate) fn backward_to(
+        &self,
+        team: &Team,
+        x: Rows,
+        dy: ArrayView2<f32>,
+        across: &Packed,
+        grad: &mut Weight,
+        dx: &mut Array2<f32>,
+        mode: Out,
+    ) {
         let ((outputs, inputs), m) = (self.dim(), dy.nrows());
         let dy = Rows { data: flat(&dy), stride: outputs };
-        let mut dx = Buffer::uninit((m, inputs));
-        matmul(team, dy, m, across, flat_mut(&mut dx), Out::Set);
+        matmul(team, dy, m, across, flat_mut(dx), mode);
         grad.forget();
         if let Weight::Trainable { rows, .. } = grad {
             matmul_gradient(team, dy, outputs, x, inputs, m, flat_mut(rows));
         }
-        dx
     }
 
     /// The rows of a weight that can be trained, or of its gradient.

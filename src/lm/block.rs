@@ -13,7 +13,7 @@ use crate::kernels::team::Team;
 use crate::layers::{
     Activation, Angles, AttentionConfig, Batch, Buffer, Depth, HeadNorms, InnerCache, KvShape, KvStorage, LayerState,
     Linear, MambaBranch, MambaConfig, MetaTokenAttention, Mlp, MlpCache, RmsNorm, Rng, SequenceState, SharedKv, Spans,
-    StateGradient, TimeStep, Weight, flat,
+    StateGradient, TimeStep, Weight, add_array, copied, flat,
 };
 use crate::parameters::{Parameter, ParameterMut, Visitor, VisitorMut};
 
@@ -263,11 +263,11 @@ impl Block {
         let [queries, keys, values] = self.queries_keys_values(&projected);
         let attention = self.attention.attend(batch, self.depth, queries, keys, values, Some(&mut log_sums));
         let (mamba, mamba_cache) = self.mamba.run_train(batch, self.depth.layer, projected.view());
-        let mut y = Buffer::copy_of(&x);
+        let mut y = copied(team, &x);
         self.out_proj.add_to(team, self.mean(team, &attention, &mamba).view(), &mut y);
 
         let mlp = self.mlp.as_ref().map(|(norm, mlp)| {
-            let mixed = Buffer::copy_of(&y);
+            let mixed = copied(team, &y);
             let cache = mlp.add_to_train(team, norm.apply(team, mixed.view()).view(), &mut y);
             (mixed, cache)
         });
@@ -295,12 +295,12 @@ impl Block {
             let normal = norm.apply(team, mixed.view());
             let mut dmixed = mlp.backward(team, normal.view(), mlp_cache, dx.view(), mlp_grad);
             norm.backward(team, mixed.view(), 1.0, &mut dmixed, norm_grad);
-            *dx += &*dmixed;
+            add_array(team, &dmixed, &mut dx);
         }
         // mixed = x + (norm₁(attention) + norm₂(mamba))/2 · W_outᵀ
         let mean = self.mean(team, &cache.attention, &cache.mamba);
         let mut dattention = self.out_proj.backward(team, mean.view(), dx.view(), &mut grad.out_proj);
-        let mut dmamba = Buffer::copy_of(&dattention);
+        let mut dmamba = copied(team, &dattention);
         self.attention_norm.backward(team, cache.attention.view(), 0.5, &mut dattention, &mut grad.attention_norm);
         self.mamba_norm.backward(team, cache.mamba.view(), 0.5, &mut dmamba, &mut grad.mamba_norm);
 
@@ -324,7 +324,7 @@ impl Block {
         let normal = self.norm.apply(team, cache.x.view());
         let mut du = self.in_proj.backward(team, normal.view(), dprojected.view(), &mut grad.in_proj);
         self.norm.backward(team, cache.x.view(), 1.0, &mut du, &mut grad.norm);
-        *dx += &*du;
+        add_array(team, &du, &mut dx);
         dx
     }
 

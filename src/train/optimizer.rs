@@ -186,7 +186,7 @@ impl<P: Parameters> AdamW<P> {
         let [first, second] = &mut self.moments;
         let tensors =
             views_mut(model).into_iter().zip(views_mut(gradient)).zip(views_mut(first)).zip(views_mut(second));
-        let pieces =
+        let chunks =
             tensors.flat_map(|((((name, parameter), (_, mut gradient)), (_, first)), (_, second))| {
                 let decay = self.options.decay_of(&name, parameter.shape());
                 let factor = self.options.factor_of(&name);
@@ -200,16 +200,16 @@ impl<P: Parameters> AdamW<P> {
                 // of what is frozen nothing
                 let parameter = parameter.take(if factor == 0.0 { 0 } else { usize::MAX });
                 parameter.zip(gradient).zip(first).zip(second).map(move |(((parameter, gradient), first), second)| {
-                    Piece { keep, rate, parameter, gradient, first, second }
+                    Chunk { keep, rate, parameter, gradient, first, second }
                 })
             });
-        let groups = groups(pieces, |piece| piece.parameter.len());
+        let groups = groups(chunks, |chunk| chunk.parameter.len());
         with_team(usize::MAX, |team| {
             team.for_each(groups, |group| {
-                for piece in group {
+                for chunk in group {
                     // four numbers read and four written
-                    let work = Cost { memory_bytes: 32 * piece.parameter.len() as u64, ..Cost::default() };
-                    timed(Stage::Optimizer, work, || update.apply(piece));
+                    let work = Cost { memory_bytes: 32 * chunk.parameter.len() as u64, ..Cost::default() };
+                    timed(Stage::Optimizer, work, || update.apply(chunk));
                 }
             });
         });
@@ -362,8 +362,8 @@ fn check_same<P: Parameters>(what: &str, given: &P, expected: &P) -> Result<()> 
 
 /// The Euclidean norm of all numbers. Added up in an order that depends on sizes only.
 fn norm(tensors: &[(String, ArrayViewD<f32>)]) -> f64 {
-    let pieces = tensors.iter().flat_map(|(_, array)| array.as_slice().expect("checked before").chunks(GROUP));
-    let groups = groups(pieces, |piece| piece.len());
+    let chunks = tensors.iter().flat_map(|(_, array)| array.as_slice().expect("checked before").chunks(GROUP));
+    let groups = groups(chunks, |chunk| chunk.len());
     let sums =
         with_team(usize::MAX, |team| team.map(groups, |group| group.into_iter().map(sum_of_squares).sum::<f64>()));
     sums.iter().sum::<f64>().sqrt()
@@ -395,22 +395,22 @@ fn check_each(tensors: &[(String, ArrayViewD<f32>)], scale: f64, step: u64) -> R
 }
 
 /// Puts neighbours together until they are worth a thread.
-fn groups<T>(pieces: impl Iterator<Item = T>, len: impl Fn(&T) -> usize) -> Vec<Vec<T>> {
+fn groups<T>(chunks: impl Iterator<Item = T>, len: impl Fn(&T) -> usize) -> Vec<Vec<T>> {
     let mut groups = Vec::new();
     let mut held = GROUP;
-    for piece in pieces {
+    for chunk in chunks {
         if held >= GROUP {
             groups.push(Vec::new());
             held = 0;
         }
-        held += len(&piece);
-        groups.last_mut().expect("one was just pushed").push(piece);
+        held += len(&chunk);
+        groups.last_mut().expect("one was just pushed").push(chunk);
     }
     groups
 }
 
 /// Numbers of one parameter and all that belongs to them.
-struct Piece<'a> {
+struct Chunk<'a> {
     /// What the decay leaves of the parameter.
     keep: f32,
     /// η / (1 − β₁ᵗ), times the parameter's own factor.
@@ -448,14 +448,14 @@ impl Update {
     }
 
     /// Everything in one pass: it is memory that takes the time.
-    fn apply(&self, piece: Piece) {
+    fn apply(&self, chunk: Chunk) {
         let &Update { scale, beta1, beta2, epsilon, root, .. } = self;
-        let moments = piece.first.iter_mut().zip(piece.second);
-        for ((p, gradient), (m, v)) in piece.parameter.iter_mut().zip(piece.gradient).zip(moments) {
+        let moments = chunk.first.iter_mut().zip(chunk.second);
+        for ((p, gradient), (m, v)) in chunk.parameter.iter_mut().zip(chunk.gradient).zip(moments) {
             let g = *gradient * scale;
             *m = beta1 * *m + (1.0 - beta1) * g;
             *v = beta2 * *v + (1.0 - beta2) * (g * g);
-            *p = *p * piece.keep - piece.rate * *m / (v.sqrt() * root + epsilon);
+            *p = *p * chunk.keep - chunk.rate * *m / (v.sqrt() * root + epsilon);
             *gradient = 0.0;
         }
     }

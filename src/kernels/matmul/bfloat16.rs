@@ -8,9 +8,9 @@
 use ndarray::ArrayViewMut2;
 
 use super::blocks::multiply as multiply_blocks;
+use super::operands::{Inputs, LeftRows};
 use super::packed::Packed;
 use super::pairs::PairRow;
-use super::product::{Inputs, LeftRows};
 use crate::kernels::memory::{Scratch, with_scratch};
 use crate::kernels::profiler::{Cost, Stage, timed};
 use crate::kernels::rows::{Out, Rows};

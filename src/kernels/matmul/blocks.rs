@@ -2,8 +2,9 @@
 
 use ndarray::{ArrayViewMut2, Axis};
 
+use super::operands::{LeftRows, Weights};
 use super::packed::{PANEL, Packed};
-use super::product::{LeftRows, Product, Weights};
+use super::product::Product;
 use crate::kernels::profiler::timed_product;
 use crate::kernels::rows::Out;
 use crate::kernels::simd::{Isa, dispatch_bf16_at};

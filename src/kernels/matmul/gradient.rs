@@ -6,8 +6,9 @@ use std::ops::Range;
 use ndarray::ArrayViewMut2;
 
 use super::blocks::{Block, blocks};
-use super::packed::{Packed, PanelRow, arrange};
-use super::product::{Left, LeftTile, Product, Weights};
+use super::operands::{LeftTile, Weights};
+use super::packed::{PANEL, Packed, PanelRow, ZERO_ROW, arrange, panel_row, parts};
+use super::product::{Left, Product};
 use crate::kernels::profiler::timed_product;
 use crate::kernels::rows::{Out, Rows};
 use crate::kernels::simd::{Simd, dispatch};
@@ -34,8 +35,14 @@ pub(crate) fn matmul_gradient(team: &Team, dy: Rows, n: usize, x: Rows, k: usize
         let frames = FRAMES.min(m - first);
         let (dy, x) = (dy.skip_rows(first), x.skip_rows(first));
         strips.resize(n.div_ceil(STRIP) * frames, [0.0; STRIP]);
-        arrange(team, n, frames, STRIP, |i| dy.row(i, n), strip_row, &mut strips);
-        let x = Packed::refill_from_columns(team, k, frames, |i| x.row(i, k), panels);
+        panels.resize(k.div_ceil(PANEL) * frames, ZERO_ROW);
+        let left = parts(team, n, frames, STRIP, &mut strips).map(Operand::Left);
+        let right = parts(team, k, frames, PANEL, &mut panels).map(Operand::Right);
+        team.for_each(left.chain(right), |part| match part {
+            Operand::Left((first, strips)) => arrange([n, frames, STRIP], |i| dy.row(i, n), strip_row, first, strips),
+            Operand::Right((first, panels)) => arrange([k, frames, PANEL], |i| x.row(i, k), panel_row, first, panels),
+        });
+        let x = Packed::<PanelRow, 1> { n: k, k: frames, panels, bias: Vec::new() };
         team.for_each(blocks(team, grad.view_mut(), ROWS), |Block { row, column, out }| {
             let (n, outputs, inputs) = (out.nrows(), column..column + out.ncols(), 0..frames);
             let columns = Tiled(Columns { strips: &strips, frames, first: row });
@@ -57,6 +64,12 @@ pub(crate) fn matmul_across(x: Rows, m: usize, w: &Packed, out: &mut [f32], mode
     timed_product(m, w.n, w.k, || {
         dispatch(Product { x: Tiled(Across(x)), w, outputs: 0..w.n, inputs: 0..w.k, out, mode });
     });
+}
+
+/// A part of one of the operands that is to be brought into order.
+enum Operand<'a> {
+    Left((usize, &'a mut [StripRow])),
+    Right((usize, &'a mut [PanelRow])),
 }
 
 /// At most [`STRIP`] numbers, filled up with zeros.

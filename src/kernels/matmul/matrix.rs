@@ -9,9 +9,9 @@ use serde::{Deserialize, Serialize};
 
 use super::bfloat16;
 use super::blocks::multiply;
+use super::operands::{Floats, Weights};
 use super::packed::{PANEL, Packed, PanelRow, Store};
 use super::pairs::PairRow;
-use super::product::{Floats, Weights};
 use super::quantized::{BLOCK, FileRows, Q4Block, Q8Block, Quantized};
 use crate::kernels::rows::{Out, Rows};
 use crate::kernels::simd::{Isa, LANES, Simd};

@@ -2,8 +2,8 @@
 
 use crate::kernels::memory::filled;
 use crate::kernels::profiler::{Cost, Stage, timed};
-use crate::kernels::simd::LANES;
 pub(crate) use crate::kernels::simd::Line;
+use crate::kernels::simd::{Kernel, LANES, Simd, dispatch};
 use crate::kernels::team::Team;
 
 /// Outputs of a panel.
@@ -90,44 +90,80 @@ impl Packed {
         mut panels: Vec<PanelRow>,
     ) -> Self {
         panels.resize(n.div_ceil(PANEL) * k, ZERO_ROW);
-        arrange(team, n, k, PANEL, column, panel_row, &mut panels);
+        let parts = parts(team, n, k, PANEL, &mut panels);
+        team.for_each(parts, |(first, panels)| arrange([n, k, PANEL], &column, panel_row, first, panels));
         Packed { n, k, panels, bias: Vec::new() }
     }
 }
 
-/// Strips of `width` of n numbers `[n / width, k]`, of k columns, by several threads. `narrow` fills up a strip's numbers of a column.
-pub(super) fn arrange<'a, T: Send>(
+/// The parts, each for one thread, of bringing k columns of n numbers into strips of `width` of them, `[n / width, k]`: each strip's first
+/// number, and the strips. [`arrange`] does one.
+pub(super) fn parts<'s, T>(
     team: &Team,
     n: usize,
     k: usize,
     width: usize,
-    column: impl Fn(usize) -> &'a [f32] + Sync,
-    narrow: impl Fn(&[f32]) -> T + Sync,
+    strips: &'s mut [T],
+) -> impl Iterator<Item = (usize, &'s mut [T])> {
+    /// Numbers of a column that are read one after the other at most: the CPU fetches them ahead.
+    const NUMBERS: usize = 256;
+    // as many for each thread, where there are few
+    let group = (NUMBERS / width).clamp(1, n.div_ceil(width).div_ceil(team.threads()).max(1));
+    strips.chunks_mut((group * k).max(1)).enumerate().map(move |(i, strips)| (i * group * width, strips))
+}
+
+/// Brings k columns of n numbers into strips of `width`, from the number `first` on. `narrow` fills up a strip's numbers of a column.
+pub(super) fn arrange<'a, T>(
+    sizes: [usize; 3],
+    column: impl Fn(usize) -> &'a [f32],
+    narrow: impl Fn(&[f32]) -> T,
+    first: usize,
     strips: &mut [T],
 ) {
-    /// Numbers of a column that are read one after the other: the CPU fetches them ahead.
-    const NUMBERS: usize = 256;
-    /// Columns at a time, whose places in all strips stay in a near cache.
-    const COLUMNS: usize = 16;
-    let group = (NUMBERS / width).max(1);
-    team.for_each(strips.chunks_mut((group * k).max(1)).enumerate(), |(i, strips)| {
-        let first = i * group * width;
-        timed(Stage::Packing, Cost::numbers(2 * width * strips.len()), || {
-            for begin in (0..k).step_by(COLUMNS) {
-                let columns = begin..k.min(begin + COLUMNS);
-                for (i, strip) in strips.chunks_exact_mut(k).enumerate() {
-                    let numbers = first + i * width..n.min(first + (i + 1) * width);
-                    for (to, input) in strip[columns.clone()].iter_mut().zip(columns.clone()) {
-                        *to = narrow(&column(input)[numbers.clone()]);
-                    }
-                }
-            }
-        });
+    let [.., width] = sizes;
+    timed(Stage::Packing, Cost::numbers(2 * width * strips.len()), || {
+        dispatch(Arrange { sizes, column, narrow, first, strips });
     });
 }
 
+struct Arrange<'s, T, C, F> {
+    /// n, k and the width of a strip.
+    sizes: [usize; 3],
+    column: C,
+    narrow: F,
+    first: usize,
+    strips: &'s mut [T],
+}
+
+impl<'a, T, C: Fn(usize) -> &'a [f32], F: Fn(&[f32]) -> T> Kernel for Arrange<'_, T, C, F> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        /// Columns at a time, whose places in all strips stay in a near cache.
+        const COLUMNS: usize = 16;
+        let [n, k, width] = self.sizes;
+        for begin in (0..k).step_by(COLUMNS) {
+            let columns = begin..k.min(begin + COLUMNS);
+            for (i, strip) in self.strips.chunks_exact_mut(k).enumerate() {
+                let numbers = self.first + i * width..n.min(self.first + (i + 1) * width);
+                for (to, input) in strip[columns.clone()].iter_mut().zip(columns.clone()) {
+                    // no strip of a column is long enough for the CPU to see where reading goes on
+                    if input + COLUMNS < k {
+                        let ahead = (self.column)(input + COLUMNS).as_ptr().wrapping_add(numbers.start);
+                        for line in (0..size_of::<T>()).step_by(size_of::<Line>()) {
+                            s.prefetch(ahead.wrapping_byte_add(line));
+                        }
+                    }
+                    *to = (self.narrow)(&(self.column)(input)[numbers.clone()]);
+                }
+            }
+        }
+    }
+}
+
 /// At most [`PANEL`] numbers, filled up with zeros.
-fn panel_row(numbers: &[f32]) -> PanelRow {
+pub(super) fn panel_row(numbers: &[f32]) -> PanelRow {
     // copies of a length known beforehand are a few instructions
     if let Some((low, high)) = numbers.split_first_chunk()
         && let Ok(high) = high.try_into()

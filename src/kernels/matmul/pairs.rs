@@ -2,8 +2,8 @@
 
 use half::bf16;
 
+use super::operands::Weights;
 use super::packed::Store;
-use super::product::Weights;
 pub(crate) use crate::kernels::simd::Words as PairRow;
 use crate::kernels::simd::{LANES, Simd};
 

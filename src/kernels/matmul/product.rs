@@ -3,175 +3,13 @@
 
 use ndarray::ArrayViewMut2;
 
-use super::packed::{Line, Packed, PanelRow};
-use crate::kernels::rows::{Out, Rows};
+use super::operands::{Inputs, LeftRows, LeftTile, Weights};
+use super::packed::{Line, Packed};
+use crate::kernels::rows::Out;
 use crate::kernels::simd::{Kernel, LANES, Simd};
 
 /// How many bytes ahead the weights are fetched of which a tile reads one half.
 const HALVES_AHEAD: usize = 4096;
-
-/// The inputs that meet one [`Weights`], and how they are multiplied.
-pub(crate) trait Inputs: Copy {
-    /// Multiplications one after the other that it takes.
-    const STEPS: usize;
-    /// Four lanes of consecutive inputs, for as many steps.
-    type Four;
-    /// What is multiplied in a step, in all lanes.
-    type Wide<S: Simd>: Copy;
-    fn splat<S: Simd>(self, s: S, step: usize) -> Self::Wide<S>;
-    /// x·w + sum
-    fn multiply<S: Simd>(s: S, x: Self::Wide<S>, w: Self::Wide<S>, sum: S::V) -> S::V;
-    fn fours(x: &[Self]) -> &[Self::Four];
-    /// x·w + sum for one of four lanes x.
-    fn multiply_lane<S: Simd, const LANE: usize>(s: S, x: &Self::Four, w: Self::Wide<S>, sum: S::V) -> S::V;
-}
-
-impl<const N: usize> Inputs for [f32; N] {
-    const STEPS: usize = N;
-    type Four = [f32; 4];
-    type Wide<S: Simd> = S::V;
-
-    #[inline(always)]
-    fn splat<S: Simd>(self, s: S, step: usize) -> S::V {
-        s.splat(self[step])
-    }
-
-    #[inline(always)]
-    fn multiply<S: Simd>(s: S, x: S::V, w: S::V, sum: S::V) -> S::V {
-        s.mul_add(x, w, sum)
-    }
-
-    #[inline(always)]
-    fn fours(x: &[Self]) -> &[[f32; 4]] {
-        x.as_flattened().as_chunks().0
-    }
-
-    #[inline(always)]
-    fn multiply_lane<S: Simd, const LANE: usize>(s: S, x: &[f32; 4], w: S::V, sum: S::V) -> S::V {
-        s.mul_add_lane::<LANE>(w, x, sum)
-    }
-}
-
-/// A panel's weights for one or several inputs, in whatever type they are stored.
-pub(crate) trait Weights<X: Inputs>: Copy {
-    /// The most rows of a tile for which the compiler keeps the sums in registers.
-    const MAX_ROWS: usize;
-    /// Panels side by side for one row or two, which leave registers for them: the sums of one do not wait for those of
-    /// another. But memory is read fastest from one end to the other.
-    const PANELS: usize;
-    /// How many bytes ahead they are fetched for few rows: 0 if that is left to the CPU.
-    const AHEAD: usize;
-    /// Whether the sums of six rows are made by [`some_rows`](Self::some_rows) if products are [by lane](Simd::BY_LANE).
-    const BY_SIX: bool = false;
-    /// As [`Simd::six_rows`], or [`Simd::dot_rows_bf16`].
-    fn some_rows<S: Simd, const R: usize>(
-        _s: S,
-        _x: [&[X]; R],
-        _w: &[Self],
-        _line: usize,
-        _sums: &mut [S::V],
-    ) -> usize {
-        0
-    }
-    /// Those of a step, for the first or the second half of the panel.
-    fn load<S: Simd>(&self, s: S, step: usize, half: usize) -> X::Wide<S>;
-}
-
-impl Weights<[f32; 1]> for PanelRow {
-    const MAX_ROWS: usize = 12;
-    const PANELS: usize = 4;
-    const AHEAD: usize = 0;
-    const BY_SIX: bool = true;
-
-    #[inline(always)]
-    fn some_rows<S: Simd, const R: usize>(
-        s: S,
-        x: [&[[f32; 1]]; R],
-        w: &[Self],
-        line: usize,
-        sums: &mut [S::V],
-    ) -> usize {
-        match (x.as_slice().try_into(), sums.try_into()) {
-            (Ok(x), Ok(sums)) => s.six_rows(<[_; 6]>::map(x, Inputs::fours), w, line, sums),
-            _ => 0,
-        }
-    }
-
-    #[inline(always)]
-    fn load<S: Simd>(&self, s: S, _step: usize, half: usize) -> S::V {
-        s.load(&self[half & 1].0)
-    }
-}
-
-/// The left operand of a product.
-pub(crate) trait Left: Copy {
-    type Inputs: Inputs;
-    /// Lines of W that all rows pass over together.
-    fn lines<S: Simd, W: Weights<Self::Inputs>>(rows: usize) -> usize;
-    /// Computes so many lines of the product.
-    fn by_lines<S: Simd, W: Weights<Self::Inputs>, const N: usize>(
-        s: S,
-        product: &mut Product<Self, W, N>,
-        line: usize,
-        lines: usize,
-    );
-}
-
-/// A left operand in rows.
-pub(crate) trait LeftRows: Copy {
-    type Inputs: Inputs;
-    /// Without the first rows.
-    fn skip_rows(self, rows: usize) -> Self;
-    /// The first `count` numbers of a row, as many at a time as meet one of the weights.
-    fn inputs(&self, row: usize, count: usize) -> &[Self::Inputs];
-}
-
-/// Rows of floats, N at a time.
-#[derive(Clone, Copy)]
-pub(crate) struct Floats<'a, const N: usize>(pub Rows<'a>);
-
-impl<const N: usize> LeftRows for Floats<'_, N> {
-    type Inputs = [f32; N];
-
-    fn skip_rows(self, rows: usize) -> Self {
-        Floats(self.0.skip_rows(rows))
-    }
-
-    #[inline(always)]
-    fn inputs(&self, row: usize, count: usize) -> &[[f32; N]] {
-        self.0.row(row, count).as_chunks().0
-    }
-}
-
-/// Some rows of the left operand.
-pub(super) trait LeftTile<X: Inputs>: Copy {
-    /// What meets the weights number i.
-    fn at(self, row: usize, i: usize) -> X;
-    /// Adds to the sums of one line the products of the first inputs, and says of how many.
-    #[inline(always)]
-    fn begin<S: Simd, W: Weights<X>>(self, _s: S, _w: &[W], _line: usize, _sums: &mut [S::V]) -> usize {
-        0
-    }
-    /// x·w + sum for step number `LANE` of four, and four steps number i.
-    fn multiply_lane<S: Simd, const LANE: usize>(self, s: S, row: usize, i: usize, w: X::Wide<S>, sum: S::V) -> S::V;
-}
-
-impl<const R: usize, X: Inputs> LeftTile<X> for [&[X]; R] {
-    #[inline(always)]
-    fn at(self, row: usize, i: usize) -> X {
-        self[row][i]
-    }
-
-    #[inline(always)]
-    fn begin<S: Simd, W: Weights<X>>(self, s: S, w: &[W], line: usize, sums: &mut [S::V]) -> usize {
-        W::some_rows(s, self, w, line, sums)
-    }
-
-    #[inline(always)]
-    fn multiply_lane<S: Simd, const LANE: usize>(self, s: S, row: usize, i: usize, w: X::Wide<S>, sum: S::V) -> S::V {
-        X::multiply_lane::<S, LANE>(s, &X::fours(self[row])[i], w, sum)
-    }
-}
 
 /// The columns `outputs` of a product, summed over `inputs`, as in [`matmul_part`].
 pub(crate) struct Product<'a, X, W, const N: usize> {
@@ -201,6 +39,97 @@ impl<X: Left, W: Weights<X::Inputs>, const N: usize> Kernel for Product<'_, X, W
             line += lines;
         }
     }
+}
+
+impl<X: Left, W: Weights<X::Inputs>, const N: usize> Product<'_, X, W, N> {
+    /// The first `rows` of R rows, the first of which is `row`, by L lines from `line` on.
+    #[inline(always)]
+    #[allow(clippy::needless_range_loop)] // with plain indices the compiler keeps all sums in registers
+    pub(super) fn tile<S: Simd, const R: usize, const L: usize>(
+        &mut self,
+        s: S,
+        x: impl LeftTile<X::Inputs>,
+        row: usize,
+        rows: usize,
+        line: usize,
+    ) {
+        let count = self.inputs.len() / N;
+        let mut w: [&[W]; L] = [&[]; L];
+        for (l, w) in w.iter_mut().enumerate() {
+            *w = &self.w.panels[((line + l) / 2 * self.w.k + self.inputs.start) / N..][..count];
+        }
+        let streamed = L > 2 || self.out.nrows() <= W::MAX_ROWS;
+        // the first rows to pass over one half of a panel fetch both: memory is read fastest from one end to the other
+        let fetches = L == 1 && row == 0 && line.is_multiple_of(2);
+        let mut sums = [[s.splat(0.0); L]; R];
+        let mut first = 0;
+        if S::BY_LANE {
+            if L == 1 && W::BY_SIX {
+                first = x.begin(s, w[0], line, sums.as_flattened_mut());
+            }
+            if first == 0 {
+                first = match X::Inputs::STEPS {
+                    1 => by_lanes::<S, X, W, R, L, 4>(s, x, w, line, &mut sums),
+                    _ => by_lanes::<S, X, W, R, L, 2>(s, x, w, line, &mut sums),
+                };
+            }
+        }
+        for i in first..count {
+            for l in (0..L).step_by(2) {
+                if W::AHEAD > 0 && streamed {
+                    // a product of few rows waits for memory, and the CPU alone looks not far enough ahead
+                    let ahead = w[l].as_ptr().wrapping_add(i).wrapping_byte_add(W::AHEAD);
+                    for line in (0..size_of::<W>()).step_by(size_of::<Line>()) {
+                        s.prefetch(ahead.wrapping_byte_add(line));
+                    }
+                }
+            }
+            if fetches {
+                let ahead = w[0].as_ptr().wrapping_add(i).wrapping_byte_add(HALVES_AHEAD);
+                for line in (0..size_of::<W>()).step_by(size_of::<Line>()) {
+                    s.prefetch(ahead.wrapping_byte_add(line));
+                }
+            }
+            for l in (0..L).step_by(2) {
+                for step in 0..X::Inputs::STEPS {
+                    // the two halves of a panel, or one of them
+                    let first = if L == 1 { line } else { 0 };
+                    let low = w[l][i].load(s, step, first);
+                    let high = if L == 1 { low } else { w[l][i].load(s, step, 1) };
+                    for r in 0..R {
+                        let x = x.at(r, i).splat(s, step);
+                        sums[r][l] = X::Inputs::multiply(s, x, low, sums[r][l]);
+                        if L > 1 {
+                            sums[r][l + 1] = X::Inputs::multiply(s, x, high, sums[r][l + 1]);
+                        }
+                    }
+                }
+            }
+        }
+        for (r, sums) in sums.into_iter().enumerate().take(rows) {
+            let row = self.out.row_mut(row + r).into_slice().expect("numbers side by side");
+            for (l, sum) in sums.into_iter().enumerate() {
+                let line = line + l;
+                let Some(out) = row.get_mut(line * LANES - self.outputs.start..) else { break };
+                let bias = self.w.bias.get(line / 2).map(|bias| &bias[line % 2]);
+                finish(s, sum, out, bias, self.mode);
+            }
+        }
+    }
+}
+
+/// The left operand of a product.
+pub(crate) trait Left: Copy {
+    type Inputs: Inputs;
+    /// Lines of W that all rows pass over together.
+    fn lines<S: Simd, W: Weights<Self::Inputs>>(rows: usize) -> usize;
+    /// Computes so many lines of the product.
+    fn by_lines<S: Simd, W: Weights<Self::Inputs>, const N: usize>(
+        s: S,
+        product: &mut Product<Self, W, N>,
+        line: usize,
+        lines: usize,
+    );
 }
 
 impl<X: LeftRows> Left for X {
@@ -282,83 +211,6 @@ impl<X: LeftRows, W: Weights<X::Inputs>, const N: usize> Product<'_, X, W, N> {
             *tile = x.inputs(row + r, count);
         }
         self.tile::<S, R, L>(s, tile, row, R, line);
-    }
-}
-
-impl<X: Left, W: Weights<X::Inputs>, const N: usize> Product<'_, X, W, N> {
-    /// The first `rows` of R rows, the first of which is `row`, by L lines from `line` on.
-    #[inline(always)]
-    #[allow(clippy::needless_range_loop)] // with plain indices the compiler keeps all sums in registers
-    pub(super) fn tile<S: Simd, const R: usize, const L: usize>(
-        &mut self,
-        s: S,
-        x: impl LeftTile<X::Inputs>,
-        row: usize,
-        rows: usize,
-        line: usize,
-    ) {
-        let count = self.inputs.len() / N;
-        let mut w: [&[W]; L] = [&[]; L];
-        for (l, w) in w.iter_mut().enumerate() {
-            *w = &self.w.panels[((line + l) / 2 * self.w.k + self.inputs.start) / N..][..count];
-        }
-        let streamed = L > 2 || self.out.nrows() <= W::MAX_ROWS;
-        // the first rows to pass over one half of a panel fetch both: memory is read fastest from one end to the other
-        let fetches = L == 1 && row == 0 && line.is_multiple_of(2);
-        let mut sums = [[s.splat(0.0); L]; R];
-        let mut first = 0;
-        if S::BY_LANE {
-            if L == 1 && W::BY_SIX {
-                first = x.begin(s, w[0], line, sums.as_flattened_mut());
-            }
-            if first == 0 {
-                first = match X::Inputs::STEPS {
-                    1 => by_lanes::<S, X, W, R, L, 4>(s, x, w, line, &mut sums),
-                    _ => by_lanes::<S, X, W, R, L, 2>(s, x, w, line, &mut sums),
-                };
-            }
-        }
-        for i in first..count {
-            for l in (0..L).step_by(2) {
-                if W::AHEAD > 0 && streamed {
-                    // a product of few rows waits for memory, and the CPU alone looks not far enough ahead
-                    let ahead = w[l].as_ptr().wrapping_add(i).wrapping_byte_add(W::AHEAD);
-                    for line in (0..size_of::<W>()).step_by(size_of::<Line>()) {
-                        s.prefetch(ahead.wrapping_byte_add(line));
-                    }
-                }
-            }
-            if fetches {
-                let ahead = w[0].as_ptr().wrapping_add(i).wrapping_byte_add(HALVES_AHEAD);
-                for line in (0..size_of::<W>()).step_by(size_of::<Line>()) {
-                    s.prefetch(ahead.wrapping_byte_add(line));
-                }
-            }
-            for l in (0..L).step_by(2) {
-                for step in 0..X::Inputs::STEPS {
-                    // the two halves of a panel, or one of them
-                    let first = if L == 1 { line } else { 0 };
-                    let low = w[l][i].load(s, step, first);
-                    let high = if L == 1 { low } else { w[l][i].load(s, step, 1) };
-                    for r in 0..R {
-                        let x = x.at(r, i).splat(s, step);
-                        sums[r][l] = X::Inputs::multiply(s, x, low, sums[r][l]);
-                        if L > 1 {
-                            sums[r][l + 1] = X::Inputs::multiply(s, x, high, sums[r][l + 1]);
-                        }
-                    }
-                }
-            }
-        }
-        for (r, sums) in sums.into_iter().enumerate().take(rows) {
-            let row = self.out.row_mut(row + r).into_slice().expect("numbers side by side");
-            for (l, sum) in sums.into_iter().enumerate() {
-                let line = line + l;
-                let Some(out) = row.get_mut(line * LANES - self.outputs.start..) else { break };
-                let bias = self.w.bias.get(line / 2).map(|bias| &bias[line % 2]);
-                finish(s, sum, out, bias, self.mode);
-            }
-        }
     }
 }
 

@@ -4,6 +4,7 @@ use std::borrow::Cow;
 
 use super::{SHRINK, SmallVariance, load_or, shrink};
 use crate::kernels::profiler::{Cost, Stage, timed};
+use crate::kernels::rows::Out;
 use crate::kernels::simd::{Kernel, LANES, Simd, dispatch};
 
 /// out = weight ⊙ (x − mean) / deviation + bias, for each row of `weight.len()` numbers.
@@ -80,11 +81,12 @@ pub(crate) fn layer_norm_backward(
     rule: SmallVariance,
     dy: &[f32],
     dx: &mut [f32],
+    mode: Out,
     dweight: &mut [f32],
     dbias: &mut [f32],
 ) {
     timed(Stage::Elementwise, Cost::numbers(3 * x.len()), || {
-        dispatch(LayerNormBackward { x, weight, epsilon, rule, dy, dx, dweight, dbias })
+        dispatch(LayerNormBackward { x, weight, epsilon, rule, dy, dx, mode, dweight, dbias })
     });
 }
 
@@ -95,6 +97,7 @@ pub(super) struct LayerNormBackward<'a> {
     pub rule: SmallVariance,
     pub dy: &'a [f32],
     pub dx: &'a mut [f32],
+    pub mode: Out,
     pub dweight: &'a mut [f32],
     pub dbias: &'a mut [f32],
 }
@@ -130,7 +133,9 @@ impl Kernel for LayerNormBackward<'_> {
             for (((x, dy), weight), dx) in rows.zip(dx.chunks_mut(LANES)) {
                 let hat = s.mul(row.centred(s, x), scale);
                 let g = s.sub(s.mul(s.load_some(weight), s.load_some(dy)), sum);
-                s.store_some(s.mul(given_scale, s.mul_add(projection, hat, g)), dx);
+                let d = s.mul(given_scale, s.mul_add(projection, hat, g));
+                let d = if self.mode == Out::Add { s.add(s.load_some(dx), d) } else { d };
+                s.store_some(d, dx);
             }
         }
     }

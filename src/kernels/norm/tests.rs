@@ -104,7 +104,10 @@ fn rows_of_any_size_and_spread() {
                 let (mut dx, mut dweight, mut dbias) = (vec![9.0; h], vec![0.0; h], vec![0.0; h]);
                 let (dx, dweight, dbias) = (&mut dx[..], &mut dweight[..], &mut dbias[..]);
                 let (x, weight, dy) = (&x[..], &weight[..], &dy[..]);
-                dispatch_at(level, LayerNormBackward { x, weight, epsilon: 1e-5, rule, dy, dx, dweight, dbias });
+                dispatch_at(
+                    level,
+                    LayerNormBackward { x, weight, epsilon: 1e-5, rule, dy, dx, mode: Out::Set, dweight, dbias },
+                );
                 let g: Vec<f64> = (0..h).map(|i| weight[i] as f64 * dy[i] as f64).collect();
                 let mean_g = g.iter().sum::<f64>() / h as f64;
                 let projection = g.iter().zip(&hat).map(|(g, hat)| g * hat).sum::<f64>() / h as f64;
@@ -179,7 +182,10 @@ fn gradients_equal_finite_differences_on_every_level() {
                 let (mut dx, mut dweight, mut dbias) = (vec![9.0; 2 * h], vec![1.0; h], vec![2.0; h]);
                 let (dx, dweight, dbias) = (&mut dx[..], &mut dweight[..], &mut dbias[..]);
                 let (x, weight, dy) = (&x[..], &weight[..], &dy[..]);
-                dispatch_at(level, LayerNormBackward { x, weight, epsilon: 1e-5, rule, dy, dx, dweight, dbias });
+                dispatch_at(
+                    level,
+                    LayerNormBackward { x, weight, epsilon: 1e-5, rule, dy, dx, mode: Out::Set, dweight, dbias },
+                );
                 let wide: Vec<f64> = x.iter().map(|x| *x as f64).collect();
                 let largest = dx.iter().fold(1.0f64, |m, dx| m.max(dx.abs() as f64));
                 for i in 0..2 * h {
