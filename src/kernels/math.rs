@@ -324,6 +324,39 @@ mod tests {
         check::<SquaredRelu>(|x| x.max(0.0).powi(2), 9.0, 0.0, 2e-7);
     }
 
+    /// The rest of a vector's lanes are zero when read, and what follows is left as it is when written.
+    #[test]
+    fn some_lanes_are_read_and_written_on_every_level() {
+        struct Some<'a>(&'a [f32], &'a mut [f32], &'a mut [f32; LANES]);
+        impl Kernel for Some<'_> {
+            type Output = ();
+
+            #[inline(always)]
+            fn run<S: Simd>(self, s: S) {
+                s.store(s.load_some(self.0), self.2);
+                s.store_some(s.load_some(self.0), self.1);
+            }
+        }
+        let x: Vec<f32> = (1..40).map(|i| i as f32).collect();
+        for level in Isa::ALL.into_iter().filter(|level| level.is_available()) {
+            for len in 0..=LANES {
+                for offset in [0, 1, 5] {
+                    let (mut y, mut all) = (vec![-1.0; 40], [7.0; LANES]);
+                    // nothing lies behind what is given
+                    let given = x[offset..offset + len].to_vec().into_boxed_slice();
+                    dispatch_at(level, Some(&given, &mut y[offset..offset + len], &mut all));
+                    for (lane, number) in all.into_iter().enumerate() {
+                        assert_eq!(number, if lane < len { x[offset + lane] } else { 0.0 }, "{level:?} {len}");
+                    }
+                    for (i, number) in y.into_iter().enumerate() {
+                        let is_inside = (offset..offset + len).contains(&i);
+                        assert_eq!(number, if is_inside { x[i] } else { -1.0 }, "{level:?} {len} from {offset}");
+                    }
+                }
+            }
+        }
+    }
+
     #[test]
     fn powers_of_two_equal_their_f64_values_on_every_level() {
         struct Power;

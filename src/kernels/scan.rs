@@ -37,6 +37,9 @@ pub(crate) struct ScanInput<'a> {
 /// the second cache, and what is kept is one number in 16.
 pub(crate) const CHUNK: usize = 16;
 
+/// Frames that are fetched before their turn. What is read of a frame is short, and the CPU does not see where reading goes on.
+const AHEAD: usize = 8;
+
 /// Where the states `[⌈l/16⌉, n, d]` at the start of each chunk are kept.
 pub(crate) type Checkpoints<'a> = Option<ArrayViewMut3<'a, f32>>;
 
@@ -98,6 +101,9 @@ impl Kernel for Scan<'_> {
                     for (row, state) in kept.rows_mut().into_iter().zip(&states) {
                         store_pair(s, *state, &mut cells(row)[begin..end]);
                     }
+                }
+                for rows in [delta, v, z] {
+                    fetch(s, rows, t + AHEAD, here.start);
                 }
                 let delta = load_pair(s, &delta.data[t * delta.stride..][here.clone()]);
                 let v = load_pair(s, &v.data[t * v.stride..][here.clone()]);
@@ -217,6 +223,11 @@ impl Kernel for ScanBackward<'_> {
                 }
 
                 for t in frames.clone() {
+                    // the same frame of the next channels, or of the first ones in the chunk before
+                    let (next, column) = if here.end < d { (t, here.end) } else { (t.wrapping_sub(CHUNK), 0) };
+                    for rows in [delta, v, z, Rows { data: self.dout, stride: d }] {
+                        fetch(s, rows, next, column);
+                    }
                     let delta = load_pair(s, &delta.data[t * delta.stride..][here.clone()]);
                     let v = load_pair(s, &v.data[t * v.stride..][here.clone()]);
                     let input_delta = input_delta(s, mean_delta, t, delta);
@@ -329,6 +340,14 @@ fn input_delta<S: Simd>(s: S, mean_delta: Option<&[f32]>, t: usize, delta: [S::V
 #[inline(always)]
 fn cells<'a>(row: ArrayViewMut1<'a, f32>) -> &'a mut [f32] {
     row.into_slice().expect("the numbers of a row lie side by side")
+}
+
+/// Has so many numbers of a row fetched as are read of it at a time.
+#[inline(always)]
+fn fetch<S: Simd>(s: S, rows: Rows, row: usize, column: usize) {
+    let first = rows.data.as_ptr().wrapping_add(row.wrapping_mul(rows.stride).wrapping_add(column));
+    s.prefetch(first);
+    s.prefetch(first.wrapping_add(LANES));
 }
 
 /// Up to [`CHANNELS`] numbers in two vectors.

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use ndarray::{ArrayView1, ArrayView2, ArrayViewMut2, s};
+use ndarray::{ArrayView1, ArrayView2, ArrayViewMut1, ArrayViewMut2, s};
 
 use super::{Head, KEYS, QUERIES, pieces};
 use crate::kernels::math;
@@ -105,8 +105,7 @@ fn group_backward(head: Head, output: AttentionOutput, mut gradient: AttentionGr
                 }
             }
             for (i, dquery) in dqueries.chunks_exact(p).enumerate() {
-                let mut to = gradient.queries.row_mut(first + i);
-                to.iter_mut().skip(g * p).zip(dquery).for_each(|(to, from)| *to = *from);
+                numbers(gradient.queries.row_mut(first + i))[g * p..][..p].copy_from_slice(dquery);
             }
         }
     }
@@ -115,13 +114,16 @@ fn group_backward(head: Head, output: AttentionOutput, mut gradient: AttentionGr
     {
         let width = frames.ncols();
         let rows = past.rows_mut().into_iter().chain(frames.rows_mut());
-        for (mut to, from) in rows.zip(from.chunks_exact(width)) {
-            to.iter_mut().zip(from).for_each(|(to, from)| *to = *from);
-        }
+        rows.zip(from.chunks_exact(width)).for_each(|(to, from)| numbers(to).copy_from_slice(from));
     }
     if work.capacity() <= KEPT {
         WORK.set(work);
     }
+}
+
+/// Those of a row, side by side.
+fn numbers(row: ArrayViewMut1<'_, f32>) -> &mut [f32] {
+    row.into_slice().expect("columns of rows in order")
 }
 
 /// Turns the scores of a tile into its weights P, and dout·Vᵀ into dS = P ⊙ (dout·Vᵀ − Σ dout ⊙ out)·scale; both are 0 for
@@ -148,6 +150,8 @@ impl Kernel for SoftmaxBackward<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
+        /// Rows that are fetched before their turn.
+        const AHEAD: usize = 4;
         let (head, width) = (self.head, self.columns.len());
         let scale = s.splat(head.scale());
         let rows = self.scores.chunks_mut(self.stride).zip(self.dscores.chunks_mut(self.stride));
@@ -156,6 +160,10 @@ impl Kernel for SoftmaxBackward<'_> {
             for hidden in [0..meta.start, meta.end..frames.start.max(meta.end), frames.end.max(meta.end)..width] {
                 scores[hidden.clone()].fill(0.0);
                 dscores[hidden].fill(0.0);
+            }
+            // the forward pass wrote them long ago, and each row is short
+            for line in (0..head.value_width).step_by(LANES) {
+                s.prefetch(self.out.data.as_ptr().wrapping_add((i + AHEAD) * self.out.stride + line));
             }
             let (out, dout) = (self.out.row(i, head.value_width), self.dout.row(i, head.value_width));
             let mut projection = s.splat(0.0);

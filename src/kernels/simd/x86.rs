@@ -40,6 +40,17 @@ unsafe fn sum_halves(low: __m256, high: __m256) -> f32 {
     }
 }
 
+/// All bits of sixteen lanes, and none of sixteen more: from number 16 − n on, those of the first n lanes.
+static FIRST_LANES: [i32; 2 * LANES] = {
+    let mut lanes = [0; 2 * LANES];
+    let mut i = 0;
+    while i < LANES {
+        lanes[i] = -1;
+        i += 1;
+    }
+    lanes
+};
+
 /// What there is besides AVX-512F and AVX-512BW, or besides AVX2, FMA and F16C.
 const PLAIN: u8 = 0;
 const VNNI: u8 = 1;
@@ -51,7 +62,7 @@ const BF16: u8 = 2;
 pub(super) struct Avx512<const MORE: u8>(());
 
 // SAFETY of every block below: an `Avx512` exists only where the CPU has AVX-512F and AVX-512BW, and what `MORE` says;
-// the pointers come from references to sixteen numbers.
+// the pointers come from references to sixteen numbers, or to the fewer that are read or written.
 impl<const MORE: u8> Simd for Avx512<MORE> {
     type V = __m512;
     type I = __m512i;
@@ -70,6 +81,21 @@ impl<const MORE: u8> Simd for Avx512<MORE> {
     #[inline(always)]
     fn store(self, v: __m512, x: &mut [f32; LANES]) {
         unsafe { _mm512_storeu_ps(x.as_mut_ptr(), v) }
+    }
+    // only the lanes that `x` holds are read or written
+    #[inline(always)]
+    fn load_some(self, x: &[f32]) -> __m512 {
+        match x.first_chunk() {
+            Some(full) => self.load(full),
+            None => unsafe { _mm512_maskz_loadu_ps((1 << x.len()) - 1, x.as_ptr()) },
+        }
+    }
+    #[inline(always)]
+    fn store_some(self, v: __m512, x: &mut [f32]) {
+        match x.first_chunk_mut() {
+            Some(full) => self.store(v, full),
+            None => unsafe { _mm512_mask_storeu_ps(x.as_mut_ptr(), (1 << x.len()) - 1, v) },
+        }
     }
     #[inline(always)]
     fn add(self, a: __m512, b: __m512) -> __m512 {
@@ -213,7 +239,7 @@ impl<const MORE: u8> Simd for Avx512<MORE> {
 pub(super) struct Avx2<const MORE: u8>(());
 
 // SAFETY of every block below: an `Avx2` exists only where the CPU has AVX2, FMA and F16C, and what `MORE` says; the pointers come
-// from references to sixteen numbers, of which the second half starts at the eighth.
+// from references to sixteen numbers, of which the second half starts at the eighth, or to the fewer that are read or written.
 impl<const MORE: u8> Simd for Avx2<MORE> {
     type V = [__m256; 2];
     type I = [__m256i; 2];
@@ -235,6 +261,44 @@ impl<const MORE: u8> Simd for Avx2<MORE> {
         unsafe {
             _mm256_storeu_ps(x.as_mut_ptr(), v[0]);
             _mm256_storeu_ps(x.as_mut_ptr().add(8), v[1]);
+        }
+    }
+    // only the lanes that `x` holds are read or written
+    #[inline(always)]
+    fn load_some(self, x: &[f32]) -> Self::V {
+        match x.first_chunk() {
+            Some(full) => self.load(full),
+            None => unsafe {
+                let mask = FIRST_LANES.as_ptr().add(LANES - x.len());
+                let [low, high] = [mask, mask.add(8)].map(|mask| _mm256_loadu_si256(mask.cast()));
+                [_mm256_maskload_ps(x.as_ptr(), low), _mm256_maskload_ps(x.as_ptr().wrapping_add(8), high)]
+            },
+        }
+    }
+    // by halves, as masked stores are slow on many CPUs
+    #[inline(always)]
+    fn store_some(self, v: Self::V, x: &mut [f32]) {
+        match x.first_chunk_mut() {
+            Some(full) => self.store(v, full),
+            None => unsafe {
+                let (mut to, mut eight, count) = (x.as_mut_ptr(), v[0], x.len());
+                if count & 8 != 0 {
+                    _mm256_storeu_ps(to, eight);
+                    (to, eight) = (to.add(8), v[1]);
+                }
+                let mut four = _mm256_castps256_ps128(eight);
+                if count & 4 != 0 {
+                    _mm_storeu_ps(to, four);
+                    (to, four) = (to.add(4), _mm256_extractf128_ps::<1>(eight));
+                }
+                if count & 2 != 0 {
+                    _mm_store_sd(to.cast(), _mm_castps_pd(four));
+                    (to, four) = (to.add(2), _mm_movehl_ps(four, four));
+                }
+                if count & 1 != 0 {
+                    _mm_store_ss(to, four);
+                }
+            },
         }
     }
     #[inline(always)]
