@@ -9,7 +9,7 @@ use crate::kernels::matmul::Storage;
 use crate::kernels::team::Team;
 use crate::layers::{
     Batch, Buffer, Dropout, LayerNorm, LayerState, Linear, MambaBranch, MambaCache, Rng, Spans, StateGradient,
-    add_array, copied,
+    add_array,
 };
 use crate::parameters::{Visitor, VisitorMut, debug_shapes, join};
 
@@ -173,8 +173,8 @@ impl FedBlock {
         dx0: &mut Array2<f32>,
     ) -> Buffer {
         // y = x + Mamba(u)
-        let mut dmamba = copied(team, &dy);
-        cache.dropout.at(MAMBA).apply(team, spans, &mut dmamba);
+        let dropped = cache.dropout.at(MAMBA).applied(team, spans, &dy);
+        let dmamba = dropped.as_deref().unwrap_or(&dy);
         let du = self.mamba.backward(
             team,
             spans,

@@ -5,7 +5,7 @@ use ndarray::{Array2, ArrayView2};
 use super::options::HymbaOptions;
 use crate::kernels::matmul::Storage;
 use crate::kernels::team::Team;
-use crate::layers::{Buffer, Dropout, LayerNorm, Linear, Mlp, MlpCache, Rng, Spans, copied};
+use crate::layers::{Buffer, Dropout, LayerNorm, Linear, Mlp, MlpCache, Rng, Spans};
 use crate::parameters::{Visitor, VisitorMut, join};
 
 /// FFN(LayerNorm(x)), with `FFN(u) = W_down · gelu(W_up · u + b_up) + b_down`, 4h wide inside.
@@ -89,11 +89,7 @@ impl FeedForward {
         grad: &mut FeedForward,
     ) {
         // y = x + dropout(FFN(LayerNorm(x)))
-        let dropped = (!dropout.is_none()).then(|| {
-            let mut dropped = copied(team, d);
-            dropout.apply(team, spans, &mut dropped);
-            dropped
-        });
+        let dropped = dropout.applied(team, spans, d);
         let dffn = dropped.as_deref().unwrap_or(d).view();
         let du = self.ffn.backward(team, cache.u.view(), &cache.ffn, dffn, &mut grad.ffn);
         self.norm.backward_add(team, cache.x.view(), du.view(), d, &mut grad.norm);

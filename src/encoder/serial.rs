@@ -8,7 +8,7 @@ use crate::kernels::matmul::Storage;
 use crate::kernels::team::Team;
 use crate::layers::{
     AttentionCache, Batch, Buffer, Depth, Dropout, KvStorage, LayerNorm, LayerState, Linear, MambaBranch, MambaCache,
-    MetaTokenAttention, Rng, Spans, StateGradient, add_array, copied,
+    MetaTokenAttention, Rng, Spans, StateGradient, add_array,
 };
 use crate::parameters::{Visitor, VisitorMut, debug_shapes, join};
 
@@ -196,9 +196,8 @@ impl SerialBlock {
         // y = mixed + FFN(LayerNorm(mixed))
         self.ffn.residual_backward(team, spans, &cache.ffn, dropout.at(FFN), &mut dy, &mut grad.ffn);
         // mixed = x + branch(u)
-        let mut dbranch = copied(team, &dy);
-        dropout.at(BRANCH).apply(team, spans, &mut dbranch);
-        let (u, dbranch) = (cache.u.view(), dbranch.view());
+        let dropped = dropout.at(BRANCH).applied(team, spans, &dy);
+        let (u, dbranch) = (cache.u.view(), dropped.as_deref().unwrap_or(&dy).view());
         let du = match (&self.branch, &cache.branch, &mut grad.branch) {
             (Branch::Mamba(mamba), BranchCache::Mamba(cache), Branch::Mamba(grad)) => {
                 let (dfinal, dinitial) = (dfinal.map(|dfinal| &dfinal.mamba), &mut dinitial.mamba);

@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use ndarray::Array2;
 
-use super::batch::{Spans, for_rows};
-use super::flat_mut;
+use super::batch::{Spans, copied, for_rows};
+use super::{Buffer, flat_mut};
 use crate::kernels::profiler::{Cost, Stage, timed};
 use crate::kernels::team::Team;
 
@@ -36,6 +36,15 @@ impl Dropout {
 
     pub(crate) fn is_none(self) -> bool {
         self.threshold == 0
+    }
+
+    /// x `[rows, h]` after dropout, where anything is dropped.
+    pub(crate) fn applied(self, team: &Team, spans: &Spans, x: &Array2<f32>) -> Option<Buffer> {
+        (!self.is_none()).then(|| {
+            let mut dropped = copied(team, x);
+            self.apply(team, spans, &mut dropped);
+            dropped
+        })
     }
 
     /// x `[rows, h]`
