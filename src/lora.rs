@@ -109,7 +109,8 @@ impl<C: Default> Adapters<C> {
         let of = |(name, options): (&str, &LoraOptions)| {
             (name.to_string(), Adapter { options: options.clone(), parts: Parts::new(), cached: C::default() })
         };
-        let held = self.active().map(of).into_iter().collect();
+        let mut held = BTreeMap::new();
+        held.extend(self.active().map(of));
         Adapters { held, active: self.active.clone(), bare: C::default() }
     }
 
@@ -347,7 +348,9 @@ fn zeros(maps: &Maps, options: &LoraOptions) -> Parts {
         let dropout = Dropout::new(options.dropout as f32, key);
         (name.clone(), Box::new(LowRank::zeros(*inputs, *outputs, options.rank, options.scale(), dropout)))
     };
-    maps.iter().map(part).collect()
+    let mut parts = Parts::new();
+    parts.extend(maps.iter().map(part));
+    parts
 }
 
 /// Holds an adapter of these maps, and activates it.

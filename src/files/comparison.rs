@@ -1,14 +1,16 @@
 //! Names and shapes of a file against those of a model.
 
+use std::collections::BTreeSet;
+
 use super::tensors::{Kind, Tensors, quoted};
 use crate::{Error, Result};
 
 /// Compares them one by one: a list of all of them would take more memory than a small file.
 pub(crate) struct Comparison<'a> {
     tensors: &'a Tensors<'a>,
-    found: Vec<&'a str>,
+    found: BTreeSet<&'a String>,
     remarks: Vec<String>,
-    problems: Vec<String>,
+    problems: BTreeSet<String>,
     /// Problems that are not listed.
     more: usize,
 }
@@ -19,7 +21,7 @@ impl<'a> Comparison<'a> {
 
     /// With differences that have been found already.
     pub(crate) fn new(tensors: &'a Tensors<'a>, remarks: Vec<String>) -> Self {
-        Comparison { tensors, found: Vec::new(), remarks, problems: Vec::new(), more: 0 }
+        Comparison { tensors, found: BTreeSet::new(), remarks, problems: BTreeSet::new(), more: 0 }
     }
 
     /// There is to be a tensor of floats with this name and shape.
@@ -32,7 +34,7 @@ impl<'a> Comparison<'a> {
         let Some((name, found)) = self.tensors.entry(name) else {
             return self.problem(|| format!("{}: missing, expected shape {shape:?}", quoted(name)));
         };
-        self.found.push(name);
+        self.found.insert(name);
         if found.shape != shape {
             self.problem(|| format!("{}: has shape {:?}, expected {shape:?}", quoted(name), found.shape));
         } else if !kind.has(found.dtype) {
@@ -45,17 +47,14 @@ impl<'a> Comparison<'a> {
     pub(crate) fn finish(mut self) -> Result<()> {
         let tensors = self.tensors;
         if self.found.len() < tensors.names().len() {
-            self.found.sort_unstable();
-            for name in tensors.names() {
-                if self.found.binary_search(&name).is_err() {
-                    let shape = tensors.shape(name).unwrap_or_default();
-                    self.problem(|| format!("{}: unexpected, has shape {shape:?}", quoted(name)));
+            for (name, tensor) in tensors.iter() {
+                if !self.found.contains(name) {
+                    self.problem(|| format!("{}: unexpected, has shape {:?}", quoted(name), tensor.shape));
                 }
             }
         }
-        let Comparison { mut problems, remarks, more, .. } = self;
-        problems.sort();
-        problems.splice(0..0, remarks);
+        let Comparison { remarks: mut problems, problems: found, more, .. } = self;
+        problems.extend(found);
         if more > 0 {
             problems.push(format!("and {more} more"));
         }
@@ -64,7 +63,7 @@ impl<'a> Comparison<'a> {
 
     fn problem(&mut self, problem: impl FnOnce() -> String) {
         if self.problems.len() < Self::LISTED {
-            self.problems.push(problem());
+            self.problems.insert(problem());
         } else {
             self.more += 1;
         }

@@ -206,14 +206,13 @@ impl<'a> Tensors<'a> {
         self.tensors.get(name)
     }
 
-    #[cfg(feature = "lm")]
     pub(super) fn iter(&self) -> impl Iterator<Item = (&String, &Tensor)> {
         self.tensors.iter()
     }
 
     /// A tensor, and its name as it is kept here.
-    pub(super) fn entry(&self, name: &str) -> Option<(&str, &Tensor)> {
-        self.tensors.get_key_value(name).map(|(name, tensor)| (name.as_str(), tensor))
+    pub(super) fn entry(&self, name: &str) -> Option<(&String, &Tensor)> {
+        self.tensors.get_key_value(name)
     }
 
     pub(super) fn path(&self) -> &Path {

@@ -1,6 +1,6 @@
 //! Safetensors files, written tensor by tensor.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::io::{self, Write};
 use std::path::Path;
 
@@ -79,7 +79,7 @@ impl<'a> Target<'a> {
 
 /// What the header says.
 struct Contents<'a> {
-    metadata: BTreeMap<&'a str, &'a str>,
+    metadata: &'a [(&'a str, &'a str)],
     /// One after the other.
     tensors: Vec<(&'a str, Tensor)>,
 }
@@ -89,11 +89,11 @@ impl<'a> Contents<'a> {
     fn new(
         tensors: &'a [(String, Dtype, Vec<usize>)],
         order: &[usize],
-        metadata: &[(&'a str, &'a str)],
+        metadata: &'a [(&'a str, &'a str)],
     ) -> Result<Self, String> {
         let mut names = BTreeSet::new();
         let mut end = 0u64;
-        let mut contents = Contents { metadata: metadata.iter().copied().collect(), tensors: Vec::new() };
+        let mut contents = Contents { metadata, tensors: Vec::new() };
         for &index in order {
             let (name, dtype, shape) = &tensors[index];
             let mut tensor = Tensor { dtype: *dtype, shape: shape.clone(), start: end, stop: end };
@@ -109,11 +109,19 @@ impl<'a> Contents<'a> {
     }
 }
 
+struct Metadata<'a>(&'a [(&'a str, &'a str)]);
+
+impl Serialize for Metadata<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_map(self.0.iter().copied())
+    }
+}
+
 impl Serialize for Contents<'_> {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         let mut map = serializer.serialize_map(None)?;
         if !self.metadata.is_empty() {
-            map.serialize_entry("__metadata__", &self.metadata)?;
+            map.serialize_entry("__metadata__", &Metadata(self.metadata))?;
         }
         for (name, tensor) in &self.tensors {
             let place = |offset| usize::try_from(offset).map_err(S::Error::custom);

@@ -13,10 +13,10 @@ use ndarray::{ArrayViewMut2, ShapeBuilder};
 
 use super::profiler::timed_product;
 use super::rows::{Out, Rows};
-use super::simd::{Isa, dispatch};
+use super::simd::Isa;
 use super::team::Team;
 use operands::Floats;
-use product::Product;
+use product::{Product, product_at};
 
 pub(crate) use gradient::{STRIP, matmul_across, matmul_gradient};
 pub(crate) use matrix::Matrix;
@@ -61,7 +61,7 @@ pub(crate) fn matmul_part(
     let shape = (m, outputs.len()).strides((out_stride, 1));
     let out = ArrayViewMut2::from_shape(shape, out).expect("room for m rows");
     timed_product(m, outputs.len(), inputs.len(), || {
-        dispatch(Product { x: Floats::<1>(x), w, outputs, inputs, out, mode })
+        product_at(Isa::current(), Product { x: Floats::<1>(x), w, outputs, inputs, out, mode })
     });
 }
 

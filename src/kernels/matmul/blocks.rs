@@ -4,10 +4,10 @@ use ndarray::{ArrayViewMut2, Axis};
 
 use super::operands::{LeftRows, Weights};
 use super::packed::{PANEL, Packed};
-use super::product::Product;
+use super::product::{Product, product_at};
 use crate::kernels::profiler::timed_product;
 use crate::kernels::rows::Out;
-use crate::kernels::simd::{Isa, dispatch_bf16_at};
+use crate::kernels::simd::Isa;
 use crate::kernels::team::Team;
 
 /// Rows that pass over the panels together where all panels stay in a near cache, at least. A multiple of the rows of every tile.
@@ -46,7 +46,7 @@ pub(crate) fn multiply<X, W, const N: usize>(
         let outputs = column..column + out.ncols();
         timed_product(out.nrows(), outputs.len(), w.k, || {
             let x = x.skip_rows(row);
-            dispatch_bf16_at(level, Product { x, w, outputs, inputs: 0..w.k, out, mode });
+            product_at(level, Product { x, w, outputs, inputs: 0..w.k, out, mode });
         });
     });
 }

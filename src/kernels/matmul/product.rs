@@ -6,7 +6,7 @@ use ndarray::ArrayViewMut2;
 use super::operands::{Inputs, LeftRows, LeftTile, Weights};
 use super::packed::{Line, Packed};
 use crate::kernels::rows::Out;
-use crate::kernels::simd::{Kernel, LANES, Simd};
+use crate::kernels::simd::{Isa, Kernel, LANES, Simd, dispatch_bf16_at};
 
 /// How many bytes ahead the weights are fetched of which a tile reads one half.
 const HALVES_AHEAD: usize = 4096;
@@ -116,6 +116,12 @@ impl<X: Left, W: Weights<X::Inputs>, const N: usize> Product<'_, X, W, N> {
             }
         }
     }
+}
+
+/// Computes a product on one instruction set. A call of its own: it is much code, which several places share.
+#[inline(never)]
+pub(crate) fn product_at<X: Left, W: Weights<X::Inputs>, const N: usize>(level: Isa, product: Product<X, W, N>) {
+    dispatch_bf16_at(level, product);
 }
 
 /// The left operand of a product.

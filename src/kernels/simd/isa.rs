@@ -102,7 +102,8 @@ impl Isa {
 
     /// Whether there are instructions for products of bfloat16.
     pub(crate) fn has_bf16(self) -> bool {
-        self == Isa::NeonBf16 || self >= Isa::Avx512Bf16
+        // a constant elsewhere, so that such products are not even compiled
+        cfg!(any(target_arch = "x86_64", target_arch = "aarch64")) && (self == Isa::NeonBf16 || self >= Isa::Avx512Bf16)
     }
 
     /// The level in use: the one `HYMBA_SIMD` names, if the CPU has it, or else the best there is. Tiles are not asked for.

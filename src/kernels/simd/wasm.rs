@@ -31,6 +31,7 @@ impl Simd for Simd128 {
     // on x86-64, where engines have sixteen registers
     const TILE_ROWS: usize = 3;
     const TILE_LINES: usize = 1;
+    const DOT_ROWS: usize = 2;
 
     #[inline(always)]
     fn splat(self, x: f32) -> Self::V {
