@@ -37,6 +37,10 @@ pub(crate) struct ScanInput<'a> {
 /// the second cache, and what is kept is one number in 16.
 pub(crate) const CHUNK: usize = 16;
 
+/// Frames through which some channels pass before the next ones do: what is read of them stays in the second cache. A row is
+/// longer than what some channels read of it, and all rows of a long sequence would come from memory once for each of them.
+const FRAMES: usize = 64;
+
 /// Frames that are fetched before their turn. What is read of a frame is short, and the CPU does not see where reading goes on.
 const AHEAD: usize = 8;
 
@@ -76,57 +80,66 @@ impl Kernel for Scan<'_> {
     fn run<S: Simd>(mut self, s: S) {
         let ScanInput { delta, v, b, c, z, a, skip, mean_delta } = self.input;
         let (n, columns) = self.state.dim();
-        let d = a.len() / n;
+        let (l, d) = (self.out.nrows(), a.len() / n);
         let zero = [s.splat(0.0); 2];
         let log2_e = s.splat(std::f32::consts::LOG2_E);
         let mut decays = vec![zero; n]; // A/ln 2 of these channels
         let mut states = vec![zero; n]; // S of these channels
-        for begin in (0..columns).step_by(CHANNELS) {
-            let end = columns.min(begin + CHANNELS);
-            let here = self.first + begin..self.first + end;
-            for (row, decay) in a.chunks_exact(d).zip(&mut decays) {
-                *decay = load_pair(s, &row[here.clone()]).map(|rate| s.mul(rate, log2_e));
-            }
-            for (row, state) in self.state.rows_mut().into_iter().zip(&mut states) {
-                *state = load_pair(s, &cells(row)[begin..end]);
-            }
-            let skip = match skip {
-                Some(skip) => load_pair(s, &skip[here.clone()]),
-                None => zero,
-            };
+        for start in (0..l).step_by(FRAMES) {
+            let stop = l.min(start + FRAMES);
+            for begin in (0..columns).step_by(CHANNELS) {
+                let end = columns.min(begin + CHANNELS);
+                let here = self.first + begin..self.first + end;
+                for (row, decay) in a.chunks_exact(d).zip(&mut decays) {
+                    *decay = load_pair(s, &row[here.clone()]).map(|rate| s.mul(rate, log2_e));
+                }
+                for (row, state) in self.state.rows_mut().into_iter().zip(&mut states) {
+                    *state = load_pair(s, &cells(row)[begin..end]);
+                }
+                let skip = match skip {
+                    Some(skip) => load_pair(s, &skip[here.clone()]),
+                    None => zero,
+                };
 
-            for (t, out) in self.out.rows_mut().into_iter().enumerate() {
-                if let (0, Some(kept)) = (t % CHUNK, &mut self.checkpoints) {
-                    let mut kept = kept.index_axis_mut(Axis(0), t / CHUNK);
-                    for (row, state) in kept.rows_mut().into_iter().zip(&states) {
-                        store_pair(s, *state, &mut cells(row)[begin..end]);
+                for t in start..stop {
+                    if let (0, Some(kept)) = (t % CHUNK, &mut self.checkpoints) {
+                        let mut kept = kept.index_axis_mut(Axis(0), t / CHUNK);
+                        for (row, state) in kept.rows_mut().into_iter().zip(&states) {
+                            store_pair(s, *state, &mut cells(row)[begin..end]);
+                        }
                     }
-                }
-                for rows in [delta, v, z] {
-                    fetch(s, rows, t + AHEAD, here.start);
-                }
-                let delta = load_pair(s, &delta.data[t * delta.stride..][here.clone()]);
-                let v = load_pair(s, &v.data[t * v.stride..][here.clone()]);
-                let z = load_pair(s, &z.data[t * z.stride..][here.clone()]);
-                let input_delta = input_delta(s, mean_delta, t, delta);
-                let input = [s.mul(input_delta[0], v[0]), s.mul(input_delta[1], v[1])];
-                let b = &b.data[t * b.stride..][..n];
-                let c = &c.data[t * c.stride..][..n];
-                let mut y = [s.mul(skip[0], v[0]), s.mul(skip[1], v[1])];
-                for ((decay, state), (&b, &c)) in decays.iter().zip(&mut states).zip(b.iter().zip(c)) {
-                    let (b, c) = (s.splat(b), s.splat(c));
-                    for i in 0..2 {
-                        let kept = s.mul(math::exp2_negative(s, s.mul(delta[i], decay[i])), state[i]);
-                        state[i] = s.mul_add(input[i], b, kept);
-                        y[i] = s.mul_add(state[i], c, y[i]);
+                    // or the first frames of the next channels, or those after these
+                    let (next, column) = match t + AHEAD {
+                        next if next < stop => (next, here.start),
+                        next if end < columns => (next - stop + start, here.end),
+                        next => (next, self.first),
+                    };
+                    for rows in [delta, v, z] {
+                        fetch(s, rows, next, column);
                     }
+                    let delta = load_pair(s, &delta.data[t * delta.stride..][here.clone()]);
+                    let v = load_pair(s, &v.data[t * v.stride..][here.clone()]);
+                    let z = load_pair(s, &z.data[t * z.stride..][here.clone()]);
+                    let input_delta = input_delta(s, mean_delta, t, delta);
+                    let input = [s.mul(input_delta[0], v[0]), s.mul(input_delta[1], v[1])];
+                    let b = &b.data[t * b.stride..][..n];
+                    let c = &c.data[t * c.stride..][..n];
+                    let mut y = [s.mul(skip[0], v[0]), s.mul(skip[1], v[1])];
+                    for ((decay, state), (&b, &c)) in decays.iter().zip(&mut states).zip(b.iter().zip(c)) {
+                        let (b, c) = (s.splat(b), s.splat(c));
+                        for i in 0..2 {
+                            let kept = s.mul(math::exp2_negative(s, s.mul(delta[i], decay[i])), state[i]);
+                            state[i] = s.mul_add(input[i], b, kept);
+                            y[i] = s.mul_add(state[i], c, y[i]);
+                        }
+                    }
+                    let gated = [s.mul(y[0], math::silu(s, z[0])), s.mul(y[1], math::silu(s, z[1]))];
+                    store_pair(s, gated, &mut cells(self.out.row_mut(t))[begin..end]);
                 }
-                let gated = [s.mul(y[0], math::silu(s, z[0])), s.mul(y[1], math::silu(s, z[1]))];
-                store_pair(s, gated, &mut cells(out)[begin..end]);
-            }
 
-            for (row, state) in self.state.rows_mut().into_iter().zip(&states) {
-                store_pair(s, *state, &mut cells(row)[begin..end]);
+                for (row, state) in self.state.rows_mut().into_iter().zip(&states) {
+                    store_pair(s, *state, &mut cells(row)[begin..end]);
+                }
             }
         }
     }
