@@ -146,7 +146,7 @@ impl Hymba {
     ///
     /// # Memory
     ///
-    /// About `4·(20h + a·⌈p/32⌉·32 + 2n + r + embed_dim)` bytes per frame (5 kB at h = 64, 24 kB at the default h = 256), of the
+    /// About `4·(20h + a·⌈p/32⌉·32 + 2n + r + embed_dim)` bytes per frame (6 kB at h = 64, 22 kB at the default h = 256), of the
     /// frames being computed: each thread has about 128 frames of short sequences, or all together 8,192 frames of a long one,
     /// which is read in pieces; so memory does not grow with l beyond that. [`forward_sequence`](Self::forward_sequence) keeps `8h`
     /// bytes of every frame besides, and training, all in all, `4·(25h + n·h/8)` bytes per frame and block. With a shared attention

@@ -16,7 +16,7 @@ impl Hymba {
     /// | `attention.{q,k,v,out}_proj` | `mamba.x_proj`, `mamba.dt_proj`: the time step, B and C add up in the state |
     /// | `gate`, `shared_proj`, `ffn.up`, `ffn.down` | norms, biases, convolution, A, D, meta tokens, the head of a [`Predictor`](crate::Predictor) |
     ///
-    /// These matrices are most of the model: 97 % at the default sizes. [`save`](Self::save) writes them as they are stored, and
+    /// These matrices are most of the model: 96 % at the default sizes. [`save`](Self::save) writes them as they are stored, and
     /// [`load`](Self::load) gives the same model again, to the bit; [`load_as`](Self::load_as) reads a larger file into this form at
     /// once. States made before can no longer be used. What was rounded stays so if a wider type is chosen later.
     ///

@@ -98,7 +98,7 @@ impl HymbaState {
     ///
     /// # Errors
     ///
-    /// [`Error::State`] if another model made `other`. This state is then untouched.
+    /// [`Error::State`] if a model with other weights made `other`. This state is then untouched.
     pub fn append(&mut self, other: HymbaState) -> Result<()> {
         if other.fingerprint != self.fingerprint {
             return Err(Error::State("the other state was made by a model with other weights".into()));
@@ -150,8 +150,9 @@ impl Hymba {
     ///
     /// # Errors
     ///
-    /// [`Error::Shape`] if the width is not `embed_dim`, b is 0, or the step does not fit into memory; [`Error::State`] if the state is of another batch
-    /// size, was made by a model with other weights, or before the parameters changed. The state is then untouched.
+    /// [`Error::Shape`] if the width is not `embed_dim`, b is 0, or the step does not fit into memory; [`Error::State`] if the
+    /// state has another batch size, was made by a model with other weights or before the parameters changed, or did not fit
+    /// into memory when it was made. The state is then untouched.
     ///
     /// ```
     /// use hymba::{Hymba, HymbaOptions};

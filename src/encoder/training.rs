@@ -14,7 +14,8 @@ use crate::kernels::team::{Team, with_team};
 use crate::layers::{Batch, Buffer, Dropout, SequenceState, Spans, StateGradient, row_seeds, seed_at};
 use crate::{Error, Result};
 
-/// What [`Hymba::backward`] reads of a forward pass: about 25·h numbers for each block and frame.
+/// The intermediate results of a forward pass that [`Hymba::backward`] needs: about 25·h + n·h/8 numbers per block and frame in
+/// the default pattern (see [`Hymba::forward`] for others).
 pub struct TrainCache {
     model: u64,
     seed: u64,
@@ -46,15 +47,17 @@ impl fmt::Debug for TrainCache {
 
 impl Hymba {
     /// As [`forward_ragged`](Self::forward_ragged), for training: with dropout at the rate of the option `dropout`, and with what
-    /// [`backward`](Self::backward) reads. `lengths` of `None` are full ones.
+    /// [`backward`](Self::backward) needs. Without `lengths`, all l frames of every row are valid.
     ///
-    /// Which numbers are dropped follows from `seed`, the row of the batch and the frame; give every batch another seed. Meta tokens
-    /// lose nothing: they are shared by the batch, and what they leave behind is what inference uses. Without dropout, here and in an adapter ([`LoraOptions::dropout`](crate::LoraOptions::dropout)), the outputs
-    /// are those of [`forward`](Self::forward), to the bit.
+    /// Which numbers are dropped follows from `seed`, the row of the batch and the frame; give every batch another seed. Nothing
+    /// is dropped from meta tokens: they are shared by the batch, and the state they leave is the one inference uses. Without
+    /// dropout, here and in an adapter ([`LoraOptions::dropout`](crate::LoraOptions::dropout)), the outputs are those of
+    /// [`forward`](Self::forward), to the bit.
     ///
     /// # Errors
     ///
-    /// As [`forward_ragged`](Self::forward_ragged); [`Error::Option`] if the model is [stored](Self::store_as) for inference.
+    /// As [`forward_ragged`](Self::forward_ragged); [`Error::Option`] if the model is [stored](Self::store_as) for inference and has
+    /// no adapters; [`Error::State`] if it holds [adapters](Self::add_lora) of which none is active.
     ///
     /// ```
     /// use hymba::{Hymba, HymbaOptions};
@@ -104,9 +107,9 @@ impl Hymba {
     ///
     /// # Errors
     ///
-    /// [`Error::Shape`] if dy has not the shape of the outputs; [`Error::State`] if `cache` is of another model, or of this one
+    /// [`Error::Shape`] if dy does not have the shape of the outputs; [`Error::State`] if `cache` is of another model, of this one
     /// before its parameters changed, or of [`forward_sequence_train`](Self::forward_sequence_train), or if `grads` is of a
-    /// model with other options. Nothing is added then.
+    /// model with other options or another adapter; [`Error::Option`] if `grads` is stored for inference. Nothing is added then.
     pub fn backward(&self, cache: &TrainCache, dy: &ArrayRef2<f32>, grads: &mut Hymba) -> Result<Array3<f32>> {
         self.check_backward(cache, &[cache.lengths.len()], dy.shape(), grads)?;
         let dy = dy.as_standard_layout();
