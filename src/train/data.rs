@@ -93,9 +93,9 @@ impl Dataset {
     ///
     /// # Errors
     ///
-    /// [`Error::Data`] names the first thing that cannot be learned from, with its series and frame (counted from 0): no
-    /// series at all, one without frames or of another width, a number that is not finite, targets of another kind or number
-    /// than the task and the series need, a class that has no label. [`Error::Option`] if the task is not usable.
+    /// [`Error::Data`] names the first fault, with its series and frame (counted from 0): no series at all, one without frames
+    /// or of another width, a number that is not finite, targets of another kind or number than the task and the series need,
+    /// a class that has no label, no frame with a target. [`Error::Option`] if the task is not usable.
     pub fn new(task: &Task, series: Vec<Array2<f32>>, targets: Targets) -> Result<Self> {
         task.validate()?;
         let data = Dataset { task: task.clone(), series, targets };
@@ -287,8 +287,9 @@ impl Dataset {
         }
     }
 
-    /// Cuts all series into batches of `size` or one less, in an order drawn from `seed`, with series of like length in one batch: those
-    /// of an epoch, for a loop of one's own. Each is a list of places for [`pad`](Self::pad).
+    /// The batches of an epoch, for a training loop of your own: all series, as few batches of at most `size` as hold them, equal in
+    /// size but for one series, in an order drawn from `seed`, with series of similar length together. Each batch is a list of
+    /// indices for [`pad`](Self::pad).
     ///
     /// ```
     /// use hymba::Task;
@@ -318,7 +319,7 @@ impl Dataset {
         Ok(self.batches_of(&all, size, &mut Rng::seed_from_u64(seed)))
     }
 
-    /// Cuts the series `indices` into batches of `size` or one less, in an order drawn from `rng`.
+    /// Cuts the series `indices` into batches of at most `size`, equal but for one series, in an order drawn from `rng`.
     pub(super) fn batches_of(&self, indices: &[usize], size: usize, rng: &mut Rng) -> Vec<Vec<usize>> {
         let mut batches = self.sorted_batches(indices, indices.len().div_ceil(size), rng);
         batches.shuffle(rng);

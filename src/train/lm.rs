@@ -26,9 +26,9 @@ pub use options::LmTrainerOptions;
 /// low-rank parts ([`HymbaLm::add_lora`]) only these.
 ///
 /// A step adds up the gradients of its rows, in as many passes as [`pass_size`](LmTrainerOptions::pass_size) makes of them, and
-/// divides by the number of predicted tokens. What [dropout](crate::LoraOptions::dropout) of adapters hits follows from the seed, the
-/// epoch and the row, and where each rank has [rows of its own](TrainingData::sharded) from the rank. The same seed and rows give the same weights, bit for bit, for any number of threads,
-/// and over killing and resuming.
+/// divides by the number of predicted tokens. Which numbers the [dropout](crate::LoraOptions::dropout) of adapters drops follows
+/// from the seed, the epoch and the row, and from the rank where each has [rows of its own](TrainingData::sharded). The same seed
+/// and rows give the same weights, bit for bit, for any number of threads, also if the training was killed and resumed.
 ///
 /// ```
 /// use std::ops::ControlFlow;
@@ -99,7 +99,7 @@ pub struct LmProgress<'a> {
     pub lm: &'a HymbaLm,
     /// Epochs that are done.
     pub epoch: usize,
-    /// Steps that are done, and all there are.
+    /// Steps that are done, in all epochs.
     pub step: u64,
     /// All steps.
     pub steps: u64,
@@ -142,7 +142,8 @@ impl LmTrainer {
     /// # Errors
     ///
     /// [`Error::Io`], [`Error::Format`] and [`Error::Tensors`] when a file cannot be read, is not what it should be, or is of a
-    /// model with other weights; [`Error::Option`] names the option in which the adapter of `lm` differs from that of the training.
+    /// model with other weights; [`Error::Option`] names the option in which the adapter of `lm` differs from that of the training;
+    /// [`Error::State`] if an adapter was trained and none of `lm` is active.
     pub fn resume(lm: HymbaLm, folder: impl AsRef<Path>) -> Result<Self> {
         let (options, state, data) = checkpoint::read(folder.as_ref(), lm)?;
         let options = options.checkpoint(folder.as_ref());
@@ -160,7 +161,7 @@ impl LmTrainer {
     ///
     /// [`Error::Tokens`] if rows do not go with the model: an id is not in the vocabulary, or they are too long, which is checked
     /// before the first step, or too many for the memory; [`Error::Data`] if they are not those that a resumed training began with;
-    /// [`Error::Checkpoint`] if the folder has a training in it already; [`Error::NotFinite`] when a gradient is not finite, or, at
+    /// [`Error::State`] if the model holds adapters of which none is active; [`Error::Checkpoint`] if the folder has a training in it already; [`Error::NotFinite`] when a gradient is not finite, or, at
     /// the end of an epoch, a trained parameter or the validation loss is not; and [`Error::Io`] says why a checkpoint could not be
     /// written. The last checkpoint is intact then.
     pub fn fit(

@@ -92,8 +92,9 @@ impl<P: Parameters> AdamW<P> {
     /// # Errors
     ///
     /// [`Error::Option`] if an option is outside its range, or the model is stored for inference only
-    /// ([`Hymba::store_as`](crate::Hymba::store_as)); [`Error::Optimizer`] if two parameters have one name, or the
-    /// numbers of one are not in row-major order without gaps, which those of a [`Hymba`](crate::Hymba) are.
+    /// ([`Hymba::store_as`](crate::Hymba::store_as)) and has no adapters; [`Error::State`] if it holds adapters of which none is
+    /// active; [`Error::Optimizer`] if two parameters have one name, the numbers of one are not in row-major order without gaps
+    /// (those of a [`Hymba`](crate::Hymba) are), or [`zeros_like`](Parameters::zeros_like) makes other parameters.
     pub fn new(model: &P, options: AdamWOptions) -> Result<Self> {
         options.validate()?;
         model.check_trainable()?;

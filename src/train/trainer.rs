@@ -102,7 +102,8 @@ impl Trainer {
     /// # Errors
     ///
     /// [`Error::Option`] if an option is outside its range, see [`TrainerOptions`], or the encoder is stored for inference only
-    /// ([`Hymba::store_as`](crate::Hymba::store_as)).
+    /// ([`Hymba::store_as`](crate::Hymba::store_as)) and has no adapters; [`Error::State`] if it holds adapters of which none is
+    /// active.
     pub fn new(predictor: Predictor, options: TrainerOptions) -> Result<Self> {
         options.validate()?;
         predictor.check_trainable()?;
@@ -119,7 +120,8 @@ impl Trainer {
     ///
     /// # Errors
     ///
-    /// [`Error::Io`], [`Error::Format`] and [`Error::Tensors`] when a file cannot be read or is not what it should be.
+    /// [`Error::Checkpoint`] if there is no training in the folder; [`Error::Io`], [`Error::Format`] and [`Error::Tensors`] when a
+    /// file cannot be read or is not what it should be.
     ///
     /// ```no_run
     /// use std::path::Path;
@@ -210,8 +212,9 @@ impl Trainer {
     /// # Errors
     ///
     /// Before anything is trained: [`Error::Data`] if the data are for another task or width, not those of the resumed
-    /// training, or if no frame of a part has a target; [`Error::Option`] if an option does not fit them; [`Error::Checkpoint`] if the checkpoint folder has a training
-    /// in it already, or if its options are not those its optimiser goes by.
+    /// training, too few to split off a validation part, or without a target in one of the parts; [`Error::Option`] if an option does
+    /// not fit them; [`Error::Checkpoint`] if the checkpoint folder has a training in it already, or if its options are not those
+    /// its optimiser goes by.
     ///
     /// After that: [`Error::NotFinite`] names the step and the first parameter at fault when a loss or a gradient is not finite,
     /// and [`Error::Io`] says why a checkpoint could not be written. The last checkpoint is intact then.

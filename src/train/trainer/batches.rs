@@ -136,7 +136,7 @@ pub struct DatasetBatches<'a> {
 }
 
 impl<'a> DatasetBatches<'a> {
-    /// Batches of `size` series or one less.
+    /// Batches of at most `size` series: see [`Dataset::batches`].
     ///
     /// # Errors
     ///
@@ -184,7 +184,8 @@ impl Trainer {
     /// # Errors
     ///
     /// Those of the source, of `loss` and of `metric`; [`Error::Option`] if the number of batches is not known and the learning rate falls
-    /// or warms up; [`Error::Data`] if an epoch has no batches or not those that were announced; otherwise as
+    /// or warms up; [`Error::Data`] if an epoch has no batches or not those that were announced, or the resumed training is one of
+    /// [`fit`](Self::fit); [`Error::Shape`] if a gradient does not have the shape of the predictions; otherwise as
     /// [`fit`](Self::fit). [`BatchSource`] and [`DatasetBatches`] have examples.
     pub fn fit_batches<S: BatchSource>(
         self,

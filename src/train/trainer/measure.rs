@@ -14,8 +14,8 @@ use crate::{Error, Predictor, Result, argmax};
 ///
 /// # Errors
 ///
-/// [`Error::Data`] if the data are for another task or width; [`Error::Option`] if the loss is not usable, or if the class weights
-/// leave no target any weight.
+/// [`Error::Data`] if the data are for another task or width; [`Error::Option`] if an option is outside its range or does not fit
+/// the data, or if the class weights leave no target any weight.
 ///
 /// ```
 /// use hymba::ndarray::{Array2, array};

@@ -63,7 +63,7 @@ pub struct Progress {
     pub train: Metrics,
     /// The learning rate of the last step.
     pub learning_rate: f32,
-    /// The norm of the last step's gradient, before clipping.
+    /// The norm of the last step's gradient, before clipping; at the end of an epoch, the mean over its steps.
     pub gradient_norm: f32,
     /// Steps of the epoch that were left out so far.
     pub skipped: usize,
