@@ -57,8 +57,9 @@ pub use training::PredictorCache;
 /// ```
 ///
 /// [`PredictorOptions`] say what else is around the encoder: the form of the input, a convolutional stem, a second encoder that reads
-/// from the end, pooling. Every call works for every task: a classifier of sequences also predicts at every frame. The task says how many
-/// outputs there are, what they are called, and what [`Trainer`](crate::train::Trainer) trains.
+/// from the end, pooling. Every call works for every task: a classifier of sequences also predicts at every frame, if no other option
+/// than pooling is set. The task says how many outputs there are, what they are called, and what
+/// [`Trainer`](crate::train::Trainer) trains.
 ///
 /// ```
 /// use hymba::ndarray::Array3;
@@ -174,7 +175,8 @@ impl Predictor {
     ///
     /// # Errors
     ///
-    /// As [`Hymba::forward_sequence`].
+    /// As [`Hymba::forward_sequence`]; [`Error::Option`] if an option other than `encoder` and `pooling` is set, see
+    /// [`PredictorOptions`].
     ///
     /// ```
     /// use hymba::ndarray::Array3;
@@ -273,8 +275,8 @@ impl Predictor {
     ///
     /// # Errors
     ///
-    /// [`Error::Shape`] unless it is for as many features as frames have in their form: `embed_dim`, unless
-    /// [`PredictorOptions::features`] are more.
+    /// [`Error::Shape`] unless it has [`PredictorOptions::features`] features: `embed_dim`, or twice that with
+    /// [`Differences::Beside`].
     pub fn set_input_normalization(&mut self, normalization: Option<Normalization>) -> Result<()> {
         check_width(normalization.as_ref(), "embed_dim", self.options.features())?;
         self.input = normalization;

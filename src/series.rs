@@ -116,8 +116,8 @@ impl SeriesSet {
     ///
     /// # Errors
     ///
-    /// [`Error::Io`] if it cannot be read, and [`Error::Format`], which names the line and what is wrong with it. Tables need the
-    /// feature `csv`.
+    /// [`Error::Io`] if it cannot be read; [`Error::Format`], which names the line and what is wrong with it, and for a table if
+    /// the feature `csv` is off; [`Error::Option`] if an option is not usable.
     pub fn read(path: impl AsRef<Path>, options: &ReadOptions) -> Result<Self> {
         let path = path.as_ref();
         let bytes = std::fs::read(path).map_err(|error| Error::io(path, error))?;

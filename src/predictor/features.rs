@@ -77,7 +77,8 @@ impl KernelFeatures {
     ///
     /// # Errors
     ///
-    /// [`Error::Data`] if there are no series; [`Error::Shape`] if one has no frames or another number of channels.
+    /// [`Error::Data`] if there are no series; [`Error::Shape`] if one has no frames, no channels, or another number of channels than
+    /// the first.
     pub fn fit(series: &[Array2<f32>], seed: u64) -> Result<Self> {
         Self::fit_within(series, seed, usize::MAX)
     }
@@ -172,16 +173,17 @@ impl KernelFeatures {
         self.plan.views().iter().sum()
     }
 
-    /// How many of them, in this order, are of the pooled and of the competing kernels, and of levels.
+    /// How many features come from the pooled kernels, the competing kernels and the levels; they stand in this order.
     pub fn views(&self) -> [usize; 3] {
         self.plan.views()
     }
 
-    /// The features of series `[length, channels]`: `[series, num_features]`. Those of a series do not depend on the others.
+    /// The features of series `[length, channels]`: `[series, num_features]`, without rows if there are no series. Those of a series
+    /// do not depend on the others.
     ///
     /// # Errors
     ///
-    /// As [`fit`](Self::fit).
+    /// [`Error::Shape`] if a series has no frames or another number of channels, or the features do not fit into memory.
     pub fn transform(&self, series: &[Array2<f32>]) -> Result<Array2<f32>> {
         if series.is_empty() {
             return Ok(Array2::zeros((0, self.num_features())));

@@ -48,12 +48,13 @@ const CHUNK: usize = 64;
 impl KernelPredictor {
     /// Fits to the series of a data set. The kernels are drawn from `seed`.
     ///
-    /// The features of all series take up to a gigabyte: with more than 4800 series there are fewer per series. Of more than 6144
-    /// series, 6144 are used.
+    /// The features of all series take up to a gigabyte: with more than some 4000 series (fewer if they have several channels) there are
+    /// fewer features per series. Of more than 6144 series, 6144 are used.
     ///
     /// # Errors
     ///
-    /// [`Error::Data`] if each frame has a target of its own, or several labels can be right.
+    /// [`Error::Data`] if each frame has a target of its own, or several labels can be right; [`Error::Shape`] if the features do not
+    /// fit into memory.
     pub fn fit(data: &Dataset, seed: u64) -> Result<Self> {
         Ok(Self::fit_left_out(data, seed)?.0)
     }
@@ -104,7 +105,7 @@ impl KernelPredictor {
     ///
     /// # Errors
     ///
-    /// [`Error::Shape`] if a series has no frames or another number of channels.
+    /// As [`KernelFeatures::transform`].
     pub fn predict(&self, series: &[Array2<f32>]) -> Result<Array2<f32>> {
         let mut predicted = Array2::zeros((series.len(), self.task.outputs()));
         for (series, mut predicted) in series.chunks(CHUNK).zip(predicted.axis_chunks_iter_mut(Axis(0), CHUNK)) {

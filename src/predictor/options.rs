@@ -15,10 +15,10 @@ use crate::{Error, HymbaOptions, Pooling, Result, Stem};
 /// | `bidirectional` | no | | a second encoder reads each sequence from its end |
 /// | `pooling` | last | see [`Pooling`] | how a sequence becomes the one vector that it is judged by |
 ///
-/// Every option but `encoder` is for whole sequences: a task of every frame ([`Task::is_frame_wise`]) goes with the defaults
-/// alone. Streams ([`Predictor::step`](crate::Predictor::step)) go with every `pooling`, and are refused with the others, which
-/// need frames that a stream has not seen yet. [`HymbaOptions`] alone are options, too: with
-/// the defaults of this table.
+/// Every option but `encoder` is for whole sequences: a task of every frame ([`Task::is_frame_wise`]) needs the defaults of all
+/// others. Streams ([`Predictor::step`](crate::Predictor::step)) and predictions at every frame
+/// ([`Predictor::predict_frames`](crate::Predictor::predict_frames)) go with any `pooling`, and are refused if one of the others is
+/// set. [`HymbaOptions`] alone convert to these options, with the defaults of this table.
 ///
 /// ```
 /// use hymba::{HymbaOptions, Pooling, Predictor, PredictorOptions, Task};
@@ -147,7 +147,8 @@ impl PredictorOptions {
         Form { normalize_series: self.normalize_series, differences: self.differences }
     }
 
-    /// The width of frames in their form: of what an input normalization is for.
+    /// Features of a frame after `differences`: `embed_dim`, or twice that with [`Differences::Beside`]. An input normalization has
+    /// as many.
     pub fn features(&self) -> usize {
         self.differences.width(self.encoder.embed_dim)
     }

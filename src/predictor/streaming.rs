@@ -94,7 +94,7 @@ impl PredictorState {
     ///
     /// # Errors
     ///
-    /// [`Error::State`] if another model made `other`. This state is then untouched.
+    /// [`Error::State`] if a predictor with other weights or another pooling made `other`. This state is then untouched.
     pub fn append(&mut self, other: PredictorState) -> Result<()> {
         if other.fingerprint != self.fingerprint {
             return Err(Error::State("the other state was made by a model with another pooling".into()));
@@ -117,7 +117,7 @@ const SUMS: &str = "pooling.sums";
 const WEIGHTS: &str = "pooling.weights";
 
 impl Predictor {
-    /// A state for `batch` streams that have seen no frame yet.
+    /// A state for `batch` streams that have seen no frame yet. For its size see [`Hymba::new_state`](crate::Hymba::new_state).
     pub fn new_state(&self, batch: usize) -> PredictorState {
         let initial = self.reader.pool.new_state();
         let bytes = initial.num_bytes() + size_of::<PoolState>();
@@ -131,7 +131,8 @@ impl Predictor {
     ///
     /// # Errors
     ///
-    /// As [`Hymba::step`](crate::Hymba::step); [`Error::Option`] if an option needs frames that are still to come.
+    /// As [`Hymba::step`](crate::Hymba::step); [`Error::Option`] if an option other than `encoder` and `pooling` is set, see
+    /// [`PredictorOptions`](crate::PredictorOptions).
     ///
     /// ```
     /// use hymba::ndarray::Array2;
@@ -163,7 +164,7 @@ impl Predictor {
     ///
     /// # Errors
     ///
-    /// As [`Hymba::prefill`](crate::Hymba::prefill); [`Error::Option`] if an option needs frames that are still to come.
+    /// As [`Hymba::prefill`](crate::Hymba::prefill); [`Error::Option`] as [`step`](Self::step).
     ///
     /// ```
     /// use hymba::ndarray::{Array2, Array3};

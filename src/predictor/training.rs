@@ -48,7 +48,7 @@ impl Predictor {
     ///
     /// # Errors
     ///
-    /// As [`Hymba::forward_train`](crate::Hymba::forward_train): [`Error::Option`] if the encoder is stored for inference, too.
+    /// As [`Hymba::forward_train`](crate::Hymba::forward_train).
     ///
     /// ```
     /// use hymba::ndarray::Array3;
@@ -93,7 +93,8 @@ impl Predictor {
     ///
     /// # Errors
     ///
-    /// As [`Hymba::forward_sequence_train`](crate::Hymba::forward_sequence_train).
+    /// As [`Hymba::forward_sequence_train`](crate::Hymba::forward_sequence_train); [`Error::Option`] if an option other than
+    /// `encoder` is set, see [`PredictorOptions`].
     pub fn forward_frames_train(
         &self,
         x: &ArrayRef3<f32>,
@@ -119,14 +120,15 @@ impl Predictor {
         self.run_backward(cache, self.rescaled_backward(cache, dy.view())?, grads)
     }
 
-    /// What a prediction was made of: gradient × input of one output by the frames of one sequence, x `[l, embed_dim]` → `[l,
-    /// embed_dim]`. A number above 0 raised the output, one below 0 lowered it; their sum is, to first order, the difference of the
-    /// output to that of frames at the input normalization's mean (at 0 without one, and where series are normalized by themselves or only
+    /// Which features of which frames a prediction rests on: gradient × input of one output, for one sequence x `[l, embed_dim]` →
+    /// `[l, embed_dim]`. A number above 0 raised the output, one below 0 lowered it. To first order, their sum is the output less that
+    /// of frames at the mean of the input normalization (at 0 without one, and where series are normalized by themselves or only
     /// differences are read).
     ///
     /// # Errors
     ///
-    /// As [`predict`](Self::predict); [`Error::Option`] if there is no such output, or if matrices are stored for inference only.
+    /// As [`predict`](Self::predict); [`Error::Option`] if there is no such output, or if the encoder is stored for inference only and
+    /// no adapter is active.
     ///
     /// ```
     /// use hymba::ndarray::Array2;

@@ -13,8 +13,8 @@ use crate::{Error, Result};
 /// | `delimiter` | `,` and in a `.tsv` file the tab | what separates columns, an ASCII character |
 /// | `target` | the column `target`, `class` or `label`, if there is one | what is to be predicted; not known where it is empty, `?` or `NaN` |
 /// | `target_kind` | [`TargetKind::Auto`] | whether that is classes or numbers |
-/// | `id` | the column `id`, if there is one | what a series is called; no value |
-/// | `time_column` | the column `time` or `timestamp`, if there is one | in the long layout, the times of frames: numbers, or dates such as `2004-08-10 14:30:00`; in the wide layout it is left out |
+/// | `id` | the column `id`, if there is one | the name of a series; it is not a value |
+/// | `time_column` | the column `time` or `timestamp`, if there is one | in the long layout, the times of frames: numbers, or dates such as `2004-08-10 14:30:00`; in the wide layout it is left out, and an error if it was set |
 ///
 /// Names of columns that are looked for by default may be in any case of letters.
 ///
