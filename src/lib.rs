@@ -116,8 +116,8 @@
 //! | `ffn.up.weight`, `.bias` | `[4h, h]`, `[4h]` | then gelu, in its exact form with erf |
 //! | `ffn.down.weight`, `.bias` | `[h, 4h]`, `[h]` | |
 //!
-//! With another [`Pattern`] a block has the tensors of what it consists of, without a gate. Of [`Pattern::SharedAttention`] blocks
-//! have no `ffn`; `shared_block.` (once, in front of the blocks) and the blocks it feeds have:
+//! With another [`Pattern`] a block has the tensors of its parts, and no gate. With [`Pattern::SharedAttention`] blocks have no
+//! `ffn`; `shared_block.` (once, in front of the blocks) and the blocks it feeds have:
 //!
 //! | tensor | shape | |
 //! |---|---|---|

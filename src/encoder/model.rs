@@ -84,7 +84,7 @@ impl Default for Cached {
     }
 }
 
-/// What every block did to an input: see [`Hymba::inspect`].
+/// The result of [`Hymba::inspect`].
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub struct Inspection {
@@ -217,8 +217,8 @@ impl Hymba {
         Ok(sequences(self.encode_frames(x, &vec![l; batch]), batch))
     }
 
-    /// What every block does to x `[b, l, embed_dim]`: the two branches, the gate that mixes them, and the attention
-    /// weights. Meant for inspection, not for speed: it holds l·(k + l) weights for each head, block and row.
+    /// Runs x `[b, l, embed_dim]` and returns the results of every block: those of its branches, the gate that mixes them, and the
+    /// attention weights. Meant for inspection, not for speed: it holds l·(k + l) weights per head, block and row.
     ///
     /// # Errors
     ///

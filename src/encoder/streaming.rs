@@ -12,7 +12,7 @@ use crate::kernels::team::{with_team, work};
 use crate::layers::{Batch, SequenceState};
 use crate::{Error, Result};
 
-/// What a model remembers of a batch of streams between two calls of [`Hymba::step`] or [`Hymba::prefill`].
+/// The state of a batch of streams between two calls of [`Hymba::step`] or [`Hymba::prefill`].
 ///
 /// A state belongs to the weights that made it: it can be used with every model that has the same ones, also in another
 /// process ([`Hymba::save_state`]), and with none whose parameters have changed. Cloning a state forks the streams. Its size is
@@ -66,7 +66,7 @@ impl HymbaState {
         self.lengths().into_iter().max().unwrap_or(0) as u64
     }
 
-    /// Bytes of what is remembered.
+    /// Bytes of memory that the state takes.
     pub fn num_bytes(&self) -> usize {
         self.rows.iter().map(SequenceState::num_used_bytes).sum()
     }
@@ -94,7 +94,7 @@ impl HymbaState {
         Ok(HymbaState { rows, initial: self.initial.clone(), ..*self })
     }
 
-    /// Adds the streams of another state of the same weights behind these.
+    /// Appends the streams of another state of the same weights.
     ///
     /// # Errors
     ///
@@ -125,8 +125,8 @@ impl Hymba {
     ///
     /// A stream takes `4·(2h·(n + 3) + 2h·(k + w))` bytes per block when its window is full, and some hundred bytes of
     /// bookkeeping: the first term where a block has Mamba, the second where it has attention, and twice the second per use of a
-    /// shared attention block. Memory for the window is taken 64 frames at a time. A batch whose state, or the first 64 frames of it, does
-    /// not fit into memory gives a state that [`step`](Self::step) refuses.
+    /// shared attention block. Memory for the window is taken 64 frames at a time. If the state of the batch, or the first 64 frames of
+    /// it, does not fit into memory, [`step`](Self::step) refuses it.
     pub fn new_state(&self, batch: usize) -> HymbaState {
         self.new_state_with(batch, 0)
     }

@@ -101,8 +101,8 @@ impl Hymba {
         Ok((padded(&y, &cache.spans(), cache.l), cache))
     }
 
-    /// The gradient of [`forward_train`](Self::forward_train): dy `[b, hidden_size]`, the gradient of a loss by the outputs →
-    /// that by the inputs, `[b, l, embed_dim]`. **Adds** the gradients by the parameters to `grads`, which
+    /// The gradient of [`forward_train`](Self::forward_train): dy `[b, hidden_size]`, the gradient of a loss with respect to the
+    /// outputs → that with respect to the inputs, `[b, l, embed_dim]`. **Adds** the gradients of the parameters to `grads`, which
     /// [`zeros_like`](Self::zeros_like) makes. Frames past a sequence's length get gradients of exactly zero.
     ///
     /// # Errors
@@ -123,7 +123,7 @@ impl Hymba {
     }
 
     /// The gradient of [`forward_sequence_train`](Self::forward_sequence_train): dy `[b, l, hidden_size]` → `[b, l, embed_dim]`;
-    /// otherwise as [`backward`](Self::backward). Positions past a sequence's length are taken for zero.
+    /// otherwise as [`backward`](Self::backward). Positions past a sequence's length are ignored.
     ///
     /// # Errors
     ///
@@ -136,7 +136,7 @@ impl Hymba {
         Ok(self.run_backward(cache, dframes, grads))
     }
 
-    /// A model with the same options whose parameters are all zero: where gradients are gathered.
+    /// A model with the same options whose parameters are all zero, for [`backward`](Self::backward) to add gradients to.
     pub fn zeros_like(&self) -> Hymba {
         self.zero_gradient()
     }

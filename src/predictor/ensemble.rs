@@ -128,17 +128,17 @@ impl Ensemble {
         }
     }
 
-    /// What is predicted.
+    /// The task.
     pub fn task(&self) -> &Task {
         self.kernels.task()
     }
 
-    /// The first view.
+    /// The view of kernel features.
     pub fn kernels(&self) -> &KernelPredictor {
         &self.kernels
     }
 
-    /// The second view, if there is one.
+    /// The trained encoder with its head, if there is one.
     pub fn encoder(&self) -> Option<&Predictor> {
         self.encoder.as_ref().map(|(predictor, _)| predictor)
     }

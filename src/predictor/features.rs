@@ -18,7 +18,7 @@ mod plan;
 pub(super) use plan::Plan;
 use plan::{BIASES, BLOCKS, Bank, CONTEST, Contest, KERNELS, MAX_DILATION, below};
 
-/// Thousands of numbers for each series, by which a linear model can tell series apart: convolutions with fixed kernels of nine taps at
+/// Thousands of features per series, by which a linear model can tell series apart: convolutions with fixed kernels of nine taps at
 /// many dilations, pooled over time.
 ///
 /// Two sets of kernels look at each series and at its first difference:
@@ -31,7 +31,7 @@ use plan::{BIASES, BLOCKS, Bank, CONTEST, Contest, KERNELS, MAX_DILATION, below}
 ///
 /// A third set, **levels**, has no kernels: quantiles of intervals of the series and its differences, as in Quant.
 ///
-/// Where frames have several features, each kernel sees the sum of a few. Series may be of any lengths. Papers: Dempster, Schmidt and Webb 2021
+/// Where frames have several channels, each kernel reads the sum of a few. Series may be of any lengths. Papers: Dempster, Schmidt and Webb 2021
 /// (MiniRocket), 2023 (Hydra) and 2024 (Quant); Tan, Dempster, Bergmeir and Webb 2022 (MultiRocket).
 #[derive(Debug, Clone)]
 pub struct KernelFeatures {

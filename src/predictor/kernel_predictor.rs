@@ -13,9 +13,9 @@ mod file;
 /// Classes or numbers of whole series, from [`KernelFeatures`] by ridge regression. It is fitted in closed form, within a second or a few:
 /// where there are tens or hundreds of series, few methods are more accurate.
 ///
-/// The strength of the penalty is chosen by leaving out each training series in turn. What a classifier gives are logits: the
-/// factor between the regression and them is chosen with the same left out series, so that [`softmax`](crate::softmax) makes
-/// calibrated probabilities of them.
+/// The strength of the penalty is chosen by leaving out each training series in turn. A classifier gives logits: the factor between
+/// the regression and them is chosen with the same left-out series, so that [`softmax`](crate::softmax) makes calibrated
+/// probabilities of them.
 ///
 /// ```
 /// use hymba::ndarray::Array2;
@@ -114,12 +114,12 @@ impl KernelPredictor {
         Ok(predicted)
     }
 
-    /// What is predicted.
+    /// The task.
     pub fn task(&self) -> &Task {
         &self.task
     }
 
-    /// What is predicted from.
+    /// The features it predicts from.
     pub fn features(&self) -> &KernelFeatures {
         &self.features
     }

@@ -26,7 +26,7 @@ pub struct Normalization {
 }
 
 impl Normalization {
-    /// With these numbers, one of each for each feature.
+    /// With a mean and a scale for each feature.
     ///
     /// # Errors
     ///

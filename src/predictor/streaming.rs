@@ -11,8 +11,8 @@ use crate::kernels::team::{Team, work};
 use crate::layers::{PoolState, flat};
 use crate::{Error, HymbaState, Pooling, Result};
 
-/// What a [`Predictor`] remembers of a batch of streams between two calls of [`Predictor::step`] or [`Predictor::prefill`]: the
-/// state of its encoder, and what pooling keeps.
+/// The state of a batch of streams of a [`Predictor`] between two calls of [`Predictor::step`] or [`Predictor::prefill`]: that of its
+/// encoder and that of its pooling.
 ///
 /// As a [`HymbaState`], it belongs to the weights that made it, and clones fork the streams.
 ///
@@ -57,12 +57,12 @@ impl PredictorState {
         self.encoder.frames()
     }
 
-    /// Bytes of what is remembered.
+    /// Bytes of memory that the state takes.
     pub fn num_bytes(&self) -> usize {
         self.encoder.num_bytes() + self.pools.iter().map(PoolState::num_bytes).sum::<usize>()
     }
 
-    /// What the encoder remembers.
+    /// The state of the encoder.
     pub fn encoder(&self) -> &HymbaState {
         &self.encoder
     }
@@ -90,7 +90,7 @@ impl PredictorState {
         Ok(PredictorState { encoder, pools, initial: self.initial.clone(), ..*self })
     }
 
-    /// Adds the streams of another state of the same weights behind these.
+    /// Appends the streams of another state of the same weights.
     ///
     /// # Errors
     ///

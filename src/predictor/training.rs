@@ -12,7 +12,7 @@ use crate::encoder::{Keeps, sequences};
 use crate::kernels::team::Team;
 use crate::{Error, HymbaOptions, Result};
 
-/// What [`Predictor::backward`] reads of a forward pass.
+/// The intermediate results of a forward pass that [`Predictor::backward`] needs.
 #[derive(Debug)]
 pub struct PredictorCache {
     front: FrontCache,
@@ -44,7 +44,7 @@ impl PredictorCache {
 
 impl Predictor {
     /// As [`predict`](Self::predict), for training: with dropout, drawn from `seed`, and with what
-    /// [`backward`](Self::backward) reads.
+    /// [`backward`](Self::backward) needs.
     ///
     /// # Errors
     ///
@@ -78,8 +78,8 @@ impl Predictor {
         Ok((self.rescaled(z).index_axis_move(Axis(1), 0), cache))
     }
 
-    /// The gradient of [`forward_train`](Self::forward_train): dy `[b, outputs]` → that by the inputs, `[b, l, embed_dim]`.
-    /// **Adds** the gradients by the parameters to `grads`, which [`zeros_like`](Self::zeros_like) makes.
+    /// The gradient of [`forward_train`](Self::forward_train): dy `[b, outputs]` → that with respect to the inputs,
+    /// `[b, l, embed_dim]`. **Adds** the gradients of the parameters to `grads`, which [`zeros_like`](Self::zeros_like) makes.
     ///
     /// # Errors
     ///
@@ -106,7 +106,7 @@ impl Predictor {
     }
 
     /// The gradient of [`forward_frames_train`](Self::forward_frames_train): dy `[b, l, outputs]` → `[b, l, embed_dim]`;
-    /// otherwise as [`backward`](Self::backward). Positions past a sequence's length are taken for zero.
+    /// otherwise as [`backward`](Self::backward). Positions past a sequence's length are ignored.
     ///
     /// # Errors
     ///
