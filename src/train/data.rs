@@ -17,7 +17,7 @@ mod batch;
 use batch::padded;
 pub(super) use batch::{Batch, BatchTargets, Mixed};
 
-/// Series of any lengths, and what is to be learned of each.
+/// Series of any lengths with their targets.
 ///
 /// Everything is checked when it is made: a `Dataset` can be trained on. Missing values must be filled before.
 ///
@@ -42,24 +42,24 @@ pub struct Dataset {
     targets: Targets,
 }
 
-/// What is to be learned of each series, in their order. Which kind it is follows from the [`Task`].
+/// The targets of all series, in their order. Which kind they are follows from the [`Task`].
 #[derive(Debug, Clone, PartialEq)]
 pub enum Targets {
-    /// For [`Task::Classify`]: the class of each series, as its place among the labels.
+    /// For [`Task::Classify`]: the class of each series, as its index among the labels.
     Classes(Vec<usize>),
     /// For [`Task::Regress`]: `[series, outputs]`
     Values(Array2<f32>),
     /// For [`Task::ClassifyFrames`]: the class of each frame of each series, or [`Targets::IGNORED`].
     FrameClasses(Vec<Vec<usize>>),
-    /// For [`Task::RegressFrames`]: `[length, outputs]` for each series; NaN in the place of a number that there is none of.
+    /// For [`Task::RegressFrames`]: `[length, outputs]` for each series; NaN where a number is missing.
     FrameValues(Vec<Array2<f32>>),
     /// For [`Task::MultiLabel`]: `[series, labels]`, which labels each has.
     Labels(Array2<bool>),
 }
 
 impl Targets {
-    /// In the place of a class: the frame has none. It counts neither in losses and their gradients nor in metrics. (In the place of a
-    /// number of a frame, NaN says the same, of each output by itself.)
+    /// Marks a frame without a class: it counts neither in losses and their gradients nor in metrics. (Numbers of a frame are marked by
+    /// NaN, each output by itself.)
     ///
     /// ```
     /// use hymba::Task;
@@ -196,7 +196,7 @@ impl Dataset {
         }
     }
 
-    /// What is to be learned.
+    /// The task.
     pub fn task(&self) -> &Task {
         &self.task
     }
@@ -226,8 +226,8 @@ impl Dataset {
         self.series.iter().map(Array2::nrows).max().unwrap_or(0)
     }
 
-    /// Splits off a part for validation, drawn from `seed`: (the rest, the part). Of each class of series it takes its share,
-    /// and leaves one at least.
+    /// Splits off a part for validation, drawn from `seed`: returns the rest and the part. It takes a share of each class of series,
+    /// and leaves at least one of each.
     ///
     /// ```
     /// use hymba::Task;
@@ -341,7 +341,7 @@ impl Dataset {
         ranges.into_iter().map(|range| order[range].to_vec()).collect()
     }
 
-    /// Puts series on top of each other: x `[b, l, width]` with zeros past the end of each, and their lengths.
+    /// Stacks series into a batch: x `[b, l, width]` with zeros past the end of each, and their lengths.
     ///
     /// ```
     /// use hymba::Task;

@@ -22,8 +22,8 @@ mod options;
 pub use data::TokenRows;
 pub use options::LmTrainerOptions;
 
-/// Trains a language model on rows of tokens: what of it can be trained, which is all of [`HymbaLm::build`], and of a model with
-/// low-rank parts ([`HymbaLm::add_lora`]) only these.
+/// Trains a language model on rows of tokens: every parameter that can be trained, which are all of a model of [`HymbaLm::build`], or
+/// where the model has low-rank adapters ([`HymbaLm::add_lora`]) only those of the active one.
 ///
 /// A step adds up the gradients of its rows, in as many passes as [`pass_size`](LmTrainerOptions::pass_size) makes of them, and
 /// divides by the number of predicted tokens. Which numbers the [dropout](crate::LoraOptions::dropout) of adapters drops follows
@@ -78,7 +78,7 @@ impl std::fmt::Debug for State {
     }
 }
 
-/// What an epoch came to.
+/// The results of an epoch.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 #[non_exhaustive]
@@ -95,7 +95,7 @@ pub struct LmEpoch {
 #[derive(Debug, Clone, Copy)]
 #[non_exhaustive]
 pub struct LmProgress<'a> {
-    /// The model as it is, to be asked for a sample.
+    /// The model in its current state, to sample from, for instance.
     pub lm: &'a HymbaLm,
     /// Epochs that are done.
     pub epoch: usize,
@@ -107,7 +107,7 @@ pub struct LmProgress<'a> {
     pub loss: LmLoss,
     /// The learning rate of the last step.
     pub learning_rate: f32,
-    /// At the end of an epoch, what it came to.
+    /// At the end of an epoch, its results.
     pub finished: Option<LmEpoch>,
 }
 
@@ -119,7 +119,7 @@ pub struct LmTrained {
     pub lm: HymbaLm,
     /// The best epoch, from 1; 0 if none was finished.
     pub best_epoch: usize,
-    /// What every epoch came to.
+    /// The results of all epochs.
     pub history: Vec<LmEpoch>,
     /// Why it ended.
     pub stopped: Stopped,

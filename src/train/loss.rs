@@ -20,10 +20,10 @@ use crate::{Error, Result};
 pub struct Loss<D: Dimension> {
     /// The mean over all frames that count.
     pub value: f32,
-    /// The gradient of the value by the predictions, in their shape. Exactly zero for frames that do not count.
+    /// The gradient of the value with respect to the predictions, in their shape. Exactly zero for frames that do not count.
     pub gradient: Array<f32, D>,
-    /// What the sum over these frames was divided by: their number, or with class weights the sum of the weights of their
-    /// labels. The mean over several batches is Σ value·weight / Σ weight.
+    /// The divisor of the mean: the number of these frames, or with class weights the sum of the weights of their labels. The mean
+    /// over several batches is Σ value·weight / Σ weight.
     pub weight: f64,
 }
 
@@ -58,8 +58,8 @@ fn reciprocal(x: f64) -> f64 {
     if x > 0.0 { 1.0 / x } else { 0.0 }
 }
 
-/// How far predicted numbers are from the true ones: the mean of a function of the difference e = prediction − target over
-/// all numbers of all frames that count.
+/// The loss of predicted numbers: the mean of a function of the error e = prediction − target over all numbers of all frames that
+/// count.
 ///
 /// ```
 /// use hymba::ndarray::array;

@@ -32,7 +32,7 @@ use sets::Sets;
 /// Trains a [`Predictor`] on a [`Dataset`]: all of it, or of one with adapters ([`Predictor::add_lora`]) the active one and what is
 /// around the encoder.
 ///
-/// In each epoch every series is seen once, in an order drawn from the seed, with series of like length in one batch. The
+/// In each epoch every series is seen once, in an order drawn from the seed, with series of similar length in one batch. The
 /// predictor with the lowest loss of all epochs is the result: loss on the validation part, or without one on the training
 /// data. The same options and data give the same weights, bit for bit, for any number of threads.
 ///
@@ -144,8 +144,8 @@ impl Trainer {
         Ok(Trainer { options: options.checkpoint(checkpoint.as_ref()), start })
     }
 
-    /// Goes on by other options: more epochs, another learning rate, another batch size. For a training that has ended, and was
-    /// [resumed](Self::resume); it need not have ended.
+    /// Goes on with other options: more epochs, another learning rate, another batch size. For a training that was
+    /// [resumed](Self::resume), whether it had ended or not.
     ///
     /// Weights, the optimiser's moments, the history and the best epoch stay. The learning rate begins a schedule of its own over the
     /// epochs that are left: it warms up and falls as the options say, and `patience` counts from here. Options equal to those the
@@ -222,9 +222,9 @@ impl Trainer {
         self.fit_with(data, None, |progress, _| callback(progress))
     }
 
-    /// As [`fit`](Self::fit), or with a set of its own to validate on as [`fit_with_validation`](Self::fit_with_validation), with a
-    /// callback that sees the predictor as well: as it is after the batch, or where there is an average of the weights, that. For a metric
-    /// of one's own, for instance.
+    /// As [`fit`](Self::fit), or with `validation` as [`fit_with_validation`](Self::fit_with_validation), with a callback that also
+    /// gets the current predictor, or that of the averaged weights if there is an [average](TrainerOptions::average): for a metric of
+    /// your own, for instance.
     ///
     /// ```
     /// use std::ops::ControlFlow;
@@ -262,7 +262,7 @@ impl Trainer {
         self.fit_on(TrainingData::new(data).validation(validation), &mut Alone, callback)
     }
 
-    /// As [`fit`](Self::fit), with a set of its own to validate on; `validation_fraction` is ignored.
+    /// As [`fit`](Self::fit), with separate data to validate on; `validation_fraction` is ignored.
     ///
     /// # Errors
     ///

@@ -97,7 +97,7 @@ pub struct TrainerOptions {
     pub patience: Option<usize>,
     /// Seed of the validation part, the order of the series, augmentations and dropout.
     pub seed: u64,
-    /// The folder to write everything to after each epoch. What is written does not hold this: it may be moved.
+    /// The folder to write everything to after each epoch. Its path is not among what is written, so that the folder may be moved.
     #[serde(skip)]
     pub checkpoint: Option<PathBuf>,
 }
