@@ -30,7 +30,7 @@ pub(crate) enum ParameterMut<'a> {
 #[derive(Clone, Copy)]
 pub struct StoredMatrix<'a>(pub(crate) &'a Matrix);
 
-/// What is called with every parameter and its name in files.
+/// Called with every parameter and its name in files.
 pub(crate) type Visitor<'f, 'a> = dyn FnMut(&str, Parameter<'a>) + 'f;
 /// As [`Visitor`], for changing the parameters.
 pub(crate) type VisitorMut<'f, 'a> = dyn FnMut(&str, ParameterMut<'a>) + 'f;

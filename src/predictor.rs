@@ -465,7 +465,7 @@ impl fmt::Debug for Predictor {
     }
 }
 
-/// What the reverse encoder's seed is told apart by.
+/// Sets the seed of the reverse encoder apart from the other's.
 const REVERSE: u64 = 0x7265_7665_7273_6564;
 
 fn check_width(normalization: Option<&Normalization>, name: &str, width: usize) -> Result<()> {

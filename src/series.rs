@@ -41,7 +41,7 @@ mod ts;
 pub use options::{Column, CsvLayout, ReadOptions, TargetKind, TimeInput};
 pub use timestamps::Spacing;
 
-/// What errors call text that comes from no file.
+/// The path in errors of text that comes from no file.
 const TEXT: &str = "text";
 
 /// Series with their targets, as a file has them.

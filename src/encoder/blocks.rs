@@ -109,7 +109,7 @@ impl BlockDropout {
     pub(crate) const NONE: BlockDropout = BlockDropout { before: Dropout::NONE, inside: Dropout::NONE };
 }
 
-/// The gradient of the residual stream x behind some block, and what was gathered so far of that of x₀, in front of the first.
+/// The gradient of the residual stream x after some block, and the sum so far of that of x₀, in front of the first block.
 pub(crate) struct StreamGradient {
     dx: Buffer,
     /// Where there is a shared block.

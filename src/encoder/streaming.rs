@@ -43,7 +43,7 @@ use crate::{Error, Result};
 pub struct HymbaState {
     /// Of the weights that made it.
     pub(super) fingerprint: u64,
-    /// What a stream remembers before its first frame.
+    /// The state of a stream before its first frame.
     pub(super) initial: Arc<SequenceState>,
     pub(super) rows: Vec<SequenceState>,
     /// Streams that were asked for and did not fit into memory.
@@ -271,7 +271,7 @@ impl Hymba {
     }
 }
 
-/// What is called with the outputs of some frames `[b, count, h]`.
+/// Called with the outputs of some frames `[b, count, h]`.
 type Each<'a> = &'a mut dyn FnMut(ArrayView3<f32>);
 
 /// Frames of all streams together that go through the blocks at a time.

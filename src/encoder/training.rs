@@ -24,7 +24,7 @@ pub struct TrainCache {
     lengths: Vec<usize>,
     /// `[rows, embed_dim]`, without padding.
     input: Buffer,
-    /// What the meta tokens left in front of the frames.
+    /// The state that the meta tokens leave in front of the frames.
     initial: SequenceState,
     /// The meta tokens' pass through the blocks, if there are any.
     meta: Vec<DepthCache>,
@@ -165,8 +165,8 @@ impl Hymba {
         }))
     }
 
-    /// Takes the meta tokens through the blocks. Returns what they leave in front of the frames, and what the backward pass
-    /// reads; of the latter nothing where there are no tokens.
+    /// Takes the meta tokens through the blocks. Returns the state they leave in front of the frames, and what the backward pass
+    /// reads, which is nothing without tokens.
     fn run_meta_tokens(&self, team: &Team) -> (SequenceState, Vec<DepthCache>) {
         let (mut state, mut caches) = (self.empty_state(), Vec::new());
         if let Some(tokens) = &self.meta_tokens {

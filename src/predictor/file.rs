@@ -42,7 +42,7 @@ pub(super) struct Saved {
     pooling: Pooling,
 }
 
-/// What old files do not have is not written where it is as it was.
+/// Options that old files lack are not written at their defaults.
 fn is_default<T: Default + PartialEq>(value: &T) -> bool {
     *value == T::default()
 }

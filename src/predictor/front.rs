@@ -98,7 +98,7 @@ pub(super) fn reversed(x: &ArrayRef3<f32>, lengths: &[usize]) -> Array3<f32> {
     y
 }
 
-/// What form a series has: its own normalization, then differences.
+/// The form of a series: its own normalization, then differences.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Form {
     pub normalize_series: bool,

@@ -1,4 +1,4 @@
-//! What logits say.
+//! Probabilities and classes from logits.
 
 use ndarray::{Array, ArrayRef, Dimension, Zip};
 

@@ -116,7 +116,7 @@ impl PredictorOptions {
         }
     }
 
-    /// Checks that what is said of a frame depends on the frames up to it, as its encoder has it.
+    /// Checks that the prediction at a frame depends on the frames up to it, by their encoding alone.
     pub(super) fn check_frame_wise(&self) -> Result<()> {
         self.check_causal()?;
         match self.pooling {
@@ -142,7 +142,7 @@ impl PredictorOptions {
         if self.bidirectional { refused("bidirectional", "true".into(), WHOLE) } else { Ok(()) }
     }
 
-    /// What happens to a series before anything else.
+    /// The form that series get before anything else.
     pub(super) fn form(&self) -> Form {
         Form { normalize_series: self.normalize_series, differences: self.differences }
     }

@@ -36,7 +36,7 @@ pub struct PredictorState {
     encoder: HymbaState,
     /// Of the pooling that made it.
     fingerprint: u64,
-    /// What pooling keeps of a stream before its first frame.
+    /// The state of pooling before the first frame.
     initial: PoolState,
     pools: Vec<PoolState>,
 }
@@ -256,7 +256,7 @@ impl Predictor {
         Ok(PredictorState { pools: pools.collect(), encoder, ..state })
     }
 
-    /// What the pools of all streams come to after the last frames, hidden `[b, h]`: predictions `[b, outputs]`.
+    /// Predictions `[b, outputs]` from the pools of all streams after the last frames, hidden `[b, h]`.
     fn read_pools(&self, hidden: ArrayView2<f32>, state: &PredictorState) -> Array2<f32> {
         let mut pooled = Array2::zeros((hidden.nrows(), self.reader.pool.width()));
         for ((hidden, pool), pooled) in hidden.rows().into_iter().zip(&state.pools).zip(pooled.rows_mut()) {

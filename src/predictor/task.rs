@@ -1,4 +1,4 @@
-//! What is to be predicted.
+//! The task of a predictor.
 
 use std::collections::BTreeSet;
 use std::fmt;

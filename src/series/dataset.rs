@@ -1,4 +1,4 @@
-//! From what was read to what can be learned from.
+//! From the series of a file to a data set.
 
 use std::path::Path;
 

@@ -102,7 +102,7 @@ impl Augmentation {
         }
     }
 
-    /// What becomes of a series `[l, width]`. Mixup is done to batches, see [`mix`].
+    /// Changes a series `[l, width]`. Mixup is done to batches, see [`mix`].
     fn apply(&self, x: Array2<f32>, rng: &mut Rng) -> Array2<f32> {
         match *self {
             Augmentation::Jitter { deviation } => jitter(x, deviation, rng),

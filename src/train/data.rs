@@ -326,15 +326,15 @@ impl Dataset {
         batches
     }
 
-    /// Cuts the series `indices` into `count` batches of like size, those of like length in one and all lengths in every few of them, in
-    /// an order drawn from `rng`. Some batches are empty if there are too few series.
+    /// Cuts the series `indices` into `count` batches of equal size (but for one series), in an order drawn from `rng`: series of similar
+    /// length in one batch, and all lengths in every few batches. Some batches are empty if there are too few series.
     pub(super) fn sorted_batches(&self, indices: &[usize], count: usize, rng: &mut Rng) -> Vec<Vec<usize>> {
         /// Batches among which series are sorted.
         const POOL: usize = 8;
         let mut order = indices.to_vec();
         order.shuffle(rng);
         let ranges: Vec<_> = cut_into(order.len(), count).collect();
-        // like lengths go together, so that little padding is computed
+        // similar lengths go together, so that little padding is computed
         for pool in ranges.chunks(POOL) {
             order[pool[0].start..pool[pool.len() - 1].end].sort_by_key(|&i| self.series[i].nrows());
         }
@@ -369,7 +369,7 @@ impl Dataset {
         indices.iter().map(|&i| self.series[i].nrows()).collect()
     }
 
-    /// How many targets some series have: one each, or one a frame that has any, of the numbers of a frame each its share.
+    /// How many targets some series have: one per series, or one per frame with a target. Of the c numbers of a frame each counts 1/c.
     pub(super) fn num_targets(&self, indices: &[usize]) -> f64 {
         match &self.targets {
             Targets::FrameClasses(_) => self.classes(indices).count() as f64,
@@ -463,12 +463,12 @@ pub(super) fn shares(sizes: &[usize], fraction: f32) -> Vec<usize> {
     sizes.iter().map(share).collect()
 }
 
-/// Cuts 0..`count` into ranges of like size, at most `most` each.
+/// Cuts 0..`count` into ranges of equal size (but for 1), at most `most` each.
 pub(super) fn cut(count: usize, most: usize) -> impl Iterator<Item = Range<usize>> {
     cut_into(count, count.div_ceil(most))
 }
 
-/// Cuts 0..`count` into so many ranges of like size.
+/// Cuts 0..`count` into so many ranges of equal size (but for 1).
 pub(super) fn cut_into(count: usize, pieces: usize) -> impl Iterator<Item = Range<usize>> {
     // in u64: the product may be past a usize of 32 bits
     let start = move |piece: usize| (piece as u64 * count as u64 / pieces as u64) as usize;

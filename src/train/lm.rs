@@ -115,7 +115,8 @@ pub struct LmProgress<'a> {
 #[derive(Debug)]
 #[non_exhaustive]
 pub struct LmTrained {
-    /// The model of the best epoch by validation loss, or of the last where nothing was validated.
+    /// The model of the best epoch by validation loss, or of the last where nothing was validated; in its current state if training
+    /// stopped within the first.
     pub lm: HymbaLm,
     /// The best epoch, from 1; 0 if none was finished.
     pub best_epoch: usize,
@@ -364,7 +365,7 @@ impl State {
         hash_of_text(&([&self.lm, first, second].map(hash_of), self.optimizer.steps()))
     }
 
-    /// Refuses an epoch that led out of the numbers: its last step has been looked at by nobody else.
+    /// Refuses an epoch after which a parameter or the validation loss is not finite: nothing else checks its last step.
     fn check_finite(&self, epoch: &LmEpoch) -> Result<()> {
         let error = |what| Err(Error::NotFinite { step: self.optimizer.steps() + 1, what });
         for (name, array) in views(&self.lm) {

@@ -218,7 +218,7 @@ impl<P: Parameters> AdamW<P> {
         Ok(StepInfo { step, learning_rate, gradient_norm })
     }
 
-    /// What a step reads of a gradient: all that is not frozen.
+    /// The part of a gradient that a step reads: all that is not frozen.
     fn trained<'g>(&self, gradient: &'g P) -> Vec<(String, ArrayViewD<'g, f32>)> {
         views(gradient).into_iter().filter(|(name, _)| self.options.factor_of(name) > 0.0).collect()
     }
@@ -412,7 +412,7 @@ fn groups<T>(chunks: impl Iterator<Item = T>, len: impl Fn(&T) -> usize) -> Vec<
 
 /// Numbers of one parameter and all that belongs to them.
 struct Chunk<'a> {
-    /// What the decay leaves of the parameter.
+    /// The factor that decay leaves of the parameter.
     keep: f32,
     /// η / (1 − β₁ᵗ), times the parameter's own factor.
     rate: f32,

@@ -465,7 +465,7 @@ impl State {
         hash_of_text(&(numbers, normalizations, self.optimizer.steps()))
     }
 
-    /// What is measured and kept.
+    /// The predictor that is measured and kept.
     fn current(&self) -> &Predictor {
         self.average.as_ref().unwrap_or(&self.predictor)
     }
@@ -484,7 +484,7 @@ impl State {
     fn finish(&mut self, progress: Progress, validation: Option<Metrics>) -> Result<Progress> {
         let Progress { train, learning_rate, gradient_norm, skipped, .. } = progress;
         let epoch = EpochMetrics { train, validation, learning_rate, gradient_norm, skipped };
-        // the last step of the epoch can have led out of the numbers, and nothing has looked at them since
+        // the last step of the epoch may have made a parameter infinite or NaN, and nothing has checked them since
         if views(&self.predictor).iter().any(|(_, array)| array.iter().any(|number| !number.is_finite())) {
             return Err(self.not_finite("the steps of an epoch are done"));
         }
