@@ -57,8 +57,8 @@ pub use training::PredictorCache;
 /// ```
 ///
 /// [`PredictorOptions`] say what else is around the encoder: the form of the input, a convolutional stem, a second encoder that reads
-/// from the end, pooling. Every call works for every task: a classifier of sequences also predicts at every frame, if no other option
-/// than pooling is set. The task says how many outputs there are, what they are called, and what
+/// from the end, pooling. Every call works for every task: a classifier of sequences also predicts at every frame (unless an option
+/// other than `pooling` is set). The task says how many outputs there are, what they are called, and what
 /// [`Trainer`](crate::train::Trainer) trains.
 ///
 /// ```

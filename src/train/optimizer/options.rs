@@ -14,8 +14,8 @@ use crate::{Error, Result};
 /// | `betas` | (0.9, 0.999) | 0 ≤ β < 1 | how much of the running means of g and g² each step keeps |
 /// | `epsilon` | 1e-8 | > 0 | keeps small gradients from large steps |
 /// | `weight_decay` | 0.01 | ≥ 0 | decay of the matrices: a step multiplies by 1 − rate·decay |
-/// | `weight_decay_for` | none | ≥ 0, at most 256 of them | decay of parameters by name |
-/// | `rate_for` | none | 0 to 1000, at most 256 of them | factor of the learning rate of parameters by name; 0 freezes them |
+/// | `weight_decay_for` | none | ≥ 0; at most 256 patterns, each of at most 256 bytes | decay of parameters by name |
+/// | `rate_for` | none | 0 to 1000; at most 256 patterns, each of at most 256 bytes | factor of the learning rate of parameters by name; 0 freezes them |
 /// | `clip_norm` | none | > 0 | the largest norm a gradient keeps |
 ///
 /// Nothing is checked until [`validate`](Self::validate), which [`AdamW::new`](super::AdamW::new) calls.
