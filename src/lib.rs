@@ -64,8 +64,8 @@
 //!   outputs of order 1, and in proportion for larger ones.
 //! * Results are the same, bit for bit, for any number of threads, and for a sequence alone or in any batch. Between
 //!   instruction sets they may differ in the last bits.
-//! * Whatever is handed over, an array, a number, a damaged or hostile file, the answer is a result or an [`Error`], not a
-//!   panic.
+//! * Any array, number or file, damaged and hostile ones included, gives a result or an [`Error`], not a panic. The one call
+//!   that panics, [`StoredMatrix::row`], says so.
 //!
 //! # Threads, instruction sets, versions
 //!
@@ -116,8 +116,8 @@
 //! | `ffn.up.weight`, `.bias` | `[4h, h]`, `[4h]` | then gelu, in its exact form with erf |
 //! | `ffn.down.weight`, `.bias` | `[h, 4h]`, `[h]` | |
 //!
-//! With another [`Pattern`] a block has the tensors of what it consists of, without a gate. Of [`Pattern::SharedAttention`] blocks
-//! have no `ffn`; `shared_block.` (once, in front of the blocks) and the blocks it feeds have:
+//! With another [`Pattern`] a block has the tensors of its parts, and no gate. With [`Pattern::SharedAttention`] blocks have no
+//! `ffn`; `shared_block.` (once, in front of the blocks) and the blocks it feeds have:
 //!
 //! | tensor | shape | |
 //! |---|---|---|
@@ -127,7 +127,7 @@
 //! | `shared_block.ffn_norm.*`, `shared_block.ffn.{up,down}.*` | as in a block | |
 //! | `blocks.{i}.shared_proj.weight` | `[h, h]` | only where (i + 1) mod `attention_every` = 0 |
 //!
-//! From Python, for [`Hymba::load_with`], or with the options inside, not all of which need be there, for [`Hymba::load`]:
+//! From Python, for [`Hymba::load_with`], or for [`Hymba::load`] with the options inside, of which only `embed_dim` is required:
 //!
 //! ```python
 //! import json
@@ -180,10 +180,10 @@ pub use predictor::{
     PredictorState, Task, argmax, softmax,
 };
 
-/// The instruction set the kernels use on this machine: `"avx512"`, `"avx2"`, `"neon"` or `"scalar"` (which is what the
-/// compiler makes of plain code for the target).
+/// The instruction set the kernels use on this machine: `"avx512"`, `"avx2"`, `"neon"`, `"simd128"` (WebAssembly compiled with
+/// it) or `"scalar"` (what the compiler makes of plain code for the target).
 ///
-/// The environment variable `HYMBA_SIMD`, read once, chooses one by name; a name the CPU lacks is ignored. `avx2-vnni` is `avx2` with
+/// The environment variable `HYMBA_SIMD`, read once, chooses one by name; one the CPU lacks is ignored. `avx2-vnni` is `avx2` with
 /// AVX-VNNI for matrices of 8 and 4 bits, which is also what a CPU without AVX-512 uses if it has that. (Language models can
 /// use more than these for matrices in bf16: see `lm::Arithmetic`.)
 ///

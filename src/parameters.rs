@@ -10,7 +10,7 @@ use ndarray::{ArrayViewD, ArrayViewMutD};
 
 use crate::kernels::matmul::{Matrix, Storage};
 
-/// A parameter of a model, lent as what it is.
+/// A parameter of a model, borrowed in the form in which it is stored.
 #[derive(Debug)]
 #[non_exhaustive]
 pub enum Parameter<'a> {
@@ -30,7 +30,7 @@ pub(crate) enum ParameterMut<'a> {
 #[derive(Clone, Copy)]
 pub struct StoredMatrix<'a>(pub(crate) &'a Matrix);
 
-/// What is called with every parameter and its name in files.
+/// Called with every parameter and its name in files.
 pub(crate) type Visitor<'f, 'a> = dyn FnMut(&str, Parameter<'a>) + 'f;
 /// As [`Visitor`], for changing the parameters.
 pub(crate) type VisitorMut<'f, 'a> = dyn FnMut(&str, ParameterMut<'a>) + 'f;
@@ -62,7 +62,7 @@ impl Parameter<'_> {
         }
     }
 
-    /// Bytes of memory it takes. (Where it is an array, products make a packed copy of it besides.)
+    /// Bytes of memory it takes. (Of matrices that can be trained, products make a packed copy besides.)
     pub fn num_bytes(&self) -> usize {
         match self {
             Parameter::Array(array) => array.len() * size_of::<f32>(),
@@ -83,7 +83,7 @@ impl StoredMatrix<'_> {
         self.0.storage()
     }
 
-    /// Bits a weight is stored in: 32, 16, 8 or 4. (In 8 and 4 bits, 32 weights share another 16 for their scale.)
+    /// Bits per weight: 32, 16, 8 or 4. (In 8 and 4 bits, every 32 weights share a scale of 16 bits besides.)
     pub fn bits(&self) -> usize {
         match self.0.storage() {
             Storage::F32 => 32,

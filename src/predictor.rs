@@ -57,8 +57,9 @@ pub use training::PredictorCache;
 /// ```
 ///
 /// [`PredictorOptions`] say what else is around the encoder: the form of the input, a convolutional stem, a second encoder that reads
-/// from the end, pooling. Every call works for every task: a classifier of sequences also predicts at every frame. The task says how many
-/// outputs there are, what they are called, and what [`Trainer`](crate::train::Trainer) trains.
+/// from the end, pooling. Every call works for every task: a classifier of sequences also predicts at every frame (unless an option
+/// other than `pooling` is set). The task says how many outputs there are, what they are called, and what
+/// [`Trainer`](crate::train::Trainer) trains.
 ///
 /// ```
 /// use hymba::ndarray::Array3;
@@ -174,7 +175,8 @@ impl Predictor {
     ///
     /// # Errors
     ///
-    /// As [`Hymba::forward_sequence`].
+    /// As [`Hymba::forward_sequence`]; [`Error::Option`] if an option other than `encoder` and `pooling` is set, see
+    /// [`PredictorOptions`].
     ///
     /// ```
     /// use hymba::ndarray::Array3;
@@ -222,8 +224,8 @@ impl Predictor {
         z
     }
 
-    /// What every block of the encoder does to x `[b, l, embed_dim]`: [`Hymba::inspect`] of what it reads of these frames, normalized and,
-    /// behind a stem, as tokens. Of a bidirectional predictor, that is the direction from the beginning.
+    /// [`Hymba::inspect`] of the encoder for x `[b, l, embed_dim]`, which reads the frames normalized and, with a stem, as tokens. Of a
+    /// bidirectional predictor it is the encoder that reads from the beginning.
     ///
     /// # Errors
     ///
@@ -233,7 +235,7 @@ impl Predictor {
         self.reader.encoder.inspect(&x)
     }
 
-    /// What to predict.
+    /// The task.
     pub fn task(&self) -> &Task {
         &self.task
     }
@@ -258,12 +260,12 @@ impl Predictor {
         &self.options
     }
 
-    /// How the features of a frame are normalized, if they are.
+    /// The normalization of every frame before the encoder, if there is one.
     pub fn input_normalization(&self) -> Option<&Normalization> {
         self.input.as_ref()
     }
 
-    /// How numbers are predicted in the units of their targets, if they are.
+    /// The mean and scale of the targets of a regression, if they are set.
     pub fn output_normalization(&self) -> Option<&Normalization> {
         self.output.as_ref()
     }
@@ -273,8 +275,8 @@ impl Predictor {
     ///
     /// # Errors
     ///
-    /// [`Error::Shape`] unless it is for as many features as frames have in their form: `embed_dim`, unless
-    /// [`PredictorOptions::features`] are more.
+    /// [`Error::Shape`] unless it has [`PredictorOptions::features`] features: `embed_dim`, or twice that with
+    /// [`Differences::Beside`].
     pub fn set_input_normalization(&mut self, normalization: Option<Normalization>) -> Result<()> {
         check_width(normalization.as_ref(), "embed_dim", self.options.features())?;
         self.input = normalization;
@@ -352,7 +354,7 @@ impl Predictor {
         std::iter::once(&mut self.reader).chain(&mut self.reverse)
     }
 
-    /// The encoder's table, and what the head adds to it.
+    /// The encoder's table, with the stem, the second encoder and the head below it.
     pub fn summary(&self) -> String {
         let (h, outputs) = (self.options.head_inputs(), self.task.outputs());
         let what = match &self.task {
@@ -386,7 +388,7 @@ impl Predictor {
 
     /// Calls `f` with the name and the values of every parameter: those of the encoder, `pooling.queries` where it has them,
     /// the same of the second encoder behind `reverse.`, those of the stem's convolutions as `stem.0.weight` and so on, then
-    /// `head.weight` and `head.bias`. Beside [adapters](Self::add_lora) only the active one is lent of the encoders, as in
+    /// `head.weight` and `head.bias`. With [adapters](Self::add_lora) only the active one is visited of the encoders, as in
     /// [`Hymba::visit`].
     pub fn visit<'a>(&'a self, f: &mut dyn FnMut(&str, ArrayViewD<'a, f32>)) {
         let all = !self.has_lora();
@@ -396,7 +398,7 @@ impl Predictor {
         });
     }
 
-    /// As [`visit`](Self::visit), with every parameter as what it is stored in: see [`Hymba::visit_parameters`].
+    /// As [`visit`](Self::visit), with all parameters, each in the form in which it is stored: see [`Hymba::visit_parameters`].
     pub fn visit_parameters<'a>(&'a self, f: &mut dyn FnMut(&str, Parameter<'a>)) {
         self.reader.visit("", f);
         self.reverse.iter().for_each(|reverse| reverse.visit("reverse", f));
@@ -420,7 +422,7 @@ impl Predictor {
         self.head.visit_mut("head", f);
     }
 
-    /// A predictor of the same task and options whose parameters are all zero: where gradients are gathered.
+    /// A predictor of the same task and options whose parameters are all zero, for [`backward`](Self::backward) to add gradients to.
     pub fn zeros_like(&self) -> Predictor {
         Predictor {
             task: self.task.clone(),
@@ -463,7 +465,7 @@ impl fmt::Debug for Predictor {
     }
 }
 
-/// What the reverse encoder's seed is told apart by.
+/// Sets the seed of the reverse encoder apart from the other's.
 const REVERSE: u64 = 0x7265_7665_7273_6564;
 
 fn check_width(normalization: Option<&Normalization>, name: &str, width: usize) -> Result<()> {

@@ -1,6 +1,6 @@
-//! Where the time goes, for people who work on it: the feature `profile`.
+//! Where the time goes, for those who work on the speed of this crate: the feature `profile`.
 //!
-//! The kernels are timed on every thread, in parts, together with what each part had to do at least; [`Limits`] says how
+//! The kernels are timed on every thread, in parts, together with the least work that each part needs; [`Limits`] says how
 //! fast this machine could do that. `examples/profile.rs` makes tables of it.
 //!
 //! ```

@@ -41,14 +41,14 @@ mod ts;
 pub use options::{Column, CsvLayout, ReadOptions, TargetKind, TimeInput};
 pub use timestamps::Spacing;
 
-/// What errors call text that comes from no file.
+/// The path in errors of text that comes from no file.
 const TEXT: &str = "text";
 
 /// Series with their targets, as a file has them.
 #[derive(Debug, Clone, Default)]
 #[non_exhaustive]
 pub struct SeriesSet {
-    /// What `@problemName` says, or the name of the file without its ending.
+    /// The `@problemName` of the header, or the name of the file without its ending.
     pub name: String,
     /// The names of the channels, one for each number of a frame.
     pub channels: Vec<String>,
@@ -58,7 +58,7 @@ pub struct SeriesSet {
     pub cases: Vec<Case>,
     /// The time between two frames, where they had timestamps that were dropped.
     pub spacing: Option<Spacing>,
-    /// What a user should know of how the file was read, one line each.
+    /// Notes on how the file was read, one line each.
     pub notes: Vec<String>,
     /// Where they come from, for messages.
     path: PathBuf,
@@ -71,16 +71,16 @@ pub struct Case {
     pub id: String,
     /// `[length, channels]`, NaN where a value is missing.
     pub frames: Array2<f32>,
-    /// What is to be predicted.
+    /// Its target.
     pub target: Target,
 }
 
-/// What is to be predicted from a series.
+/// The target of a series.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Target {
     /// It is not known.
     None,
-    /// A class, as its place in [`SeriesSet::labels`].
+    /// A class, as its index in [`SeriesSet::labels`].
     Class(usize),
     /// A number.
     Value(f32),
@@ -116,8 +116,8 @@ impl SeriesSet {
     ///
     /// # Errors
     ///
-    /// [`Error::Io`] if it cannot be read, and [`Error::Format`], which names the line and what is wrong with it. Tables need the
-    /// feature `csv`.
+    /// [`Error::Io`] if it cannot be read; [`Error::Format`], which names the line and what is wrong with it, and for a table if
+    /// the feature `csv` is off; [`Error::Option`] if an option is not usable.
     pub fn read(path: impl AsRef<Path>, options: &ReadOptions) -> Result<Self> {
         let path = path.as_ref();
         let bytes = std::fs::read(path).map_err(|error| Error::io(path, error))?;

@@ -1,7 +1,7 @@
 //! Training: losses with their gradients, learning rate schedules, and the optimiser.
 //!
 //! A gradient is a further model: [`Hymba::zeros_like`] makes one, [`Hymba::backward`] adds into it, and
-//! [`AdamW::step`] uses it up.
+//! [`AdamW::step`] takes a step against it and clears it.
 //!
 //! ```
 //! use hymba::ndarray::Array3;
@@ -58,9 +58,9 @@ pub use trainer::{
     TrainerOptions, evaluate,
 };
 
-/// What can be trained: anything whose parameters can be walked.
+/// Anything that can be trained: it can visit its parameters.
 ///
-/// A gradient, and what an optimiser remembers, are further values of the same type. To train a [`Hymba`] together with
+/// A gradient and the moments of an optimiser are further values of the same type. To train a [`Hymba`] together with
 /// layers of your own, implement this for a struct of both.
 ///
 /// Every walk visits the same parameters in the same order. Their names differ from each other, and their numbers lie in
@@ -103,7 +103,7 @@ pub trait Parameters: Sized {
     ///
     /// # Errors
     ///
-    /// An error that says what to do.
+    /// Any; its message says what to do.
     fn check_trainable(&self) -> crate::Result<()> {
         Ok(())
     }

@@ -54,7 +54,7 @@ pub(crate) struct BlockCache {
     ffn: FeedForwardCache,
 }
 
-/// What a block did to an input: see [`Hymba::inspect`](crate::Hymba::inspect). Of what a block does not have, the arrays are empty.
+/// The results of one block: see [`Hymba::inspect`](crate::Hymba::inspect). Arrays of parts that the block does not have are empty.
 #[derive(Debug, Clone, PartialEq, Default)]
 #[non_exhaustive]
 pub struct BlockInspection {
@@ -68,20 +68,20 @@ pub struct BlockInspection {
     pub gate: Array3<f32>,
     /// Output of the block `[b, l, h]`.
     pub output: Array3<f32>,
-    /// What each frame takes from each meta token, then from each frame: `[b, a, l, k + l]`, rows sum to 1. In the branch, or in
-    /// this use of the shared block.
+    /// The weight that each frame gives to each meta token, then to each frame: `[b, a, l, k + l]`, rows sum to 1. Of the branch, or
+    /// of this use of the shared block.
     pub attention_weights: Array4<f32>,
 }
 
 debug_shapes!(HymbaBlock);
 
 impl HymbaBlock {
-    /// The branch of order and the far past.
+    /// The Mamba branch.
     pub fn mamba(&self) -> &MambaBranch {
         &self.mamba
     }
 
-    /// The branch of recall.
+    /// The attention branch.
     pub fn attention(&self) -> &MetaTokenAttention {
         &self.attention
     }

@@ -15,7 +15,7 @@ use crate::layers::{
 };
 use crate::parameters::{Visitor, VisitorMut, join};
 
-/// One block of a model: which kind stands where, [`Pattern`](crate::Pattern) says.
+/// One block of a model. The [`Pattern`](crate::Pattern) says which kind is at which depth.
 #[derive(Clone)]
 #[allow(clippy::large_enum_variant)] // one per depth
 #[non_exhaustive]
@@ -29,7 +29,7 @@ pub enum Block {
 }
 
 impl Block {
-    /// The branch of order and the far past, if it has one.
+    /// The Mamba branch, if it has one.
     pub fn mamba(&self) -> Option<&MambaBranch> {
         match self {
             Block::Parallel(block) => Some(block.mamba()),
@@ -38,7 +38,7 @@ impl Block {
         }
     }
 
-    /// The branch of recall, if it has one of its own.
+    /// The attention branch, if it has one of its own.
     pub fn attention(&self) -> Option<&MetaTokenAttention> {
         match self {
             Block::Parallel(block) => Some(block.attention()),
@@ -109,7 +109,7 @@ impl BlockDropout {
     pub(crate) const NONE: BlockDropout = BlockDropout { before: Dropout::NONE, inside: Dropout::NONE };
 }
 
-/// The gradient of the residual stream x behind some block, and what was gathered so far of that of x₀, in front of the first.
+/// The gradient of the residual stream x after some block, and the sum so far of that of x₀, in front of the first block.
 pub(crate) struct StreamGradient {
     dx: Buffer,
     /// Where there is a shared block.

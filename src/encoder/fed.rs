@@ -54,7 +54,7 @@ pub(crate) struct FedCache {
 debug_shapes!(FedBlock);
 
 impl FedBlock {
-    /// The branch.
+    /// The Mamba branch.
     pub fn mamba(&self) -> &MambaBranch {
         &self.mamba
     }

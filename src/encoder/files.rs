@@ -41,9 +41,9 @@ in_one_file!(Hymba {
     ///
     /// | of `NAME` `[n, k]`, with b = ⌈k / 32⌉ | type and shape | |
     /// |---|---|---|
-    /// | `NAME` in 8 bits | U8 `[n, 32·b]` | 128 more than the whole numbers |
-    /// | `NAME` in 4 bits | U8 `[n, 16·b]` | 8 more than they are, two in a byte, the first in the low bits |
-    /// | `NAME_scale` | BF16 `[n, b]` | what the whole numbers of 32 columns are multiplied by |
+    /// | `NAME` in 8 bits | U8 `[n, 32·b]` | the quantised values plus 128 |
+    /// | `NAME` in 4 bits | U8 `[n, 16·b]` | the quantised values plus 8, two per byte, the first in the low bits |
+    /// | `NAME_scale` | BF16 `[n, b]` | the factor of the quantised values of each 32 columns |
     ///
     /// [Adapters](Self::add_lora) that the model holds are written with it; the tensors of the map M of the adapter N are
     /// `lora.N.M.lora_A.weight` and `lora.N.M.lora_B.weight`.
@@ -119,8 +119,8 @@ impl Hymba {
     ///
     /// # Errors
     ///
-    /// Those of [`load`](Self::load) and of [`store_as`](Self::store_as). A type wider than that of the file comes on top of the
-    /// memory that reading may take.
+    /// Those of [`load`](Self::load) and of [`store_as`](Self::store_as). A type wider than in the file takes memory beyond the limit
+    /// that [`load`](Self::load) gives.
     ///
     /// ```
     /// use hymba::{Hymba, HymbaOptions, Storage};
@@ -185,8 +185,8 @@ struct SavedState {
 }
 
 impl Hymba {
-    /// Writes a state to a safetensors file, from which [`load_state`](Self::load_state) takes it up again: in another process, too,
-    /// by any model that has the same weights.
+    /// Writes a state to a safetensors file, for [`load_state`](Self::load_state): in another process, too, and for any model that has
+    /// the same weights.
     ///
     /// # Errors
     ///

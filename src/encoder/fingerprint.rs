@@ -1,4 +1,4 @@
-//! What tells one set of weights from another, in any process.
+//! A hash that tells one set of weights from another, in any process.
 
 use super::model::Hymba;
 use super::pattern::Pattern;

@@ -1,4 +1,4 @@
-//! What calls take of memory, asked for before they begin: an allocation that fails later would end the process.
+//! The memory that calls take, asked for before they begin: an allocation that fails later would end the process.
 
 use ndarray::ArrayRef3;
 

@@ -67,10 +67,10 @@ pub struct Hymba {
     pub(super) adapters: Adapters<Cached>,
 }
 
-/// What follows from the weights, and what identifies them. The default is that of weights that are new.
+/// Results that depend on the weights alone, and numbers that identify these. The default is for new weights.
 #[derive(Clone)]
 pub(crate) struct Cached {
-    /// What a sequence remembers before its first frame: what the meta tokens left behind.
+    /// The state of a sequence before its first frame: the one that the meta tokens leave.
     initial: Lazy<Arc<SequenceState>>,
     /// Identifies this set of weights anywhere.
     pub(super) fingerprint: Lazy<u64>,
@@ -84,7 +84,7 @@ impl Default for Cached {
     }
 }
 
-/// What every block did to an input: see [`Hymba::inspect`].
+/// The result of [`Hymba::inspect`].
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub struct Inspection {
@@ -146,8 +146,8 @@ impl Hymba {
     ///
     /// # Memory
     ///
-    /// About `4·(20h + a·⌈p/32⌉·32 + 2n + r + embed_dim)` bytes per frame (5 kB at h = 64, 24 kB at the default h = 256), of the
-    /// frames being computed: each thread has about 128 frames of short sequences, or all together 8,192 frames of a long one,
+    /// About `4·(20h + a·⌈p/32⌉·32 + 2n + r + embed_dim)` bytes per frame (6 kB at h = 64, 22 kB at the default h = 256), of the
+    /// frames being computed: each thread has at most 256 frames of short sequences, or all together 8,192 frames of a long one,
     /// which is read in pieces; so memory does not grow with l beyond that. [`forward_sequence`](Self::forward_sequence) keeps `8h`
     /// bytes of every frame besides, and training, all in all, `4·(25h + n·h/8)` bytes per frame and block. With a shared attention
     /// block, 24h stands for 20h, and 2p for p; training keeps of a frame 18h in a Mamba block, 12h in an attention block, 12h in a
@@ -217,8 +217,8 @@ impl Hymba {
         Ok(sequences(self.encode_frames(x, &vec![l; batch]), batch))
     }
 
-    /// What every block does to x `[b, l, embed_dim]`: the two branches, the gate that mixes them, and the attention
-    /// weights. Meant for inspection, not for speed: it holds l·(k + l) weights for each head, block and row.
+    /// Runs x `[b, l, embed_dim]` and returns the results of every block: those of its branches, the gate that mixes them, and the
+    /// attention weights. Meant for inspection, not for speed: it holds l·(k + l) weights per head, block and row.
     ///
     /// # Errors
     ///
@@ -306,7 +306,7 @@ impl Hymba {
         }
     }
 
-    /// What a sequence remembers before its first frame.
+    /// The state of a sequence before its first frame.
     pub(super) fn initial(&self) -> &Arc<SequenceState> {
         self.cached.initial.get(|| {
             let mut state = self.empty_state();

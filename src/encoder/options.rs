@@ -192,7 +192,7 @@ impl HymbaOptions {
         HymbaOptions { variant: Variant::Edifice, ..Self::new(embed_dim) }
     }
 
-    /// What a file is read over: a width that a file must set.
+    /// The defaults for options in a file, with a width that the file must set.
     fn without_width() -> Self {
         Self::new(Self::NO_WIDTH)
     }

@@ -55,7 +55,7 @@ pub enum Pattern {
     },
 }
 
-/// What stands at one depth.
+/// The kind of block at one depth.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum BlockKind {
     Parallel,
@@ -68,7 +68,7 @@ pub(crate) enum BlockKind {
 }
 
 impl Pattern {
-    /// What stands at this depth.
+    /// The kind of block at this depth.
     pub(crate) fn at(self, depth: usize) -> BlockKind {
         let attends = |every: usize| (depth + 1).is_multiple_of(every);
         match self {
@@ -156,7 +156,7 @@ impl<'de> Deserialize<'de> for Pattern {
     }
 }
 
-/// What a file says. The upper end of `attention_every` is checked with the other options.
+/// A pattern as a file has it. The upper end of `attention_every` is checked with the other options.
 fn parse(given: &Value) -> Result<Pattern> {
     let unusable =
         |allowed: &str| Error::Option { option: "pattern", given: given.to_string(), allowed: allowed.into() };

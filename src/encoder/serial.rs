@@ -57,7 +57,7 @@ pub(crate) struct SerialCache {
 debug_shapes!(SerialBlock);
 
 impl SerialBlock {
-    /// The branch of order and the far past, if it is that one.
+    /// The Mamba branch, if the block has that one.
     pub fn mamba(&self) -> Option<&MambaBranch> {
         match &self.branch {
             Branch::Mamba(mamba) => Some(mamba),
@@ -65,7 +65,7 @@ impl SerialBlock {
         }
     }
 
-    /// The branch of recall, if it is that one.
+    /// The attention branch, if the block has that one.
     pub fn attention(&self) -> Option<&MetaTokenAttention> {
         match &self.branch {
             Branch::Mamba(_) => None,

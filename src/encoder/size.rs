@@ -1,4 +1,4 @@
-//! What is a matter of sizes alone: lengths of rows, bytes of a model, and whether they fit into memory.
+//! Checks of sizes: lengths of rows, bytes of a model, and whether they fit into memory.
 
 use super::blocks::Block;
 use super::options::HymbaOptions;

@@ -12,20 +12,20 @@ impl Hymba {
     ///
     /// | narrowed, in every block and the shared one | always f32 |
     /// |---|---|
-    /// | `mamba.in_proj`, `mamba.out_proj` | `input_proj`: frames are not normalised, which 8 bits would not forgive |
+    /// | `mamba.in_proj`, `mamba.out_proj` | `input_proj`: frames may have any scale, and 8 bits would lose small features |
     /// | `attention.{q,k,v,out}_proj` | `mamba.x_proj`, `mamba.dt_proj`: the time step, B and C add up in the state |
     /// | `gate`, `shared_proj`, `ffn.up`, `ffn.down` | norms, biases, convolution, A, D, meta tokens, the head of a [`Predictor`](crate::Predictor) |
     ///
-    /// These matrices are most of the model: 97 % at the default sizes. [`save`](Self::save) writes them as they are stored, and
+    /// These matrices are most of the model: 96 % at the default sizes. [`save`](Self::save) writes them as they are stored, and
     /// [`load`](Self::load) gives the same model again, to the bit; [`load_as`](Self::load_as) reads a larger file into this form at
-    /// once. States made before can no longer be used. What was rounded stays so if a wider type is chosen later.
+    /// once. States made before can no longer be used. To choose a wider type later does not undo the rounding.
     ///
     /// Such a model cannot be trained, but for low-rank adapters beside its matrices: see [`make_trainable`](Self::make_trainable) and
     /// [`add_lora`](Self::add_lora).
     ///
     /// # Errors
     ///
-    /// [`Error::Option`] if `hidden_size` is under 16, or the model does not fit into memory in a wider type. It is then as it was.
+    /// [`Error::Option`] if `hidden_size` is under 16, or the model does not fit into memory in a wider type. The model is then unchanged.
     ///
     /// ```
     /// use hymba::ndarray::Array3;
@@ -45,12 +45,12 @@ impl Hymba {
         self.set_storage(Some(storage))
     }
 
-    /// Widens the large matrices to f32 that can be trained. What [`store_as`](Self::store_as) rounded stays so: to train without
-    /// that, load the original.
+    /// Widens the large matrices to f32 that can be trained. This does not undo the rounding of [`store_as`](Self::store_as): to train
+    /// without it, load the original.
     ///
     /// # Errors
     ///
-    /// [`Error::Option`] if the model does not fit into memory; it is then as it was.
+    /// [`Error::Option`] if the model does not fit into memory; it is then unchanged.
     ///
     /// ```
     /// use hymba::ndarray::Array3;

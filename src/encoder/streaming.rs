@@ -12,7 +12,7 @@ use crate::kernels::team::{with_team, work};
 use crate::layers::{Batch, SequenceState};
 use crate::{Error, Result};
 
-/// What a model remembers of a batch of streams between two calls of [`Hymba::step`] or [`Hymba::prefill`].
+/// The state of a batch of streams between two calls of [`Hymba::step`] or [`Hymba::prefill`].
 ///
 /// A state belongs to the weights that made it: it can be used with every model that has the same ones, also in another
 /// process ([`Hymba::save_state`]), and with none whose parameters have changed. Cloning a state forks the streams. Its size is
@@ -43,7 +43,7 @@ use crate::{Error, Result};
 pub struct HymbaState {
     /// Of the weights that made it.
     pub(super) fingerprint: u64,
-    /// What a stream remembers before its first frame.
+    /// The state of a stream before its first frame.
     pub(super) initial: Arc<SequenceState>,
     pub(super) rows: Vec<SequenceState>,
     /// Streams that were asked for and did not fit into memory.
@@ -66,7 +66,7 @@ impl HymbaState {
         self.lengths().into_iter().max().unwrap_or(0) as u64
     }
 
-    /// Bytes of what is remembered.
+    /// Bytes of memory that the state takes.
     pub fn num_bytes(&self) -> usize {
         self.rows.iter().map(SequenceState::num_used_bytes).sum()
     }
@@ -94,11 +94,11 @@ impl HymbaState {
         Ok(HymbaState { rows, initial: self.initial.clone(), ..*self })
     }
 
-    /// Adds the streams of another state of the same weights behind these.
+    /// Appends the streams of another state of the same weights.
     ///
     /// # Errors
     ///
-    /// [`Error::State`] if another model made `other`. This state is then untouched.
+    /// [`Error::State`] if a model with other weights made `other`. This state is then untouched.
     pub fn append(&mut self, other: HymbaState) -> Result<()> {
         if other.fingerprint != self.fingerprint {
             return Err(Error::State("the other state was made by a model with other weights".into()));
@@ -125,8 +125,8 @@ impl Hymba {
     ///
     /// A stream takes `4·(2h·(n + 3) + 2h·(k + w))` bytes per block when its window is full, and some hundred bytes of
     /// bookkeeping: the first term where a block has Mamba, the second where it has attention, and twice the second per use of a
-    /// shared attention block. Memory for the window is taken 64 frames at a time. A batch whose state, or the first 64 frames of it, does
-    /// not fit into memory gives a state that [`step`](Self::step) refuses.
+    /// shared attention block. Memory for the window is taken 64 frames at a time. If the state of the batch, or the first 64 frames of
+    /// it, does not fit into memory, [`step`](Self::step) refuses it.
     pub fn new_state(&self, batch: usize) -> HymbaState {
         self.new_state_with(batch, 0)
     }
@@ -150,8 +150,9 @@ impl Hymba {
     ///
     /// # Errors
     ///
-    /// [`Error::Shape`] if the width is not `embed_dim`, b is 0, or the step does not fit into memory; [`Error::State`] if the state is of another batch
-    /// size, was made by a model with other weights, or before the parameters changed. The state is then untouched.
+    /// [`Error::Shape`] if the width is not `embed_dim`, b is 0, or the step does not fit into memory; [`Error::State`] if the
+    /// state has another batch size, was made by a model with other weights or before the parameters changed, or did not fit
+    /// into memory when it was made. The state is then untouched.
     ///
     /// ```
     /// use hymba::{Hymba, HymbaOptions};
@@ -270,7 +271,7 @@ impl Hymba {
     }
 }
 
-/// What is called with the outputs of some frames `[b, count, h]`.
+/// Called with the outputs of some frames `[b, count, h]`.
 type Each<'a> = &'a mut dyn FnMut(ArrayView3<f32>);
 
 /// Frames of all streams together that go through the blocks at a time.

@@ -14,7 +14,8 @@ use crate::kernels::team::{Team, with_team};
 use crate::layers::{Batch, Buffer, Dropout, SequenceState, Spans, StateGradient, row_seeds, seed_at};
 use crate::{Error, Result};
 
-/// What [`Hymba::backward`] reads of a forward pass: about 25·h numbers for each block and frame.
+/// The intermediate results of a forward pass that [`Hymba::backward`] needs: about 25·h + n·h/8 numbers per block and frame in
+/// the default pattern (see [`Hymba::forward`] for others).
 pub struct TrainCache {
     model: u64,
     seed: u64,
@@ -23,7 +24,7 @@ pub struct TrainCache {
     lengths: Vec<usize>,
     /// `[rows, embed_dim]`, without padding.
     input: Buffer,
-    /// What the meta tokens left in front of the frames.
+    /// The state that the meta tokens leave in front of the frames.
     initial: SequenceState,
     /// The meta tokens' pass through the blocks, if there are any.
     meta: Vec<DepthCache>,
@@ -46,15 +47,17 @@ impl fmt::Debug for TrainCache {
 
 impl Hymba {
     /// As [`forward_ragged`](Self::forward_ragged), for training: with dropout at the rate of the option `dropout`, and with what
-    /// [`backward`](Self::backward) reads. `lengths` of `None` are full ones.
+    /// [`backward`](Self::backward) needs. Without `lengths`, all l frames of every row are valid.
     ///
-    /// Which numbers are dropped follows from `seed`, the row of the batch and the frame; give every batch another seed. Meta tokens
-    /// lose nothing: they are shared by the batch, and what they leave behind is what inference uses. Without dropout, here and in an adapter ([`LoraOptions::dropout`](crate::LoraOptions::dropout)), the outputs
-    /// are those of [`forward`](Self::forward), to the bit.
+    /// Which numbers are dropped follows from `seed`, the row of the batch and the frame; give every batch another seed. Nothing
+    /// is dropped from meta tokens: they are shared by the batch, and the state they leave is the one inference uses. Without
+    /// dropout, here and in an adapter ([`LoraOptions::dropout`](crate::LoraOptions::dropout)), the outputs are those of
+    /// [`forward`](Self::forward), to the bit.
     ///
     /// # Errors
     ///
-    /// As [`forward_ragged`](Self::forward_ragged); [`Error::Option`] if the model is [stored](Self::store_as) for inference.
+    /// As [`forward_ragged`](Self::forward_ragged); [`Error::Option`] if the model is [stored](Self::store_as) for inference and has
+    /// no adapters; [`Error::State`] if it holds [adapters](Self::add_lora) of which none is active.
     ///
     /// ```
     /// use hymba::{Hymba, HymbaOptions};
@@ -98,15 +101,15 @@ impl Hymba {
         Ok((padded(&y, &cache.spans(), cache.l), cache))
     }
 
-    /// The gradient of [`forward_train`](Self::forward_train): dy `[b, hidden_size]`, the gradient of a loss by the outputs →
-    /// that by the inputs, `[b, l, embed_dim]`. **Adds** the gradients by the parameters to `grads`, which
+    /// The gradient of [`forward_train`](Self::forward_train): dy `[b, hidden_size]`, the gradient of a loss with respect to the
+    /// outputs → that with respect to the inputs, `[b, l, embed_dim]`. **Adds** the gradients of the parameters to `grads`, which
     /// [`zeros_like`](Self::zeros_like) makes. Frames past a sequence's length get gradients of exactly zero.
     ///
     /// # Errors
     ///
-    /// [`Error::Shape`] if dy has not the shape of the outputs; [`Error::State`] if `cache` is of another model, or of this one
+    /// [`Error::Shape`] if dy does not have the shape of the outputs; [`Error::State`] if `cache` is of another model, of this one
     /// before its parameters changed, or of [`forward_sequence_train`](Self::forward_sequence_train), or if `grads` is of a
-    /// model with other options. Nothing is added then.
+    /// model with other options or another adapter; [`Error::Option`] if `grads` is stored for inference. Nothing is added then.
     pub fn backward(&self, cache: &TrainCache, dy: &ArrayRef2<f32>, grads: &mut Hymba) -> Result<Array3<f32>> {
         self.check_backward(cache, &[cache.lengths.len()], dy.shape(), grads)?;
         let dy = dy.as_standard_layout();
@@ -120,7 +123,7 @@ impl Hymba {
     }
 
     /// The gradient of [`forward_sequence_train`](Self::forward_sequence_train): dy `[b, l, hidden_size]` → `[b, l, embed_dim]`;
-    /// otherwise as [`backward`](Self::backward). Positions past a sequence's length are taken for zero.
+    /// otherwise as [`backward`](Self::backward). Positions past a sequence's length are ignored.
     ///
     /// # Errors
     ///
@@ -133,7 +136,7 @@ impl Hymba {
         Ok(self.run_backward(cache, dframes, grads))
     }
 
-    /// A model with the same options whose parameters are all zero: where gradients are gathered.
+    /// A model with the same options whose parameters are all zero, for [`backward`](Self::backward) to add gradients to.
     pub fn zeros_like(&self) -> Hymba {
         self.zero_gradient()
     }
@@ -162,8 +165,8 @@ impl Hymba {
         }))
     }
 
-    /// Takes the meta tokens through the blocks. Returns what they leave in front of the frames, and what the backward pass
-    /// reads; of the latter nothing where there are no tokens.
+    /// Takes the meta tokens through the blocks. Returns the state they leave in front of the frames, and what the backward pass
+    /// reads, which is nothing without tokens.
     fn run_meta_tokens(&self, team: &Team) -> (SequenceState, Vec<DepthCache>) {
         let (mut state, mut caches) = (self.empty_state(), Vec::new());
         if let Some(tokens) = &self.meta_tokens {

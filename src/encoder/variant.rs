@@ -1,4 +1,4 @@
-//! What the variants of the model do differently.
+//! The variants of the model, and how they differ.
 
 use serde::{Deserialize, Serialize};
 

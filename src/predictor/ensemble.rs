@@ -62,9 +62,9 @@ const FEWEST_HELD_OUT: usize = 24;
 const LEAST_GAIN: f64 = 2.0;
 
 impl Ensemble {
-    /// Fits both views. `train` trains an encoder on the series it is given, and is called twice at most: with three quarters of the series, to
-    /// see on the others whether it makes the kernels better (which have then seen all series but the one asked for); if
-    /// it does, with all.
+    /// Fits both views. `train` trains an encoder on the series it is given, and is called twice at most: first with three quarters of
+    /// the series, to see on the others whether an encoder improves on the kernels (which have then seen all series but the one asked
+    /// for), and if it does, with all.
     ///
     /// # Errors
     ///
@@ -99,11 +99,12 @@ impl Ensemble {
         Ok(Ensemble { encoder: Some((predictor, mix)), ..none })
     }
 
-    /// Of these two views. The encoder gets this share, from 0 to 1.
+    /// Combines two fitted views. The encoder has this share, from 0 to 1, and the factor 1.
     ///
     /// # Errors
     ///
-    /// [`Error::Option`] if the share is not in its range; [`Error::Data`] if the encoder has another task.
+    /// [`Error::Option`] if the share is not in its range; [`Error::Data`] if the encoder has another task, or reads frames of
+    /// another width than the kernels.
     pub fn new(kernels: KernelPredictor, encoder: Option<(Predictor, f32)>) -> Result<Self> {
         let Some((predictor, share)) = encoder else { return Ok(Ensemble { kernels, encoder: None }) };
         if !(0.0..=1.0).contains(&share) {
@@ -127,22 +128,22 @@ impl Ensemble {
         }
     }
 
-    /// What is predicted.
+    /// The task.
     pub fn task(&self) -> &Task {
         self.kernels.task()
     }
 
-    /// The first view.
+    /// The view of kernel features.
     pub fn kernels(&self) -> &KernelPredictor {
         &self.kernels
     }
 
-    /// The second view, if there is one.
+    /// The trained encoder with its head, if there is one.
     pub fn encoder(&self) -> Option<&Predictor> {
         self.encoder.as_ref().map(|(predictor, _)| predictor)
     }
 
-    /// How much the encoder says, from 0 to 1.
+    /// The share of the encoder, from 0 to 1; 0 without one.
     pub fn share(&self) -> f32 {
         self.encoder.as_ref().map_or(0.0, |(_, mix)| mix.share)
     }

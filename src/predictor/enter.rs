@@ -118,7 +118,7 @@ impl Predictor {
         form.apply(&x.view().insert_axis(Axis(0)), &[x.nrows()]).0.index_axis_move(Axis(0), 0).into()
     }
 
-    /// What the encoder sees of x. A width that is not the encoder's is left for the encoder to refuse.
+    /// x after the input normalization. A width that is not the encoder's is left for the encoder to refuse.
     pub(super) fn normalized<'a, D: Dimension>(&self, x: &'a ArrayRef<f32, D>) -> CowArray<'a, f32, D> {
         let Some(input) = &self.input else { return x.view().into() };
         let mut x = x.to_owned();

@@ -18,7 +18,7 @@ mod plan;
 pub(super) use plan::Plan;
 use plan::{BIASES, BLOCKS, Bank, CONTEST, Contest, KERNELS, MAX_DILATION, below};
 
-/// Thousands of numbers for each series, by which a linear model can tell series apart: convolutions with fixed kernels of nine taps at
+/// Thousands of features per series, by which a linear model can tell series apart: convolutions with fixed kernels of nine taps at
 /// many dilations, pooled over time.
 ///
 /// Two sets of kernels look at each series and at its first difference:
@@ -31,7 +31,7 @@ use plan::{BIASES, BLOCKS, Bank, CONTEST, Contest, KERNELS, MAX_DILATION, below}
 ///
 /// A third set, **levels**, has no kernels: quantiles of intervals of the series and its differences, as in Quant.
 ///
-/// Where frames have several features, each kernel sees the sum of a few. Series may be of any lengths. Papers: Dempster, Schmidt and Webb 2021
+/// Where frames have several channels, each kernel reads the sum of a few. Series may be of any lengths. Papers: Dempster, Schmidt and Webb 2021
 /// (MiniRocket), 2023 (Hydra) and 2024 (Quant); Tan, Dempster, Bergmeir and Webb 2022 (MultiRocket).
 #[derive(Debug, Clone)]
 pub struct KernelFeatures {
@@ -77,7 +77,8 @@ impl KernelFeatures {
     ///
     /// # Errors
     ///
-    /// [`Error::Data`] if there are no series; [`Error::Shape`] if one has no frames or another number of channels.
+    /// [`Error::Data`] if there are no series; [`Error::Shape`] if one has no frames, no channels, or another number of channels than
+    /// the first.
     pub fn fit(series: &[Array2<f32>], seed: u64) -> Result<Self> {
         Self::fit_within(series, seed, usize::MAX)
     }
@@ -172,16 +173,17 @@ impl KernelFeatures {
         self.plan.views().iter().sum()
     }
 
-    /// How many of them, in this order, are of the pooled and of the competing kernels, and of levels.
+    /// How many features come from the pooled kernels, the competing kernels and the levels; they stand in this order.
     pub fn views(&self) -> [usize; 3] {
         self.plan.views()
     }
 
-    /// The features of series `[length, channels]`: `[series, num_features]`. Those of a series do not depend on the others.
+    /// The features of series `[length, channels]`: `[series, num_features]`, without rows if there are no series. Those of a series
+    /// do not depend on the others.
     ///
     /// # Errors
     ///
-    /// As [`fit`](Self::fit).
+    /// [`Error::Shape`] if a series has no frames or another number of channels, or the features do not fit into memory.
     pub fn transform(&self, series: &[Array2<f32>]) -> Result<Array2<f32>> {
         if series.is_empty() {
             return Ok(Array2::zeros((0, self.num_features())));

@@ -42,15 +42,15 @@ pub(super) struct Saved {
     pooling: Pooling,
 }
 
-/// What old files do not have is not written where it is as it was.
+/// Options that old files lack are not written at their defaults.
 fn is_default<T: Default + PartialEq>(value: &T) -> bool {
     *value == T::default()
 }
 
 in_one_file!(Predictor {
     /// Writes the predictor to one safetensors file: every parameter under its own name, f32 or as it is
-    /// [stored](Self::store_as), [adapters](Self::add_lora) as [`Hymba::save`](crate::Hymba::save) does, the normalizations as `input_mean`, `input_scale`, `output_mean` and `output_scale`, options and
-    /// task in the metadata.
+    /// [stored](Self::store_as), [adapters](Self::add_lora) as [`Hymba::save`](crate::Hymba::save) does, the normalizations as
+    /// `input_mean`, `input_scale`, `output_mean` and `output_scale`, options and task in the metadata.
     ///
     /// ```
     /// use hymba::{HymbaOptions, Predictor, Task};

@@ -3,8 +3,8 @@
 use ndarray::{Array1, Array2, Array3, ArrayRef3, ArrayView2, ArrayViewMut2, Axis, Zip, s};
 use serde::{Deserialize, Serialize};
 
-/// Whether a predictor sees frames, or how they differ from the frame before. What a series does, more than where it lies, often
-/// is what tells its class.
+/// Whether a predictor reads frames, their differences from the frame before, or both. How a series changes often tells its class
+/// better than where it lies.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 #[non_exhaustive]
@@ -98,7 +98,7 @@ pub(super) fn reversed(x: &ArrayRef3<f32>, lengths: &[usize]) -> Array3<f32> {
     y
 }
 
-/// What form a series has: its own normalization, then differences.
+/// The form of a series: its own normalization, then differences.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Form {
     pub normalize_series: bool,

@@ -13,9 +13,9 @@ mod file;
 /// Classes or numbers of whole series, from [`KernelFeatures`] by ridge regression. It is fitted in closed form, within a second or a few:
 /// where there are tens or hundreds of series, few methods are more accurate.
 ///
-/// The strength of the penalty is chosen by leaving out each training series in turn. What a classifier gives are logits: the
-/// factor between the regression and them is chosen with the same left out series, so that [`softmax`](crate::softmax) makes
-/// calibrated probabilities of them.
+/// The strength of the penalty is chosen by leaving out each training series in turn. A classifier gives logits: the factor between
+/// the regression and them is chosen with the same left-out series, so that [`softmax`](crate::softmax) makes calibrated
+/// probabilities of them.
 ///
 /// ```
 /// use hymba::ndarray::Array2;
@@ -48,12 +48,13 @@ const CHUNK: usize = 64;
 impl KernelPredictor {
     /// Fits to the series of a data set. The kernels are drawn from `seed`.
     ///
-    /// The features of all series take up to a gigabyte: with more than 4800 series there are fewer per series. Of more than 6144
-    /// series, 6144 are used.
+    /// The features of all series take up to a gigabyte: with more than some 4000 series (fewer if they have several channels) there are
+    /// fewer features per series. Of more than 6144 series, 6144 are used.
     ///
     /// # Errors
     ///
-    /// [`Error::Data`] if each frame has a target of its own, or several labels can be right.
+    /// [`Error::Data`] if each frame has a target of its own, or several labels can be right; [`Error::Shape`] if the features do not
+    /// fit into memory.
     pub fn fit(data: &Dataset, seed: u64) -> Result<Self> {
         Ok(Self::fit_left_out(data, seed)?.0)
     }
@@ -104,7 +105,7 @@ impl KernelPredictor {
     ///
     /// # Errors
     ///
-    /// [`Error::Shape`] if a series has no frames or another number of channels.
+    /// As [`KernelFeatures::transform`].
     pub fn predict(&self, series: &[Array2<f32>]) -> Result<Array2<f32>> {
         let mut predicted = Array2::zeros((series.len(), self.task.outputs()));
         for (series, mut predicted) in series.chunks(CHUNK).zip(predicted.axis_chunks_iter_mut(Axis(0), CHUNK)) {
@@ -113,12 +114,12 @@ impl KernelPredictor {
         Ok(predicted)
     }
 
-    /// What is predicted.
+    /// The task.
     pub fn task(&self) -> &Task {
         &self.task
     }
 
-    /// What is predicted from.
+    /// The features it predicts from.
     pub fn features(&self) -> &KernelFeatures {
         &self.features
     }

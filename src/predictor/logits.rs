@@ -1,4 +1,4 @@
-//! What logits say.
+//! Probabilities and classes from logits.
 
 use ndarray::{Array, ArrayRef, Dimension, Zip};
 
@@ -20,7 +20,7 @@ pub fn softmax<D: Dimension>(logits: &ArrayRef<f32, D>) -> Array<f32, D> {
     probabilities
 }
 
-/// The place of the largest number on the last axis, the first of equals: the class that logits or probabilities speak for.
+/// The index of the largest number on the last axis, the first of equals: the predicted class, of logits or probabilities.
 /// NaN counts as smaller than any number.
 ///
 /// ```

@@ -26,11 +26,12 @@ pub struct Normalization {
 }
 
 impl Normalization {
-    /// With these numbers, one of each for each feature.
+    /// With a mean and a scale for each feature.
     ///
     /// # Errors
     ///
-    /// [`Error::Shape`] if there are not as many of both; [`Error::Option`] if a number is not finite or a scale is not above 0.
+    /// [`Error::Shape`] if there are not as many of both; [`Error::Option`] if a number is not finite, or a scale is not above 0 or
+    /// subnormal.
     pub fn new(mean: Array1<f32>, scale: Array1<f32>) -> Result<Self> {
         if mean.len() != scale.len() {
             let expected = format!("[{}], as the mean has", mean.len());

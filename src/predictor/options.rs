@@ -10,15 +10,15 @@ use crate::{Error, HymbaOptions, Pooling, Result, Stem};
 /// |---|---|---|---|
 /// | `encoder` | required | see [`HymbaOptions`] | the encoder; its `embed_dim` is the width of one frame |
 /// | `normalize_series` | no | | bring each feature of each series to mean 0 and variance 1 over its own frames |
-/// | `differences` | none | see [`Differences`] | see how frames differ from the one before, instead or besides |
+/// | `differences` | none | see [`Differences`] | read the differences between frames, in their place or beside them |
 /// | `stem` | none | see [`Stem`] | strided convolutions that make few tokens of many frames |
 /// | `bidirectional` | no | | a second encoder reads each sequence from its end |
-/// | `pooling` | last | see [`Pooling`] | how a sequence becomes the one vector that it is judged by |
+/// | `pooling` | last | see [`Pooling`] | how the frames of a sequence become the one vector that the head reads |
 ///
-/// Every option but `encoder` is for whole sequences: a task of every frame ([`Task::is_frame_wise`]) goes with the defaults
-/// alone. Streams ([`Predictor::step`](crate::Predictor::step)) go with every `pooling`, and are refused with the others, which
-/// need frames that a stream has not seen yet. [`HymbaOptions`] alone are options, too: with
-/// the defaults of this table.
+/// Every option but `encoder` is for whole sequences: a task of every frame ([`Task::is_frame_wise`]) needs the defaults of all
+/// others. Streams ([`Predictor::step`](crate::Predictor::step)) and predictions at every frame
+/// ([`Predictor::predict_frames`](crate::Predictor::predict_frames)) go with any `pooling`, and are refused if one of the others is
+/// set. [`HymbaOptions`] alone convert to these options, with the defaults of this table.
 ///
 /// ```
 /// use hymba::{HymbaOptions, Pooling, Predictor, PredictorOptions, Task};
@@ -36,13 +36,13 @@ pub struct PredictorOptions {
     pub encoder: HymbaOptions,
     /// Whether to bring each feature of each series to mean 0 and variance 1 over its own frames.
     pub normalize_series: bool,
-    /// Whether to see how frames differ from the one before.
+    /// Whether to read the differences between frames.
     pub differences: Differences,
     /// Strided convolutions that make few tokens of many frames.
     pub stem: Option<Stem>,
     /// Whether a second encoder reads each sequence from its end.
     pub bidirectional: bool,
-    /// How a sequence becomes the one vector that it is judged by.
+    /// How the frames of a sequence become the one vector that the head reads.
     pub pooling: Pooling,
 }
 
@@ -65,7 +65,7 @@ impl PredictorOptions {
         self
     }
 
-    /// Sets whether to see how frames differ from the one before.
+    /// Sets whether to read the differences between frames.
     pub fn differences(mut self, differences: Differences) -> Self {
         self.differences = differences;
         self
@@ -77,13 +77,13 @@ impl PredictorOptions {
         self
     }
 
-    /// Sets whether a second encoder, with weights of its own, reads each sequence from its end. The head sees what both make of it.
+    /// Sets whether a second encoder, with weights of its own, reads each sequence from its end. The head reads both results.
     pub fn bidirectional(mut self, bidirectional: bool) -> Self {
         self.bidirectional = bidirectional;
         self
     }
 
-    /// Sets how a sequence becomes the one vector that it is judged by.
+    /// Sets how the frames of a sequence become the one vector that the head reads.
     pub fn pooling(mut self, pooling: Pooling) -> Self {
         self.pooling = pooling;
         self
@@ -116,7 +116,7 @@ impl PredictorOptions {
         }
     }
 
-    /// Checks that what is said of a frame depends on the frames up to it, as its encoder has it.
+    /// Checks that the prediction at a frame depends on the frames up to it, by their encoding alone.
     pub(super) fn check_frame_wise(&self) -> Result<()> {
         self.check_causal()?;
         match self.pooling {
@@ -142,12 +142,13 @@ impl PredictorOptions {
         if self.bidirectional { refused("bidirectional", "true".into(), WHOLE) } else { Ok(()) }
     }
 
-    /// What happens to a series before anything else.
+    /// The form that series get before anything else.
     pub(super) fn form(&self) -> Form {
         Form { normalize_series: self.normalize_series, differences: self.differences }
     }
 
-    /// The width of frames in their form: of what an input normalization is for.
+    /// Features of a frame after `differences`: `embed_dim`, or twice that with [`Differences::Beside`]. An input normalization has
+    /// as many.
     pub fn features(&self) -> usize {
         self.differences.width(self.encoder.embed_dim)
     }

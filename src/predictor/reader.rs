@@ -22,7 +22,7 @@ pub(super) struct ReaderCache {
     kind: Kind,
 }
 
-/// What came of a pass.
+/// The kind of pass, and what pooling needs of it.
 #[derive(Debug)]
 enum Kind {
     /// The last frames.

@@ -27,7 +27,7 @@ pub(super) struct Ridge {
     pub bias: Array1<f32>,
 }
 
-/// What rows would get from maps that are fitted to all others.
+/// Predictions for rows by maps that are fitted to all others.
 #[derive(Debug, Clone)]
 pub(super) struct LeftOut {
     /// Which rows: all, or some of many.
@@ -40,7 +40,7 @@ pub(super) struct LeftOut {
 const STRENGTHS: [f64; 8] = [1e-5, 1e-4, 1e-3, 1e-2, 3e-2, 0.1, 1.0, 10.0];
 /// How much the views of [`KernelFeatures`](super::KernelFeatures) count.
 const SHARES: [[f64; 3]; 4] = [[1.0, 1.0, 0.0], [1.0, 0.2, 0.0], [1.0, 1.0, 0.5], [1.0, 0.2, 1.0]];
-/// What the loss of the first shares is multiplied by: others must be better than by chance.
+/// Factor of the loss of the first shares: others must be better than by chance.
 const PREFERENCE: f64 = 0.95;
 /// Rows that are left out, at most: each strength takes their number to the power of three.
 const MOST_LEFT_OUT: usize = 512;

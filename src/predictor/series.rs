@@ -10,8 +10,8 @@ const BATCH: usize = 32;
 const BATCH_FRAMES: usize = 1 << 15;
 
 impl Predictor {
-    /// As [`predict`](Self::predict), from series `[length, embed_dim]` of any lengths: `[series, outputs]`. Those of like length are
-    /// put into batches together.
+    /// As [`predict`](Self::predict), from series `[length, embed_dim]` of any lengths: `[series, outputs]`. Series of similar
+    /// length are put into batches together.
     ///
     /// ```
     /// use hymba::ndarray::Array2;

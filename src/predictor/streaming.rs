@@ -11,8 +11,8 @@ use crate::kernels::team::{Team, work};
 use crate::layers::{PoolState, flat};
 use crate::{Error, HymbaState, Pooling, Result};
 
-/// What a [`Predictor`] remembers of a batch of streams between two calls of [`Predictor::step`] or [`Predictor::prefill`]: the
-/// state of its encoder, and what pooling keeps.
+/// The state of a batch of streams of a [`Predictor`] between two calls of [`Predictor::step`] or [`Predictor::prefill`]: that of its
+/// encoder and that of its pooling.
 ///
 /// As a [`HymbaState`], it belongs to the weights that made it, and clones fork the streams.
 ///
@@ -36,7 +36,7 @@ pub struct PredictorState {
     encoder: HymbaState,
     /// Of the pooling that made it.
     fingerprint: u64,
-    /// What pooling keeps of a stream before its first frame.
+    /// The state of pooling before the first frame.
     initial: PoolState,
     pools: Vec<PoolState>,
 }
@@ -57,12 +57,12 @@ impl PredictorState {
         self.encoder.frames()
     }
 
-    /// Bytes of what is remembered.
+    /// Bytes of memory that the state takes.
     pub fn num_bytes(&self) -> usize {
         self.encoder.num_bytes() + self.pools.iter().map(PoolState::num_bytes).sum::<usize>()
     }
 
-    /// What the encoder remembers.
+    /// The state of the encoder.
     pub fn encoder(&self) -> &HymbaState {
         &self.encoder
     }
@@ -90,11 +90,11 @@ impl PredictorState {
         Ok(PredictorState { encoder, pools, initial: self.initial.clone(), ..*self })
     }
 
-    /// Adds the streams of another state of the same weights behind these.
+    /// Appends the streams of another state of the same weights.
     ///
     /// # Errors
     ///
-    /// [`Error::State`] if another model made `other`. This state is then untouched.
+    /// [`Error::State`] if a predictor with other weights or another pooling made `other`. This state is then untouched.
     pub fn append(&mut self, other: PredictorState) -> Result<()> {
         if other.fingerprint != self.fingerprint {
             return Err(Error::State("the other state was made by a model with another pooling".into()));
@@ -117,7 +117,7 @@ const SUMS: &str = "pooling.sums";
 const WEIGHTS: &str = "pooling.weights";
 
 impl Predictor {
-    /// A state for `batch` streams that have seen no frame yet.
+    /// A state for `batch` streams that have seen no frame yet. For its size see [`Hymba::new_state`](crate::Hymba::new_state).
     pub fn new_state(&self, batch: usize) -> PredictorState {
         let initial = self.reader.pool.new_state();
         let bytes = initial.num_bytes() + size_of::<PoolState>();
@@ -131,7 +131,8 @@ impl Predictor {
     ///
     /// # Errors
     ///
-    /// As [`Hymba::step`](crate::Hymba::step); [`Error::Option`] if an option needs frames that are still to come.
+    /// As [`Hymba::step`](crate::Hymba::step); [`Error::Option`] if an option other than `encoder` and `pooling` is set, see
+    /// [`PredictorOptions`](crate::PredictorOptions).
     ///
     /// ```
     /// use hymba::ndarray::Array2;
@@ -163,7 +164,7 @@ impl Predictor {
     ///
     /// # Errors
     ///
-    /// As [`Hymba::prefill`](crate::Hymba::prefill); [`Error::Option`] if an option needs frames that are still to come.
+    /// As [`Hymba::prefill`](crate::Hymba::prefill); [`Error::Option`] as [`step`](Self::step).
     ///
     /// ```
     /// use hymba::ndarray::{Array2, Array3};
@@ -255,7 +256,7 @@ impl Predictor {
         Ok(PredictorState { pools: pools.collect(), encoder, ..state })
     }
 
-    /// What the pools of all streams come to after the last frames, hidden `[b, h]`: predictions `[b, outputs]`.
+    /// Predictions `[b, outputs]` from the pools of all streams after the last frames, hidden `[b, h]`.
     fn read_pools(&self, hidden: ArrayView2<f32>, state: &PredictorState) -> Array2<f32> {
         let mut pooled = Array2::zeros((hidden.nrows(), self.reader.pool.width()));
         for ((hidden, pool), pooled) in hidden.rows().into_iter().zip(&state.pools).zip(pooled.rows_mut()) {

@@ -1,4 +1,4 @@
-//! What is to be predicted.
+//! The task of a predictor.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -8,7 +8,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::{Error, Result};
 
-/// What a [`Predictor`](crate::Predictor) predicts, and at which frames it is trained to.
+/// The kind of outputs of a [`Predictor`](crate::Predictor), and whether it is trained to predict per sequence or per frame. The
+/// prediction for a sequence comes from its last frame, or as [`Pooling`](crate::Pooling) says.
 ///
 /// ```
 /// use hymba::Task;
@@ -21,30 +22,29 @@ use crate::{Error, Result};
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 #[non_exhaustive]
 pub enum Task {
-    /// One class for each sequence, from its last frame.
+    /// One class per sequence.
     Classify {
         /// The names of the classes.
         #[serde(deserialize_with = "few_labels")]
         labels: Vec<String>,
     },
-    /// Numbers for each sequence, from its last frame.
+    /// Numbers per sequence.
     Regress {
         /// How many numbers.
         outputs: usize,
     },
-    /// One class for each frame.
+    /// One class per frame.
     ClassifyFrames {
         /// The names of the classes.
         #[serde(deserialize_with = "few_labels")]
         labels: Vec<String>,
     },
-    /// Numbers for each frame.
+    /// Numbers per frame.
     RegressFrames {
         /// How many numbers.
         outputs: usize,
     },
-    /// Any number of labels for each sequence, none or all of them included: of each label, a logit for yes, from its last frame. The
-    /// probability of a label is sigmoid(logit).
+    /// Any number of labels per sequence, from none to all. Each label has a logit, and sigmoid(logit) is its probability.
     MultiLabel {
         /// The names of the labels.
         #[serde(deserialize_with = "few_labels")]
@@ -53,9 +53,9 @@ pub enum Task {
 }
 
 impl Task {
-    /// Most classes.
+    /// Most classes or labels.
     pub const MAX_LABELS: usize = 1 << 14;
-    /// Most bytes of all class names together: they stand in the header of a file.
+    /// Most bytes of all their names together, which stand in the header of a file.
     pub const MAX_LABEL_BYTES: usize = 1 << 18;
 
     /// One class for each sequence.
@@ -120,8 +120,9 @@ impl Task {
     ///
     /// # Errors
     ///
-    /// [`Error::Option`] unless there is an output, or there are two different classes or one label, or if there are more than
-    /// [`MAX_LABELS`](Self::MAX_LABELS) labels or [`MAX_LABEL_BYTES`](Self::MAX_LABEL_BYTES) of them.
+    /// [`Error::Option`] if a regression has no output, a classification fewer than two classes, or [`MultiLabel`](Self::MultiLabel)
+    /// no label; if two names are equal; if there are more than [`MAX_LABELS`](Self::MAX_LABELS) names, or they have more than
+    /// [`MAX_LABEL_BYTES`](Self::MAX_LABEL_BYTES) bytes together.
     pub fn validate(&self) -> Result<()> {
         if self.is_regression() {
             return match self.outputs() {

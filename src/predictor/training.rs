@@ -12,7 +12,7 @@ use crate::encoder::{Keeps, sequences};
 use crate::kernels::team::Team;
 use crate::{Error, HymbaOptions, Result};
 
-/// What [`Predictor::backward`] reads of a forward pass.
+/// The intermediate results of a forward pass that [`Predictor::backward`] needs.
 #[derive(Debug)]
 pub struct PredictorCache {
     front: FrontCache,
@@ -44,11 +44,11 @@ impl PredictorCache {
 
 impl Predictor {
     /// As [`predict`](Self::predict), for training: with dropout, drawn from `seed`, and with what
-    /// [`backward`](Self::backward) reads.
+    /// [`backward`](Self::backward) needs.
     ///
     /// # Errors
     ///
-    /// As [`Hymba::forward_train`](crate::Hymba::forward_train): [`Error::Option`] if the encoder is stored for inference, too.
+    /// As [`Hymba::forward_train`](crate::Hymba::forward_train).
     ///
     /// ```
     /// use hymba::ndarray::Array3;
@@ -78,8 +78,8 @@ impl Predictor {
         Ok((self.rescaled(z).index_axis_move(Axis(1), 0), cache))
     }
 
-    /// The gradient of [`forward_train`](Self::forward_train): dy `[b, outputs]` → that by the inputs, `[b, l, embed_dim]`.
-    /// **Adds** the gradients by the parameters to `grads`, which [`zeros_like`](Self::zeros_like) makes.
+    /// The gradient of [`forward_train`](Self::forward_train): dy `[b, outputs]` → that with respect to the inputs,
+    /// `[b, l, embed_dim]`. **Adds** the gradients of the parameters to `grads`, which [`zeros_like`](Self::zeros_like) makes.
     ///
     /// # Errors
     ///
@@ -93,7 +93,8 @@ impl Predictor {
     ///
     /// # Errors
     ///
-    /// As [`Hymba::forward_sequence_train`](crate::Hymba::forward_sequence_train).
+    /// As [`Hymba::forward_sequence_train`](crate::Hymba::forward_sequence_train); [`Error::Option`] if an option other than
+    /// `encoder` is set, see [`PredictorOptions`].
     pub fn forward_frames_train(
         &self,
         x: &ArrayRef3<f32>,
@@ -105,7 +106,7 @@ impl Predictor {
     }
 
     /// The gradient of [`forward_frames_train`](Self::forward_frames_train): dy `[b, l, outputs]` → `[b, l, embed_dim]`;
-    /// otherwise as [`backward`](Self::backward). Positions past a sequence's length are taken for zero.
+    /// otherwise as [`backward`](Self::backward). Positions past a sequence's length are ignored.
     ///
     /// # Errors
     ///
@@ -119,14 +120,15 @@ impl Predictor {
         self.run_backward(cache, self.rescaled_backward(cache, dy.view())?, grads)
     }
 
-    /// What a prediction was made of: gradient × input of one output by the frames of one sequence, x `[l, embed_dim]` → `[l,
-    /// embed_dim]`. A number above 0 raised the output, one below 0 lowered it; their sum is, to first order, the difference of the
-    /// output to that of frames at the input normalization's mean (at 0 without one, and where series are normalized by themselves or only
+    /// Which features of which frames a prediction rests on: gradient × input of one output, for one sequence x `[l, embed_dim]` →
+    /// `[l, embed_dim]`. A number above 0 raised the output, one below 0 lowered it. To first order, their sum is the output less that
+    /// of frames at the mean of the input normalization (at 0 without one, and where series are normalized by themselves or only
     /// differences are read).
     ///
     /// # Errors
     ///
-    /// As [`predict`](Self::predict); [`Error::Option`] if there is no such output, or if matrices are stored for inference only.
+    /// As [`predict`](Self::predict); [`Error::Option`] if there is no such output, or if the encoder is stored for inference only and
+    /// no adapter is active.
     ///
     /// ```
     /// use hymba::ndarray::Array2;

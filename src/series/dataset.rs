@@ -1,4 +1,4 @@
-//! From what was read to what can be learned from.
+//! From the series of a file to a data set.
 
 use std::path::Path;
 
@@ -9,8 +9,8 @@ use crate::train::{Dataset, Targets};
 use crate::{Error, Result, Task};
 
 impl SeriesSet {
-    /// What can be learned from these series: to tell the classes apart that they have, in the order of the labels, or to predict a
-    /// number.
+    /// The task of these series: to classify them, into the classes that occur, in the order of the labels, or to predict a number
+    /// for each.
     ///
     /// # Errors
     ///
@@ -29,8 +29,8 @@ impl SeriesSet {
 
     /// The series with their targets, to learn from or to measure on. Classes are found among the labels of the task by name.
     ///
-    /// A label that the task lacks is added to those of the data set: a model of `task` never says it, so that it is wrong about these
-    /// series. [`compare_labels`](Self::compare_labels) names them.
+    /// A label that the task lacks is added to those of the data set: a model of `task` never predicts it, so these series count as
+    /// errors. [`compare_labels`](Self::compare_labels) names them.
     ///
     /// ```
     /// use hymba::series::{ReadOptions, SeriesSet};
@@ -75,8 +75,8 @@ impl SeriesSet {
         Dataset::new(&task, self.cases.into_iter().map(|case| case.frames).collect(), targets)
     }
 
-    /// What [`into_dataset`](Self::into_dataset) does with labels that the task spells in another way or lacks, a line each; none if all
-    /// are the same.
+    /// Says how [`into_dataset`](Self::into_dataset) reads labels that the task spells in another way, one line each, and in a last line
+    /// which the task lacks; nothing if all are the same.
     pub fn compare_labels(&self, task: &Task) -> Vec<String> {
         const SHOWN: usize = 200;
         let known = task.labels();

@@ -69,7 +69,7 @@ impl Labels {
         places
     }
 
-    /// The names, in the order that the classes of `cases` then have, and what is to be said of them.
+    /// The names, in the order that the classes of `cases` then have, and notes on them.
     pub fn finish(mut self, cases: &mut [Case]) -> (Vec<String>, Vec<String>) {
         let places = self.sort();
         for case in cases {
@@ -119,7 +119,7 @@ impl Places {
     }
 }
 
-/// What is said where a class is spelled in another way.
+/// The note on a class that is spelled in another way.
 pub(super) fn read_as(label: &str, name: &str) -> String {
     format!("class `{}` is read as `{}`", short(label), short(name))
 }

@@ -7,14 +7,14 @@ use crate::{Error, Result};
 ///
 /// | option | default | meaning |
 /// |---|---|---|
-/// | `time` | [`TimeInput::Even`] | what becomes of timestamps |
+/// | `time` | [`TimeInput::Even`] | how timestamps are used |
 /// | `layout` | long if there are columns of id and time, else wide | what a row of the table is |
 /// | `header` | yes | whether the first row has the names of the columns; else they are called `0`, `1` and so on |
 /// | `delimiter` | `,` and in a `.tsv` file the tab | what separates columns, an ASCII character |
 /// | `target` | the column `target`, `class` or `label`, if there is one | what is to be predicted; not known where it is empty, `?` or `NaN` |
 /// | `target_kind` | [`TargetKind::Auto`] | whether that is classes or numbers |
-/// | `id` | the column `id`, if there is one | what a series is called; no value |
-/// | `time_column` | the column `time` or `timestamp`, if there is one | in the long layout, the times of frames: numbers, or dates such as `2004-08-10 14:30:00`; in the wide layout it is left out |
+/// | `id` | the column `id`, if there is one | the name of a series; it is not a value |
+/// | `time_column` | the column `time` or `timestamp`, if there is one | in the long layout, the times of frames: numbers, or dates such as `2004-08-10 14:30:00`; in the wide layout it is left out, and an error if it was set |
 ///
 /// Names of columns that are looked for by default may be in any case of letters.
 ///
@@ -27,7 +27,7 @@ use crate::{Error, Result};
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub struct ReadOptions {
-    /// What becomes of timestamps.
+    /// How timestamps are used.
     pub time: TimeInput,
     /// What a row of a table is.
     pub layout: Option<CsvLayout>,
@@ -35,17 +35,17 @@ pub struct ReadOptions {
     pub header: bool,
     /// What separates the columns of a table.
     pub delimiter: Option<char>,
-    /// The column of what is to be predicted.
+    /// The column of the targets.
     pub target: Option<Column>,
     /// Whether classes or numbers are to be predicted.
     pub target_kind: TargetKind,
-    /// The column of what a series is called.
+    /// The column of the names of series.
     pub id: Option<Column>,
     /// The column of the times of frames.
     pub time_column: Option<Column>,
 }
 
-/// What becomes of the timestamps of frames.
+/// How the timestamps of frames are used.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum TimeInput {
     /// They must be evenly spaced, the same in all series, and are dropped: every frame is a step of the model.
@@ -103,7 +103,7 @@ pub enum TargetKind {
 pub enum Column {
     /// By its name in the header.
     Name(String),
-    /// By its place, from 0.
+    /// By its index, from 0.
     Index(usize),
 }
 
@@ -141,7 +141,7 @@ impl Default for ReadOptions {
 }
 
 impl ReadOptions {
-    /// Sets what becomes of timestamps.
+    /// Sets how timestamps are used.
     pub fn time(mut self, time: TimeInput) -> Self {
         self.time = time;
         self
@@ -165,7 +165,7 @@ impl ReadOptions {
         self
     }
 
-    /// Sets the column of what is to be predicted, by its name or its place from 0.
+    /// Sets the column of the targets, by its name or its index from 0.
     pub fn target(mut self, column: impl Into<Column>) -> Self {
         self.target = Some(column.into());
         self
@@ -177,7 +177,7 @@ impl ReadOptions {
         self
     }
 
-    /// Sets the column of what a series is called.
+    /// Sets the column of the names of series.
     pub fn id(mut self, column: impl Into<Column>) -> Self {
         self.id = Some(column.into());
         self

@@ -101,7 +101,7 @@ impl Spacing {
     }
 }
 
-/// What all series must have the same of, since it is dropped: that of the series before, and of one more.
+/// The spacing of all series, which must be the same since it is dropped: of the series before, and of one more.
 pub(super) fn common(before: Option<Spacing>, new: Option<Spacing>) -> Result<Option<Spacing>, String> {
     match (before, new) {
         (Some(before), Some(new)) if !before.is_like(new) => Err(format!(
@@ -113,7 +113,7 @@ pub(super) fn common(before: Option<Spacing>, new: Option<Spacing>) -> Result<Op
     }
 }
 
-/// What was done with timestamps.
+/// Says how timestamps were used.
 pub(super) fn note(time: TimeInput, spacing: Option<Spacing>) -> String {
     match time.channel() {
         Some(name) => format!("the timestamps become the channel `{name}`"),

@@ -57,7 +57,7 @@ struct Header {
     has_class: bool,
     has_value: bool,
     labels: Labels,
-    /// What becomes of timestamps.
+    /// How timestamps are used.
     time: TimeInput,
     /// Of the first series that tells.
     spacing: Option<Spacing>,

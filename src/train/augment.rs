@@ -8,8 +8,9 @@ use serde::{Deserialize, Serialize};
 use crate::layers::Rng;
 use crate::{Error, Result, Task};
 
-/// A change that leaves the class of a series what it was. A training by several of them applies each to every series, in the order of
-/// the list; see [`TrainerOptions::augmentations`](super::TrainerOptions::augmentations).
+/// A random change of a series that keeps its class. A training with several of them applies each to every series, in the order of
+/// the list, and `Mixup` (the first, if there are several) after all others; see
+/// [`TrainerOptions::augmentations`](super::TrainerOptions::augmentations).
 ///
 /// What is drawn follows from the seed of the training, the epoch and the place of the series in it, not from threads.
 ///
@@ -50,7 +51,7 @@ pub enum Augmentation {
         /// By how much, at most, the speed differs from 1.
         strength: f32,
     },
-    /// Keeps a part of the frames, which lie side by side.
+    /// Keeps consecutive frames.
     Slice {
         /// Which share of them.
         fraction: f32,
@@ -101,7 +102,7 @@ impl Augmentation {
         }
     }
 
-    /// What becomes of a series `[l, width]`. Mixup is done to batches, see [`mix`].
+    /// Changes a series `[l, width]`. Mixup is done to batches, see [`mix`].
     fn apply(&self, x: Array2<f32>, rng: &mut Rng) -> Array2<f32> {
         match *self {
             Augmentation::Jitter { deviation } => jitter(x, deviation, rng),

@@ -10,7 +10,7 @@ pub use data::TrainingData;
 pub(super) use ranks::{Hash, Ranks, hash_of, hash_of_every, hash_of_text};
 pub use threads::Threads;
 
-/// What joins the processes of a training, the ranks. [`Trainer::fit_on`](super::Trainer::fit_on) needs no more than this: the package
+/// The connection between the processes of a training, the ranks. [`Trainer::fit_on`](super::Trainer::fit_on) needs no more than this: the package
 /// `hymba-mpi` has it over MPI, [`Threads`] within one process, and [`Alone`] is a training of one.
 ///
 /// Every rank makes the same calls in the same order, with slices of the same lengths. A call returns when all ranks have made it.

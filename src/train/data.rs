@@ -17,7 +17,7 @@ mod batch;
 use batch::padded;
 pub(super) use batch::{Batch, BatchTargets, Mixed};
 
-/// Series of any lengths, and what is to be learned of each.
+/// Series of any lengths with their targets.
 ///
 /// Everything is checked when it is made: a `Dataset` can be trained on. Missing values must be filled before.
 ///
@@ -42,24 +42,24 @@ pub struct Dataset {
     targets: Targets,
 }
 
-/// What is to be learned of each series, in their order. Which kind it is follows from the [`Task`].
+/// The targets of all series, in their order. Which kind they are follows from the [`Task`].
 #[derive(Debug, Clone, PartialEq)]
 pub enum Targets {
-    /// For [`Task::Classify`]: the class of each series, as its place among the labels.
+    /// For [`Task::Classify`]: the class of each series, as its index among the labels.
     Classes(Vec<usize>),
     /// For [`Task::Regress`]: `[series, outputs]`
     Values(Array2<f32>),
     /// For [`Task::ClassifyFrames`]: the class of each frame of each series, or [`Targets::IGNORED`].
     FrameClasses(Vec<Vec<usize>>),
-    /// For [`Task::RegressFrames`]: `[length, outputs]` for each series; NaN in the place of a number that there is none of.
+    /// For [`Task::RegressFrames`]: `[length, outputs]` for each series; NaN where a number is missing.
     FrameValues(Vec<Array2<f32>>),
     /// For [`Task::MultiLabel`]: `[series, labels]`, which labels each has.
     Labels(Array2<bool>),
 }
 
 impl Targets {
-    /// In the place of a class: the frame has none. It counts neither in losses and their gradients nor in metrics. (In the place of a
-    /// number of a frame, NaN says the same, of each output by itself.)
+    /// Marks a frame without a class: it counts neither in losses and their gradients nor in metrics. (Numbers of a frame are marked by
+    /// NaN, each output by itself.)
     ///
     /// ```
     /// use hymba::Task;
@@ -93,9 +93,9 @@ impl Dataset {
     ///
     /// # Errors
     ///
-    /// [`Error::Data`] names the first thing that cannot be learned from, with its series and frame (counted from 0): no
-    /// series at all, one without frames or of another width, a number that is not finite, targets of another kind or number
-    /// than the task and the series need, a class that has no label. [`Error::Option`] if the task is not usable.
+    /// [`Error::Data`] names the first fault, with its series and frame (counted from 0): no series at all, one without frames
+    /// or of another width, a number that is not finite, targets of another kind or number than the task and the series need,
+    /// a class that has no label, no frame with a target. [`Error::Option`] if the task is not usable.
     pub fn new(task: &Task, series: Vec<Array2<f32>>, targets: Targets) -> Result<Self> {
         task.validate()?;
         let data = Dataset { task: task.clone(), series, targets };
@@ -196,7 +196,7 @@ impl Dataset {
         }
     }
 
-    /// What is to be learned.
+    /// The task.
     pub fn task(&self) -> &Task {
         &self.task
     }
@@ -226,8 +226,8 @@ impl Dataset {
         self.series.iter().map(Array2::nrows).max().unwrap_or(0)
     }
 
-    /// Splits off a part for validation, drawn from `seed`: (the rest, the part). Of each class of series it takes its share,
-    /// and leaves one at least.
+    /// Splits off a part for validation, drawn from `seed`: returns the rest and the part. It takes a share of each class of series,
+    /// and leaves at least one of each.
     ///
     /// ```
     /// use hymba::Task;
@@ -287,8 +287,9 @@ impl Dataset {
         }
     }
 
-    /// Cuts all series into batches of `size` or one less, in an order drawn from `seed`, with series of like length in one batch: those
-    /// of an epoch, for a loop of one's own. Each is a list of places for [`pad`](Self::pad).
+    /// The batches of an epoch, for a training loop of your own: all series, as few batches of at most `size` as hold them, equal in
+    /// size but for one series, in an order drawn from `seed`, with series of similar length together. Each batch is a list of
+    /// indices for [`pad`](Self::pad).
     ///
     /// ```
     /// use hymba::Task;
@@ -318,29 +319,29 @@ impl Dataset {
         Ok(self.batches_of(&all, size, &mut Rng::seed_from_u64(seed)))
     }
 
-    /// Cuts the series `indices` into batches of `size` or one less, in an order drawn from `rng`.
+    /// Cuts the series `indices` into batches of at most `size`, equal but for one series, in an order drawn from `rng`.
     pub(super) fn batches_of(&self, indices: &[usize], size: usize, rng: &mut Rng) -> Vec<Vec<usize>> {
         let mut batches = self.sorted_batches(indices, indices.len().div_ceil(size), rng);
         batches.shuffle(rng);
         batches
     }
 
-    /// Cuts the series `indices` into `count` batches of like size, those of like length in one and all lengths in every few of them, in
-    /// an order drawn from `rng`. Some batches are empty if there are too few series.
+    /// Cuts the series `indices` into `count` batches of equal size (but for one series), in an order drawn from `rng`: series of similar
+    /// length in one batch, and all lengths in every few batches. Some batches are empty if there are too few series.
     pub(super) fn sorted_batches(&self, indices: &[usize], count: usize, rng: &mut Rng) -> Vec<Vec<usize>> {
         /// Batches among which series are sorted.
         const POOL: usize = 8;
         let mut order = indices.to_vec();
         order.shuffle(rng);
         let ranges: Vec<_> = cut_into(order.len(), count).collect();
-        // like lengths go together, so that little padding is computed
+        // similar lengths go together, so that little padding is computed
         for pool in ranges.chunks(POOL) {
             order[pool[0].start..pool[pool.len() - 1].end].sort_by_key(|&i| self.series[i].nrows());
         }
         ranges.into_iter().map(|range| order[range].to_vec()).collect()
     }
 
-    /// Puts series on top of each other: x `[b, l, width]` with zeros past the end of each, and their lengths.
+    /// Stacks series into a batch: x `[b, l, width]` with zeros past the end of each, and their lengths.
     ///
     /// ```
     /// use hymba::Task;
@@ -368,7 +369,7 @@ impl Dataset {
         indices.iter().map(|&i| self.series[i].nrows()).collect()
     }
 
-    /// How many targets some series have: one each, or one a frame that has any, of the numbers of a frame each its share.
+    /// How many targets some series have: one per series, or one per frame with a target. Of the c numbers of a frame each counts 1/c.
     pub(super) fn num_targets(&self, indices: &[usize]) -> f64 {
         match &self.targets {
             Targets::FrameClasses(_) => self.classes(indices).count() as f64,
@@ -462,12 +463,12 @@ pub(super) fn shares(sizes: &[usize], fraction: f32) -> Vec<usize> {
     sizes.iter().map(share).collect()
 }
 
-/// Cuts 0..`count` into ranges of like size, at most `most` each.
+/// Cuts 0..`count` into ranges of equal size (but for 1), at most `most` each.
 pub(super) fn cut(count: usize, most: usize) -> impl Iterator<Item = Range<usize>> {
     cut_into(count, count.div_ceil(most))
 }
 
-/// Cuts 0..`count` into so many ranges of like size.
+/// Cuts 0..`count` into so many ranges of equal size (but for 1).
 pub(super) fn cut_into(count: usize, pieces: usize) -> impl Iterator<Item = Range<usize>> {
     // in u64: the product may be past a usize of 32 bits
     let start = move |piece: usize| (piece as u64 * count as u64 / pieces as u64) as usize;

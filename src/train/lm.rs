@@ -22,13 +22,13 @@ mod options;
 pub use data::TokenRows;
 pub use options::LmTrainerOptions;
 
-/// Trains a language model on rows of tokens: what of it can be trained, which is all of [`HymbaLm::build`], and of a model with
-/// low-rank parts ([`HymbaLm::add_lora`]) only these.
+/// Trains a language model on rows of tokens: every parameter that can be trained, which are all of a model of [`HymbaLm::build`], or
+/// where the model has low-rank adapters ([`HymbaLm::add_lora`]) only those of the active one.
 ///
 /// A step adds up the gradients of its rows, in as many passes as [`pass_size`](LmTrainerOptions::pass_size) makes of them, and
-/// divides by the number of predicted tokens. What [dropout](crate::LoraOptions::dropout) of adapters hits follows from the seed, the
-/// epoch and the row, and where each rank has [rows of its own](TrainingData::sharded) from the rank. The same seed and rows give the same weights, bit for bit, for any number of threads,
-/// and over killing and resuming.
+/// divides by the number of predicted tokens. Which numbers the [dropout](crate::LoraOptions::dropout) of adapters drops follows
+/// from the seed, the epoch and the row, and from the rank where each has [rows of its own](TrainingData::sharded). The same seed
+/// and rows give the same weights, bit for bit, for any number of threads, also if the training was killed and resumed.
 ///
 /// ```
 /// use std::ops::ControlFlow;
@@ -78,7 +78,7 @@ impl std::fmt::Debug for State {
     }
 }
 
-/// What an epoch came to.
+/// The results of an epoch.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 #[non_exhaustive]
@@ -95,11 +95,11 @@ pub struct LmEpoch {
 #[derive(Debug, Clone, Copy)]
 #[non_exhaustive]
 pub struct LmProgress<'a> {
-    /// The model as it is, to be asked for a sample.
+    /// The model in its current state, to sample from, for instance.
     pub lm: &'a HymbaLm,
     /// Epochs that are done.
     pub epoch: usize,
-    /// Steps that are done, and all there are.
+    /// Steps that are done, in all epochs.
     pub step: u64,
     /// All steps.
     pub steps: u64,
@@ -107,7 +107,7 @@ pub struct LmProgress<'a> {
     pub loss: LmLoss,
     /// The learning rate of the last step.
     pub learning_rate: f32,
-    /// At the end of an epoch, what it came to.
+    /// At the end of an epoch, its results.
     pub finished: Option<LmEpoch>,
 }
 
@@ -115,11 +115,12 @@ pub struct LmProgress<'a> {
 #[derive(Debug)]
 #[non_exhaustive]
 pub struct LmTrained {
-    /// The model of the best epoch by validation loss, or of the last where nothing was validated.
+    /// The model of the best epoch by validation loss, or of the last where nothing was validated; in its current state if training
+    /// stopped within the first.
     pub lm: HymbaLm,
     /// The best epoch, from 1; 0 if none was finished.
     pub best_epoch: usize,
-    /// What every epoch came to.
+    /// The results of all epochs.
     pub history: Vec<LmEpoch>,
     /// Why it ended.
     pub stopped: Stopped,
@@ -142,7 +143,8 @@ impl LmTrainer {
     /// # Errors
     ///
     /// [`Error::Io`], [`Error::Format`] and [`Error::Tensors`] when a file cannot be read, is not what it should be, or is of a
-    /// model with other weights; [`Error::Option`] names the option in which the adapter of `lm` differs from that of the training.
+    /// model with other weights; [`Error::Option`] names the option in which the adapter of `lm` differs from that of the training;
+    /// [`Error::State`] if an adapter was trained and none of `lm` is active.
     pub fn resume(lm: HymbaLm, folder: impl AsRef<Path>) -> Result<Self> {
         let (options, state, data) = checkpoint::read(folder.as_ref(), lm)?;
         let options = options.checkpoint(folder.as_ref());
@@ -160,7 +162,7 @@ impl LmTrainer {
     ///
     /// [`Error::Tokens`] if rows do not go with the model: an id is not in the vocabulary, or they are too long, which is checked
     /// before the first step, or too many for the memory; [`Error::Data`] if they are not those that a resumed training began with;
-    /// [`Error::Checkpoint`] if the folder has a training in it already; [`Error::NotFinite`] when a gradient is not finite, or, at
+    /// [`Error::State`] if the model holds adapters of which none is active; [`Error::Checkpoint`] if the folder has a training in it already; [`Error::NotFinite`] when a gradient is not finite, or, at
     /// the end of an epoch, a trained parameter or the validation loss is not; and [`Error::Io`] says why a checkpoint could not be
     /// written. The last checkpoint is intact then.
     pub fn fit(
@@ -363,7 +365,7 @@ impl State {
         hash_of_text(&([&self.lm, first, second].map(hash_of), self.optimizer.steps()))
     }
 
-    /// Refuses an epoch that led out of the numbers: its last step has been looked at by nobody else.
+    /// Refuses an epoch after which a parameter or the validation loss is not finite: nothing else checks its last step.
     fn check_finite(&self, epoch: &LmEpoch) -> Result<()> {
         let error = |what| Err(Error::NotFinite { step: self.optimizer.steps() + 1, what });
         for (name, array) in views(&self.lm) {

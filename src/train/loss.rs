@@ -20,10 +20,10 @@ use crate::{Error, Result};
 pub struct Loss<D: Dimension> {
     /// The mean over all frames that count.
     pub value: f32,
-    /// The gradient of the value by the predictions, in their shape. Exactly zero for frames that do not count.
+    /// The gradient of the value with respect to the predictions, in their shape. Exactly zero for frames that do not count.
     pub gradient: Array<f32, D>,
-    /// What the sum over these frames was divided by: their number, or with class weights the sum of the weights of their
-    /// labels. The mean over several batches is Σ value·weight / Σ weight.
+    /// The divisor of the mean: the number of these frames, or with class weights the sum of the weights of their labels. The mean
+    /// over several batches is Σ value·weight / Σ weight.
     pub weight: f64,
 }
 
@@ -58,8 +58,8 @@ fn reciprocal(x: f64) -> f64 {
     if x > 0.0 { 1.0 / x } else { 0.0 }
 }
 
-/// How far predicted numbers are from the true ones: the mean of a function of the difference e = prediction − target over
-/// all numbers of all frames that count.
+/// The loss of predicted numbers: the mean of a function of the error e = prediction − target over all numbers of all frames that
+/// count.
 ///
 /// ```
 /// use hymba::ndarray::array;
@@ -89,9 +89,8 @@ impl RegressionLoss {
     ///
     /// # Errors
     ///
-    /// [`Error::Shape`] if b or c is 0, the shapes differ, or the gradient does not fit into memory, [`Error::Targets`] if a target is not
-    /// finite (in sequences, if it is infinite), and
-    /// [`Error::Option`] if `delta` is not above 0.
+    /// [`Error::Shape`] if b or c is 0, the shapes differ, or the gradient does not fit into memory; [`Error::Targets`] if a
+    /// target is not finite (in sequences, if it is infinite); [`Error::Option`] if `delta` is not finite and above 0.
     pub fn evaluate(&self, predictions: &ArrayRef2<f32>, targets: &ArrayRef2<f32>) -> Result<Loss<Ix2>> {
         self.validate()?;
         check_usable("predictions", predictions.shape())?;
@@ -271,10 +270,9 @@ impl CrossEntropy {
     ///
     /// # Errors
     ///
-    /// [`Error::Shape`] if b or c is 0, there are not b labels, or the gradient does not fit into memory, [`Error::Targets`] if a label is
-    /// neither below c nor [`Targets::IGNORED`], and
-    /// [`Error::Option`] if the label smoothing is not from 0 to 1, or if there are not c class weights that are finite, 0 or
-    /// more, and not all 0.
+    /// [`Error::Shape`] if b or c is 0, there are not b labels, or the gradient does not fit into memory; [`Error::Targets`] if a
+    /// label is neither below c nor [`Targets::IGNORED`]; [`Error::Option`] if the label smoothing is not from 0 to 1, or if class
+    /// weights are not c finite numbers of 0 or more, one of them above 0.
     pub fn evaluate(&self, logits: &ArrayRef2<f32>, labels: &[usize]) -> Result<Loss<Ix2>> {
         let (b, classes) = logits.dim();
         check_usable("logits", logits.shape())?;

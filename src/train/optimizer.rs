@@ -92,8 +92,9 @@ impl<P: Parameters> AdamW<P> {
     /// # Errors
     ///
     /// [`Error::Option`] if an option is outside its range, or the model is stored for inference only
-    /// ([`Hymba::store_as`](crate::Hymba::store_as)); [`Error::Optimizer`] if two parameters have one name, or the
-    /// numbers of one are not in row-major order without gaps, which those of a [`Hymba`](crate::Hymba) are.
+    /// ([`Hymba::store_as`](crate::Hymba::store_as)) and has no adapters; [`Error::State`] if it holds adapters of which none is
+    /// active; [`Error::Optimizer`] if two parameters have one name, the numbers of one are not in row-major order without gaps
+    /// (those of a [`Hymba`](crate::Hymba) are), or [`zeros_like`](Parameters::zeros_like) makes other parameters.
     pub fn new(model: &P, options: AdamWOptions) -> Result<Self> {
         options.validate()?;
         model.check_trainable()?;
@@ -217,7 +218,7 @@ impl<P: Parameters> AdamW<P> {
         Ok(StepInfo { step, learning_rate, gradient_norm })
     }
 
-    /// What a step reads of a gradient: all that is not frozen.
+    /// The part of a gradient that a step reads: all that is not frozen.
     fn trained<'g>(&self, gradient: &'g P) -> Vec<(String, ArrayViewD<'g, f32>)> {
         views(gradient).into_iter().filter(|(name, _)| self.options.factor_of(name) > 0.0).collect()
     }
@@ -411,7 +412,7 @@ fn groups<T>(chunks: impl Iterator<Item = T>, len: impl Fn(&T) -> usize) -> Vec<
 
 /// Numbers of one parameter and all that belongs to them.
 struct Chunk<'a> {
-    /// What the decay leaves of the parameter.
+    /// The factor that decay leaves of the parameter.
     keep: f32,
     /// η / (1 − β₁ᵗ), times the parameter's own factor.
     rate: f32,

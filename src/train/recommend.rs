@@ -25,7 +25,7 @@ impl PredictorOptions {
     ///
     /// | of | rule |
     /// |---|---|
-    /// | series of single vectors with fewer than 4 features, or longer than 64 frames | a [`Stem`] of stride ⌈longest / 64⌉ with three widths: 1, 3 and 7 strides, at least 3, 9 and 21 frames; 24 channels |
+    /// | targets of whole series, with fewer than 4 features or more than 64 frames | a [`Stem`] of stride ⌈longest / 64⌉ with three widths: 1, 3 and 7 strides, at least 3, 9 and 21 frames; 24 channels |
     /// | any | hidden size 64, 2 blocks, 4 heads, states of 8, dropout 0.2; 1 block below 50 series |
     /// | any | a window of all tokens, at most 256 |
     /// | targets of whole series | attention pooling of 4 queries |
@@ -78,7 +78,7 @@ impl TrainerOptions {
     ///
     /// | option | rule |
     /// |---|---|
-    /// | `batch_size` · `accumulation` | 16, in pieces of at most 8192 tokens |
+    /// | `batch_size` · `accumulation` | 16, or half the series where that is less, in pieces of at most 8192 tokens (but one series at least) |
     /// | `epochs` | those of 800 steps, 20 to 300, and fewer where that is more than 2 million tokens |
     /// | `learning_rate`, `weight_decay` | 0.002, 0.05 |
     /// | `average` | 0.98 |
@@ -88,8 +88,9 @@ impl TrainerOptions {
         Self::recommended_for_steps_of(usual.batch_size.min(data.num_series().div_ceil(2)), data)
     }
 
-    /// As [`recommended_for`](Self::recommended_for), with `batch` series in a step (0 is taken as 1, and at most 2²⁴): pieces of it, and
-    /// epochs of as many steps. Pieces are of one size, which may add one series or less for each to the step.
+    /// As [`recommended_for`](Self::recommended_for), with `batch` series per step (from 1 to 2²⁴; others are brought into this range):
+    /// `accumulation` pieces of `batch_size`, and epochs for that many steps. As pieces have one size, a step may have more series
+    /// than asked for, by less than the number of pieces.
     ///
     /// ```
     /// use hymba::Task;

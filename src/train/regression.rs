@@ -4,7 +4,7 @@ use ndarray::{ArrayRef2, Axis};
 
 use crate::{Error, Result};
 
-/// How well numbers are predicted, in the units of the targets. Where a target is NaN there is none, and it does not count.
+/// How well numbers are predicted, in the units of the targets. NaN stands for a missing target, which does not count.
 ///
 /// ```
 /// use hymba::ndarray::array;
@@ -29,7 +29,7 @@ pub struct RegressionMetrics {
 }
 
 impl RegressionMetrics {
-    /// Of predictions and targets `[series, outputs]`.
+    /// Compares predictions with targets, both `[series, outputs]`.
     ///
     /// # Errors
     ///

@@ -9,7 +9,8 @@ use crate::{Error, Result};
 /// The learning rate of every step: a straight warm-up to the peak, then constant, or down to the floor.
 ///
 /// Steps count from 0. A warm-up of w steps climbs from peak/(w + 1) so that step w is the first at the peak; the floor is
-/// reached `steps` steps after the beginning, warm-up included, and kept from then on. So no step has a rate of 0.
+/// reached `steps` steps after the beginning, warm-up included, and kept from then on. So none of the first `steps` steps has a
+/// rate of 0.
 ///
 /// Nothing is checked until [`validate`](Self::validate), which [`AdamW::new`](super::AdamW::new) calls.
 ///

@@ -32,7 +32,7 @@ use sets::Sets;
 /// Trains a [`Predictor`] on a [`Dataset`]: all of it, or of one with adapters ([`Predictor::add_lora`]) the active one and what is
 /// around the encoder.
 ///
-/// In each epoch every series is seen once, in an order drawn from the seed, with series of like length in one batch. The
+/// In each epoch every series is seen once, in an order drawn from the seed, with series of similar length in one batch. The
 /// predictor with the lowest loss of all epochs is the result: loss on the validation part, or without one on the training
 /// data. The same options and data give the same weights, bit for bit, for any number of threads.
 ///
@@ -102,7 +102,8 @@ impl Trainer {
     /// # Errors
     ///
     /// [`Error::Option`] if an option is outside its range, see [`TrainerOptions`], or the encoder is stored for inference only
-    /// ([`Hymba::store_as`](crate::Hymba::store_as)).
+    /// ([`Hymba::store_as`](crate::Hymba::store_as)) and has no adapters; [`Error::State`] if it holds adapters of which none is
+    /// active.
     pub fn new(predictor: Predictor, options: TrainerOptions) -> Result<Self> {
         options.validate()?;
         predictor.check_trainable()?;
@@ -119,7 +120,8 @@ impl Trainer {
     ///
     /// # Errors
     ///
-    /// [`Error::Io`], [`Error::Format`] and [`Error::Tensors`] when a file cannot be read or is not what it should be.
+    /// [`Error::Checkpoint`] if there is no training in the folder; [`Error::Io`], [`Error::Format`] and [`Error::Tensors`] when a
+    /// file cannot be read or is not what it should be.
     ///
     /// ```no_run
     /// use std::path::Path;
@@ -142,8 +144,8 @@ impl Trainer {
         Ok(Trainer { options: options.checkpoint(checkpoint.as_ref()), start })
     }
 
-    /// Goes on by other options: more epochs, another learning rate, another batch size. For a training that has ended, and was
-    /// [resumed](Self::resume); it need not have ended.
+    /// Goes on with other options: more epochs, another learning rate, another batch size. For a training that was
+    /// [resumed](Self::resume), whether it had ended or not.
     ///
     /// Weights, the optimiser's moments, the history and the best epoch stay. The learning rate begins a schedule of its own over the
     /// epochs that are left: it warms up and falls as the options say, and `patience` counts from here. Options equal to those the
@@ -210,8 +212,9 @@ impl Trainer {
     /// # Errors
     ///
     /// Before anything is trained: [`Error::Data`] if the data are for another task or width, not those of the resumed
-    /// training, or if no frame of a part has a target; [`Error::Option`] if an option does not fit them; [`Error::Checkpoint`] if the checkpoint folder has a training
-    /// in it already, or if its options are not those its optimiser goes by.
+    /// training, too few to split off a validation part, or without a target in one of the parts; [`Error::Option`] if an option does
+    /// not fit them; [`Error::Checkpoint`] if the checkpoint folder has a training in it already, or if its options are not those
+    /// its optimiser goes by.
     ///
     /// After that: [`Error::NotFinite`] names the step and the first parameter at fault when a loss or a gradient is not finite,
     /// and [`Error::Io`] says why a checkpoint could not be written. The last checkpoint is intact then.
@@ -219,9 +222,9 @@ impl Trainer {
         self.fit_with(data, None, |progress, _| callback(progress))
     }
 
-    /// As [`fit`](Self::fit), or with a set of its own to validate on as [`fit_with_validation`](Self::fit_with_validation), with a
-    /// callback that sees the predictor as well: as it is after the batch, or where there is an average of the weights, that. For a metric
-    /// of one's own, for instance.
+    /// As [`fit`](Self::fit), or with `validation` as [`fit_with_validation`](Self::fit_with_validation), with a callback that also
+    /// gets the current predictor, or that of the averaged weights if there is an [average](TrainerOptions::average): for a metric of
+    /// your own, for instance.
     ///
     /// ```
     /// use std::ops::ControlFlow;
@@ -259,7 +262,7 @@ impl Trainer {
         self.fit_on(TrainingData::new(data).validation(validation), &mut Alone, callback)
     }
 
-    /// As [`fit`](Self::fit), with a set of its own to validate on; `validation_fraction` is ignored.
+    /// As [`fit`](Self::fit), with separate data to validate on; `validation_fraction` is ignored.
     ///
     /// # Errors
     ///
@@ -462,7 +465,7 @@ impl State {
         hash_of_text(&(numbers, normalizations, self.optimizer.steps()))
     }
 
-    /// What is measured and kept.
+    /// The predictor that is measured and kept.
     fn current(&self) -> &Predictor {
         self.average.as_ref().unwrap_or(&self.predictor)
     }
@@ -481,7 +484,7 @@ impl State {
     fn finish(&mut self, progress: Progress, validation: Option<Metrics>) -> Result<Progress> {
         let Progress { train, learning_rate, gradient_norm, skipped, .. } = progress;
         let epoch = EpochMetrics { train, validation, learning_rate, gradient_norm, skipped };
-        // the last step of the epoch can have led out of the numbers, and nothing has looked at them since
+        // the last step of the epoch may have made a parameter infinite or NaN, and nothing has checked them since
         if views(&self.predictor).iter().any(|(_, array)| array.iter().any(|number| !number.is_finite())) {
             return Err(self.not_finite("the steps of an epoch are done"));
         }

@@ -9,8 +9,8 @@ use crate::parameters::{Parameter, ParameterMut, Visitor, VisitorMut};
 
 impl Hymba {
     /// Calls `f` with the name and the values of every parameter, in a fixed order. The names are those in files. Matrices that are
-    /// [stored](Self::store_as) for inference have no values to lend, and of a model with [adapters](Self::add_lora) the active one alone
-    /// is lent, which is what is trained then: see [`visit_parameters`](Self::visit_parameters).
+    /// [stored](Self::store_as) for inference are left out, and of a model with [adapters](Self::add_lora) only the active one is
+    /// visited, as only that is trained: for all parameters see [`visit_parameters`](Self::visit_parameters).
     ///
     /// ```
     /// use hymba::{Hymba, HymbaOptions};
@@ -28,7 +28,7 @@ impl Hymba {
         });
     }
 
-    /// As [`visit`](Self::visit), with every parameter as what it is stored in.
+    /// As [`visit`](Self::visit), with all parameters of the model and of its active adapter, each in the form in which it is stored.
     ///
     /// ```
     /// use hymba::{Hymba, HymbaOptions, Storage};

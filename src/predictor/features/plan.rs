@@ -8,7 +8,7 @@ use crate::kernels::features::{COMPETITORS, REACH, STATISTICS, TAPS};
 use crate::kernels::simd::LANES;
 use crate::layers::Rng;
 
-/// What follows from the options: everything but numbers.
+/// Everything but the numbers: it follows from the options.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub(in crate::predictor) struct Plan {
     /// Of the choice of channels.
@@ -123,7 +123,7 @@ impl Plan {
         [2 * KERNELS * STATISTICS * self.biases(), self.num_contests() * CONTEST, levels]
     }
 
-    /// What a file of a predictor with so many outputs has.
+    /// The tensors in a file of a predictor with so many outputs.
     pub(in crate::predictor) fn shapes(&self, outputs: usize) -> [(&'static str, Vec<usize>); 6] {
         let features = self.views().iter().sum();
         [

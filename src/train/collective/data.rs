@@ -1,6 +1,6 @@
 //! Which data a rank has.
 
-/// What a rank trains on: a set of its own ([`Dataset`](crate::train::Dataset) or rows of tokens), with or without one to validate on.
+/// The data that a rank trains on, and validates on if it does: each a [`Dataset`](crate::train::Dataset) or rows of tokens.
 ///
 /// By default every rank has all data, and they divide each batch among them. Where the data are too many for that, each rank
 /// reads a part, and says that it has [only a part](Self::sharded).
@@ -37,12 +37,12 @@ pub struct TrainingData<'a, D> {
 }
 
 impl<'a, D> TrainingData<'a, D> {
-    /// To train on, all ranks on the same.
+    /// Trains on these data, which all ranks have.
     pub fn new(train: &'a D) -> Self {
         TrainingData { train, validation: None, sharded: false }
     }
 
-    /// Sets what to validate on.
+    /// Sets the data to validate on.
     pub fn validation(mut self, validation: impl Into<Option<&'a D>>) -> Self {
         self.validation = validation.into();
         self
@@ -50,7 +50,7 @@ impl<'a, D> TrainingData<'a, D> {
 
     /// Says that every rank has other data: a part of the training set, and if there is one, a part of the validation set. All parts
     /// together are what is trained and validated on. In every step each rank learns from its own series, in proportion to how
-    /// many it has; parts of like size and like lengths are the fastest.
+    /// many it has; parts of similar sizes and lengths are the fastest.
     pub fn sharded(mut self) -> Self {
         self.sharded = true;
         self

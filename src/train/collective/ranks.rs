@@ -1,4 +1,4 @@
-//! What a training asks of its ranks.
+//! The ranks of a training, and all that they do together.
 
 use std::ops::ControlFlow;
 
@@ -47,7 +47,7 @@ impl<'a> Ranks<'a> {
         self.sharded
     }
 
-    /// What all ranks draw from in an epoch, and what each draws from for itself.
+    /// Generators of an epoch: one that all ranks share, and one of this rank alone.
     pub fn generators(&self, seed: u64, epoch: usize) -> [Rng; 2] {
         let all = epoch as u64 + 1;
         [all, 1 << 63 | (self.rank() as u64) << 32 | all].map(|stream| {
@@ -129,7 +129,7 @@ impl<'a> Ranks<'a> {
         if self.sharded { self.collective.sum_f64(sums) } else { Ok(()) }
     }
 
-    /// What every rank has, in their order.
+    /// The numbers of every rank, in the order of the ranks.
     pub fn gather<const N: usize>(&mut self, own: [f64; N]) -> Result<Vec<[f64; N]>> {
         let mut all = vec![[0.0; N]; self.collective.size()];
         all[self.rank()] = own;

@@ -19,7 +19,7 @@ pub(in crate::train) struct Batch {
 
 /// Targets of which a batch has a part, too: those of the series that its own are mixed with.
 pub(in crate::train) struct Mixed {
-    /// What is left to the own targets.
+    /// The share of the own targets.
     pub share: f32,
     pub targets: BatchTargets,
 }

@@ -41,8 +41,8 @@ impl TokenRows {
         Ok(TokenRows { rows: rows.collect(), masks: None, bytes: None })
     }
 
-    /// Documents that know nothing of each other, one per row. `masks` has a mark for every token of every row; only those that are
-    /// marked are predicted.
+    /// Independent documents, one per row. `masks` has a mark for every token of every row; only those that are marked `true` are
+    /// predicted.
     ///
     /// # Errors
     ///
@@ -75,7 +75,7 @@ impl TokenRows {
         self.rows.len()
     }
 
-    /// Whether there are no rows; never, as this is checked when it is made.
+    /// Whether there are no rows: always `false`, as [`new`](Self::new) and [`packed`](Self::packed) refuse that.
     pub fn is_empty(&self) -> bool {
         self.rows.is_empty()
     }

@@ -21,7 +21,7 @@ use crate::{Error, Result};
 /// | `weight_decay` | 0.1 | ≥ 0 | of matrices |
 /// | `clip_norm` | 1.0 | > 0, or none | the largest norm a gradient keeps |
 /// | `patience` | none | ≥ 1 | ends after so many epochs without a better validation loss |
-/// | `seed` | 0 | | order of the rows |
+/// | `seed` | 0 | any | order of the rows, and dropout of adapters |
 /// | `checkpoint` | none | | folder that a killed training goes on from |
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -47,7 +47,7 @@ pub struct LmTrainerOptions {
     pub clip_norm: Option<f32>,
     /// Ends after so many epochs without a better validation loss.
     pub patience: Option<usize>,
-    /// Order of the rows.
+    /// Seed of the order of the rows, and of the dropout of adapters.
     pub seed: u64,
     /// Folder that a killed training goes on from.
     #[serde(skip)]
@@ -99,7 +99,7 @@ setters! {
     weight_decay: f32, "the decay of matrices";
     clip_norm: Option<f32>, "the largest norm a gradient keeps";
     patience: Option<usize>, "after how many epochs without a better validation loss it ends";
-    seed: u64, "the order of the rows";
+    seed: u64, "the seed of the order of the rows and of the dropout of adapters";
 }
 
 impl LmTrainerOptions {

@@ -1,11 +1,11 @@
-//! Of several labels, each may be right or not.
+//! The loss of labels of which any number may be right.
 
 use ndarray::{Array3, ArrayRef2, ArrayRef3, Axis, Ix2, Ix3, s};
 
 use super::{Loss, Sums, bad_target, check_options, check_shape, check_usable, counting, single_frames};
 use crate::Result;
 
-/// Binary cross-entropy of the logits z: labels that do not exclude each other. The mean, over all labels of all frames that count, of
+/// Binary cross-entropy of the logits z, for labels that do not exclude each other: the mean, over all labels of all frames that count, of
 ///
 /// ```text
 /// loss = −w · (p · t · ln sigmoid(z) + (1 − t) · ln(1 − sigmoid(z)))       t from 0 to 1

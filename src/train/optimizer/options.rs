@@ -14,8 +14,8 @@ use crate::{Error, Result};
 /// | `betas` | (0.9, 0.999) | 0 ≤ β < 1 | how much of the running means of g and g² each step keeps |
 /// | `epsilon` | 1e-8 | > 0 | keeps small gradients from large steps |
 /// | `weight_decay` | 0.01 | ≥ 0 | decay of the matrices: a step multiplies by 1 − rate·decay |
-/// | `weight_decay_for` | none | ≥ 0, at most 256 of them | decay of parameters by name |
-/// | `rate_for` | none | 0 to 1000, at most 256 of them | factor of the learning rate of parameters by name; 0 freezes them |
+/// | `weight_decay_for` | none | ≥ 0; at most 256 patterns, each of at most 256 bytes | decay of parameters by name |
+/// | `rate_for` | none | 0 to 1000; at most 256 patterns, each of at most 256 bytes | factor of the learning rate of parameters by name; 0 freezes them |
 /// | `clip_norm` | none | > 0 | the largest norm a gradient keeps |
 ///
 /// Nothing is checked until [`validate`](Self::validate), which [`AdamW::new`](super::AdamW::new) calls.
@@ -64,7 +64,8 @@ impl Default for AdamWOptions {
 }
 
 impl AdamWOptions {
-    /// Most patterns of [`weight_decay_for`](Self::weight_decay_for) and [`rate_for`](Self::rate_for), and most bytes of one. They may come from a file.
+    /// Most patterns of [`weight_decay_for`](Self::weight_decay_for) and [`rate_for`](Self::rate_for), and most bytes of one. They may
+    /// come from a file.
     const MAX_PATTERNS: usize = 256;
 
     /// Sets a constant learning rate.
@@ -112,7 +113,8 @@ impl AdamWOptions {
     }
 
     /// Sets a factor of the learning rate of the parameters whose names fit `pattern`, in which `*` stands for any text. A factor of 0
-    /// freezes them: they stay as they are, to the bit, and their gradients do not count, neither in the norm that is clipped. Of several patterns that fit, the last one counts.
+    /// freezes them: they stay as they are, to the bit, and their gradients are left out of the norm that is clipped. Of several
+    /// patterns that fit, the last one counts.
     ///
     /// ```
     /// use hymba::train::AdamWOptions;
@@ -154,7 +156,7 @@ impl AdamWOptions {
         if let Some((_, decay)) = self.weight_decay_for.iter().rfind(|(pattern, _)| fits(pattern, name)) {
             return *decay;
         }
-        /// What has several axes and is no matrix. (The last two are of language models.)
+        /// Arrays of several axes that are no matrices. (The last two are of language models.)
         const NO_MATRICES: [&str; 7] =
             ["meta_tokens", "meta_k", "meta_v", "queries", "a_log", "A_log", "memory_tokens"];
         // the number of an array in a list says nothing

@@ -1,4 +1,4 @@
-//! Training on batches from anywhere, by a loss of one's own.
+//! Training on batches from any source, with a loss of your own.
 
 use std::ops::ControlFlow;
 
@@ -9,14 +9,14 @@ use super::{Decay, Progress, Start, Trained, Trainer};
 use crate::train::{Alone, Collective, Dataset, Loss, Ranks, Targets};
 use crate::{Error, Predictor, Result};
 
-/// Series that are learned from together.
+/// A batch of series with their targets.
 #[derive(Debug, Clone, PartialEq)]
 pub struct SeriesBatch<T> {
-    /// `[b, l, width]`; what follows the end of a series is ignored.
+    /// `[b, l, width]`, right-padded; padding is ignored.
     pub x: Array3<f32>,
     /// The lengths of the series, b of them.
     pub lengths: Vec<usize>,
-    /// What is to be learned of them: whatever the loss takes.
+    /// Their targets: whatever the loss takes.
     pub targets: T,
 }
 
@@ -76,7 +76,7 @@ pub struct SeriesBatch<T> {
 /// # Ok::<(), hymba::Error>(())
 /// ```
 pub trait BatchSource {
-    /// What the loss takes.
+    /// The targets of a batch, as the loss takes them.
     type Targets;
 
     /// Begins an epoch, whose order is drawn from `seed`: another in each epoch, and the same whenever the training is repeated or
@@ -98,7 +98,7 @@ pub trait BatchSource {
     fn batches(&self) -> Option<usize>;
 }
 
-/// A data set as a source of batches, for a loss of one's own.
+/// A data set as a source of batches, for a loss of your own.
 ///
 /// ```
 /// use std::ops::ControlFlow;
@@ -136,7 +136,7 @@ pub struct DatasetBatches<'a> {
 }
 
 impl<'a> DatasetBatches<'a> {
-    /// Batches of `size` series or one less.
+    /// Batches of at most `size` series: see [`Dataset::batches`].
     ///
     /// # Errors
     ///
@@ -168,10 +168,11 @@ impl BatchSource for DatasetBatches<'_> {
 }
 
 impl Trainer {
-    /// Trains on batches from anywhere, by a loss of one's own.
+    /// Trains on batches from any source, with a loss of your own.
     ///
-    /// `loss` gets what the predictor says, before its output normalization, `[b, 1, outputs]`, or `[b, l, outputs]` where the task is of
-    /// frames, and the batch; it returns the mean loss, its gradient by that array, and the weight of the mean ([`Loss::weight`]).
+    /// `loss` gets the predictions before the output normalization, `[b, 1, outputs]`, or `[b, l, outputs]` where the task is of frames,
+    /// and the batch; it returns the mean loss, its gradient with respect to the predictions, and the weight of the mean
+    /// ([`Loss::weight`]).
     /// `accumulation` batches make a step, as if they were one batch. `metric` is called at the end of each epoch: what it returns is
     /// in [`EpochMetrics::validation`](super::EpochMetrics::validation) as the loss, and the epoch with the least is kept; with `None`,
     /// that with the least training loss. A metric that is better when it is higher is returned with a minus.
@@ -184,7 +185,8 @@ impl Trainer {
     /// # Errors
     ///
     /// Those of the source, of `loss` and of `metric`; [`Error::Option`] if the number of batches is not known and the learning rate falls
-    /// or warms up; [`Error::Data`] if an epoch has no batches or not those that were announced; otherwise as
+    /// or warms up; [`Error::Data`] if an epoch has no batches or not those that were announced, or the resumed training is one of
+    /// [`fit`](Self::fit); [`Error::Shape`] if a gradient does not have the shape of the predictions; otherwise as
     /// [`fit`](Self::fit). [`BatchSource`] and [`DatasetBatches`] have examples.
     pub fn fit_batches<S: BatchSource>(
         self,

@@ -158,7 +158,7 @@ impl<'a> Checkpoint<'a> {
     }
 }
 
-/// What the models of a training have in common, so that what goes over the numbers of two finds the same in both.
+/// What the models of a training must have in common for walks over the numbers of two at a time.
 fn sizes(predictor: &Predictor) -> impl PartialEq {
     let mut parameters = Vec::new();
     predictor.visit_parameters(&mut |name, parameter| {

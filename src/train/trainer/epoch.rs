@@ -14,7 +14,7 @@ pub(super) trait Loader {
     /// What is the same in all epochs.
     fn plan(&self) -> Plan;
 
-    /// Fits the normalizations that the predictor has not yet.
+    /// Fits the normalizations that the predictor lacks.
     fn normalize(&self, predictor: &mut Predictor, ranks: &mut Ranks) -> Result<()>;
 
     /// Begins an epoch, counted from 0.
@@ -30,7 +30,7 @@ pub(super) trait Loader {
     /// Ends the step. Returns numbers to be added up over the ranks.
     fn end_step(&mut self) -> [f64; 2];
 
-    /// What the gradient of the step is to be divided by, given these sums; `None` if nothing counts on any rank.
+    /// The divisor of the step's gradient, given these sums; `None` if nothing counts on any rank.
     fn divisor(&mut self, sums: [f64; 2]) -> Option<f64>;
 
     /// Batches of this rank in the epoch so far.
@@ -41,7 +41,7 @@ pub(super) trait Loader {
 }
 
 pub(super) struct Plan {
-    /// What a resumed training knows its data by.
+    /// The fingerprint of the data, by which a resumed training knows them.
     pub fingerprint: u64,
     /// Of the optimiser in an epoch, if that is known.
     pub steps: Option<usize>,

@@ -14,8 +14,8 @@ use crate::{Error, Predictor, Result, argmax};
 ///
 /// # Errors
 ///
-/// [`Error::Data`] if the data are for another task or width; [`Error::Option`] if the loss is not usable, or if the class weights
-/// leave no target any weight.
+/// [`Error::Data`] if the data are for another task or width; [`Error::Option`] if an option is outside its range or does not fit
+/// the data, or if the class weights leave no target any weight.
 ///
 /// ```
 /// use hymba::ndarray::{Array2, array};
@@ -95,7 +95,7 @@ impl<'a> Part<'a> {
         let [mut of_all, mut own] = ranks.generators(seed, epoch);
         let mut steps =
             self.data.sorted_batches(&self.indices, count, if ranks.sharded() { &mut own } else { &mut of_all });
-        // the same order on all ranks, so that they have series of like length at a time
+        // the same order on all ranks, so that they have series of similar length at a time
         steps.shuffle(&mut of_all);
         let steps = steps.into_iter().map(|step| ranks.share(&step)).collect();
         (steps, if ranks.is_first() { of_all } else { own })
@@ -139,7 +139,7 @@ impl<'a> Part<'a> {
 #[derive(Clone, Copy, Default)]
 pub(super) struct Totals {
     pub loss: f64,
-    /// What the mean loss is `loss` divided by.
+    /// The divisor of `loss` in the mean.
     pub weight: f64,
     plain_loss: f64,
     right: usize,
@@ -171,7 +171,7 @@ impl Totals {
         Ok(Totals::of_numbers(numbers))
     }
 
-    /// Of targets that are one's own by a share, and another's for the rest.
+    /// Of mixed targets: a share of these totals, and of `other` the rest.
     pub fn mixed(self, other: &Totals, share: f32) -> Totals {
         let share = f64::from(share);
         let mix = |own: f64, other: f64| own * share + other * (1.0 - share);

@@ -28,7 +28,7 @@ pub enum Decay {
 ///
 /// | option | default | range | meaning |
 /// |---|---|---|---|
-/// | `epochs` | 60 | ≥ 1 | how often every series is seen |
+/// | `epochs` | 60 | 1 to 100,000 | how often every series is seen |
 /// | `batch_size` | 16 | ≥ 1 | series in a batch |
 /// | `accumulation` | 1 | ≥ 1 | batches in a step of the optimiser, at most |
 /// | `learning_rate` | 0.001 | > 0 | the highest one |
@@ -36,7 +36,7 @@ pub enum Decay {
 /// | `decay` | cosine | | how it falls after that |
 /// | `adamw` | decay 0.01, gradients clipped to 1 | see [`AdamWOptions`] | how the optimiser steps, but for its schedule |
 /// | `label_smoothing` | 0.1 | 0 to 1 | of the cross-entropy, in a classification |
-/// | `class_weights` | none | ≥ 0, one a class | of the cross-entropy |
+/// | `class_weights` | none | ≥ 0, one per class | of the cross-entropy |
 /// | `regression_loss` | mean squared error | | the loss of a regression |
 /// | `augmentations` | none | see [`Augmentation`], at most 16 | what is done to series each time they are seen |
 /// | `average` | none | 0 < decay < 1, or none | exponential moving average of the weights |
@@ -44,7 +44,7 @@ pub enum Decay {
 /// | `skip_not_finite` | 0 | any | steps with a loss or gradient that is not finite to leave out before it is an error |
 /// | `validation_fraction` | 0 | 0 ≤ fraction < 1 | share of the series that is only measured on |
 /// | `patience` | none | ≥ 1, or none | stop after so many epochs without a better loss |
-/// | `seed` | 0 | any | of the validation part, the order of the series and dropout |
+/// | `seed` | 0 | any | of the validation part, the order of the series, augmentations and dropout |
 /// | `checkpoint` | none | a folder of its own | where to write everything after each epoch |
 ///
 /// The defaults suit a few hundred to a few thousand short series and the default model.
@@ -95,9 +95,9 @@ pub struct TrainerOptions {
     pub validation_fraction: f32,
     /// Stop after so many epochs without a better loss.
     pub patience: Option<usize>,
-    /// Seed of the validation part, the order of the series and dropout.
+    /// Seed of the validation part, the order of the series, augmentations and dropout.
     pub seed: u64,
-    /// The folder to write everything to after each epoch. What is written does not hold this: it may be moved.
+    /// The folder to write everything to after each epoch. Its path is not among what is written, so that the folder may be moved.
     #[serde(skip)]
     pub checkpoint: Option<PathBuf>,
 }
@@ -287,7 +287,7 @@ impl TrainerOptions {
         self
     }
 
-    /// Sets the seed of the validation part, the order of the series and dropout.
+    /// Sets the seed of the validation part, the order of the series, augmentations and dropout.
     pub fn seed(mut self, seed: u64) -> Self {
         self.seed = seed;
         self

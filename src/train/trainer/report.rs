@@ -1,4 +1,4 @@
-//! What a training tells.
+//! The reports and the result of a training.
 
 use std::fmt;
 use std::time::{Duration, Instant};
@@ -22,7 +22,7 @@ pub struct Metrics {
     pub accuracy: Option<f32>,
 }
 
-/// What came of an epoch.
+/// The results of an epoch.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[non_exhaustive]
 pub struct EpochMetrics {
@@ -63,11 +63,11 @@ pub struct Progress {
     pub train: Metrics,
     /// The learning rate of the last step.
     pub learning_rate: f32,
-    /// The norm of the last step's gradient, before clipping.
+    /// The norm of the last step's gradient, before clipping; at the end of an epoch, the mean over its steps.
     pub gradient_norm: f32,
     /// Steps of the epoch that were left out so far.
     pub skipped: usize,
-    /// At the end of an epoch, after validation and checkpoint: what came of it.
+    /// At the end of an epoch, after validation and checkpoint: its results.
     pub finished: Option<EpochMetrics>,
     /// Time since [`Trainer::fit`](super::Trainer::fit) was called; zero where there is no clock, on `wasm32-unknown-unknown`.
     pub elapsed: Duration,
