@@ -1,4 +1,4 @@
-//! What the model remembers of a conversation.
+//! The state of a language model between calls.
 
 use std::fmt;
 
@@ -87,8 +87,8 @@ impl LmState {
 }
 
 impl LmState {
-    /// The rows, each a state of its own. Nothing is copied, nor is it by [`append`](Self::append): so rows that come and go run
-    /// together for one step.
+    /// The rows, each a state of its own. Neither this nor [`append`](Self::append) copies rows, so a batch can be put
+    /// together anew for every step.
     pub fn into_rows(self) -> Vec<LmState> {
         let LmState { model, meta, rows } = self;
         rows.into_iter().map(|row| LmState { model, meta, rows: vec![row] }).collect()

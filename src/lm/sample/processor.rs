@@ -6,10 +6,10 @@ use std::sync::Arc;
 
 use crate::{Error, Result};
 
-/// Changes the logits of a row before its next token is chosen: what is favoured, what is ruled out.
+/// Changes the logits of a row before its next token is chosen, to favour tokens or rule them out.
 ///
-/// A generation takes processors by [`GenerateOptions::processor`](super::GenerateOptions::processor), and each of its rows has
-/// clones of its own, which are told the row's tokens.
+/// A generation takes processors by [`GenerateOptions::processor`](super::GenerateOptions::processor), and each of its
+/// rows has clones of its own, which receive the row's tokens.
 ///
 /// ```
 /// use std::ops::ControlFlow;
@@ -35,17 +35,17 @@ use crate::{Error, Result};
 /// # Ok::<(), hymba::Error>(())
 /// ```
 pub trait LogitsProcessor: Send + Sync {
-    /// Is told the tokens of the prompt, before anything is generated.
+    /// Receives the tokens of the prompt, before anything is generated.
     fn observe_prompt(&mut self, _ids: &[u32]) {}
 
-    /// Is told a token that has become part of the generated text. Stop tokens do not.
+    /// Receives a token that has become part of the generated text, which stop tokens do not.
     fn observe(&mut self, _id: u32) {}
 
     /// Changes the logits, one for each token of the vocabulary; −∞ rules a token out.
     ///
     /// # Errors
     ///
-    /// Whatever keeps it from going on, such as [`Error::Logits`]. It ends the generation.
+    /// Any error, such as [`Error::Logits`]. It ends the generation.
     fn process(&mut self, logits: &mut [f32]) -> Result<()>;
 }
 
@@ -100,7 +100,7 @@ impl PartialEq for Processor {
 pub struct LogitBias(BTreeMap<u32, f32>);
 
 impl LogitBias {
-    /// What is added, by token; −∞ rules the token out. Tokens outside the vocabulary are ignored.
+    /// A bias for each token, by its id; −∞ rules the token out. Tokens outside the vocabulary are ignored.
     ///
     /// # Errors
     ///

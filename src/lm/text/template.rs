@@ -200,8 +200,8 @@ impl ChatTemplate {
     ///
     /// # Errors
     ///
-    /// [`Error::Text`] where it is longer than 64 KiB, has a tag of more than 512 words, or is not Jinja; the line is named.
-    /// Filters that do not exist are found by [`render`](Self::render).
+    /// [`Error::Text`] where it is longer than 64 KiB, has a tag of more than 512 words or more than 64 `elif`, or is
+    /// not Jinja; the message names the line. Filters that do not exist are found by [`render`](Self::render).
     pub fn new(source: &str) -> Result<Self> {
         let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
         let syntax = syntax.map_err(|error| failed(&error))?;

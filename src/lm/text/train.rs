@@ -19,10 +19,11 @@ const SPACE: char = '▁';
 
 impl Tokenizer {
     /// Trains a byte pair encoding of `size` tokens on a text and writes it to `folder`, as the `tokenizer.json` and
-    /// `tokenizer_config.json` of a Llama tokenizer, from which it is read. It has fewer tokens if the text has no more pairs to join.
+    /// `tokenizer_config.json` of a Llama tokenizer, from which it is read. It has fewer tokens if the text has no more
+    /// pairs that occur at least twice.
     ///
-    /// Pieces end with words, numbers and lines. Characters that are not in `text` are written by their bytes. The same text gives the
-    /// same tokenizer.
+    /// No piece crosses the end of a word, a number or a line. Characters that are not in `text` are written by their
+    /// bytes. The same text gives the same tokenizer.
     ///
     /// ```
     /// use hymba::lm::Tokenizer;
@@ -38,8 +39,8 @@ impl Tokenizer {
     ///
     /// # Errors
     ///
-    /// [`Error::Option`] if `size` is too small for the characters of the text, a space, those of all bytes and three more, or above 2²⁰;
-    /// [`Error::Io`] where a file cannot be written.
+    /// [`Error::Option`] if `size` is above 2²⁰ or too small: it must hold the characters of the text, a space, 256
+    /// bytes and three special tokens; [`Error::Io`] where a file cannot be written.
     pub fn train(text: &str, size: usize, folder: impl AsRef<Path>) -> Result<Self> {
         const MOST: usize = 1 << 20;
         let folder = folder.as_ref();
