@@ -25,7 +25,7 @@ const PREFIX: &str = "base_model.model.";
 /// Longest configuration that is read.
 const MAX_CONFIG: u64 = 1 << 20;
 
-/// What PEFT's configuration must say, and what it may not: what a key that changes the arithmetic holds where it does nothing.
+/// PEFT's configuration: the keys that are read, and the others, some of which must hold nothing.
 #[derive(Deserialize)]
 struct Config {
     peft_type: String,
