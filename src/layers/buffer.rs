@@ -1,4 +1,4 @@
-//! Work memory that is used again.
+//! Work memory that is reused.
 //!
 //! A forward pass makes and drops some twenty arrays a block. Left to the allocator, much of that memory goes back to the
 //! system each time, and fetching it again costs more than a quarter of a training step. So arrays that are dropped are kept
