@@ -228,8 +228,9 @@ pub enum TorchDtype {
 /// | norms, biases, convolution, A, D, meta tokens | f32 | f32 | f32 |
 ///
 /// 32 consecutive weights of a row share a scale, a bfloat16: 8.5 or 4.5 bits per weight in all. A weight is its scale
-/// times an integer, of −127 to 127 in 8 bits and of −8 to 7 in 4. The scale is the one, of several tried, with the
-/// least squared error. Products quantise the activations to 8 bits, too, 32 at a time, and multiply integers.
+/// times an integer, of −127 to 127 in 8 bits and of −8 to 7 in 4. In 8 bits the scale is the largest magnitude over
+/// 127; in 4 bits it is the one, of eight tried, with the least squared error. Products quantise the activations to 8
+/// bits, too, 32 at a time, and multiply integers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 #[non_exhaustive]
 pub enum Quantization {

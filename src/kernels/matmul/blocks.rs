@@ -12,9 +12,10 @@ use crate::kernels::team::Team;
 
 /// Rows that pass over the panels together where all panels stay in a near cache, at least. A multiple of the rows of every tile.
 const FEW_ROWS: usize = 24;
-/// As many on CPUs with AVX-512, whose second cache holds them beside the panels: half as many blocks, each of which reads all panels.
+/// The same on CPUs with AVX-512, whose second-level cache holds them beside the panels: that makes half as many
+/// blocks, each of which reads all panels.
 const WIDE_ROWS: usize = 48;
-/// And where they do not, so that the weights are read from far away a few times only.
+/// The same where the panels do not stay in a near cache, so that the weights are read from far away only a few times.
 const MANY_ROWS: usize = 480;
 /// Bytes of weights that stay in a near cache.
 const NEAR: usize = 2 << 20;
