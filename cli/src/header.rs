@@ -1,4 +1,4 @@
-//! The header of a safetensors file, which tells whose weights these are before any of them is read.
+//! The header of a safetensors file, which says what model the weights belong to before any of them is read.
 
 use std::fs::File;
 use std::io::Read;

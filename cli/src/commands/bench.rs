@@ -1,4 +1,4 @@
-//! `hymba bench [DIR | --random]`: tokens a second, of a prompt and of decoding, beside what the memory gives.
+//! `hymba bench [DIR | --random]`: tokens per second, of a prompt and of decoding, beside the memory bandwidth.
 
 mod lookahead;
 
@@ -15,8 +15,8 @@ use crate::bandwidth::{self, Memory};
 use crate::load::LoadArgs;
 use crate::output::{self, out, size};
 
-/// Decoding reads every weight once per token, so that memory bandwidth is its limit: that is measured, too, in turns with the
-/// tokens, as what a machine gives changes from one second to the next.
+/// Decoding reads every weight once per token, so memory bandwidth is its limit: that is measured, too, in turns with
+/// the tokens, as it can change from one second to the next.
 #[derive(clap::Args)]
 pub struct Args {
     /// Folder of the model.
@@ -49,7 +49,7 @@ pub struct Args {
     /// Seed of the random weights.
     #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
-    /// One object of JSON in place of words.
+    /// JSON in place of words: one object, or with --lookahead one for each text.
     #[arg(long)]
     json: bool,
     #[command(flatten)]
@@ -168,7 +168,7 @@ impl Spread {
         Spread { least: at(0), median: at(seconds.len() / 2), most: at(seconds.len().saturating_sub(1)) }
     }
 
-    /// Of so much in each call, what came in a second: usually, at least, at most.
+    /// Amounts per second, for `amount` in each call: the median, the least and the most.
     fn per_second(&self, amount: f64) -> [f64; 3] {
         [self.median, self.most, self.least].map(|seconds| amount / seconds)
     }
