@@ -209,7 +209,7 @@ pub(crate) trait Adapted {
     /// Parameters of the model without adapters.
     fn model_parameters(&self) -> usize;
 
-    /// What is trained or fitted beside an adapter around the maps, by module and name. By default nothing.
+    /// The parts around the encoder that are trained or fitted beside an adapter, by module and name. By default none.
     fn around(&self) -> Vec<(&'static str, String, Parameter<'_>)> {
         Vec::new()
     }

@@ -11,7 +11,7 @@ use serde_json::{Map, Value};
 const MOST: u64 = 100_000_000;
 
 pub struct Header {
-    /// What this crate wrote about it.
+    /// The options that this crate wrote into the metadata.
     pub saved: Option<Map<String, Value>>,
     pub names: Vec<String>,
     pub numbers: usize,

@@ -22,7 +22,7 @@ pub(crate) fn with_scratch<T: Copy + Default, R>(
     result
 }
 
-/// Whether so many bytes can be had at present.
+/// Whether the allocator can give `bytes` bytes now.
 pub(crate) fn fits(bytes: usize) -> bool {
     Vec::<u8>::new().try_reserve_exact(bytes).is_ok()
 }

@@ -342,7 +342,7 @@ fn cells<'a>(row: ArrayViewMut1<'a, f32>) -> &'a mut [f32] {
     row.into_slice().expect("the numbers of a row lie side by side")
 }
 
-/// Has so many numbers of a row fetched as are read of it at a time.
+/// Prefetches the [`CHANNELS`] numbers of a row that are read at a time.
 #[inline(always)]
 fn fetch<S: Simd>(s: S, rows: Rows, row: usize, column: usize) {
     let first = rows.data.as_ptr().wrapping_add(row.wrapping_mul(rows.stride).wrapping_add(column));

@@ -1,4 +1,4 @@
-//! What a checkpoint says of itself: `config.json`.
+//! The configuration of a checkpoint: `config.json`.
 
 use std::path::Path;
 
@@ -319,8 +319,8 @@ impl HymbaLmConfig {
         Self::try_from(raw).map_err(|error| Error::format(path, error.to_string()))
     }
 
-    /// The number of parameters, tied ones counted once; `None` where a size is so far out of range that they cannot be
-    /// counted.
+    /// The number of parameters, tied ones counted once; `None` where a value is outside its range, as
+    /// [`validate`](Self::validate) finds, or the number does not fit a `usize`.
     pub fn num_parameters(&self) -> Option<usize> {
         self.check_values().ok()?;
         usize::try_from(self.count()?).ok()

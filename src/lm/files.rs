@@ -167,12 +167,12 @@ impl HymbaLm {
     ///
     /// | tensor | type and shape | |
     /// |---|---|---|
-    /// | `NAME` in 8 bits | U8 `[n, 32·b]` | 128 more than the whole numbers |
-    /// | `NAME` in 4 bits | U8 `[n, 16·b]` | 8 more than they are, two in a byte, the first in the low bits |
-    /// | `NAME_scale` | BF16 `[n, b]` | what the whole numbers of a block are multiplied by |
+    /// | `NAME` in 8 bits | U8 `[n, 32·b]` | the integers, with 128 added |
+    /// | `NAME` in 4 bits | U8 `[n, 16·b]` | the integers, with 8 added, two in a byte, the first in the low bits |
+    /// | `NAME_scale` | BF16 `[n, b]` | the scale of each block, by which its integers are multiplied |
     ///
-    /// and `config.json` says so: `"quantization_config": {"quant_method": "hymba", "bits": 8, "group_size": 32}`. What stands
-    /// beyond k does not matter.
+    /// and `config.json` says so: `"quantization_config": {"quant_method": "hymba", "bits": 8, "group_size": 32}`.
+    /// Integers beyond column k do not matter.
     ///
     /// # Errors
     ///

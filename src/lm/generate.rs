@@ -17,7 +17,7 @@ pub enum FinishReason {
     StopString,
     /// `max_tokens` were generated.
     MaxTokens,
-    /// The row has come to the model's `max_position_embeddings`, and
+    /// The row reached the model's `max_position_embeddings`, and
     /// [`stop_at_max_positions`](GenerateOptions::stop_at_max_positions) is set.
     MaxPositions,
     /// The callback ended it, or the one for the progress of the prompt ([`GenerateOptions::on_prompt`]).

@@ -61,7 +61,7 @@ impl std::ops::AddAssign for LmLoss {
 
 /// Where gradients of the head go.
 pub(super) struct HeadGradient<'a> {
-    /// What the gradient of the sum is multiplied by.
+    /// The factor of the gradient of the sum.
     pub scale: f32,
     pub grads: &'a mut HymbaLm,
     /// Of the output of the last layer `[tokens, H]`, zero before.

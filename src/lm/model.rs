@@ -155,8 +155,8 @@ impl HymbaLm {
         bytes
     }
 
-    /// A state for `batch` rows that have seen nothing but the meta tokens. What those leave behind is computed at the first
-    /// call and kept.
+    /// A state for `batch` rows that have seen nothing but the meta tokens. The state after them is computed at the
+    /// first call and kept.
     ///
     /// A row takes, in each layer, 4·E·(N + 3) bytes for the Mamba branch and, in layers with keys and values of their own,
     /// heads · (key + value width) · 4 bytes (2 with [`KvStorage::Bf16`]) per token: for the meta tokens from the start, for
@@ -392,7 +392,7 @@ impl HymbaLm {
         Ok(LmInspection { hidden_states })
     }
 
-    /// All that users can get wrong.
+    /// Checks what users give: the ids, and the state.
     pub(super) fn check(&self, rows: &[impl AsRef<[u32]>], state: Option<&LmState>) -> Result<()> {
         self.check_ids(rows)?;
         state.map_or(Ok(()), |state| self.check_state(rows.len(), state))

@@ -300,7 +300,7 @@ fn check(logits: &[f32]) -> Result<()> {
     }
     // false for NaN, too
     let usable = |&logit: &f32| logit < f32::INFINITY;
-    // without a way out in the middle, several are looked at in one instruction
+    // without an early exit, the compiler checks several per instruction
     if !logits.iter().fold(true, |all, logit| all & usable(logit)) {
         let (id, logit) = logits.iter().enumerate().find(|(_, logit)| !usable(logit)).unwrap_or((0, &f32::NAN));
         return bad(format!(
@@ -343,8 +343,9 @@ fn first_largest(scores: &[f32]) -> u32 {
     scores.iter().position(|&score| score == largest).unwrap_or(0) as u32
 }
 
-/// The logarithm of the probability that these logits give to token `id`: z_id − ln Σ eᶻ. `None` where it is not one of theirs;
-/// NaN where a logit is NaN or +∞, or all are −∞. It is what [`LogLikelihood`](super::LogLikelihood) and [`Choice`] report.
+/// The logarithm of the probability that these logits give to token `id`: z_id − ln Σ eᶻ. `None` where `id` is beyond
+/// the logits; NaN where a logit is NaN or +∞, or all are −∞. It is what [`LogLikelihood`](super::LogLikelihood) and
+/// [`Choice`] report.
 ///
 /// ```
 /// use hymba::lm::log_prob;

@@ -21,7 +21,7 @@ use crate::lora::LoraOptions;
 use crate::parameters::Parameter;
 use crate::{Error, Result};
 
-/// What [`HymbaLm::backward`] reads of a forward pass.
+/// The values of a forward pass that [`HymbaLm::backward`] reads.
 pub struct LmTrainCache {
     model: u64,
     /// Tokens that go into the model, row by row, and how many each row has.

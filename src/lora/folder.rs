@@ -20,7 +20,7 @@ use crate::{Error, Result};
 
 const CONFIG: &str = "adapter_config.json";
 const WEIGHTS: &str = "adapter_model.safetensors";
-/// What PEFT puts in front of the names of a checkpoint.
+/// The prefix that PEFT puts in front of the names of a checkpoint.
 const PREFIX: &str = "base_model.model.";
 /// Longest configuration that is read.
 const MAX_CONFIG: u64 = 1 << 20;

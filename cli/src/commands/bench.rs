@@ -43,7 +43,8 @@ pub struct Args {
     /// Tokens decoded.
     #[arg(long, value_name = "N", default_value_t = 32, value_parser = at_least_one)]
     tokens: usize,
-    /// Measures decoding with and without guessing so many tokens, on a text that repeats itself and on one that does not.
+    /// Measures decoding with and without guessing this many tokens, on a text that repeats itself and on one that does
+    /// not.
     #[arg(long, value_name = "N", num_args = 0..=1, require_equals = true, default_missing_value = "10", conflicts_with = "save")]
     lookahead: Option<usize>,
     /// Seed of the random weights.

@@ -116,7 +116,8 @@ impl Isa {
         *CURRENT.get_or_init(|| Isa::best(Isa::Avx512Bf16))
     }
 
-    /// As [`current`](Self::current), or tiles: the first call asks the system for them.
+    /// As [`current`](Self::current), or tiles: the first call asks the system for them, unless `HYMBA_SIMD` names
+    /// another level that the CPU has.
     pub(crate) fn with_tiles() -> Isa {
         static WITH_TILES: OnceLock<Isa> = OnceLock::new();
         *WITH_TILES.get_or_init(|| Isa::best(Isa::Amx))

@@ -1,4 +1,4 @@
-//! What changes logits before a token is chosen.
+//! Processors, which change logits before a token is chosen.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -127,7 +127,7 @@ impl LogitsProcessor for LogitBias {
     }
 }
 
-/// Lowers the logit of a token by a number each time that it was generated. Tokens of the prompt do not count.
+/// Lowers the logit of a token by a number for each time that it was generated. Tokens of the prompt do not count.
 #[derive(Debug, Clone, PartialEq)]
 pub struct FrequencyPenalty {
     penalty: f32,
@@ -135,7 +135,7 @@ pub struct FrequencyPenalty {
 }
 
 impl FrequencyPenalty {
-    /// What is taken away; below 0, tokens become more probable. Usual is 0 to 2.
+    /// `penalty` is subtracted, usually 0 to 2; below 0, tokens become more probable.
     ///
     /// # Errors
     ///
@@ -167,7 +167,7 @@ pub struct PresencePenalty {
 }
 
 impl PresencePenalty {
-    /// What is taken away; below 0, tokens become more probable. Usual is 0 to 2.
+    /// `penalty` is subtracted, usually 0 to 2; below 0, tokens become more probable.
     ///
     /// # Errors
     ///

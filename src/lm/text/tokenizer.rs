@@ -191,7 +191,8 @@ impl Tokenizer {
         Ok(self.bos.filter(|_| self.add_bos).into_iter().chain(ids).collect())
     }
 
-    /// As [`encode`](Self::encode), without the token that begins a text.
+    /// As [`encode`](Self::encode), without the token that begins a text. Special tokens that are spelled out in the
+    /// text still become those tokens.
     pub fn encode_without_special(&self, text: &str) -> Result<Vec<u32>> {
         let encoding = self.tokenizer.encode_fast(text, false);
         Ok(encoding.map_err(|error| Error::text("the text", error.to_string()))?.get_ids().to_vec())

@@ -12,7 +12,7 @@ use super::tokenizer::Tokenizer;
 use crate::files::replace;
 use crate::{Error, Result};
 
-/// What is no piece of text, in the order of the ids: unknown, the beginning of a text, its end.
+/// Special tokens, in the order of their ids: unknown, the beginning of a text, its end.
 const SPECIAL: [&str; 3] = ["<unk>", "<s>", "</s>"];
 /// What a space is to a Llama tokenizer.
 const SPACE: char = '▁';
@@ -126,8 +126,8 @@ fn write(path: &Path, value: &Value) -> Result<()> {
     replace(path, |file| file.write_all(text.as_bytes())).map_err(|source| Error::io(path, source))
 }
 
-/// What pieces do not reach beyond: a space and the word, number or marks behind it. Nothing follows `<`, so that no piece is spelled
-/// as a special one.
+/// The units that no piece crosses: a space and the word, number or marks after it. Nothing follows `<`, so that no
+/// piece is spelled as a special one.
 fn words(line: &str) -> Vec<String> {
     let kind = |c: char| match c {
         SPACE => 0,
