@@ -160,7 +160,7 @@ pub fn run(args: Args) -> Result<()> {
     let runtime =
         tokio::runtime::Builder::new_multi_thread().worker_threads(2).max_blocking_threads(4).enable_all().build()?;
     let ended = runtime.block_on(http::serve(address, service, door, limits, metrics, stop));
-    // what cannot be cut short, such as the prediction of a long series, is left behind
+    // work that cannot be cut short, such as the prediction of a long series, is abandoned
     runtime.shutdown_timeout(Duration::from_secs(1));
     ended
 }

@@ -165,7 +165,7 @@ mod on {
         SIMULATION.with_borrow(|simulation| simulation.as_ref().map(|(simulation, _)| simulation.threads))
     }
 
-    /// Calls `f` for every item, in a simulation a task each.
+    /// Calls `f` for every item; in a simulation each is a task.
     pub(crate) fn hand_out<I>(items: impl Iterator<Item = I>, f: impl Fn(I)) {
         let taken =
             || SIMULATION.with_borrow_mut(|simulation| simulation.as_mut().map(|(_, work)| std::mem::take(work)));

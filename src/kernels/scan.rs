@@ -37,7 +37,8 @@ pub(crate) struct ScanInput<'a> {
 /// the second cache, and what is kept is one number in 16.
 pub(crate) const CHUNK: usize = 16;
 
-/// Frames that are fetched before their turn. What is read of a frame is short, and the CPU does not see where reading goes on.
+/// Frames to prefetch ahead. Little is read of each frame, and the CPU's own prefetcher does not see where reading
+/// continues.
 const AHEAD: usize = 8;
 
 /// Where the states `[⌈l/16⌉, n, d]` at the start of each chunk are kept.

@@ -23,9 +23,9 @@ impl HymbaLm {
     /// Continues a text. `on_text` gets new text as soon as it is certain: never half a character, and nothing that may be the
     /// beginning of a stop string. It ends the generation with [`ControlFlow::Break`].
     ///
-    /// The new text belongs directly behind the prompt, its first space included: `prompt + text` is what
-    /// [`Tokenizer::decode`] makes of all tokens together, but for special tokens that the prompt spells out. An empty prompt
-    /// gives a text from its beginning.
+    /// The new text follows the prompt directly, its first space included: `prompt + text` is what
+    /// [`Tokenizer::decode`] makes of all tokens together, but for special tokens that the prompt spells out. An empty
+    /// prompt gives a text from its beginning.
     ///
     /// A stop string finds special tokens, too, which are no part of the text: `"</s>"` ends it where the model chooses that
     /// token or spells it, and so does a longer one with `"</s>"` in it. Special tokens in the prompt are tokens, not text: see

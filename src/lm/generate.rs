@@ -272,7 +272,8 @@ impl HymbaLm {
         self.run(state, prompts, &[], options, &mut on_token)
     }
 
-    /// The loop behind all forms of generation. `before` is what the state has seen and the repetition penalty shall know of.
+    /// The loop behind all forms of generation. `before` are tokens the state has seen, which the repetition penalty is
+    /// to count.
     pub(super) fn run<'a, T: AsRef<[u32]>>(
         &self,
         state: &mut LmState,

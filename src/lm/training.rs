@@ -241,7 +241,7 @@ impl HymbaLm {
     }
 
     /// All layers of a training step. The whole batch goes through a layer together, so that the gradient of a matrix is one product
-    /// over all tokens. What comes behind the last predicted token of a row, or predicts nothing, is left out.
+    /// over all tokens. Tokens after the last one of a row that predicts another, and rows without one, are left out.
     fn run_train(
         &self,
         rows: &[impl AsRef<[u32]>],

@@ -69,8 +69,8 @@ fn holds_nothing(value: &Value) -> bool {
     }
 }
 
-/// Whether low-rank parts that began so stand beside the weights as they are in the checkpoint: PiSSA, OLoRA, CorDA, LoftQ and
-/// others take a part out of them.
+/// Whether low-rank parts with these initial values go with the weights as they are in the checkpoint: PiSSA, OLoRA,
+/// CorDA, LoftQ and others take a part out of them.
 fn keeps_weights(init_lora_weights: &Value) -> bool {
     match init_lora_weights {
         Value::Null | Value::Bool(_) => true,

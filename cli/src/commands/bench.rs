@@ -85,7 +85,7 @@ pub fn run(args: Args) -> Result<()> {
 
     let vocabulary = lm.config().vocab_size as u64;
     let ids: Vec<u32> = (0..args.prompt_tokens as u64).map(|i| (i * 7919 % vocabulary) as u32).collect();
-    let mut state = lm.new_state(1); // the meta tokens pass through here, once a model
+    let mut state = lm.new_state(1); // the meta tokens pass through here, once per model
     let mut sampler = Sampler::new(&GenerateOptions::default())?;
     let start = Instant::now();
     let mut logits = lm.prefill_ragged(&[&ids], &mut state)?;

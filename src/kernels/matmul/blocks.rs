@@ -91,8 +91,8 @@ pub(super) fn blocks<'a>(team: &Team, mut out: ArrayViewMut2<'a, f32>, rows: usi
     all
 }
 
-/// The columns of a product as they are handed out where a strip takes all rows, each with its first column. For few rows a strip is of several panels;
-/// the last ones are of one panel each, so that no thread waits long for the others.
+/// The columns of a product in strips of all rows, each with its first column. For few rows a strip has several panels;
+/// the last ones have one panel each, so that no thread waits long for the others.
 #[cfg_attr(not(all(target_arch = "x86_64", target_pointer_width = "64", target_os = "linux")), allow(dead_code))]
 pub(super) fn strips(mut out: ArrayViewMut2<f32>) -> Vec<(usize, ArrayViewMut2<f32>)> {
     let wide = if out.nrows() <= 6 { 4 * PANEL } else { PANEL };
