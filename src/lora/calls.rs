@@ -146,8 +146,8 @@ macro_rules! lora_calls {
             ///
             /// The parts around the encoder of a [`Predictor`](crate::Predictor) exist once, for all adapters, and stay
             /// as they are: where they were trained with each, [load](Self::load_lora_as) an adapter in place of
-            /// activating it, or freeze them in training, by [`rate_for("head.*",
-            /// 0.0)`](crate::train::AdamWOptions::rate_for) and so on.
+            /// activating it, or freeze them in training, by
+            /// [`rate_for("head.*", 0.0)`](crate::train::AdamWOptions::rate_for) and so on.
             ///
             /// # Errors
             ///
