@@ -1,5 +1,5 @@
-//! The layers of both models: one file each, read top to bottom: struct, `zeros` and `init`, `forward`, `forward_train`,
-//! `backward`, `visit`, tests.
+//! The layers of both models, one file each (attention: a folder), to be read from top to bottom: struct, `zeros` and
+//! `init`, `forward`, `forward_train`, `backward`, `visit`, and in some files tests.
 //!
 //! The contract. Activations are `[rows, width]`, the sequences of a [`Batch`] one after the other; what a sequence remembers
 //! stands beside them in its state, so that the same `forward` reads a whole sequence, a piece of one, or the next frame.

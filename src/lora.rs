@@ -1,8 +1,8 @@
 //! Low-rank adapters (LoRA, arXiv 2106.09685) beside the linear maps of a model, of either kind.
 //!
-//! A model holds any number of them by name, of which at most one is active: its parts stand in the maps, those of the others here.
-//! So layers, the walk over parameters and training know of one at most, and to activate another moves a pointer for each map.
-//! While a model holds adapters, its own matrices are stored for products only.
+//! A model holds up to [`MOST`] of them by name, of which at most one is active: its parts are in the maps, those of
+//! the others here. So layers, the walk over parameters and training know of one at most, and activating another moves
+//! a pointer for each map. While a model holds adapters, its own matrices are stored for products only.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -27,18 +27,18 @@ pub use options::LoraOptions;
 pub(crate) use options::is_lora;
 pub(crate) use saved::{SavedLora, parameters};
 
-/// The name of an adapter that was given none.
+/// The name of an adapter for which none was given.
 pub(crate) const DEFAULT: &str = "default";
 
-/// What the low-rank parts of an adapter cover. Printed, it is a line of totals, and one for the maps of each kind.
+/// The maps that an adapter covers, and its size. Its `Display` is a line of totals and one for the maps of each kind.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct LoraCoverage {
     /// The names of the maps that have one, and their shapes `[out, in]`.
     pub maps: Vec<(String, [usize; 2])>,
-    /// Numbers in all A and B.
+    /// Parameters of the adapter: the numbers in all A and B.
     pub parameters: usize,
-    /// Parameters of the model without them.
+    /// Parameters of the model without adapters.
     pub model_parameters: usize,
 }
 
@@ -70,7 +70,8 @@ pub(crate) type Maps = Vec<(String, (usize, usize))>;
 /// The parts of an adapter, by the names of their maps.
 pub(crate) type Parts = BTreeMap<String, Box<LowRank>>;
 
-/// The adapters that a model holds. `C` is what follows from the weights and identifies them: each adapter has its own.
+/// The adapters that a model holds. `C` holds values computed from the weights, and an id for them: each adapter has
+/// its own.
 #[derive(Clone, Default)]
 pub(crate) struct Adapters<C> {
     held: BTreeMap<String, Adapter<C>>,
@@ -169,7 +170,7 @@ fn in_model_file(adapter: &str, prefix: &str, map: &str) -> String {
 
 /// A model that holds adapters itself.
 pub(crate) trait Host {
-    /// What follows from its weights and identifies them. The default is that of weights that are new.
+    /// Values computed from its weights, and an id for them. The default is for new weights.
     type Cached: Default;
 
     fn adapters(&self) -> &Adapters<Self::Cached>;
@@ -208,7 +209,7 @@ pub(crate) trait Adapted {
     /// Parameters of the model without adapters.
     fn model_parameters(&self) -> usize;
 
-    /// What is trained or fitted beside an adapter around the maps, by module and name. By default nothing.
+    /// The parts around the encoder that are trained or fitted beside an adapter, by module and name. By default none.
     fn around(&self) -> Vec<(&'static str, String, Parameter<'_>)> {
         Vec::new()
     }

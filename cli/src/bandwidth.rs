@@ -1,4 +1,4 @@
-//! What the memory of this machine gives.
+//! The memory bandwidth of this machine, and the memory this process takes.
 
 use std::hint::black_box;
 use std::time::Instant;

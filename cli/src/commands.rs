@@ -25,7 +25,7 @@ pub enum Command {
     Chat(chat::Args),
     /// Continue a text with a language model.
     Complete(complete::Args),
-    /// Measure how well a language model foresees a text.
+    /// Measure how well a language model predicts a text.
     Perplexity(perplexity::Args),
     /// Write a language model again with fewer bits.
     Quantize(quantize::Args),
@@ -33,7 +33,7 @@ pub enum Command {
     Bench(bench::Args),
     /// Say what is in a file or folder, and what is wrong with it.
     Info(info::Args),
-    /// Learn from series with classes or numbers.
+    /// Train a predictor on series with classes or numbers.
     Train(train::Args),
     /// Predict the class or the numbers of series, as CSV.
     Predict(predict::Args),

@@ -5,12 +5,12 @@ use std::path::Path;
 use anyhow::{Result, anyhow};
 use plotters::prelude::*;
 
-/// Steps and what the loss was there.
+/// Loss by step.
 #[derive(Default)]
 pub struct Curve {
-    /// Of the batch of every step, before it.
+    /// Loss of the batch of every step, before the update.
     pub train: Vec<(f64, f64)>,
-    /// Of the rows held out, at the end of every epoch.
+    /// Loss of the rows held out, at the end of every epoch.
     pub held_out: Vec<(f64, f64)>,
 }
 

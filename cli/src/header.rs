@@ -1,4 +1,4 @@
-//! The header of a safetensors file, which tells whose weights these are before any of them is read.
+//! The header of a safetensors file, which says what model the weights belong to before any of them is read.
 
 use std::fs::File;
 use std::io::Read;
@@ -11,7 +11,7 @@ use serde_json::{Map, Value};
 const MOST: u64 = 100_000_000;
 
 pub struct Header {
-    /// What this crate wrote about it.
+    /// The options that this crate wrote into the metadata.
     pub saved: Option<Map<String, Value>>,
     pub names: Vec<String>,
     pub numbers: usize,

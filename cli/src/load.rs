@@ -15,10 +15,10 @@ pub struct LoadArgs {
     /// Bits of the weights in memory.
     #[arg(long, value_enum, default_value_t = Bits::None, value_name = "BITS")]
     quantize: Bits,
-    /// What activations are rounded to before products with weights in bf16.
+    /// Type of activations in products with weights in bf16.
     #[arg(long, value_enum, default_value_t = Float::F32, value_name = "TYPE")]
     arithmetic: Float,
-    /// Type of the kept keys and values.
+    /// Type in which keys and values are kept.
     #[arg(long, value_enum, default_value_t = Float::F32, value_name = "TYPE")]
     kv: Float,
     /// Folder of a low-rank adapter, as `hymba finetune` and the PEFT library write it.

@@ -1,6 +1,6 @@
 //! The program `hymba`: language models and series models on the CPU, from the command line.
 
-// without schemas, what asks for one is read and refused
+// without schemas, requests for one are parsed and refused
 #![cfg_attr(not(feature = "schema"), allow(dead_code))]
 
 mod bandwidth;

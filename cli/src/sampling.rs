@@ -1,4 +1,4 @@
-//! How a language model writes on: the arguments.
+//! The arguments of generation.
 
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -13,7 +13,7 @@ use crate::interrupt;
 #[derive(Args, Clone)]
 #[command(next_help_heading = "Generation")]
 pub struct SamplingArgs {
-    /// Tokens at most.
+    /// Tokens to generate at most.
     #[arg(long, value_name = "N", default_value_t = GenerateOptions::DEFAULT_MAX_TOKENS)]
     max_tokens: usize,
     /// 0 takes the most probable token, 0.7 is usual; where left out, what the model's folder recommends.
@@ -31,10 +31,10 @@ pub struct SamplingArgs {
     /// Above 1, tokens seen before become less probable.
     #[arg(long, value_name = "X")]
     repetition_penalty: Option<f32>,
-    /// Of the draws.
+    /// Seed of the draws.
     #[arg(long, value_name = "N", default_value_t = GenerateOptions::DEFAULT_SEED)]
     seed: u64,
-    /// Ends the text there; may be given several times.
+    /// Text that ends the generation; may be given several times.
     #[arg(long, value_name = "TEXT")]
     stop: Vec<String>,
     /// Guesses this many tokens where the last ones have occurred before, and checks them in one pass: the same text, sooner where it
@@ -44,7 +44,7 @@ pub struct SamplingArgs {
 }
 
 impl SamplingArgs {
-    /// What the folder recommends, and over it what was asked for; Ctrl-C ends the reading of a long prompt.
+    /// The options that the folder recommends, overridden by those given; Ctrl-C ends the reading of a long prompt.
     pub fn options(&self, folder: &Path) -> Result<GenerateOptions> {
         let mut options =
             GenerateOptions::from_dir(folder)?.max_tokens(self.max_tokens).seed(self.seed).lookahead(self.lookahead);
@@ -89,7 +89,7 @@ impl Clock {
         self.first.map(|first| first.as_secs_f64())
     }
 
-    /// Decoded tokens a second, the first not counted: it comes with the prompt.
+    /// Decoded tokens per second, the first not counted: it comes with the prompt.
     pub fn rate(&self, tokens: usize) -> Option<f64> {
         let decoding = self.start.elapsed() - self.first?;
         (tokens > 1).then(|| (tokens - 1) as f64 / decoding.as_secs_f64())

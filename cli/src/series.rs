@@ -15,7 +15,7 @@ use crate::header;
 #[derive(Args, Clone)]
 #[command(next_help_heading = "Reading")]
 pub struct ReadArgs {
-    /// Column of what is to be predicted: its name, or its place from 0 [default: target, class or label].
+    /// Column to be predicted: its name, or its place from 0 [default: target, class or label].
     #[arg(long, value_name = "COLUMN")]
     target: Option<String>,
     /// Whether the targets are classes or numbers [default: numbers if there are fractions].
@@ -33,10 +33,11 @@ pub struct ReadArgs {
     /// The first row of a table has values, not names.
     #[arg(long)]
     no_header: bool,
-    /// What separates the columns of a table.
+    /// Character that separates the columns of a table.
     #[arg(long, value_name = "C")]
     delimiter: Option<char>,
-    /// What becomes of timestamps: dropped, or made an input as the time since the frame before, or its logarithm.
+    /// What timestamps become: nothing (they must be evenly spaced), or an input: the time since the frame before, or
+    /// its logarithm.
     #[arg(long, value_enum, value_name = "HOW", default_value_t = Time::Even)]
     time: Time,
 }
@@ -154,7 +155,7 @@ impl Model {
     }
 }
 
-/// What a model says of one series or frame.
+/// The prediction for one series or frame.
 pub struct Answer {
     pub said: Said,
     /// Probabilities of the classes or labels, or the numbers themselves.

@@ -30,7 +30,7 @@ use crate::load::LoadArgs;
 pub struct Args {
     /// A folder of a language model with its tokenizer, or a predictor's .safetensors file.
     model: PathBuf,
-    /// Address to listen on; 0.0.0.0 is all of this machine's. Others than this machine can then come in: give a key.
+    /// Address to listen on; 0.0.0.0 is every address of this machine. Other machines can then connect: set a key.
     #[arg(long, default_value_t = IpAddr::V4(Ipv4Addr::LOCALHOST))]
     host: IpAddr,
     /// Port to listen on; 0 takes a free one.
@@ -57,20 +57,20 @@ pub struct LimitArgs {
     /// Sequences that may wait; more are refused with status 429.
     #[arg(long, default_value_t = 64, value_name = "N", value_parser = count::<0, PLACES>)]
     waiting: usize,
-    /// Tokens of a prompt and its continuation together, or frames of a series; where it is left out, the model's positions, or 65536
-    /// frames.
+    /// Tokens of a prompt and its continuation together, or frames of a series; where it is left out, the model's
+    /// positions without its meta tokens, or 65536 frames.
     #[arg(long, value_name = "N", value_parser = at_least_one)]
     context: Option<usize>,
-    /// Tokens of a continuation.
+    /// Tokens of a continuation at most.
     #[arg(long, default_value_t = 4096, value_name = "N", value_parser = at_least_one)]
     max_tokens: usize,
-    /// Bytes of a request.
+    /// Bytes of a request at most.
     #[arg(long, default_value_t = 2 << 20, value_name = "BYTES")]
     max_body: usize,
     /// Connections at a time; more wait.
     #[arg(long, default_value_t = 256, value_name = "N", value_parser = count::<1, PLACES>)]
     connections: usize,
-    /// Seconds that a request may take, waiting included.
+    /// Seconds that a request may take, waiting included, or a stream may be silent.
     #[arg(long, default_value_t = 600, value_name = "S", value_parser = clap::value_parser!(u64).range(..=YEAR))]
     timeout: u64,
     /// Seconds that a client may take to send a request, or to read on.
@@ -79,7 +79,7 @@ pub struct LimitArgs {
     /// Seconds that requests get to end when the server is told to.
     #[arg(long, default_value_t = 30, value_name = "S", value_parser = clap::value_parser!(u64).range(..=YEAR))]
     drain: u64,
-    /// Megabytes of states kept of prompts' beginnings; 0 keeps none.
+    /// Megabytes of the cache of prompt prefixes; 0 keeps none.
     #[arg(long, default_value_t = 512, value_name = "MB")]
     cache: usize,
     /// Tokens of prompts that are read in a step beside the sequences being generated.
@@ -101,7 +101,7 @@ fn count<const LEAST: usize, const MOST: usize>(text: &str) -> Result<usize, Str
     given.ok_or_else(|| format!("it takes a whole number from {LEAST} to {MOST}"))
 }
 
-/// What one client may take from the others.
+/// Limits that keep one client from starving the others.
 #[derive(Debug, Clone)]
 pub struct Limits {
     pub concurrent: usize,
@@ -145,7 +145,7 @@ pub fn run(args: Args) -> Result<()> {
     // connections and streams hold a receiver each
     let stop = watch::Sender::new(false);
     let service = if args.model.is_dir() {
-        // what is quick to read first: the weights take a while
+        // the small files first: the weights take a while
         let tokenizer = hymba::lm::Tokenizer::from_dir(&args.model)?;
         let defaults = hymba::GenerateOptions::from_dir(&args.model)?;
         let lm = args.load.read(&args.model)?;
@@ -160,7 +160,7 @@ pub fn run(args: Args) -> Result<()> {
     let runtime =
         tokio::runtime::Builder::new_multi_thread().worker_threads(2).max_blocking_threads(4).enable_all().build()?;
     let ended = runtime.block_on(http::serve(address, service, door, limits, metrics, stop));
-    // what cannot be cut short, such as the prediction of a long series, is left behind
+    // work that cannot be cut short, such as the prediction of a long series, is abandoned
     runtime.shutdown_timeout(Duration::from_secs(1));
     ended
 }

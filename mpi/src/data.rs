@@ -18,16 +18,16 @@ pub struct Source {
     /// Series to measure on at the end
     #[arg(long)]
     test: Option<PathBuf>,
-    /// Every rank reads a part of the files only: with 2 ranks every second one, each with its share of the series
+    /// Every rank reads only a part of the files, with 2 ranks every second one, and trains on the series in them
     #[arg(long)]
     pub sharded: bool,
-    /// In place of files, so many waves of 20 to 100 frames and three frequencies
+    /// In place of files, this many waves of 20 to 99 frames and three frequencies
     #[arg(long, conflicts_with_all = ["files", "test"])]
     synthetic: Option<usize>,
 }
 
 impl Source {
-    /// What this rank trains on. The classes are those of all files.
+    /// The series this rank trains on. The classes are those of all files.
     pub fn read(&self, world: &mut World) -> Result<Dataset, Box<dyn Error>> {
         let (rank, size) = (world.rank(), world.size());
         let (first, step) = if self.sharded { (rank, size) } else { (0, 1) };
@@ -66,8 +66,7 @@ impl Source {
         }
     }
 
-    /// What is measured on at the end, for a predictor of the task of `data`, and how many series more are of classes that it does not
-    /// know.
+    /// The test series, for a predictor of the task of `data`, and how many more are of classes that it does not know.
     pub fn test(&self, data: &Dataset) -> Result<Option<(Dataset, usize)>, Box<dyn Error>> {
         let Some(file) = &self.test else { return Ok(None) };
         let (set, task) = (read(file)?, data.task());
@@ -115,7 +114,7 @@ fn joined(task: &Task, sets: Vec<Dataset>) -> Result<Dataset, Box<dyn Error>> {
     Ok(Dataset::new(task, series, targets)?)
 }
 
-/// Some waves of three frequencies with as much noise.
+/// Some waves of three frequencies, with noise from −1.5 to 1.5.
 fn waves(indices: impl Iterator<Item = usize> + Clone) -> hymba::Result<Dataset> {
     // a number from 0 to 1 for each place, as good as random
     let number = |i: usize, t: usize| ((i * 7919 + t * 104_729 + i * t * 31) % 65_537) as f32 / 65_537.0;

@@ -40,14 +40,15 @@ use mpi::environment::Universe;
 use mpi::topology::SimpleCommunicator;
 use mpi::traits::{Communicator, CommunicatorCollectives, Equivalence, Root};
 
-/// Numbers that are added up at a time: MPI counts in i32.
+/// Numbers of one MPI call at most: it counts in i32.
 const MOST: usize = 1 << 26;
-/// How long a rank that was told of another's error leaves that one to say what it is.
+/// How long a rank waits, after another has failed, for that one to print its error.
 const LAST_WORDS: Duration = Duration::from_secs(2);
 
 /// All processes that `mpirun` or `srun` started together.
 ///
-/// What one process makes wrong ends all of them: where a process is killed, MPI itself ends the job, and says which rank it was.
+/// An error in one process ends all of them. Where a process is killed, MPI itself ends the job, and says which rank it
+/// was.
 pub struct World {
     world: SimpleCommunicator,
     f32s: Vec<f32>,
@@ -76,7 +77,7 @@ impl World {
         }));
         if let Err(error) = work(&mut world) {
             let text = error.to_string();
-            // of others it is known only that they have one, and they print it themselves
+            // the error of another rank, which prints it itself
             if text.starts_with(&Error::Collective(String::new()).to_string()) {
                 sleep(LAST_WORDS);
             }
@@ -87,7 +88,8 @@ impl World {
         }
     }
 
-    /// Gives the bytes of rank 0 to all ranks: those of a file that it alone has, or of options that follow from its data.
+    /// Broadcasts the bytes of rank 0 to all ranks: those of a file that it alone has, or of options that follow from
+    /// its data. `own` of other ranks is ignored.
     pub fn of_rank_0(&mut self, own: Vec<u8>) -> Vec<u8> {
         self.of_rank(0, own)
     }

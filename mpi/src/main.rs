@@ -33,7 +33,7 @@ enum Command {
     TrainLm(train_lm::TrainLm),
 }
 
-/// What no option sets follows from the first training file, as PredictorOptions::recommended_for and
+/// Options that are not given follow from the data of rank 0, as PredictorOptions::recommended_for and
 /// TrainerOptions::recommended_for say.
 #[derive(Args)]
 struct Train {
@@ -42,33 +42,35 @@ struct Train {
     /// Where model.safetensors and the checkpoint go; rank 0 writes, and with --resume every rank reads
     #[arg(long, default_value = "hymba-mpi-run")]
     out: PathBuf,
-    /// Goes on after the last epoch of the checkpoint, with any number of ranks; begins where there is none. Of the options below, --hidden, --layers and --plain are only for a training that begins, and --validation
-    /// and --seed must stay as they were
+    /// Goes on after the last epoch of the checkpoint, with any number of ranks; begins a new training where there is
+    /// none. Of the options below, --hidden, --layers and --plain are only for a new training, and --validation and
+    /// --seed must stay as they were
     #[arg(long)]
     resume: bool,
-    /// How often every series is seen
+    /// Passes over the series
     #[arg(long)]
     epochs: Option<usize>,
-    /// Series in a step, of all ranks together; each computes its share in pieces that suit the memory, and unless --epochs says how
-    /// many there are, a training that begins has fewer of smaller batches
+    /// Series per step, of all ranks together; each rank computes its share in pieces that suit the memory. Unless
+    /// --epochs is given, the smaller the batch of a new training, the fewer its epochs
     #[arg(long, value_parser = RangedU64ValueParser::<usize>::new().range(1..))]
     batch: Option<usize>,
-    /// The highest learning rate
+    /// Peak of the learning rate
     #[arg(long)]
     learning_rate: Option<f32>,
-    /// Share of the series that only picks the best epoch; 0 by default
+    /// Share of the series that is held out to pick the best epoch; 0 by default
     #[arg(long)]
     validation: Option<f32>,
-    /// hidden_size
+    /// Width of the encoder (hidden_size)
     #[arg(long)]
     hidden: Option<usize>,
-    /// num_layers
+    /// Blocks of the encoder (num_layers)
     #[arg(long)]
     layers: Option<usize>,
-    /// Without dropout and augmentations: nothing is drawn at random on a rank, and so any number of them comes to the same
+    /// Without dropout and augmentations: nothing is drawn at random on a rank, so the result is the same for any
+    /// number of ranks up to rounding
     #[arg(long)]
     plain: bool,
-    /// Of weights, order and dropout; 0 by default
+    /// Seed of weights, order and dropout; 0 by default
     #[arg(long)]
     seed: Option<u64>,
 }
@@ -192,7 +194,7 @@ impl Pace {
         self.ended = Instant::now();
     }
 
-    /// So many of something in each second. The next epoch begins.
+    /// `count` per second of the epoch. The next one begins.
     fn of_epoch(&mut self, count: f64) -> f64 {
         let pace = count / (self.ended - self.began).as_secs_f64();
         self.began = Instant::now();

@@ -24,12 +24,12 @@ impl<'a> Comparison<'a> {
         Comparison { tensors, found: BTreeSet::new(), remarks, problems: BTreeSet::new(), more: 0 }
     }
 
-    /// There is to be a tensor of floats with this name and shape.
+    /// Expects a tensor of floats with this name and shape.
     pub(crate) fn expect(&mut self, name: &str, shape: &[usize]) {
         self.expect_kind(name, shape, Kind::Float);
     }
 
-    /// There is to be a tensor with this name and shape, of such numbers.
+    /// Expects a tensor of this name, shape and kind of numbers.
     pub(crate) fn expect_kind(&mut self, name: &str, shape: &[usize], kind: Kind) {
         let Some((name, found)) = self.tensors.entry(name) else {
             return self.problem(|| format!("{}: missing, expected shape {shape:?}", quoted(name)));
@@ -43,7 +43,7 @@ impl<'a> Comparison<'a> {
         }
     }
 
-    /// There is to be nothing else.
+    /// Expects no other tensors, and returns all differences as one error.
     pub(crate) fn finish(mut self) -> Result<()> {
         let tensors = self.tensors;
         if self.found.len() < tensors.names().len() {

@@ -1,6 +1,6 @@
 //! The types of number a file may hold, and f32, which is what they become.
 //!
-//! Everything goes by whole slices: a model of a few gigabytes is decoded as fast as the system hands over the bytes.
+//! Whole slices are converted at a time: a model of a few gigabytes is decoded as fast as the system reads it.
 
 use safetensors::Dtype;
 

@@ -25,7 +25,7 @@ const MAX_SHARDS: usize = 256;
 /// Longest name of a file.
 const MAX_FILE_NAME: usize = 255;
 
-/// The tensors of a checkpoint, wherever in the folder they lie. Nothing of them is in memory but names and shapes.
+/// The tensors of a checkpoint, wherever in the folder they lie. Only names and shapes are in memory.
 pub(crate) struct Folder<'a> {
     /// The file that stands for all of them in messages.
     path: PathBuf,
@@ -95,7 +95,7 @@ impl<'a> Folder<'a> {
         for file in &files {
             let (tensors, _) = header::read(Source::open(&folder.join(file))?)?;
             count += tensors.names().len();
-            // while they are read: what all of them say must not fill the memory
+            // checked while they are read: their headers together must not fill the memory
             if count > MAX_TENSORS {
                 return Err(Error::format(&path, format!("its files have more than {MAX_TENSORS} tensors")));
             }

@@ -12,7 +12,7 @@ use crate::files::tensors::{MAX_NAME, MAX_RANK, Source, Tensor, Tensors, add, qu
 
 /// `nx`, version, byte order, and a `u64` of length.
 const FIXED_BYTES: usize = 12;
-/// Most maps in one another; a model has two.
+/// Deepest nesting of maps; a model has two levels.
 const MAX_DEPTH: usize = 8;
 
 /// Whether a file starts as those of `Nx.serialize` do. A safetensors file can also begin with `nx`, as the low bytes of

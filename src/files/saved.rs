@@ -143,7 +143,7 @@ macro_rules! in_one_file {
                 self.write(crate::files::Target::File(path.as_ref()))
             }
 
-            /// What [`save`](Self::save) would write to a file: for a database, a network, a browser.
+            /// The bytes that [`save`](Self::save) would write: for a database, a network, a browser.
             ///
             /// # Errors
             ///
@@ -154,7 +154,7 @@ macro_rules! in_one_file {
                 Ok(bytes)
             }
 
-            /// As [`save`](Self::save), to any writer.
+            /// As [`save`](Self::save), to any writer, directly and without a temporary file.
             ///
             /// # Errors
             ///

@@ -1,12 +1,12 @@
-//! Parameters in files, as what they are stored in.
+//! Parameters in files, in the type they are stored in.
 //!
 //! A matrix is a tensor of its type. In 8 or 4 bits, with b = ⌈k / 32⌉ blocks of weights in a row, `NAME` `[n, k]` is two:
 //!
 //! | tensor | type and shape | |
 //! |---|---|---|
-//! | `NAME` in 8 bits | U8 `[n, 32·b]` | 128 more than the whole numbers |
-//! | `NAME` in 4 bits | U8 `[n, 16·b]` | 8 more than they are, two in a byte, the first in the low bits |
-//! | `NAME_scale` | BF16 `[n, b]` | what the whole numbers of a block are multiplied by |
+//! | `NAME` in 8 bits | U8 `[n, 32·b]` | the integers, with 128 added |
+//! | `NAME` in 4 bits | U8 `[n, 16·b]` | the integers, with 8 added, two in a byte, the first in the low bits |
+//! | `NAME_scale` | BF16 `[n, b]` | the scale of each block, by which its integers are multiplied |
 
 use std::io::{self, Write};
 
@@ -35,7 +35,7 @@ pub(crate) fn tensors(name: String, shape: Vec<usize>, storage: Option<Storage>)
     }
 }
 
-/// Bytes of the whole numbers of a block, if they are that.
+/// Bytes of the integers of a block; `None` for types of float.
 fn block_bytes(storage: Storage) -> Option<usize> {
     match storage {
         Storage::F32 | Storage::F16 | Storage::Bf16 => None,

@@ -12,7 +12,7 @@ use safetensors::Dtype;
 use super::float::Float;
 use crate::{Error, Result};
 
-/// What is not in a file is called so in errors.
+/// The path that errors name where the bytes are not in a file.
 pub(crate) const BYTES: &str = "<bytes>";
 /// Longest table of contents read from a file. A block needs about 3 kB of it.
 pub(crate) const MAX_HEADER: u64 = 4 << 20;
@@ -47,7 +47,7 @@ impl<'a> Source<'a> {
         Ok(Source { path: path.to_path_buf(), contents: Box::new(file), length })
     }
 
-    /// What a file would hold.
+    /// The contents of a file, in memory.
     pub(crate) fn memory(bytes: &'a [u8]) -> Self {
         let length = bytes.len() as u64;
         Source { path: BYTES.into(), contents: Box::new(Cursor::new(bytes)), length }

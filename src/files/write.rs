@@ -132,7 +132,7 @@ impl Serialize for Contents<'_> {
     }
 }
 
-/// A file that takes so many bytes more.
+/// A file that takes exactly `left` more bytes.
 struct Exactly<'a> {
     file: &'a mut dyn Write,
     left: u64,

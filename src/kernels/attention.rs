@@ -83,8 +83,8 @@ impl<'a> Head<'a> {
         }
     }
 
-    /// What the queries of `m` frames from `first` on take: `products` multiplications of a width with every key they see, and
-    /// an exp.
+    /// The cost of the queries of `m` frames from `first` on: `products` multiplications of a width with every key they
+    /// see, and an exp.
     fn work(&self, first: usize, m: usize, products: usize) -> Cost {
         // keys of frames that the first so many frames see, all together
         let seen = |frames: usize| {

@@ -8,7 +8,7 @@ use super::simd::{Kernel, LANES, Simd, dispatch};
 /// Taps of the convolution.
 pub(crate) const TAPS: usize = 4;
 
-/// out `[l, d]`: out_t = bias + Σᵢ weight_i ⊙ x_{t−3+i} for i = 0 … 3, what [`conv_silu`] takes the silu of.
+/// out `[l, d]`: out_t = bias + Σᵢ weight_i ⊙ x_{t−3+i} for i = 0 … 3, the argument of silu in [`conv_silu`].
 pub(crate) fn conv(x: Rows, before: &[f32], weight: &[f32], bias: &[f32], out: &mut [f32]) {
     timed(Stage::Elementwise, Cost::numbers(2 * out.len()), || dispatch(Conv { x, before, weight, bias, out }));
 }

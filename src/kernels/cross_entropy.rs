@@ -4,7 +4,7 @@ use super::math;
 use super::profiler::{Cost, Stage, timed};
 use super::simd::{Kernel, LANES, Simd, dispatch};
 
-/// ln Σ exp(x); NaN if a logit is.
+/// ln Σ exp(x); NaN if a logit is NaN.
 pub(crate) fn log_sum_exp(x: &[f32]) -> f32 {
     timed(Stage::Elementwise, Cost::numbers(2 * x.len()), || dispatch(LogSumExp(x)))
 }

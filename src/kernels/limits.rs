@@ -1,4 +1,4 @@
-//! How fast this machine does the simplest things: what the parts of the arithmetic are measured by.
+//! How fast this machine does the simplest things: the limits that the parts of the arithmetic are compared with.
 
 use std::hint::black_box;
 use std::time::{Duration, Instant};
@@ -11,15 +11,15 @@ use super::simd::{Kernel, LANES, Simd, dispatch};
 #[derive(Debug, Clone, Copy, PartialEq)]
 #[non_exhaustive]
 pub struct Limits {
-    /// Of vectors that never leave the registers, in chains that do not wait for each other.
+    /// Multiply-adds, of vectors that never leave the registers, in independent chains.
     pub multiply_adds: f64,
-    /// Values of the crate's vectorised exp, of numbers in the first cache.
+    /// Values of the crate's vectorised exp, of numbers in the first-level cache.
     pub exps: f64,
-    /// A pass that reads and overwrites half of the second cache.
+    /// Bytes read and written in passes that overwrite half of the second-level cache.
     pub cached_bytes: f64,
-    /// A pass that reads 20 MB, the weights of the default model.
+    /// Bytes read in passes over 20 MB, the weights of the default model.
     pub weight_bytes: f64,
-    /// A pass that reads and overwrites 80 MB.
+    /// Bytes read and written in passes that overwrite 80 MB.
     pub memory_bytes: f64,
 }
 
@@ -47,7 +47,7 @@ impl Limits {
         }
     }
 
-    /// Seconds that so much work takes a thread at these limits.
+    /// Seconds that `work` takes one thread at these limits.
     pub fn seconds(&self, work: &Cost) -> f64 {
         work.multiply_adds as f64 / self.multiply_adds
             + work.exps as f64 / self.exps

@@ -1,13 +1,13 @@
-//! Memory for weights, which are read from end to end for every token, and for what products make of their inputs.
+//! Memory for weights, which are read from end to end for every token, and scratch memory for products.
 
 use std::cell::Cell;
 use std::thread::LocalKey;
 
-/// Memory that a thread keeps from one call to the next. Given back to the system and taken again it would cost more than
-/// filling it.
+/// Memory that a thread keeps from one call to the next: returning it to the system and taking it again would cost more
+/// than filling it.
 pub(crate) type Scratch<T> = Cell<Vec<T>>;
 
-/// Calls `f` with so many values, whatever they are.
+/// Calls `f` with `count` values of unspecified content.
 pub(crate) fn with_scratch<T: Copy + Default, R>(
     scratch: &'static LocalKey<Scratch<T>>,
     count: usize,
@@ -22,12 +22,12 @@ pub(crate) fn with_scratch<T: Copy + Default, R>(
     result
 }
 
-/// Whether so many bytes can be had at present.
+/// Whether the allocator can give `bytes` bytes now.
 pub(crate) fn fits(bytes: usize) -> bool {
     Vec::<u8>::new().try_reserve_exact(bytes).is_ok()
 }
 
-/// So many copies of a value, in huge pages where the system has some: the CPU finds its way to them with fewer look-ups.
+/// `vec![value; count]`, backed by huge pages where available (fewer TLB misses).
 pub(crate) fn filled<T: Copy>(count: usize, value: T) -> Vec<T> {
     let mut values = Vec::with_capacity(count);
     // before it is written to, which is when it gets its pages

@@ -34,7 +34,7 @@ impl SmallVariance {
     }
 }
 
-/// What a row is multiplied by whose squares overflow: then none do, and what becomes 0 is nothing beside the rest.
+/// The factor for a row whose squares overflow: then none do, and numbers that become 0 are negligible beside the rest.
 const SHRINK: f32 = 1.0 / (1u128 << 96) as f32;
 
 #[cold]

@@ -25,8 +25,8 @@ pub(crate) enum Stage {
     Optimizer,
 }
 
-/// What a call has to do at least, in what can be measured alone; several numbers are for several things to be done one
-/// after the other. [`Limits`](crate::profile::Limits) says how much of each goes into a second.
+/// The least work of a call, in units that can be measured alone; where several are not 0, they are done one after the
+/// other. [`Limits`](crate::profile::Limits) says how much of each takes a second.
 #[cfg_attr(not(feature = "profile"), allow(dead_code))] // nobody reads it then
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Cost {
@@ -34,16 +34,16 @@ pub struct Cost {
     pub multiply_adds: u64,
     /// Values of exp.
     pub exps: u64,
-    /// Bytes read and bytes written of what should lie in the second cache.
+    /// Bytes read and written that should be in the second-level cache.
     pub cached_bytes: u64,
     /// Bytes of weights, which are read once for all rows.
     pub weight_bytes: u64,
-    /// Bytes read and bytes written of what no cache holds.
+    /// Bytes read and written that no cache holds.
     pub memory_bytes: u64,
 }
 
 impl Cost {
-    /// So many numbers of what should lie in the second cache, each read or written.
+    /// `count` numbers, each read or written, that should be in the second-level cache.
     #[inline(always)]
     pub(crate) fn numbers(count: usize) -> Cost {
         Cost { cached_bytes: 4 * count as u64, ..Cost::default() }
@@ -117,20 +117,21 @@ mod on {
         static SIMULATION: RefCell<Option<(Simulation, Cost)>> = const { RefCell::new(None) };
     }
 
-    /// What a call would hand to so many threads: see [`simulate`].
+    /// The tasks that a call would hand to some number of threads: see [`simulate`].
     #[derive(Debug, Clone, PartialEq, Default)]
     #[non_exhaustive]
     pub struct Simulation {
-        /// Threads there would be.
+        /// The number of threads simulated.
         pub threads: usize,
-        /// What the calling thread does alone.
+        /// Work of the calling thread alone.
         pub alone: Cost,
         /// Every time that work is shared: the tasks, in the order in which they are taken.
         pub shared: Vec<Vec<Cost>>,
     }
 
     impl Simulation {
-        /// Time that all takes if whoever is free takes the next task, given that of a [`Cost`]: of so many threads, and of one.
+        /// The time of all work on [`threads`](Self::threads) threads, each of which takes the next task when it is
+        /// free, and on one thread, both in the unit in which `seconds` gives the time of a [`Cost`].
         pub fn seconds(&self, seconds: impl Fn(&Cost) -> f64) -> (f64, f64) {
             let alone = seconds(&self.alone);
             let (mut together, mut one) = (alone, alone);
@@ -147,7 +148,8 @@ mod on {
         }
     }
 
-    /// Calls `f` on this thread alone, with work cut as if there were so many, and says into what. Only what is timed is seen.
+    /// Calls `f` on this thread alone, with work split as for `threads` threads, and returns its result and the tasks.
+    /// Only work that the stopwatches see is counted.
     pub fn simulate<R>(threads: usize, f: impl FnOnce() -> R) -> (R, Simulation) {
         let new = Simulation { threads, ..Simulation::default() };
         SIMULATION.with_borrow_mut(|simulation| *simulation = Some((new, Cost::default())));
@@ -163,7 +165,7 @@ mod on {
         SIMULATION.with_borrow(|simulation| simulation.as_ref().map(|(simulation, _)| simulation.threads))
     }
 
-    /// Calls `f` for every item, in a simulation a task each.
+    /// Calls `f` for every item; in a simulation each is a task.
     pub(crate) fn hand_out<I>(items: impl Iterator<Item = I>, f: impl Fn(I)) {
         let taken =
             || SIMULATION.with_borrow_mut(|simulation| simulation.as_mut().map(|(_, work)| std::mem::take(work)));
@@ -204,7 +206,7 @@ mod on {
         result
     }
 
-    /// What one part of the arithmetic took since [`reset`], on all threads together.
+    /// Time and work of one part of the arithmetic since [`reset`], on all threads together.
     #[derive(Debug, Clone, Copy, PartialEq)]
     #[non_exhaustive]
     pub struct StageReport {
@@ -214,7 +216,7 @@ mod on {
         pub seconds: f64,
         /// Times that a thread entered it.
         pub calls: u64,
-        /// What it had to do.
+        /// The work it did.
         pub work: Cost,
     }
 
@@ -223,8 +225,8 @@ mod on {
         METERS.iter().flatten().for_each(|meter| meter.store(0, Relaxed));
     }
 
-    /// What the parts took since [`reset`], or since the program began. To be called while no model is at work: what a thread is
-    /// in the middle of is not in it.
+    /// Time and work of every part since [`reset`], or since the program began. Call it while no model is running:
+    /// unfinished calls are not counted.
     pub fn report() -> Vec<StageReport> {
         let report = |(part, name): (Stage, &'static str)| {
             let [nanoseconds, calls, multiply_adds, exps, cached_bytes, weight_bytes, memory_bytes] =

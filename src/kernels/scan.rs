@@ -37,11 +37,12 @@ pub(crate) struct ScanInput<'a> {
 /// the second cache, and what is kept is one number in 16.
 pub(crate) const CHUNK: usize = 16;
 
-/// Frames through which some channels pass before the next ones do: what is read of them stays in the second cache. A row is
-/// longer than what some channels read of it, and all rows of a long sequence would come from memory once for each of them.
+/// Frames through which some channels pass before the next channels do: their rows stay in the second cache. A few channels
+/// read a small part of a row, and the rows of a long sequence would otherwise come from memory once for each of them.
 const FRAMES: usize = 64;
 
-/// Frames that are fetched before their turn. What is read of a frame is short, and the CPU does not see where reading goes on.
+/// Frames to prefetch ahead. Little is read of each frame, and the CPU's own prefetcher does not see where reading
+/// continues.
 const AHEAD: usize = 8;
 
 /// Where the states `[⌈l/16⌉, n, d]` at the start of each chunk are kept.
@@ -355,7 +356,7 @@ fn cells<'a>(row: ArrayViewMut1<'a, f32>) -> &'a mut [f32] {
     row.into_slice().expect("the numbers of a row lie side by side")
 }
 
-/// Has so many numbers of a row fetched as are read of it at a time.
+/// Prefetches the [`CHANNELS`] numbers of a row that are read at a time.
 #[inline(always)]
 fn fetch<S: Simd>(s: S, rows: Rows, row: usize, column: usize) {
     let first = rows.data.as_ptr().wrapping_add(row.wrapping_mul(rows.stride).wrapping_add(column));

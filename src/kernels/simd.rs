@@ -1,5 +1,6 @@
-//! Sixteen lanes of `f32` on whatever the CPU has. With its instructions in `x86.rs`, `amx.rs`, `neon.rs` and `wasm.rs`, and beside
-//! [`team`](super::team) and `memory`, the only place of the crate with `unsafe` code.
+//! Sixteen lanes of `f32` on whatever the CPU has; the instruction sets are in `x86.rs`, `neon.rs` and `wasm.rs`, their
+//! choice in `isa.rs`. This module, `matmul/amx.rs`, [`team`](super::team) and `memory` are the only places of the
+//! crate with `unsafe` code.
 //!
 //! A kernel is a struct of its arguments that implements [`Kernel`]; its `run` is written once, in safe code, over the
 //! operations of [`Simd`]. [`dispatch`] compiles it for every instruction set and picks one at run time. A value of a
@@ -32,8 +33,8 @@ pub(crate) trait Kernel {
     fn run<S: Simd>(self, simd: S) -> Self::Output;
 }
 
-/// Vector operations of one instruction set. What has no default is all that a new one needs; the second half, for numbers of
-/// 16, 8 and 4 bits, is what language models and small files want, in plain code where there is nothing better.
+/// Vector operations of one instruction set. A new one needs only those without a default; the second half, for numbers
+/// of 16, 8 and 4 bits, is for language models and small files, in plain code where there is nothing better.
 pub(crate) trait Simd: Copy {
     /// Sixteen numbers.
     type V: Copy;
@@ -42,11 +43,11 @@ pub(crate) trait Simd: Copy {
     /// Rows and vectors of the product tile whose sums fit the register file beside what is multiplied. The rows divide 12.
     const TILE_ROWS: usize;
     const TILE_LINES: usize;
-    /// Whether vectors are multiplied by one lane of another without more ado: then products load four inputs at a time.
+    /// Whether an instruction multiplies vectors by one lane of another: then products load four inputs at a time.
     const BY_LANE: bool = false;
     /// Rows of a tile for which the compiler keeps the sums in registers then, if [`six_rows`](Self::six_rows) is not for it.
     const LANE_ROWS: usize = Self::TILE_ROWS;
-    /// Whether tiles of four rows and more are made by [`dot_rows`](Self::dot_rows), which takes up to six.
+    /// Whether tiles of four rows and more are computed by [`dot_rows`](Self::dot_rows), which takes up to six.
     const BY_PAIRS: bool = false;
     /// As `TILE_ROWS`, by `TILE_LINES` lines of whole numbers: at most six.
     const DOT_ROWS: usize = 4;
@@ -131,7 +132,7 @@ pub(crate) trait Simd: Copy {
             }
         }
     }
-    /// Has the cache line at this address fetched soon. Any address will do.
+    /// Prefetches the cache line at this address. Any address will do.
     #[inline(always)]
     fn prefetch<T>(self, _address: *const T) {}
 
@@ -196,13 +197,14 @@ pub(crate) trait Simd: Copy {
     fn splat_int(self, x: u32) -> Self::I {
         self.load_int(&[x; LANES])
     }
-    /// What sums of [`dot`](Self::dot) begin with if they are to begin with `start`, and `a` is 128 too high.
+    /// The initial sums for [`dot`](Self::dot): `start`, which cancels the offset of 128 in `a`, or 0 where `dot`
+    /// subtracts 128 itself.
     #[inline(always)]
     fn begin(self, start: Self::I) -> Self::I {
         start
     }
-    /// In each lane, the sum of the products of four bytes of `a`, from 0 to 255, and four of `b`, from −127 to 127, and `c`; of
-    /// `a` less 128 where [`begin`](Self::begin) takes no heed of where it is told to start.
+    /// In each lane, the sum of the products of four bytes of `a`, from 0 to 255, and four of `b`, from −127 to 127,
+    /// and `c`; of `a` − 128 where [`begin`](Self::begin) ignores `start`.
     #[inline(always)]
     fn dot(self, a: Self::I, b: Self::I, c: Self::I) -> Self::I {
         let (a, b, c) = (ints(self, a), ints(self, b), ints(self, c));
@@ -219,7 +221,7 @@ pub(crate) trait Simd: Copy {
     fn dot_lane<const LANE: usize>(self, a: Self::I, b: &[u32; 4], c: Self::I) -> Self::I {
         self.dot(a, self.splat_int(b[LANE]), c)
     }
-    /// As [`begin`](Self::begin), for [`dot_nibbles`](Self::dot_nibbles) and `a` 8 too high.
+    /// As [`begin`](Self::begin), for [`dot_nibbles`](Self::dot_nibbles) and an offset of 8.
     #[inline(always)]
     fn begin_nibbles(self, start: Self::I) -> Self::I {
         start

@@ -5,9 +5,9 @@
 //! called together once per token: its helpers wait for work without sleeping, and taking a share of a product costs them
 //! well below a microsecond.
 //!
-//! Nobody waits for a helper to show up: the caller works on the items itself, and only waits for those who took one. In a
-//! pool that is busy with other things it therefore does everything alone. A thread belongs to one team at most, which
-//! rules out that two teams wait for each other.
+//! The caller does not wait for helpers to show up: it works on the items itself, and only waits for helpers that took
+//! one. In a pool that is busy with other things it therefore does everything alone. A thread belongs to one team at
+//! most, which rules out that two teams wait for each other.
 //!
 //! How work is cut depends on its size and the number of threads, the results on neither. Without the feature `rayon`, and in a child
 //! of `fork`, which has none of the pool's threads, everything runs on the calling thread.

@@ -57,7 +57,7 @@ struct Projections {
     k: Linear,
     v: Linear,
     out: Linear,
-    /// What queries are multiplied by before the scores are scaled by 1/√p.
+    /// The factor of the queries, besides the 1/√p of the scores.
     query_scale: f32,
 }
 
@@ -84,7 +84,7 @@ pub(crate) struct AttentionCache {
     q: Buffer,
     k: Buffer,
     v: Buffer,
-    /// What goes into the last projection, `[rows, h]`.
+    /// The input of the last projection, `[rows, h]`.
     mixed: Buffer,
     /// ln Σ exp(score), `[rows, a]`.
     log_sums: Buffer,

@@ -67,7 +67,7 @@ pub(crate) fn rows_of<'a>(span: &Range<usize>, activations: &'a [f32], width: us
 pub(crate) struct Batch<'a> {
     pub team: &'a Team,
     pub spans: Spans,
-    /// What each sequence remembers; brought up to date.
+    /// The state of each sequence, which the layers update.
     pub states: Vec<&'a mut SequenceState>,
     /// Whether the states will be used again. Otherwise keys and values need not be kept.
     pub keeps_kv: bool,

@@ -1,8 +1,8 @@
-//! Work memory that is used again.
+//! Work memory that is reused.
 //!
-//! A forward pass makes and drops some twenty arrays a block. Left to the allocator, much of that memory goes back to the
-//! system each time, and fetching it again costs more than a quarter of a training step. So arrays that are dropped are kept
-//! here and handed out to the next that asks for one of about their size.
+//! A forward pass makes and drops some twenty arrays per block. Left to the allocator, much of that memory goes back to
+//! the system each time, and fetching it again costs more than a quarter of a training step. So arrays that are dropped
+//! are kept here and handed out to the next that asks for one of about their size.
 
 use std::ops::{Deref, DerefMut};
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};

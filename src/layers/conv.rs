@@ -38,7 +38,7 @@ impl CausalConv {
         Self::zeros(self.bias.len(), self.taps, self.has_bias)
     }
 
-    /// Weights uniform in ±1/√4, bias zero.
+    /// Weights uniform in ±1/√taps; the bias stays zero.
     pub(crate) fn init(&mut self, rng: &mut Rng) {
         self.across.forget();
         let bound = 1.0 / (self.taps as f32).sqrt();

@@ -11,8 +11,8 @@ use crate::kernels::team::Team;
 
 /// Sets each number to 0 at a rate and divides the others by 1 − rate, so that the mean stays.
 ///
-/// Which numbers follows from the key, the sequence, the frame and the feature alone. So the same call on a gradient is the
-/// backward pass, nothing is kept, and neither the other sequences nor the number of threads have a say in it.
+/// Which numbers are dropped depends on the key, the sequence, the frame and the feature alone. So the same call on a
+/// gradient is the backward pass, nothing is kept, and neither other sequences nor the number of threads matter.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Dropout {
     /// The rate in units of 2⁻¹⁶: four random numbers come from one word.

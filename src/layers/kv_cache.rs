@@ -17,7 +17,8 @@ pub enum KvStorage {
     /// 32 bits, as they are computed.
     #[default]
     F32,
-    /// 16 bits: half the memory. Keys and values are rounded wherever they are computed, in a prompt and in decoding alike.
+    /// 16 bits: half the memory. Keys and values are rounded as soon as they are computed, in prompts and in decoding
+    /// alike, but not in training.
     Bf16,
 }
 
@@ -275,7 +276,7 @@ impl KvCache {
         either!(self, cache => cache.length < cache.shape.meta)
     }
 
-    /// What the last token's queries `[g · p]` find in one head of keys, meta tokens included → out.
+    /// Attention of the last token's queries `[g · p]` over one head of keys and values, meta tokens included → out.
     pub(crate) fn attend(&self, head: usize, group: usize, query: &[f32], out: &mut [f32]) {
         either!(self, cache => attend_step(query, &[cache.seen(head)], 1, group, out));
     }
@@ -305,13 +306,13 @@ impl KvCache {
         either!(self, cache => pieces(if what == "keys" { &cache.keys } else { &cache.values }, take));
     }
 
-    /// The size of what [`write`](Self::write) hands out when so many tokens were seen: heads, rows, widths of keys and values.
+    /// The size of what [`write`](Self::write) hands out after `length` tokens: heads, rows, widths of keys and values.
     pub(crate) fn dim_at(&self, length: usize) -> (usize, usize, usize, usize) {
         either!(self, cache => cache.dim_at(length))
     }
 
-    /// Takes over what [`write`](Self::write) handed out when so many tokens were seen. `read` hands out the numbers of the `keys` or
-    /// the `values`, in order and in pieces, so that there is no second copy of them.
+    /// Restores what [`write`](Self::write) handed out after `length` tokens. `read` hands out the numbers of the
+    /// `keys` or the `values`, in order and in pieces, so that there is no second copy of them.
     pub(crate) fn restore(&mut self, length: usize, read: &mut ReadNumbers) -> Result<()> {
         fn fill<T: CacheElement>(cache: &mut Cache<T>, length: usize, read: &mut ReadNumbers) -> Result<()> {
             cache.length = length;

@@ -9,7 +9,7 @@ use crate::kernels::rows::Out;
 use crate::kernels::team::Team;
 use crate::parameters::{Parameter, ParameterMut, Visitor, VisitorMut, join};
 
-/// ε of every norm.
+/// ε of every layer norm.
 const EPSILON: f32 = 1e-5;
 /// Rows whose gradients are summed together. The sums of the blocks are then added in their order, so that the result does not
 /// depend on the threads.

@@ -1,11 +1,11 @@
-//! Values that follow from the parameters.
+//! Values computed from the parameters.
 
 use std::sync::{Mutex, OnceLock, PoisonError};
 
 /// Something computed from the parameters when first needed and kept until they change.
 pub(crate) struct Lazy<T> {
     value: OnceLock<T>,
-    /// The value before, for whose memory the next has use.
+    /// The previous value, whose memory the next one reuses.
     retired: Mutex<Option<Box<T>>>,
 }
 
@@ -20,7 +20,8 @@ impl<T> Lazy<T> {
         self.get_again(|_| compute())
     }
 
-    /// As [`get`](Self::get), with a value that was [retired](Self::retire), if there is one.
+    /// As [`get`](Self::get); `compute` gets the value that was [retired](Self::retire), if there is one, for its
+    /// memory.
     pub(crate) fn get_again(&self, compute: impl FnOnce(Option<T>) -> T) -> &T {
         if let Some(value) = self.value.get() {
             return value;

@@ -101,7 +101,7 @@ impl LowRank {
     }
 }
 
-/// What A and B are called behind the name of their map.
+/// The names of A and B, after that of their map.
 pub(crate) const LORA_NAMES: [&str; 2] = ["lora_A.weight", "lora_B.weight"];
 
 fn rows(x: &Buffer) -> Rows<'_> {

@@ -7,9 +7,9 @@
 //! attention   y_i = Σ_t a_it x_t,   a_i = softmax_t(x_t · u_i / √h)     for each query u_i; all y_i side by side
 //! ```
 //!
-//! All of them can be had frame by frame: [`PoolState`] keeps running sums and maxima, those of attention with the largest score so
-//! far taken out of the exponent. Whole sequences are read by the same additions in the same order. Sums are compensated (Kahan), so
-//! that a long stream does not wear them out.
+//! All of them can be computed frame by frame: [`PoolState`] keeps running sums and maxima, those of attention with the
+//! largest score so far subtracted in the exponent. Whole sequences use the same additions in the same order. Sums are
+//! compensated (Kahan), so that they stay precise in a long stream.
 
 use std::fmt;
 
@@ -59,7 +59,7 @@ pub enum Pooling {
 }
 
 impl Pooling {
-    /// Most queries of attention.
+    /// The largest number of queries.
     pub const MAX_QUERIES: usize = 64;
 
     /// The width of the vector, from frames of width `h`.
@@ -201,7 +201,7 @@ impl Pool {
         }
     }
 
-    /// What a sequence comes to after its last frame x `[h]`: y `[width]`.
+    /// The pooled vector of a sequence after its last frame x `[h]`: y `[width]`.
     pub(crate) fn read(&self, state: &PoolState, x: &[f32], y: &mut [f32]) {
         let h = x.len();
         match self.pooling {

@@ -1,11 +1,11 @@
-//! What models remember of a sequence between calls.
+//! The states of models between calls.
 
 use ndarray::Array2;
 
 use super::kv_cache::KvCache;
 use crate::kernels::conv::TAPS;
 
-/// What a model remembers of one sequence.
+/// The state of a model for one sequence.
 #[derive(Clone)]
 pub(crate) struct SequenceState {
     /// Rows seen so far, meta tokens included.
@@ -13,7 +13,7 @@ pub(crate) struct SequenceState {
     pub layers: Vec<LayerState>,
 }
 
-/// What one layer remembers of one sequence.
+/// The state of one layer for one sequence.
 #[derive(Clone)]
 pub(crate) struct LayerState {
     /// Without numbers where there is no Mamba branch.
@@ -22,7 +22,7 @@ pub(crate) struct LayerState {
     pub kv: Option<KvCache>,
 }
 
-/// What the Mamba branch remembers of one sequence.
+/// The state of the Mamba branch for one sequence.
 #[derive(Clone)]
 pub(crate) struct MambaState {
     /// The last inputs of the convolution `[3, d]`, oldest first.

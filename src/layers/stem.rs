@@ -17,12 +17,12 @@ use crate::kernels::team::Team;
 use crate::parameters::{Visitor, VisitorMut, join};
 use crate::{Error, Result};
 
-/// Strided convolutions of several widths side by side in front of an encoder: long series become few tokens, and each of them has
-/// seen shapes.
+/// Strided convolutions of several widths side by side in front of an encoder: long series become few tokens, each of
+/// which covers a stretch of the series.
 ///
 /// | option | default | range | meaning |
 /// |---|---|---|---|
-/// | `stride` | required | 1 to 4096 | frames to a token: l frames become ⌈l / stride⌉ |
+/// | `stride` | required | 1 to 4096 | frames per token: l frames become ⌈l / stride⌉ tokens |
 /// | `widths` | stride, 3·stride | 1 to 16 of them, each 1 to 4096 | frames that the convolutions look at, around the token's own |
 /// | `channels` | 32 | 1 to 4096 | features of each convolution; a token has this many for each width |
 ///
@@ -41,7 +41,7 @@ use crate::{Error, Result};
 #[serde(deny_unknown_fields)]
 #[non_exhaustive]
 pub struct Stem {
-    /// Frames to a token.
+    /// Frames per token.
     pub stride: usize,
     /// Frames that the convolutions look at.
     pub widths: Vec<usize>,
@@ -52,10 +52,11 @@ pub struct Stem {
 impl Stem {
     /// The largest stride, width and number of channels.
     pub const MAX_SIZE: usize = 4096;
-    /// Most widths.
+    /// The largest number of widths.
     pub const MAX_WIDTHS: usize = 16;
 
-    /// The documented defaults for so many frames to a token.
+    /// The documented defaults for `stride` frames per token. Above a stride of 1365, [set the widths](Self::widths):
+    /// the default 3·stride is out of range.
     pub fn new(stride: usize) -> Self {
         Stem { stride, widths: vec![stride, stride.saturating_mul(3)], channels: 32 }
     }
@@ -72,7 +73,7 @@ impl Stem {
         self
     }
 
-    /// Tokens of so many frames.
+    /// The number of tokens of a sequence of `frames` frames.
     pub fn tokens(&self, frames: usize) -> usize {
         frames.div_ceil(self.stride.max(1))
     }

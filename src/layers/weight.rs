@@ -306,7 +306,7 @@ impl Clone for Weight {
     }
 }
 
-/// W `[out, in]` for products with Wᵀ's transpose: dy·W.
+/// W `[out, in]` packed for products dy·W.
 fn transposed(team: &Team, rows: ArrayView2<f32>, memory: Vec<PanelRow>) -> Packed {
     let ((outputs, inputs), weight) = (rows.dim(), flat(&rows));
     Packed::refill_from_columns(team, inputs, outputs, |output| &weight[output * inputs..][..inputs], memory)

@@ -186,7 +186,8 @@ impl Block {
         }
     }
 
-    /// As a model of so many layers starts: what ends a branch is smaller, so that the residual stream does not grow with depth.
+    /// The initial values in a model of `layers` layers. The matrices that end a branch are scaled by 1/√(2·layers), so
+    /// that the residual stream does not grow with depth.
     pub(super) fn init(&mut self, layers: usize, rng: &mut Rng) {
         let smaller = 1.0 / (2.0 * layers as f32).sqrt();
         [&mut self.norm, &mut self.attention_norm, &mut self.mamba_norm].into_iter().for_each(RmsNorm::init);

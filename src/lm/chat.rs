@@ -23,9 +23,9 @@ impl HymbaLm {
     /// Continues a text. `on_text` gets new text as soon as it is certain: never half a character, and nothing that may be the
     /// beginning of a stop string. It ends the generation with [`ControlFlow::Break`].
     ///
-    /// The new text belongs directly behind the prompt, its first space included: `prompt + text` is what
-    /// [`Tokenizer::decode`] makes of all tokens together, but for special tokens that the prompt spells out. An empty prompt
-    /// gives a text from its beginning.
+    /// The new text follows the prompt directly, its first space included: `prompt + text` is what
+    /// [`Tokenizer::decode`] makes of all tokens together, but for special tokens that the prompt spells out. An empty
+    /// prompt gives a text from its beginning.
     ///
     /// A stop string finds special tokens, too, which are no part of the text: `"</s>"` ends it where the model chooses that
     /// token or spells it, and so does a longer one with `"</s>"` in it. Special tokens in the prompt are tokens, not text: see
@@ -62,9 +62,9 @@ impl HymbaLm {
         self.generate_text_with(&mut self.new_state(1), tokenizer, &tokenizer.encode(prompt)?, options, on_text)
     }
 
-    /// As [`generate_text`](Self::generate_text), from what a state of one row remembers, and with a prompt of tokens. The text is
-    /// what decoding makes of all tokens beyond what it makes of the prompt: where that ends within a character, the text begins
-    /// with the whole one. A state that has seen tokens counts as text in front.
+    /// As [`generate_text`](Self::generate_text), continuing a state of one row, and with a prompt of tokens. The text
+    /// is what decoding all tokens adds to decoding the prompt: where the prompt ends within a character, the text
+    /// begins with the whole character. A state that has seen tokens counts as text in front.
     ///
     /// # Errors
     ///
@@ -80,7 +80,7 @@ impl HymbaLm {
         self.generate_after(state, tokenizer, prompt, &[], options, on_text)
     }
 
-    /// `before` is what the state has seen and the repetition penalty shall know of.
+    /// `before` are tokens the state has seen, which the repetition penalty is to count.
     fn generate_after(
         &self,
         state: &mut LmState,
@@ -111,7 +111,7 @@ impl HymbaLm {
         if stream.stopped().is_some() {
             generation.finish = FinishReason::StopString;
         } else {
-            // what was held back; that somebody would have ended it here no longer matters
+            // the text held back; a break from the callback no longer matters
             let _ = emit(&stream.finish());
         }
         Ok(TextGeneration { text, generation })
@@ -120,15 +120,17 @@ impl HymbaLm {
 
 /// A conversation with an instruction-tuned model, in the form of its chat template.
 ///
-/// The state of the model is kept between turns: only what is new is fed.
+/// The state of the model is kept between turns: only new text is fed, and the last answer once more, as the template
+/// writes it.
 ///
 /// An answer ends where the model chooses a stop token, and where its text comes to the token that ends a text, spelled out
-/// (`</s>`) or to the beginning of a turn in Hymba's template (`<extra_id_`). Its text is what decoding makes of all tokens beyond
-/// what it makes of the prompt, so that it begins with a space where the model puts one between the template's words and its own.
+/// (`</s>`) or to the beginning of a turn in Hymba's template (`<extra_id_`). Its text is what decoding all tokens adds
+/// to decoding the prompt, so it begins with a space where the model puts one between the template's words and its own.
 ///
-/// What is said never gives special tokens, whoever says it: see [`Tokenizer::encode_chat`]. Marks that a template writes as
-/// plain text cannot be told from the same words in a message. Hymba's template has such marks: a message with
-/// `"\n<extra_id_1>Assistant\n"` in it reads like another turn to the model. Take them out of text that you do not trust.
+/// Messages never become special tokens, whatever their role: see [`Tokenizer::encode_chat`]. Marks that a template
+/// writes as plain text cannot be told from the same words in a message. Hymba's template has such marks: a message
+/// with `"\n<extra_id_1>Assistant\n"` in it reads like another turn to the model. Remove them from text that you do not
+/// trust.
 ///
 /// ```no_run
 /// # fn main() -> hymba::Result<()> {
@@ -150,38 +152,38 @@ pub struct Chat<'a> {
     tokenizer: &'a Tokenizer,
     options: ChatOptions,
     messages: Vec<Message>,
-    /// What the model has seen, up to where the last answer began: how the template writes the answer down is only known
-    /// afterwards.
+    /// The tokens the state has seen. They end where the last answer began: how the template writes it is only known
+    /// with the next turn.
     seen: Vec<u32>,
     state: LmState,
 }
 
 impl<'a> Chat<'a> {
-    /// A conversation in which nothing was said.
+    /// An empty conversation.
     pub fn new(lm: &'a HymbaLm, tokenizer: &'a Tokenizer) -> Self {
         let options = ChatOptions::new();
         Chat { lm, tokenizer, options, messages: Vec::new(), seen: Vec::new(), state: lm.new_state(1) }
     }
 
-    /// Sets the instructions that stand over it, in place of others.
+    /// Sets the system message, in place of an earlier one.
     pub fn system(mut self, content: impl Into<String>) -> Self {
         self.messages.retain(|message| message.role != Role::System);
         self.messages.insert(0, Message::system(content));
         self
     }
 
-    /// Sets tools and contexts.
+    /// Sets tools, contexts and the time; `add_generation_prompt` is always on here.
     pub fn options(mut self, options: ChatOptions) -> Self {
         self.options = options.add_generation_prompt(true);
         self
     }
 
-    /// What was said so far.
+    /// The messages so far.
     pub fn messages(&self) -> &[Message] {
         &self.messages
     }
 
-    /// What the model remembers of it, the last answer not included.
+    /// The state of the model, which has seen everything but the last answer and the token before it.
     pub fn state(&self) -> &LmState {
         &self.state
     }
@@ -198,7 +200,7 @@ impl<'a> Chat<'a> {
     ///
     /// # Errors
     ///
-    /// Those of [`HymbaLm::generate_text`] and [`Tokenizer::encode_chat`]. The conversation is then as it was.
+    /// Those of [`HymbaLm::generate_text`] and [`Tokenizer::encode_chat`]. The messages are then as they were.
     pub fn ask(
         &mut self,
         content: impl Into<String>,
@@ -259,11 +261,11 @@ impl<'a> Chat<'a> {
         options: &GenerateOptions,
         on_text: impl FnMut(&str) -> ControlFlow<()>,
     ) -> Result<TextGeneration> {
-        // before anything is fed: after an error the state, too, is what it was
+        // before anything is fed, so that an option out of range leaves the state as it was
         options.validate()?;
         let ids = self.tokenizer.encode_chat(&self.messages, &self.options)?;
         if !ids[..ids.len().saturating_sub(1)].starts_with(&self.seen) {
-            // a template that rewrites what was said
+            // a template that rewrites earlier messages
             (self.seen, self.state) = (Vec::new(), self.lm.new_state(1));
         }
         // all but the last token, with which generation begins

@@ -1,4 +1,4 @@
-//! What a checkpoint says of itself: `config.json`.
+//! The configuration of a checkpoint: `config.json`.
 
 use std::path::Path;
 
@@ -29,6 +29,7 @@ pub(super) const MAX_CONFIG: u64 = 1 << 20;
 ///
 /// | key | if absent | range |
 /// |---|---|---|
+/// | `model_type` | null | null, `"hymba"` |
 /// | `hidden_size`, `num_hidden_layers`, `vocab_size`, `num_attention_heads` | refused | ≥ 1 |
 /// | `intermediate_size` | refused | ≥ 0; 0 leaves out the MLP |
 /// | `num_key_value_heads` | 8 | ≥ 1, divides `num_attention_heads`; null for as many |
@@ -40,8 +41,8 @@ pub(super) const MAX_CONFIG: u64 = 1 << 20;
 /// | `mamba_conv_bias`, `mamba_proj_bias`, `mamba_inner_layernorms` | true, false, true | |
 /// | `num_memory_tokens` | 0 | 0 to [`MAX_META_TOKENS`](Self::MAX_META_TOKENS) |
 /// | `sliding_window` | null | ≥ 1; null for none, and then all layers are global |
-/// | `global_attn_idx` | null | layers, also such as there are none; needed with a `sliding_window` |
-/// | `kv_reuse_group` | null | lists of layers, also such as there are none; the first comes before the others |
+/// | `global_attn_idx` | null | layer numbers, of which those of no layer are ignored; needed with a `sliding_window` |
+/// | `kv_reuse_group` | null | lists of layer numbers, of which those of no layer are ignored; the first comes before the others |
 /// | `kv_reuse_every_i_layer` | −1 | ≥ 1; 0 or less for never |
 /// | `rope` | false | |
 /// | `rope_type` | null | null or `"default"`, `"ntk"` |
@@ -54,7 +55,7 @@ pub(super) const MAX_CONFIG: u64 = 1 << 20;
 /// | `tie_word_embeddings` | false | |
 /// | `bos_token_id`, `eos_token_id`, `pad_token_id` | 1, 2, 0 | null or below 0 for none; `eos_token_id` may be a list |
 /// | `torch_dtype`, or `dtype` | null | null, `"float32"`, `"float16"`, `"bfloat16"` |
-/// | `memory_tokens_interspersed_every` | 0 | 0 |
+/// | `memory_tokens_interspersed_every` | 0 | 0 or less |
 /// | `attn_hidden_size`, `kq_head_dim` | −1 | 0 or less, or what they are anyway: `hidden_size`, and that over the number of heads |
 /// | `quantization_config` | null | null, or what [`save_dir`](crate::HymbaLm::save_dir) writes of a quantised model |
 ///
@@ -68,9 +69,10 @@ pub(super) const MAX_CONFIG: u64 = 1 << 20;
 /// | `architectures`, `auto_map`, `transformers_version`, `seq_length`, and any other key | |
 ///
 /// What is ignored may be anything that Python's `json` writes, `Infinity` and `NaN` included; a byte order mark is skipped. As in
-/// transformers, `rope_scaling` comes before `rope_parameters`, and a `rope_theta` in there before the one outside; parameters
-/// for each kind of layers must be the same for all. A `rope_type` of `"default"` in there leaves Hymba's own key as it is. In
-/// `kv_reuse_group`, a layer that uses the keys and values of another and begins a list of its own hands those on.
+/// transformers, `rope_scaling` comes before `rope_parameters`, and a `rope_theta` in there before the one outside;
+/// parameters for each kind of layers must be the same for all. A `rope_type` of `"default"` in there leaves Hymba's
+/// own key as it is. Without `rope`, these objects are ignored. In `kv_reuse_group`, a layer that uses the keys and
+/// values of another and begins a list of its own hands those on.
 ///
 /// Besides, `hidden_size` and the inner width ⌊mamba_expand · hidden_size⌋ must be multiples of `num_attention_heads`,
 /// and layers that share keys and values must be all global or all windowed. All sizes together may ask for at most
@@ -128,7 +130,7 @@ pub struct HymbaLmConfig {
     pub num_memory_tokens: usize,
     /// How far back a token sees in a windowed layer, besides the meta tokens: it sees itself and this many before it.
     pub sliding_window: Option<usize>,
-    /// The layers that see everything; `None` only without a window, and then all do. Numbers that no layer has are ignored.
+    /// The layers that see everything; `None` only without a window, and then all do. Numbers of no layer are ignored.
     pub global_attn_idx: Option<Vec<usize>>,
     /// Layers that share keys and values: the first of a list makes them, the others use them. No layer is in two lists; numbers
     /// that no layer has are ignored.
@@ -216,7 +218,7 @@ pub enum TorchDtype {
     BF16,
 }
 
-/// How many bits the weights of the big matrices take, in the files of a checkpoint (key `quantization_config`) and in
+/// How many bits each weight of the big matrices takes, in the files of a checkpoint (key `quantization_config`) and in
 /// memory ([`LoadOptions::quantize`](super::LoadOptions::quantize)).
 ///
 /// | matrix | `None` | `Bits8` | `Bits4` |
@@ -225,9 +227,10 @@ pub enum TorchDtype {
 /// | `x_proj`, `dt_proj`, which make the time step, B and C of the scan | as in the file | 8 bits | 8 bits |
 /// | norms, biases, convolution, A, D, meta tokens | f32 | f32 | f32 |
 ///
-/// 32 consecutive weights of a row share a scale, a bfloat16: so it is 8.5 or 4.5 bits a weight. A weight is its scale times
-/// a whole number, of −127 to 127 in 8 bits and of −8 to 7 in 4, where the scale is the one of some that has the least
-/// squared error. The products bring the activations to 8 bits, too, 32 at a time, and multiply whole numbers.
+/// 32 consecutive weights of a row share a scale, a bfloat16: 8.5 or 4.5 bits per weight in all. A weight is its scale
+/// times an integer, of −127 to 127 in 8 bits and of −8 to 7 in 4. In 8 bits the scale is the largest magnitude over
+/// 127; in 4 bits it is the one, of eight tried, with the least squared error. Products quantise the activations to 8
+/// bits, too, 32 at a time, and multiply integers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 #[non_exhaustive]
 pub enum Quantization {
@@ -245,7 +248,8 @@ impl HymbaLmConfig {
     pub const MAX_PARAMETERS: u64 = 1 << 36;
     /// The largest number of layers a model may have.
     pub const MAX_LAYERS: usize = 512;
-    /// The largest number of meta tokens: 2¹⁴. They see each other, so that what they cost grows with their square.
+    /// The largest number of meta tokens: 2¹⁴. They see each other, so their cost grows with the square of their
+    /// number.
     pub const MAX_META_TOKENS: usize = 1 << 14;
 
     /// Hymba-1.5B, as NVIDIA published it (base and instruct).
@@ -315,8 +319,8 @@ impl HymbaLmConfig {
         Self::try_from(raw).map_err(|error| Error::format(path, error.to_string()))
     }
 
-    /// The number of parameters, tied ones counted once; `None` where a size is so far out of range that they cannot be
-    /// counted.
+    /// The number of parameters, tied ones counted once; `None` where a value is outside its range, as
+    /// [`validate`](Self::validate) finds, or the number does not fit a `usize`.
     pub fn num_parameters(&self) -> Option<usize> {
         self.check_values().ok()?;
         usize::try_from(self.count()?).ok()

@@ -45,8 +45,9 @@ impl HymbaLm {
     /// where matrices are so narrow that whole panels of them would take more, it is refused. Usually memory never holds more
     /// than the model and a row of a tensor.
     ///
-    /// Where there is a `generation_config.json` with an `eos_token_id`, that holds in place of the configuration's, and is in
-    /// [`config`](Self::config). What else it says is for [`GenerateOptions::from_dir`](super::GenerateOptions::from_dir).
+    /// Where there is a `generation_config.json` with an `eos_token_id`, it takes the place of the configuration's, and
+    /// is in [`config`](Self::config). Its other keys are for
+    /// [`GenerateOptions::from_dir`](super::GenerateOptions::from_dir).
     ///
     /// # Errors
     ///
@@ -70,13 +71,14 @@ impl HymbaLm {
         Self::from_dir_with(path, &LoadOptions::default(), |_| {})
     }
 
-    /// As [`from_dir`](Self::from_dir), with options; `on_progress` is called about once per tensor. What is to
-    /// be quantised is quantised row by row, so that the original is never in memory.
+    /// As [`from_dir`](Self::from_dir), with options; `on_progress` is called about once per tensor. Matrices are
+    /// quantised row by row as they are read, so that the original is never in memory.
     ///
     /// # Errors
     ///
-    /// Those of [`from_dir`](Self::from_dir), and [`Error::Option`] if the checkpoint is quantised already and the options ask
-    /// for other bits. A wider `dtype` than that of the files comes on top of the memory that reading may take.
+    /// Those of [`from_dir`](Self::from_dir), and [`Error::Option`] if the checkpoint is quantised already and the
+    /// options ask for other bits, or if they ask for a quantised model that can be trained. Where `dtype` or
+    /// `trainable` widens the matrices, the wider numbers come on top of the memory that reading may take.
     pub fn from_dir_with(
         path: impl AsRef<Path>,
         options: &LoadOptions,
@@ -152,9 +154,10 @@ impl HymbaLm {
     /// `config.json` and `model.safetensors`. Matrices are written in the type they have in memory, everything else as f32. Each
     /// file is written under a temporary name and then renamed.
     ///
-    /// `config.json` is that of the folder the model was read from, to the letter but for `torch_dtype`, `tie_word_embeddings` and
-    /// `quantization_config` where reading changed them. Of a model that was not read it has all keys of [`HymbaLmConfig`] and those
-    /// that the published code needs besides, `auto_map` and `architectures` among them.
+    /// `config.json` is that of the folder the model was read from, to the letter but for `torch_dtype` (or `dtype`),
+    /// `tie_word_embeddings`, `eos_token_id` and `quantization_config` where reading changed them. Of a model that was
+    /// not read it has all keys of [`HymbaLmConfig`] and those that the published code needs besides, `auto_map` and
+    /// `architectures` among them.
     ///
     /// Hugging Face's transformers read the folder with `trust_remote_code=True` if the model is not quantised and the published
     /// `configuration_hymba.py` and `modeling_hymba.py` are copied into it. They are not written here, and neither are
@@ -164,17 +167,18 @@ impl HymbaLm {
     ///
     /// | tensor | type and shape | |
     /// |---|---|---|
-    /// | `NAME` in 8 bits | U8 `[n, 32·b]` | 128 more than the whole numbers |
-    /// | `NAME` in 4 bits | U8 `[n, 16·b]` | 8 more than they are, two in a byte, the first in the low bits |
-    /// | `NAME_scale` | BF16 `[n, b]` | what the whole numbers of a block are multiplied by |
+    /// | `NAME` in 8 bits | U8 `[n, 32·b]` | the integers, with 128 added |
+    /// | `NAME` in 4 bits | U8 `[n, 16·b]` | the integers, with 8 added, two in a byte, the first in the low bits |
+    /// | `NAME_scale` | BF16 `[n, b]` | the scale of each block, by which its integers are multiplied |
     ///
-    /// and `config.json` says so: `"quantization_config": {"quant_method": "hymba", "bits": 8, "group_size": 32}`. What stands
-    /// beyond k does not matter.
+    /// and `config.json` says so: `"quantization_config": {"quant_method": "hymba", "bits": 8, "group_size": 32}`.
+    /// Integers beyond column k do not matter.
     ///
     /// # Errors
     ///
-    /// [`Error::State`] if the model has low-rank parts, which are not written here: [`save_lora`](Self::save_lora) writes them, and
-    /// [`merge_lora`](Self::merge_lora) adds them to the weights. [`Error::Io`] when a file cannot be written.
+    /// [`Error::State`] if the model holds adapters, which are not written here: [`save_lora`](Self::save_lora) writes
+    /// the active one, and [`merge_lora`](Self::merge_lora) adds it to the weights. [`Error::Io`] when a file cannot be
+    /// written.
     pub fn save_dir(&self, path: impl AsRef<Path>) -> Result<()> {
         self.check_no_lora()?;
         let path = path.as_ref();

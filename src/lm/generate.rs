@@ -17,14 +17,14 @@ pub enum FinishReason {
     StopString,
     /// `max_tokens` were generated.
     MaxTokens,
-    /// The row has come to the model's `max_position_embeddings`, and
+    /// The row reached the model's `max_position_embeddings`, and
     /// [`stop_at_max_positions`](GenerateOptions::stop_at_max_positions) is set.
     MaxPositions,
     /// The callback ended it, or the one for the progress of the prompt ([`GenerateOptions::on_prompt`]).
     Cancelled,
 }
 
-/// What was generated for one row.
+/// The tokens generated for one row.
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub struct Generation {
@@ -34,11 +34,12 @@ pub struct Generation {
     pub log_probs: Vec<f32>,
     /// Why it ended.
     pub finish: FinishReason,
-    /// Passes through the model after that of the prompt: as many as tokens, or fewer with [`GenerateOptions::lookahead`].
+    /// Passes through the model after the prompt: one per token, or usually fewer with [`GenerateOptions::lookahead`].
     pub passes: usize,
 }
 
-/// The options of a batch: the same for all rows, or one for each. `&options`, `&[options, …]` and `&vec` are taken where this is.
+/// The options of a batch: the same for all rows, or one for each. Calls take `&options`, `&[options, …]` and `&vec` in
+/// its place.
 ///
 /// ```
 /// use std::ops::ControlFlow;
@@ -65,7 +66,8 @@ pub struct Generation {
 #[derive(Debug, Clone, Copy)]
 #[non_exhaustive]
 pub enum RowOptions<'a> {
-    /// For all rows, but for this: row i draws from stream `stream + i` of the seed, so that equal prompts give different samples.
+    /// The same for all rows, except that row i draws from stream `stream + i` of the seed, so that equal prompts give
+    /// different samples.
     Shared(&'a GenerateOptions),
     /// Those of each row, as they are.
     Each(&'a [GenerateOptions]),
@@ -114,7 +116,7 @@ impl RowOptions<'_> {
 }
 
 impl Generation {
-    /// That of a prompt which was not read to its end.
+    /// The generation for a prompt that was not read to its end.
     pub(super) fn nothing() -> Self {
         Generation { ids: Vec::new(), log_probs: Vec::new(), finish: FinishReason::Cancelled, passes: 0 }
     }
@@ -135,7 +137,7 @@ impl Row {
         Some(Generation { finish: self.finish?, ids: self.ids, log_probs: self.log_probs, passes: self.passes })
     }
 
-    /// Takes a choice over: whether it is part of the text.
+    /// Adds a choice to the text, or ends the row at a stop token. Returns whether the choice is part of the text.
     pub(super) fn accept(&mut self, choice: Choice, end: &[u32]) -> bool {
         if self.sampler.options().stop_tokens.as_deref().unwrap_or(end).contains(&choice.id) {
             self.finish = Some(FinishReason::StopToken);
@@ -171,7 +173,8 @@ impl HymbaLm {
     ///
     /// [`Error::Option`] if an option is outside its range, or there are stop strings, which need
     /// a tokenizer (`generate_text`, feature `tokenizer`); [`Error::Tokens`] if the prompt is
-    /// empty or has an id that is not in the vocabulary; [`Error::Logits`] if the model answers with NaN.
+    /// empty or has an id that is not in the vocabulary; [`Error::Logits`] if the model gives NaN; and those of the
+    /// [`processors`](GenerateOptions::processors).
     ///
     /// ```
     /// use std::ops::ControlFlow;
@@ -199,15 +202,16 @@ impl HymbaLm {
         self.generate_with(&mut self.new_state(1), prompt, options, on_token)
     }
 
-    /// As [`generate`](Self::generate), from what a state of one row remembers: the way to hold a conversation. Afterwards the
-    /// state has seen the prompt and all ids that were returned.
+    /// As [`generate`](Self::generate), continuing a state of one row, as in a conversation. Afterwards the state has
+    /// seen the prompt and all ids that were returned.
     ///
     /// # Errors
     ///
-    /// Those of [`generate`](Self::generate), and [`Error::State`] if the state has not one row or is of another model.
+    /// Those of [`generate`](Self::generate), and [`Error::State`] if the state does not have exactly one row or is of
+    /// another model.
     ///
-    /// After [`Error::Logits`] the state has seen the prompt and exactly the ids that the callback got: clone it before, if you
-    /// want to go back. After any other error it is untouched.
+    /// After [`Error::Logits`], or an error of a processor, the state has seen the prompt and exactly the ids that the
+    /// callback got: clone it before, if you want to go back. After any other error it is untouched.
     pub fn generate_with(
         &self,
         state: &mut LmState,
@@ -221,15 +225,16 @@ impl HymbaLm {
 
     /// Continues several prompts of any lengths together, each of which ends on its own. The callback gets the row and the token.
     ///
-    /// The options are the same for all rows, or a list of one for each: see [`RowOptions`]. With those of a list each row is what
-    /// [`generate`](Self::generate) makes of its prompt and its options. With the same for all, row i draws from stream i of the
-    /// seed, so that equal prompts give different samples: it is what `generate` makes with
-    /// [`options.stream(i)`](GenerateOptions::stream). (Row 0, and every row at temperature 0, is what it makes with
-    /// `options` as they are.)
+    /// The options are the same for all rows, or a list of one for each: see [`RowOptions`]. With a list, each row is
+    /// what [`generate`](Self::generate) makes of its prompt and its options. With the same for all, row i draws from
+    /// the i-th [stream](GenerateOptions::stream) after that of `options`, so that equal prompts give different
+    /// samples: it is what `generate` makes with `options.stream(options.stream + i)`. (Row 0, and every row at
+    /// temperature 0, is what it makes with `options` as they are.)
     ///
     /// # Errors
     ///
-    /// Those of [`generate`](Self::generate), and [`Error::Option`] if a list of options is not as long as that of the prompts.
+    /// Those of [`generate`](Self::generate), [`Error::Option`] if a list of options is not as long as that of the
+    /// prompts, and [`Error::State`] if the states of so many rows do not fit into memory.
     pub fn generate_batch<'a, T: AsRef<[u32]>>(
         &self,
         prompts: &[T],
@@ -239,7 +244,7 @@ impl HymbaLm {
         self.generate_batch_with(&mut self.new_state(prompts.len()), prompts, options, on_token)
     }
 
-    /// As [`generate_batch`](Self::generate_batch), from what a state remembers.
+    /// As [`generate_batch`](Self::generate_batch), continuing a state.
     ///
     /// # Errors
     ///
@@ -267,7 +272,8 @@ impl HymbaLm {
         self.run(state, prompts, &[], options, &mut on_token)
     }
 
-    /// The loop behind all forms of generation. `before` is what the state has seen and the repetition penalty shall know of.
+    /// The loop behind all forms of generation. `before` are tokens the state has seen, which the repetition penalty is
+    /// to count.
     pub(super) fn run<'a, T: AsRef<[u32]>>(
         &self,
         state: &mut LmState,
@@ -344,7 +350,7 @@ impl HymbaLm {
         }
     }
 
-    /// How likely a continuation of a prompt is, as evaluation harnesses ask.
+    /// How likely a continuation of a prompt is, as evaluation harnesses need it.
     ///
     /// # Errors
     ///

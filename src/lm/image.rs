@@ -31,8 +31,9 @@ impl HymbaLm {
     ///
     /// # Errors
     ///
-    /// [`Error::State`] if the model has low-rank parts, as of [`save_dir`](Self::save_dir); [`Error::Io`] when the writer gives an
-    /// error; what it has taken until then is no model.
+    /// [`Error::State`] if the model holds adapters, as of [`save_dir`](Self::save_dir); [`Error::Format`] if the
+    /// configuration that it was read with is so long that it could not be read again; [`Error::Io`] when the writer
+    /// gives an error: what was written until then is not a model.
     ///
     /// ```
     /// use std::io::Cursor;
@@ -56,12 +57,11 @@ impl HymbaLm {
         stored::write(Target::Writer(&mut writer), &metadata, &self.parameters_in_files())
     }
 
-    /// What [`write_to`](Self::write_to) writes: for a database, a network, a browser.
+    /// The bytes that [`write_to`](Self::write_to) writes: for a database, a network, a browser.
     ///
     /// # Errors
     ///
-    /// [`Error::State`] if the model has low-rank parts, and [`Error::Format`] if the configuration that it was read with is so long
-    /// that it could not be read again.
+    /// [`Error::State`] and [`Error::Format`], as [`write_to`](Self::write_to).
     pub fn to_bytes(&self) -> Result<Vec<u8>> {
         let mut bytes = Vec::new();
         self.write_to(&mut bytes)?;
@@ -78,7 +78,7 @@ impl HymbaLm {
         Self::read_from_with(reader, &LoadOptions::default(), |_| {})
     }
 
-    /// As [`read_from`](Self::read_from), with options; `on_progress` is called with how far it has come.
+    /// As [`read_from`](Self::read_from), with options; `on_progress` is called about once per tensor.
     ///
     /// # Errors
     ///
@@ -116,7 +116,7 @@ impl HymbaLm {
         Self::from_bytes_with(bytes, &LoadOptions::default(), |_| {})
     }
 
-    /// As [`from_bytes`](Self::from_bytes), with options; `on_progress` is called with how far it has come.
+    /// As [`from_bytes`](Self::from_bytes), with options; `on_progress` is called about once per tensor.
     ///
     /// # Errors
     ///
@@ -125,8 +125,8 @@ impl HymbaLm {
         Self::read_image(Source::memory(bytes), options, on_progress)
     }
 
-    /// As [`from_dir_with`](Self::from_dir_with), from what stands in the two files of a folder: `config.json` and
-    /// `model.safetensors`. (A `generation_config.json` is not asked; the configuration says which tokens end a text.)
+    /// As [`from_dir_with`](Self::from_dir_with), from the contents of the two files of a folder: `config.json` and
+    /// `model.safetensors`. (A `generation_config.json` is not read; the configuration says which tokens end a text.)
     ///
     /// # Errors
     ///

@@ -11,18 +11,20 @@ pub enum Arithmetic {
     /// f32: the weights are widened.
     #[default]
     F32,
-    /// bf16, on CPUs that multiply bf16 faster (AVX-512-BF16, ARM's `bfdot`, or on Linux AMX); on others this is `F32`. Published code
-    /// computes so, too, and rounds the sums besides. Prompts gain most: decoding waits for memory. Subnormal numbers count as
-    /// zero.
+    /// bf16, on CPUs that multiply bf16 faster (AVX-512-BF16, ARM's `bfdot`, or on Linux AMX); on others this is `F32`.
+    /// The published code does the same, and also rounds the sums. Prompts gain most: decoding is bound by memory
+    /// bandwidth. Subnormal numbers count as zero.
     ///
-    /// AMX is asked for when the first such model computes, for the whole process and for good, also where `HYMBA_SIMD=avx512`
-    /// then leaves it unused: Linux from then on refuses signal stacks that are too small for its registers.
+    /// Linux is asked for AMX when the first such model computes, for the whole process and for good, unless
+    /// `HYMBA_SIMD` names an instruction set that the CPU has: from then on it refuses signal stacks that are too small
+    /// for the registers of AMX.
     Bf16,
 }
 
 impl Arithmetic {
     /// The instruction set that multiplies matrices in bf16 on this machine: as [`simd_level`](crate::simd_level) says, or, for
-    /// `Bf16`, `"amx"`, `"avx512-bf16"` or `"neon-bf16"` if it has that. For `Bf16` this, too, asks for AMX.
+    /// `Bf16`, `"amx"`, `"avx512-bf16"` or `"neon-bf16"` if it has that. For `Bf16`, this call may ask Linux for AMX,
+    /// too.
     ///
     /// ```
     /// use hymba::lm::Arithmetic;

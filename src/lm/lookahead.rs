@@ -107,7 +107,8 @@ impl HymbaLm {
     }
 }
 
-/// At most so many tokens that followed the last ones where they occurred before: the longest run of them, the last time.
+/// At most `most` tokens that followed the last tokens of `seen` where these occurred before: the longest match, at its
+/// latest occurrence.
 fn guess(seen: &[u32], most: usize) -> &[u32] {
     if most == 0 {
         return &[];

@@ -9,7 +9,7 @@ use crate::layers::{Across, Buffer, flat_mut};
 
 /// The cross-entropy of some tokens: −ln of the probability that the model gave to each, given those before it.
 ///
-/// Losses of several batches add up, so that their mean is that over all tokens.
+/// The losses of several batches can be added: [`mean`](Self::mean) is then that over all their tokens.
 ///
 /// ```
 /// use hymba::lm::LmLoss;
@@ -31,7 +31,7 @@ pub struct LmLoss {
 }
 
 impl LmLoss {
-    /// Of so many tokens.
+    /// A loss of `sum` nats over `tokens` tokens.
     pub fn new(sum: f64, tokens: usize) -> Self {
         LmLoss { sum, tokens }
     }
@@ -46,7 +46,7 @@ impl LmLoss {
         self.mean().exp()
     }
 
-    /// Bits per byte of a text of so many bytes, which these tokens are.
+    /// Bits per byte, where these tokens are a text of `bytes` bytes.
     pub fn bits_per_byte(&self, bytes: usize) -> f64 {
         self.sum / (bytes.max(1) as f64 * std::f64::consts::LN_2)
     }
@@ -61,7 +61,7 @@ impl std::ops::AddAssign for LmLoss {
 
 /// Where gradients of the head go.
 pub(super) struct HeadGradient<'a> {
-    /// What the gradient of the sum is multiplied by.
+    /// The factor of the gradient of the sum.
     pub scale: f32,
     pub grads: &'a mut HymbaLm,
     /// Of the output of the last layer `[tokens, H]`, zero before.

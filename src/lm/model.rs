@@ -76,7 +76,7 @@ pub struct HymbaLm {
     pub(super) cached: Cached,
 }
 
-/// What follows from the weights, and what identifies them. The default is that of weights that are new.
+/// Values computed from the weights, and an id for them. The default is for new weights.
 pub(crate) struct Cached {
     /// A row that has seen the meta tokens.
     prefix: Lazy<SequenceState>,
@@ -134,7 +134,7 @@ impl HymbaLm {
         lm
     }
 
-    /// What the checkpoint says of itself, and what the options and its tensors made of that: see
+    /// The configuration of the checkpoint, changed where the options or its tensors say otherwise: see
     /// [`quantization`](HymbaLmConfig::quantization), [`torch_dtype`](HymbaLmConfig::torch_dtype) and
     /// [`tie_word_embeddings`](HymbaLmConfig::tie_word_embeddings).
     pub fn config(&self) -> &HymbaLmConfig {
@@ -155,8 +155,8 @@ impl HymbaLm {
         bytes
     }
 
-    /// A state for `batch` rows that have seen nothing but the meta tokens. What those leave behind is computed at the first
-    /// call and kept.
+    /// A state for `batch` rows that have seen nothing but the meta tokens. The state after them is computed at the
+    /// first call and kept.
     ///
     /// A row takes, in each layer, 4·E·(N + 3) bytes for the Mamba branch and, in layers with keys and values of their own,
     /// heads · (key + value width) · 4 bytes (2 with [`KvStorage::Bf16`]) per token: for the meta tokens from the start, for
@@ -214,8 +214,8 @@ impl HymbaLm {
     ///
     /// # Errors
     ///
-    /// [`Error::Tokens`] if l is 0, an id is not in the vocabulary, or the logits do not fit into memory, [`Error::State`] if the
-    /// state is of another batch size or of another model. The state is then untouched.
+    /// [`Error::Tokens`] if b or l is 0, an id is not in the vocabulary, or the logits do not fit into memory,
+    /// [`Error::State`] if the state is of another batch size or of another model. The state is then untouched.
     ///
     /// ```
     /// use hymba::HymbaLm;
@@ -310,11 +310,11 @@ impl HymbaLm {
         Ok(flow.is_continue().then_some(logits))
     }
 
-    /// As [`prefill_ragged`](Self::prefill_ragged), with the logits of more or fewer tokens: of row i `on_logits` gets those after
-    /// the tokens from `first[i]` on, with the row and the token's place in it, the tokens of a row in order. `first[i]` at the end of
-    /// the row asks for none. Rows may be empty, and are then left as they are.
+    /// As [`prefill_ragged`](Self::prefill_ragged), with the logits of more or fewer tokens: `on_logits` gets the row,
+    /// the place of a token in it, and the logits after that token, for the tokens of row i from `first[i]` on, in
+    /// order. A `first[i]` at the end of the row asks for none. Rows may be empty, and are then left as they are.
     ///
-    /// With it some rows take their next token while others read a part of their prompt.
+    /// So some rows can decode their next token while others read a part of their prompt.
     ///
     /// # Errors
     ///
@@ -392,7 +392,7 @@ impl HymbaLm {
         Ok(LmInspection { hidden_states })
     }
 
-    /// All that users can get wrong.
+    /// Checks what users give: the ids, and the state.
     pub(super) fn check(&self, rows: &[impl AsRef<[u32]>], state: Option<&LmState>) -> Result<()> {
         self.check_ids(rows)?;
         state.map_or(Ok(()), |state| self.check_state(rows.len(), state))

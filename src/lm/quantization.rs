@@ -4,7 +4,7 @@ use super::config::Quantization;
 use crate::kernels::matmul::Storage;
 use crate::{Error, Result};
 
-/// Matrices that get as few bits as were asked for. All others are small, or not matrices.
+/// Matrices that get as few bits as requested. All others are small, or not matrices.
 const LARGE: [&str; 7] = ["embed_tokens", "lm_head", "in_proj", "out_proj", "gate_proj", "up_proj", "down_proj"];
 /// Matrices that keep 8: they are 2 % of the weights, and the state depends on them.
 const SMALL: [&str; 2] = ["x_proj.0", "dt_proj.0"];

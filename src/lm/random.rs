@@ -14,9 +14,9 @@ use crate::parameters::ParameterMut;
 use crate::{Error, Result};
 
 impl HymbaLm {
-    /// A model with random weights, quantised or in the type that the options say, or else `torch_dtype` of the configuration:
-    /// for measuring speed and memory without the real weights. Its text is noise. `trainable` of the options is ignored:
-    /// [`build`](Self::build) makes a model to be trained.
+    /// A model with random weights, quantised or in the type that the options say, or else `torch_dtype` of the
+    /// configuration, or else bf16: for measuring speed and memory without the real weights. Its text is noise.
+    /// `trainable` of the options is ignored: [`build`](Self::build) makes a model to be trained.
     ///
     /// # Errors
     ///
@@ -74,6 +74,7 @@ impl HymbaLm {
         });
         Ok(lm)
     }
+
     /// A model to be trained, whose weights are drawn from `seed`: maps uniform in ±1/√inputs, those that end a branch smaller by
     /// 1/√(2·layers), embedding, head and meta tokens normal with a deviation of 0.02, norms 1, and Mamba's parts as Mamba starts.
     ///

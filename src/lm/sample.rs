@@ -61,9 +61,10 @@ pub struct Choice {
 /// 6. `min_p` keeps those with that share of the largest probability;
 /// 7. one of those left is drawn, in proportion to its probability.
 ///
-/// Of equal logits the one with the lower id counts as the larger. A token with the logit −∞ is never chosen. Nor is one
-/// drawn whose probability is lost beside the largest: less than 2⁻⁶² of it times the number of tokens, which is 7e-15 for
-/// 32001 tokens. The same options, observed tokens and logits give the same choices.
+/// Of equal logits the one with the lower id counts as the larger. A token with the logit −∞ is never chosen. Nor is
+/// one drawn whose probability is negligible beside the largest: below 2⁻⁶³ of it times the number of tokens that
+/// `top_k` keeps, rounded up to a power of two, which is 3.6e-15 for 32001 tokens. The same options, observed tokens
+/// and logits give the same choices.
 pub struct Sampler {
     options: GenerateOptions,
     rng: Rng,
@@ -130,7 +131,7 @@ impl Sampler {
         &self.options
     }
 
-    /// Tells of the tokens of the prompt: they become subject to `repetition_penalty`, and processors are told. Without either it
+    /// Passes on the tokens of the prompt: `repetition_penalty` and the processors see them. Without either this call
     /// may be left out. A token outside the vocabulary is ignored.
     pub fn observe_prompt(&mut self, ids: &[u32]) {
         if self.options.repetition_penalty != 1.0 {
@@ -139,7 +140,8 @@ impl Sampler {
         self.processors.iter_mut().for_each(|processor| processor.observe_prompt(ids));
     }
 
-    /// Tells of a choice that has become part of the text, as [`observe_prompt`](Self::observe_prompt) of the prompt.
+    /// Passes on a choice that has become part of the text, as [`observe_prompt`](Self::observe_prompt) does the
+    /// prompt.
     pub fn observe(&mut self, id: u32) {
         if self.options.repetition_penalty != 1.0 {
             self.observed.insert(id);
@@ -298,7 +300,7 @@ fn check(logits: &[f32]) -> Result<()> {
     }
     // false for NaN, too
     let usable = |&logit: &f32| logit < f32::INFINITY;
-    // without a way out in the middle, several are looked at in one instruction
+    // without an early exit, the compiler checks several per instruction
     if !logits.iter().fold(true, |all, logit| all & usable(logit)) {
         let (id, logit) = logits.iter().enumerate().find(|(_, logit)| !usable(logit)).unwrap_or((0, &f32::NAN));
         return bad(format!(
@@ -341,8 +343,9 @@ fn first_largest(scores: &[f32]) -> u32 {
     scores.iter().position(|&score| score == largest).unwrap_or(0) as u32
 }
 
-/// The logarithm of the probability that these logits give to token `id`: z_id − ln Σ eᶻ. `None` where it is not one of theirs;
-/// NaN where a logit is NaN or +∞, or all are −∞. It is what [`LogLikelihood`](super::LogLikelihood) and [`Choice`] report.
+/// The logarithm of the probability that these logits give to token `id`: z_id − ln Σ eᶻ. `None` where `id` is beyond
+/// the logits; NaN where a logit is NaN or +∞, or all are −∞. It is what [`LogLikelihood`](super::LogLikelihood) and
+/// [`Choice`] report.
 ///
 /// ```
 /// use hymba::lm::log_prob;

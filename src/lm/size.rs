@@ -10,8 +10,8 @@ pub(super) fn is_matrix(name: &str) -> bool {
 }
 
 impl HymbaLmConfig {
-    /// Bytes of the parameters of a model whose matrices are kept as `storage` says, with the room that is there to have whole
-    /// panels. `None` where they cannot be counted.
+    /// Bytes of the parameters of a model whose matrices are kept as `storage` says, padding to whole panels included.
+    /// `None` where they cannot be counted.
     pub(super) fn memory(&self, storage: &dyn Fn(&str) -> Storage) -> Option<usize> {
         self.tensors().iter().try_fold(0usize, |sum, (name, shape)| {
             let bytes = match shape[..] {

@@ -1,4 +1,4 @@
-//! What the model remembers of a conversation.
+//! The state of a language model between calls.
 
 use std::fmt;
 
@@ -7,7 +7,7 @@ use ndarray::{Array2, Array3};
 use crate::layers::{KvCache, SequenceState};
 use crate::{Error, Result};
 
-/// What a language model remembers of the tokens of a batch of rows, between calls.
+/// The state of a language model between calls, for each row of a batch.
 ///
 /// A row holds, for each layer, the state of the Mamba branch and, in layers that have their own, keys and values: the last
 /// `sliding_window + 1` tokens' and the meta tokens' in windowed layers, all tokens' in global ones. Cloning a state forks the
@@ -35,7 +35,7 @@ pub struct LmState {
     pub(super) rows: Vec<SequenceState>,
 }
 
-/// What one layer remembers of one row: see [`LmState::layer`].
+/// The state of one layer for one row: see [`LmState::layer`].
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub struct LmLayerState {
@@ -58,7 +58,7 @@ impl LmState {
         self.rows.iter().map(|row| row.position - self.meta).collect()
     }
 
-    /// Bytes of everything that is remembered.
+    /// Bytes of memory that the state takes.
     pub fn num_bytes(&self) -> usize {
         self.rows.iter().map(SequenceState::num_bytes).sum()
     }
@@ -69,7 +69,7 @@ impl LmState {
         layers.filter_map(|layer| layer.kv.as_ref()).map(KvCache::num_bytes).sum()
     }
 
-    /// What a layer remembers of a row; `None` if there is no such row or layer.
+    /// The state of a layer for a row; `None` if there is no such row or layer.
     pub fn layer(&self, row: usize, layer: usize) -> Option<LmLayerState> {
         let layer = self.rows.get(row)?.layers.get(layer)?;
         Some(LmLayerState {
@@ -87,14 +87,14 @@ impl LmState {
 }
 
 impl LmState {
-    /// The rows, each a state of its own. Nothing is copied, nor is it by [`append`](Self::append): so rows that come and go run
-    /// together for one step.
+    /// The rows, each a state of its own. Neither this nor [`append`](Self::append) copies rows, so a batch can be put
+    /// together anew for every step.
     pub fn into_rows(self) -> Vec<LmState> {
         let LmState { model, meta, rows } = self;
         rows.into_iter().map(|row| LmState { model, meta, rows: vec![row] }).collect()
     }
 
-    /// Adds the rows of another state of the same model behind these: so conversations join a batch.
+    /// Adds the rows of another state of the same model after these, so that conversations join a batch.
     ///
     /// # Errors
     ///

@@ -1,4 +1,4 @@
-//! States in files, to go on with a conversation later.
+//! States in files, to continue a conversation later.
 
 use std::path::Path;
 

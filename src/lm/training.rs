@@ -21,7 +21,7 @@ use crate::lora::LoraOptions;
 use crate::parameters::Parameter;
 use crate::{Error, Result};
 
-/// What [`HymbaLm::backward`] reads of a forward pass.
+/// The values of a forward pass that [`HymbaLm::backward`] reads.
 pub struct LmTrainCache {
     model: u64,
     /// Tokens that go into the model, row by row, and how many each row has.
@@ -64,13 +64,14 @@ impl HymbaLm {
     /// The loss of predicting every token of each row but its first, for training, with what [`backward`](Self::backward) reads. The
     /// meta tokens stand in front of every row.
     ///
-    /// `masks` has a mark for every token of every row: only tokens that are marked are predicted, as those of answers in
-    /// instruction tuning. Nothing predicts the first token of a row, and its mark is ignored. A batch in which nothing is predicted
-    /// has a loss of no tokens.
+    /// `masks` has a mark for every token of every row: only tokens that are marked are predicted, such as those of
+    /// answers in instruction tuning. Nothing predicts the first token of a row, and its mark is ignored. A batch in
+    /// which nothing is predicted has a loss of no tokens.
     ///
-    /// Keys and values are not rounded here, whatever [`LoadOptions::kv_storage`](super::LoadOptions::kv_storage) says, and rows of
-    /// one token count for nothing, and adapters drop nothing: see [`forward_train_seeded`](Self::forward_train_seeded). There are never more than 32 MB of logits, or those of 24 tokens where the vocabulary is so large
-    /// that these take more.
+    /// Keys and values are not rounded here, whatever [`LoadOptions::kv_storage`](super::LoadOptions::kv_storage) says.
+    /// Rows of one token add nothing to the loss. There is no dropout: see
+    /// [`forward_train_seeded`](Self::forward_train_seeded). At most 32 MB of logits are in memory at a time, or those
+    /// of 24 tokens if these take more.
     ///
     /// # Errors
     ///
@@ -102,7 +103,7 @@ impl HymbaLm {
     }
 
     /// As [`forward_train`](Self::forward_train), which drops nothing, with the [dropout](LoraOptions::dropout) of the active adapter.
-    /// What it drops follows from `seed`, the row and the token: give every pass another seed.
+    /// The dropout mask depends on `seed`, the row and the token: give every pass another seed.
     ///
     /// # Errors
     ///
@@ -222,8 +223,9 @@ impl HymbaLm {
         Ok(LmLoss::new(sum, cache.targets.len()))
     }
 
-    /// Whether training computes what the backward pass reads once more, layer by layer, in place of keeping it: it then takes the
-    /// memory of one layer and of the inputs of all, and about a third longer. Gradients are the same, to the bit.
+    /// Sets whether the backward pass recomputes the activations, layer by layer, in place of keeping them (gradient
+    /// checkpointing): training then takes the memory of one layer and of the inputs of all, and about a third longer.
+    /// Gradients are the same, bit for bit.
     pub fn recompute_activations(&mut self, recompute: bool) {
         self.recompute = recompute;
     }
@@ -239,7 +241,7 @@ impl HymbaLm {
     }
 
     /// All layers of a training step. The whole batch goes through a layer together, so that the gradient of a matrix is one product
-    /// over all tokens. What comes behind the last predicted token of a row, or predicts nothing, is left out.
+    /// over all tokens. Tokens after the last one of a row that predicts another, and rows without one, are left out.
     fn run_train(
         &self,
         rows: &[impl AsRef<[u32]>],

@@ -5,12 +5,12 @@ macro_rules! lora_calls {
     ($what:ident, $task:expr, $setup:literal) => {
         /// # Low-rank adapters (LoRA)
         impl $what {
-            /// Adds a new low-rank adapter beside the maps whose names fit, and activates it. It is called `default`, and takes the place
-            /// of one of this name; for others see [`add_lora_as`](Self::add_lora_as).
+            /// Adds a new low-rank adapter beside the maps whose names fit, and activates it. It is called `default`,
+            /// and replaces one of this name; for other names see [`add_lora_as`](Self::add_lora_as).
             ///
-            /// From now on only the active adapter is trained, and in a [`Predictor`](crate::Predictor) what is around the encoder; the
-            /// weights themselves stay as they are, in whatever type they are stored. B is zero, so nothing changes yet; A is drawn from
-            /// `seed`.
+            /// From now on training changes only the active adapter, and in a [`Predictor`](crate::Predictor) the parts
+            /// around the encoder; the weights themselves stay as they are, in whatever type they are stored. B is
+            /// zero, so nothing changes yet; A is drawn from `seed`.
             ///
             /// # Errors
             ///
@@ -33,12 +33,13 @@ macro_rules! lora_calls {
                 self.add_lora_as($crate::lora::DEFAULT, options, seed)
             }
 
-            /// As [`add_lora`](Self::add_lora), by a name: 1 to 64 ASCII letters, digits, `-` and `_`. A model holds any number of adapters,
-            /// of which one is active at a time or none.
+            /// As [`add_lora`](Self::add_lora), by a name: 1 to 64 ASCII letters, digits, `-` and `_`. A model holds up
+            /// to 1024 adapters, of which at most one is active at a time.
             ///
             /// # Errors
             ///
-            /// As [`add_lora`](Self::add_lora), and if the name is another.
+            /// As [`add_lora`](Self::add_lora), and [`Error::Option`](crate::Error::Option) if the name has another
+            /// form or the model holds 1024 adapters already.
             ///
             /// ```
             #[doc = $setup]
@@ -60,17 +61,19 @@ macro_rules! lora_calls {
             /// Reads an adapter from a folder that the PEFT library or [`save_lora`](Self::save_lora) wrote, `adapter_config.json` and
             /// `adapter_model.safetensors`, and activates it. It is called `default`, as in [`add_lora`](Self::add_lora).
             ///
-            /// What the folder has from around the encoder of a [`Predictor`](crate::Predictor) takes the place of what is there.
+            /// Parts around the encoder of a [`Predictor`](crate::Predictor) that the folder holds, see
+            /// [`save_lora`](Self::save_lora), replace those of the model.
             ///
             /// The folder need not be trusted.
             ///
             /// # Errors
             ///
-            /// [`Error::Io`](crate::Error::Io) when a file cannot be read; [`Error::Format`](crate::Error::Format) when one is damaged, or
-            /// says that it is another kind of adapter, such as DoRA, one that changes the weights, such as PiSSA, or one with modules
-            /// that are not around the encoder of such a model;
-            /// [`Error::Tensors`](crate::Error::Tensors) when it has none for maps of this model, others, or in other shapes. Nothing is
-            /// changed then.
+            /// [`Error::Io`](crate::Error::Io) when a file cannot be read; [`Error::Format`](crate::Error::Format) when
+            /// one is damaged, has no tensors of its rank for any map of this model, or says that it is another kind of
+            /// adapter, such as DoRA, one that changes the weights, such as PiSSA, or one with modules that are not
+            /// around the encoder of such a model; [`Error::Tensors`](crate::Error::Tensors) when it has other tensors,
+            /// too, or some of other shapes; [`Error::Option`](crate::Error::Option) when it does not fit into memory.
+            /// Nothing is changed then.
             ///
             /// ```
             #[doc = $setup]
@@ -87,11 +90,13 @@ macro_rules! lora_calls {
                 self.load_lora_as($crate::lora::DEFAULT, folder)
             }
 
-            /// As [`load_lora`](Self::load_lora), by a name as in [`add_lora_as`](Self::add_lora_as): others that the model holds stay.
+            /// As [`load_lora`](Self::load_lora), by a name as in [`add_lora_as`](Self::add_lora_as): adapters of other
+            /// names stay.
             ///
             /// # Errors
             ///
-            /// As [`load_lora`](Self::load_lora), and [`Error::Option`](crate::Error::Option) if the name cannot be used.
+            /// As [`load_lora`](Self::load_lora), and [`Error::Option`](crate::Error::Option) if the name cannot be
+            /// used or the model holds 1024 adapters already.
             ///
             /// ```
             #[doc = $setup]
@@ -114,8 +119,9 @@ macro_rules! lora_calls {
             /// Writes the active adapter to a folder, which is made if there is none, as the PEFT library has them: under the names of
             /// maps in the files of this crate.
             ///
-            /// Of a [`Predictor`](crate::Predictor) what was trained with it around the encoder is in the folder, too, as PEFT's
-            /// `modules_to_save`: `head`, `stem`, `pooling` and `reverse.pooling`, and the normalizations, `input` and `output`.
+            /// Of a [`Predictor`](crate::Predictor) the folder also gets the parts around the encoder, as PEFT's
+            /// `modules_to_save`: `head`, `stem`, `pooling` and `reverse.pooling`, and the normalizations, `input` and
+            /// `output`.
             ///
             /// # Errors
             ///
@@ -134,12 +140,14 @@ macro_rules! lora_calls {
                 $crate::lora::save(self, folder.as_ref(), $task)
             }
 
-            /// Activates the adapter of this name, or with `None` none. That moves a pointer for each map, and copies and computes
-            /// nothing. States that streams have of one adapter are refused while another is active, and go on when theirs is again.
+            /// Activates the adapter of this name, or with `None` none. That moves a pointer for each map, and copies
+            /// and computes nothing. A state made with one adapter is refused while another is active, and can be used
+            /// again once its own is.
             ///
-            /// What is around the encoder of a [`Predictor`](crate::Predictor) is there once, for all adapters, and stays as it is:
-            /// where it was trained with each, [load](Self::load_lora_as) an adapter in place of activating it, or keep it as it is in
-            /// training, by [`rate_for("head.*", 0.0)`](crate::train::AdamWOptions::rate_for) and so on.
+            /// The parts around the encoder of a [`Predictor`](crate::Predictor) exist once, for all adapters, and stay
+            /// as they are: where they were trained with each, [load](Self::load_lora_as) an adapter in place of
+            /// activating it, or freeze them in training, by
+            /// [`rate_for("head.*", 0.0)`](crate::train::AdamWOptions::rate_for) and so on.
             ///
             /// # Errors
             ///
@@ -160,12 +168,12 @@ macro_rules! lora_calls {
                 $crate::lora::set(self, name.into())
             }
 
-            /// The name of the active adapter.
+            /// The name of the active adapter, if there is one.
             pub fn lora(&self) -> Option<&str> {
                 $crate::lora::Adapted::active(self)
             }
 
-            /// The names of all adapters that the model holds, in the order of the alphabet.
+            /// The names of all adapters that the model holds, sorted by their bytes.
             pub fn loras(&self) -> Vec<&str> {
                 $crate::lora::Adapted::names(self)
             }
@@ -188,9 +196,10 @@ macro_rules! lora_calls {
                 !self.loras().is_empty()
             }
 
-            /// Adds the active adapter to the weights, row by row, so that it costs nothing any more, and removes all others. Weights in f32
-            /// then give what the two gave apart, to rounding; narrower ones are rounded again. Matrices that could be trained before
-            /// there were adapters can be trained again.
+            /// Adds the active adapter to the weights, row by row, so that it costs nothing any more, and removes all
+            /// adapters. Weights in f32 then give what the two gave apart, to rounding; narrower ones are rounded
+            /// again. If none is active, the weights stay as they are. Matrices that could be trained before there were
+            /// adapters can be trained again.
             ///
             /// ```
             #[doc = $setup]
@@ -203,8 +212,9 @@ macro_rules! lora_calls {
                 $crate::lora::Adapted::merge(self);
             }
 
-            /// Removes all adapters: the maps are again as they were without, and what could be trained then can be again. What is around
-            /// the encoder of a [`Predictor`](crate::Predictor) stays as it was trained or [loaded](Self::load_lora) with them.
+            /// Removes all adapters: the maps are again as they were without, and matrices that could be trained then
+            /// can be trained again. The parts around the encoder of a [`Predictor`](crate::Predictor) stay as they
+            /// were trained or [loaded](Self::load_lora) with them.
             ///
             /// ```
             #[doc = $setup]

@@ -20,12 +20,12 @@ use crate::{Error, Result};
 
 const CONFIG: &str = "adapter_config.json";
 const WEIGHTS: &str = "adapter_model.safetensors";
-/// What PEFT puts in front of the names of a checkpoint.
+/// The prefix that PEFT puts in front of the names of a checkpoint.
 const PREFIX: &str = "base_model.model.";
 /// Longest configuration that is read.
 const MAX_CONFIG: u64 = 1 << 20;
 
-/// What PEFT's configuration must say, and what it may not: what a key that changes the arithmetic holds where it does nothing.
+/// PEFT's configuration: the keys that are read, and the others, some of which must hold nothing.
 #[derive(Deserialize)]
 struct Config {
     peft_type: String,
@@ -69,8 +69,8 @@ fn holds_nothing(value: &Value) -> bool {
     }
 }
 
-/// Whether low-rank parts that began so stand beside the weights as they are in the checkpoint: PiSSA, OLoRA, CorDA, LoftQ and
-/// others take a part out of them.
+/// Whether low-rank parts with these initial values go with the weights as they are in the checkpoint: PiSSA, OLoRA,
+/// CorDA, LoftQ and others take a part out of them.
 fn keeps_weights(init_lora_weights: &Value) -> bool {
     match init_lora_weights {
         Value::Null | Value::Bool(_) => true,

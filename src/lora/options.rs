@@ -1,26 +1,27 @@
-//! Which low-rank parts a model gets.
+//! The options of an adapter.
 
 use serde::{Deserialize, Serialize};
 
 use crate::layers::LORA_NAMES;
 use crate::{Error, Result};
 
-/// Which maps get a low-rank part, y = W·x + scale · B·(A·x), and which.
+/// The maps that get a low-rank part, y = W·x + scale · B·(A·x), and the form of these parts.
 ///
 /// | option | default | |
 /// |---|---|---|
 /// | `rank` | 8 | r, rows of A: from 1 to 4096 |
-/// | `alpha` | 16 | scale is alpha/r |
+/// | `alpha` | 16 | scale is alpha/r: finite |
 /// | `rslora` | `false` | scale is alpha/√r instead |
-/// | `dropout` | 0 | share of x that A does not see in training: at least 0 and below 1 |
-/// | `maps` | `*_proj*` | patterns of names, in which `*` stands for any text; one without fits the end of a name, too |
+/// | `dropout` | 0 | dropout rate of x in front of A in training: at least 0 and below 1 |
+/// | `maps` | `*_proj*` | at least one pattern, in which `*` stands for any text, for a whole name or its end after a dot |
 ///
-/// Maps are called as in files, without `.weight`. In the language model, such as `model.layers.0.mamba.in_proj`: in every layer
-/// `mamba.in_proj`, `mamba.x_proj.0`, `mamba.dt_proj.0` and `mamba.out_proj`, `moe.experts.0.gate_proj` (in a gated MLP), `up_proj`
-/// and `down_proj`, and of an untied model `lm_head`. In the encoder, such as `blocks.0.mamba.in_proj`: `input_proj`,
-/// and of what a block has `mamba.in_proj`, `mamba.x_proj`, `mamba.dt_proj`, `mamba.out_proj`, `attention.q_proj`, `attention.k_proj`,
-/// `attention.v_proj`, `attention.out_proj`, `shared_proj`, `gate`, `ffn.up` and `ffn.down`, of which the default leaves out the last
-/// three. In a bidirectional [`Predictor`](crate::Predictor) the second encoder's stand behind `reverse.`.
+/// Maps have their names in files, without `.weight`, such as `model.layers.0.mamba.in_proj`. The language model has in
+/// every layer `mamba.in_proj`, `mamba.x_proj.0`, `mamba.dt_proj.0` and `mamba.out_proj`, `moe.experts.0.gate_proj` (in
+/// a gated MLP), `up_proj` and `down_proj`, and if it is untied `lm_head`, which the default leaves out. The encoder
+/// has `input_proj` and in every block, such as `blocks.0`, those that apply of `mamba.in_proj`, `mamba.x_proj`,
+/// `mamba.dt_proj`, `mamba.out_proj`, `attention.q_proj`, `attention.k_proj`, `attention.v_proj`, `attention.out_proj`,
+/// `shared_proj`, `gate`, `ffn.up` and `ffn.down`, of which the default leaves out the last three. In a bidirectional
+/// [`Predictor`](crate::Predictor) those of the second encoder begin with `reverse.`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 #[non_exhaustive]
@@ -32,7 +33,7 @@ pub struct LoraOptions {
     /// Whether it is alpha/√r.
     #[serde(default)]
     pub rslora: bool,
-    /// Share of x that A does not see in training.
+    /// Dropout rate of x in front of A in training.
     #[serde(default)]
     pub dropout: f64,
     /// Patterns of the names of maps; of an adapter that a model holds, the names.
@@ -67,9 +68,9 @@ impl LoraOptions {
         self
     }
 
-    /// Sets the share of the numbers of x that A does not see in training; the others are divided by what is left. Which, is drawn
-    /// for each map and row from the seed of the pass: a map that several blocks share, as in
-    /// [`HymbaOptions::zamba`](crate::HymbaOptions::zamba), loses the same in all of them.
+    /// Sets the dropout rate of x in front of A in training: the numbers that stay are divided by 1 − rate. The mask is
+    /// drawn for each map and row from the seed of the pass: a map that several blocks share, as in
+    /// [`HymbaOptions::zamba`](crate::HymbaOptions::zamba), has the same mask in all of them.
     ///
     /// ```
     /// use hymba::ndarray::Array3;

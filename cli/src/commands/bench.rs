@@ -1,4 +1,4 @@
-//! `hymba bench [DIR | --random]`: tokens a second, of a prompt and of decoding, beside what the memory gives.
+//! `hymba bench [DIR | --random]`: tokens per second, of a prompt and of decoding, beside the memory bandwidth.
 
 mod lookahead;
 
@@ -15,8 +15,8 @@ use crate::bandwidth::{self, Memory};
 use crate::load::LoadArgs;
 use crate::output::{self, out, size};
 
-/// Decoding reads every weight once per token, so that memory bandwidth is its limit: that is measured, too, in turns with the
-/// tokens, as what a machine gives changes from one second to the next.
+/// Decoding reads every weight once per token, so memory bandwidth is its limit: that is measured, too, in turns with
+/// the tokens, as it can change from one second to the next.
 #[derive(clap::Args)]
 pub struct Args {
     /// Folder of the model.
@@ -43,13 +43,14 @@ pub struct Args {
     /// Tokens decoded.
     #[arg(long, value_name = "N", default_value_t = 32, value_parser = at_least_one)]
     tokens: usize,
-    /// Measures decoding with and without guessing so many tokens, on a text that repeats itself and on one that does not.
+    /// Measures decoding with and without guessing this many tokens, on a text that repeats itself and on one that does
+    /// not.
     #[arg(long, value_name = "N", num_args = 0..=1, require_equals = true, default_missing_value = "10", conflicts_with = "save")]
     lookahead: Option<usize>,
     /// Seed of the random weights.
     #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
-    /// One object of JSON in place of words.
+    /// JSON in place of words: one object, or with --lookahead one for each text.
     #[arg(long)]
     json: bool,
     #[command(flatten)]
@@ -84,7 +85,7 @@ pub fn run(args: Args) -> Result<()> {
 
     let vocabulary = lm.config().vocab_size as u64;
     let ids: Vec<u32> = (0..args.prompt_tokens as u64).map(|i| (i * 7919 % vocabulary) as u32).collect();
-    let mut state = lm.new_state(1); // the meta tokens pass through here, once a model
+    let mut state = lm.new_state(1); // the meta tokens pass through here, once per model
     let mut sampler = Sampler::new(&GenerateOptions::default())?;
     let start = Instant::now();
     let mut logits = lm.prefill_ragged(&[&ids], &mut state)?;
@@ -168,7 +169,7 @@ impl Spread {
         Spread { least: at(0), median: at(seconds.len() / 2), most: at(seconds.len().saturating_sub(1)) }
     }
 
-    /// Of so much in each call, what came in a second: usually, at least, at most.
+    /// Amounts per second, for `amount` in each call: the median, the least and the most.
     fn per_second(&self, amount: f64) -> [f64; 3] {
         [self.median, self.most, self.least].map(|seconds| amount / seconds)
     }

@@ -19,7 +19,7 @@ use crate::sampling::{Clock, SamplingArgs};
 pub struct Args {
     /// Folder of the model: config.json, *.safetensors, tokenizer.json.
     dir: PathBuf,
-    /// Instructions that stand over the conversation.
+    /// System message: instructions for the whole conversation.
     #[arg(long, value_name = "TEXT")]
     system: Option<String>,
     #[command(flatten)]
@@ -54,7 +54,7 @@ pub fn run(args: Args) -> Result<()> {
             "/help" => eprintln!("{HELP}"),
             said => answer(&mut chat, said, &options, lines.asks())?,
         }
-        // what a pipe says next is not asked for any more; somebody at a terminal says something else
+        // the rest of a pipe is not read any more; a user at a terminal goes on
         if interrupt::asked() && !lines.asks() {
             return Err(interrupt::Interrupted("the chat ends here").into());
         }
@@ -89,7 +89,7 @@ fn answer(chat: &mut Chat, said: &str, options: &GenerateOptions, tells: bool) -
         Err(error) => return Err(error.into()),
     };
     if tells {
-        // all are new where the template writes down otherwise what was said
+        // all are new where the template rewrites earlier messages
         let seen = seen(chat) + 1;
         let new = seen.checked_sub(before).unwrap_or(seen);
         let line = clock.line(new, generation.ids.len(), generation.finish);
@@ -103,7 +103,7 @@ fn seen(chat: &Chat) -> usize {
     chat.state().lengths().first().copied().unwrap_or_default()
 }
 
-/// What is said: with an editor at a terminal, otherwise as it comes.
+/// The lines of the user: from an editor at a terminal, otherwise as they come.
 enum Lines {
     Typed(Box<DefaultEditor>),
     Piped(io::Lines<io::StdinLock<'static>>),

@@ -17,7 +17,7 @@ use crate::text::Text;
 pub struct Args {
     /// Folder of the model: config.json, *.safetensors, tokenizer.json.
     dir: PathBuf,
-    /// The text to go on from; where left out, it is read from the standard input.
+    /// The text to continue; where left out, it is read from the standard input.
     prompt: Option<String>,
     /// One object of JSON at the end in place of the text as it comes.
     #[arg(long)]

@@ -17,7 +17,7 @@ pub struct Args {
     dir: PathBuf,
     /// Folder to write, which must not have a model in it.
     out: PathBuf,
-    /// What the big matrices become.
+    /// Bits of the big matrices, or their type.
     #[arg(long, value_enum, value_name = "BITS")]
     to: To,
     /// One object of JSON in place of words.
@@ -36,7 +36,7 @@ enum To {
     Bf16,
 }
 
-/// What stands beside the weights, and is the same for any bits.
+/// Files beside the weights, which are the same for any bits.
 const BESIDE: [&str; 8] = [
     "tokenizer.json",
     "tokenizer_config.json",

@@ -1,4 +1,4 @@
-//! `hymba train DATA`: learns classes or numbers of series.
+//! `hymba train DATA`: trains a predictor of classes or numbers on series.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -14,7 +14,8 @@ use crate::load::ThreadArgs;
 use crate::output;
 use crate::series::{Model, ReadArgs};
 
-/// What no option sets follows from the series. A training that was interrupted goes on when the same is called again.
+/// Options that are not given follow from the series. An interrupted training goes on when the same command is run
+/// again.
 #[derive(clap::Args)]
 pub struct Args {
     /// Series with their classes or numbers: .ts, .csv or .tsv.
@@ -22,14 +23,14 @@ pub struct Args {
     /// The model to write.
     #[arg(long, short, value_name = "FILE", default_value = "model.safetensors")]
     out: PathBuf,
-    /// What tells series apart: ridge regression on features of fixed kernels, a Hymba encoder, or both, with the share that the
-    /// series say.
+    /// The model: ridge regression on features of fixed kernels, a Hymba encoder, or both, in shares chosen on a part
+    /// of the series.
     #[arg(long, value_enum, value_name = "WHAT", default_value_t = View::Both)]
     view: View,
     /// An encoder that answers frame by frame, for `predict --stream`.
     #[arg(long, conflicts_with = "view")]
     streaming: bool,
-    /// How often each series is seen.
+    /// Passes over the series.
     #[arg(long, value_name = "N")]
     epochs: Option<usize>,
     /// Width of the encoder.
@@ -38,16 +39,16 @@ pub struct Args {
     /// Blocks of the encoder.
     #[arg(long, value_name = "N")]
     layers: Option<usize>,
-    /// The highest learning rate.
+    /// Peak of the learning rate.
     #[arg(long, value_name = "X")]
     learning_rate: Option<f32>,
-    /// Share of the series that only picks the best epoch.
+    /// Share of the series that is held out to pick the best epoch.
     #[arg(long, value_name = "X", default_value_t = 0.0)]
     validation: f32,
-    /// Of kernels, weights, dropout and order.
+    /// Seed of kernels, weights, dropout and order.
     #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
-    /// Begins anew although there is a training to go on with.
+    /// Begins anew although there is an interrupted training.
     #[arg(long)]
     restart: bool,
     #[command(flatten)]
@@ -63,7 +64,7 @@ enum View {
     Encoder,
 }
 
-/// Past which a frame of a stream sees only through the state.
+/// The most frames that attention of a streaming encoder sees; earlier ones are in the state only.
 const WINDOW: usize = 128;
 
 pub fn run(args: Args) -> Result<()> {

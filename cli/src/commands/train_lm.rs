@@ -17,9 +17,9 @@ use crate::load::ThreadArgs;
 use crate::output;
 use crate::text::Text;
 
-/// The last twentieth of the text is held out. A training that was interrupted goes on when the same is called again. The folder at
-/// the end is laid out as on the Hugging Face Hub, with a picture of the loss, curve.svg. The tokens are the bytes of the text, without
-/// a tokenizer, or those of one that is trained on it.
+/// The last twentieth of the text is held out. An interrupted training goes on when the same command is run again. The
+/// folder it writes is laid out as on the Hugging Face Hub, with a picture of the loss, curve.svg. The tokens are the
+/// bytes of the text, without a tokenizer, or those of one that is trained on it.
 #[derive(clap::Args)]
 pub struct Args {
     /// Texts.
@@ -31,15 +31,16 @@ pub struct Args {
     /// Width of the model.
     #[arg(long, value_name = "N", default_value_t = 128)]
     hidden: usize,
+    /// Layers of the model.
     #[arg(long, value_name = "N", default_value_t = 4)]
     layers: usize,
-    /// Trains a byte pair encoding of so many tokens on the text, which is in UTF-8 then.
+    /// Trains a byte pair encoding of this many tokens on the text, which must be UTF-8 then.
     #[arg(long, value_name = "N")]
     vocabulary: Option<usize>,
-    /// Tokens of a row.
+    /// Tokens per row.
     #[arg(long, value_name = "N", default_value_t = 256)]
     window: usize,
-    /// Rows of a step.
+    /// Rows per step.
     #[arg(long, value_name = "N", default_value_t = LmTrainerOptions::default().batch_size)]
     batch: usize,
     /// Passes over the text.
@@ -48,9 +49,10 @@ pub struct Args {
     /// Peak of the learning rate.
     #[arg(long, value_name = "X", default_value_t = 2e-3)]
     learning_rate: f32,
+    /// Seed of weights and order.
     #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
-    /// Begins anew although there is a training to go on with.
+    /// Begins anew although there is an interrupted training.
     #[arg(long)]
     restart: bool,
     #[command(flatten)]
@@ -142,7 +144,8 @@ fn sample(lm: &HymbaLm, text: &Text, first: Option<u32>) -> Result<String> {
     Ok(format!("{sample:?}"))
 }
 
-/// Trains, or goes on with what the checkpoint of the options holds → the model of the best epoch, and the loss by step. `tell` says what came of an epoch.
+/// Trains, or resumes from the checkpoint of the options → the model of the best epoch, and the loss by step. `tell`
+/// describes a finished epoch.
 pub fn fit(
     lm: HymbaLm,
     options: LmTrainerOptions,

@@ -1,4 +1,4 @@
-//! From what the engine tells to what OpenAI's clients read: whole, or piece by piece.
+//! From the engine's events to the answers that OpenAI's clients read: whole, or piece by piece.
 
 mod streaming;
 
@@ -15,7 +15,7 @@ use super::vocabulary::Vocabulary;
 
 pub type Events = UnboundedReceiver<(usize, Event)>;
 
-/// What all parts of an answer say, and how they are written.
+/// The fields that all parts of an answer share, and how the answer is written.
 pub struct Answer {
     pub id: String,
     pub created: u64,
@@ -182,7 +182,7 @@ impl Answer {
     }
 }
 
-/// Log-probabilities as the older of OpenAI's two ways of asking has them.
+/// Log-probabilities in the form of OpenAI's older endpoint, completions.
 struct TokenList<'a> {
     vocabulary: &'a Vocabulary,
     tokens: Vec<String>,

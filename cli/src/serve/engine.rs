@@ -1,9 +1,9 @@
 //! Continuous batching: one thread owns the model and takes steps; sequences join and leave between them.
 //!
-//! In each step every sequence that is being generated takes its token, and of the prompts being read one takes a piece, in turns, or
-//! several, if they are short: so nobody waits for another's prompt for longer than a piece takes. Rows of a batch are what they would
-//! be alone, and the pieces of a prompt follow from the request ([`Prompt`]), so that a sequence is bit for bit the same, whatever else
-//! is going on.
+//! In each step every sequence being generated takes its token, and one of the prompts being read takes a piece, in
+//! turns, or several, if they are short: so a sequence never waits for another's prompt for longer than a piece takes.
+//! Rows of a batch are what they would be alone, and the pieces of a prompt follow from the request ([`Prompt`]), so
+//! that a sequence is bit for bit the same, whatever else is running.
 
 mod sequence;
 #[cfg(test)]
@@ -35,7 +35,7 @@ pub struct Job {
     pub choices: Vec<GenerateOptions>,
     /// The number of the first one among those that share the channel.
     pub first_choice: usize,
-    /// How many alternatives are told of beside a token's log-probability; `None` is not even that.
+    /// Alternatives reported beside a token's log-probability; `None` reports neither.
     pub log_probs: Option<usize>,
     /// Whether the prompt's tokens get log-probabilities, too.
     pub score_prompt: bool,
@@ -45,10 +45,11 @@ pub struct Job {
     pub permit: Option<OwnedSemaphorePermit>,
 }
 
-/// What is heard of a continuation. `End` or `Failed` comes last.
+/// An event of a continuation. `End` or `Failed` comes last.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Event {
-    /// The prompt was read, of which so many tokens were known. With the log-probabilities of its tokens from the second on, if asked for.
+    /// The prompt was read, `cached` tokens of it from the cache; with the log-probabilities of its tokens from the
+    /// second on, if asked for.
     Prompt {
         cached: usize,
         scores: Vec<Score>,
@@ -103,7 +104,8 @@ impl Engine {
         let abort = Arc::new(AtomicBool::new(false));
         let flag = abort.clone();
         let work = move || {
-            // a panic outside of what a step catches loses the current sequences, which their clients are told, and nothing else
+            // a panic that a step does not catch loses the current sequences, whose clients get an error, and nothing
+            // else
             while catch_unwind(AssertUnwindSafe(|| {
                 Loop::new(&lm, &tokenizer, &options, &metrics, &flag).run(&receiver);
             }))
@@ -122,7 +124,7 @@ impl Engine {
         }
     }
 
-    /// Takes no more jobs; those that it has come to their end.
+    /// Takes no more jobs; those that it has are finished.
     pub fn close(&self) {
         lock(&self.jobs).take();
     }
@@ -205,7 +207,7 @@ impl<'a> Loop<'a> {
         self.waiting.push_back(Sequences { job, since: Instant::now() });
     }
 
-    /// Lets go of what nobody waits for, what took too long, and everything if told so.
+    /// Drops sequences that no client waits for or that took too long, and all of them on abort.
     fn drop_ended(&mut self) {
         let (now, stop) = (Instant::now(), self.abort.load(Ordering::Relaxed));
         let why = |events: &UnboundedSender<(usize, Event)>, deadline: Instant| {
@@ -245,7 +247,7 @@ impl<'a> Loop<'a> {
         });
     }
 
-    /// Lets those in that wait, in the order in which they came, while there are rows.
+    /// Admits waiting jobs, in the order in which they came, while there are rows.
     fn admit(&mut self) {
         let mut rows = self.writing.len() + self.reading.iter().map(Reading::rows).sum::<usize>();
         while let Some(next) = self.waiting.front() {
@@ -329,7 +331,7 @@ impl<'a> Loop<'a> {
         next
     }
 
-    /// Each sequence being generated takes its token and chooses the next; prompts hear what they want to know.
+    /// Each sequence being generated takes its token and chooses the next; prompts get the logits they want.
     fn pass(&mut self, reading: &mut [Reading]) -> hymba::Result<()> {
         let (metrics, writing) = (self.metrics, &mut self.writing);
         let next = writing.iter().map(|writing| vec![writing.next()]);

@@ -41,8 +41,8 @@ pub struct Service {
 #[derive(Clone)]
 pub struct Door {
     key: Option<Arc<str>>,
-    /// Whether only this machine's programs are meant: then names of other machines are refused, by which a web page could have a
-    /// browser talk to the server.
+    /// Whether only programs of this machine may connect: then requests for names of other machines are refused, by
+    /// which a web page could make a browser talk to the server.
     local: bool,
 }
 
@@ -75,7 +75,7 @@ impl Door {
     }
 }
 
-/// In a time that does not tell where they differ.
+/// Compares in constant time, so that the time does not reveal where they differ.
 fn same(a: &[u8], b: &[u8]) -> bool {
     a.len() == b.len() && a.iter().zip(b).fold(0, |differ, (a, b)| differ | (a ^ b)) == 0
 }

@@ -1,7 +1,7 @@
-//! States of prompts' beginnings, kept for prompts to come.
+//! A cache of states after prompt prefixes, for later prompts.
 //!
-//! A state cannot be cut back, so it serves only prompts that begin with all that it has seen, cut in the same places. The longest
-//! wins; where memory is short, those go that were not asked for longest.
+//! A state cannot be cut back, so it serves only prompts that begin with all that it has seen, cut in the same places.
+//! The longest wins; where memory is short, the least recently used go first.
 
 use hymba::lm::LmState;
 
@@ -23,7 +23,7 @@ struct Entry {
 }
 
 impl PrefixCache {
-    /// Of so many bytes; 0 keeps nothing.
+    /// A cache of at most `limit` bytes; 0 keeps nothing.
     pub fn new(limit: usize) -> Self {
         PrefixCache { limit, bytes: 0, clock: 0, entries: Vec::new() }
     }
@@ -41,7 +41,7 @@ impl PrefixCache {
         Some((entry.cuts.len(), entry.state.clone()))
     }
 
-    /// Keeps what a state knows that has seen so many pieces of the prompt, if it is there to be kept.
+    /// Keeps a copy of a state that has seen `pieces` pieces of the prompt, if they end where [`Prompt::keep`] says.
     pub fn offer(&mut self, prompt: &Prompt, pieces: usize, state: &LmState) {
         let (cuts, end) = (&prompt.cuts[..pieces], prompt.cuts[pieces - 1]);
         let bytes = state.num_bytes() + end * size_of::<u32>() + size_of_val(cuts) + size_of::<Entry>();

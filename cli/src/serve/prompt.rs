@@ -1,4 +1,4 @@
-//! What a request gives the model to read, and where it is cut.
+//! The prompt of a request, and where it is cut into pieces.
 //!
 //! A row's numbers depend on where its prompt is cut into pieces, in their last bits. So the cuts follow from the request alone: from
 //! each boundary (the end of the system prompt, the end of each turn that a model answers) pieces of `piece` tokens, up to the next.
@@ -9,7 +9,8 @@ use hymba::lm::{ChatOptions, Message, Role, Tokenizer};
 use super::error::{ApiError, ApiResult};
 use super::vocabulary::Vocabulary;
 
-/// Bytes that the template may write to find the boundaries of a chat, each of which takes the chat up to it; there are no more after them.
+/// Bytes that the template may write to find the boundaries of a chat: each takes a rendering of the chat up to it, and
+/// past this limit no more are looked for.
 const MOST_RENDERED: usize = 8 << 20;
 
 /// The ids of a prompt, in pieces.
@@ -45,7 +46,7 @@ impl Prompt {
         Prompt { ids, cuts, keep }
     }
 
-    /// The prompt that the chat template makes of these messages, if `check` takes it, of so many tokens.
+    /// The prompt that the chat template makes of these messages, if `check` accepts its number of tokens.
     pub fn of_chat(
         tokenizer: &Tokenizer,
         vocabulary: &Vocabulary,

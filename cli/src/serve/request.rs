@@ -1,4 +1,4 @@
-//! What clients of OpenAI's API send. Fields that are not known are ignored, as everybody does.
+//! Requests of OpenAI's API. Unknown fields are ignored, as other servers do.
 
 use std::collections::BTreeMap;
 
@@ -185,7 +185,7 @@ impl Sampling {
 }
 
 impl CompletionRequest {
-    /// How many alternatives to a token are told of, if log-probabilities are.
+    /// How many alternatives to a token are reported, if log-probabilities are.
     pub fn alternatives(&self) -> ApiResult<Option<usize>> {
         alternatives("logprobs", self.logprobs)
     }

@@ -1,4 +1,5 @@
-//! Answers that are JSON, of any form or of a given schema: of all tokens only those remain with which the text can still become it.
+//! Constrained decoding: answers that are a JSON object, or JSON of a given schema. Tokens after which the text could
+//! no longer become one are ruled out.
 
 use std::sync::{Arc, Mutex};
 
@@ -80,7 +81,7 @@ fn calls(functions: &[Value]) -> TopLevelGrammar {
     TopLevelGrammar::from_lark(grammar)
 }
 
-/// The schema of arguments: of an object, unless it says what else.
+/// The schema of arguments: that of an object, unless it says otherwise.
 fn arguments(parameters: Option<&Value>) -> Value {
     let mut schema = parameters.and_then(Value::as_object).cloned().unwrap_or_default();
     if !["type", "anyOf", "oneOf", "allOf", "$ref"].iter().any(|key| schema.contains_key(*key)) {

@@ -50,8 +50,9 @@ pub enum Part {
     },
 }
 
-/// Tells calls from text while an answer comes in pieces. What may be the beginning of a call is held back until it is known, and so is
-/// the white space in front of it, as nothing but a call ends an answer that has one. What is no call stays text.
+/// Separates calls from text while an answer comes in pieces. What may be the beginning of a call is held back until it
+/// is known, and so is the white space in front of it, as nothing but a call ends an answer that has one. What is no
+/// call stays text.
 pub struct Parts {
     /// Of the answer, for the names of its calls.
     id: String,

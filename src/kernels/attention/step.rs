@@ -1,4 +1,4 @@
-//! Attention of one query a head over rows that are kept: the streaming form.
+//! Attention of one query per head over cached rows: the streaming form.
 
 use super::{exp_sum, max};
 use crate::kernels::profiler::{Cost, Stage, timed};
@@ -49,8 +49,8 @@ pub(crate) struct KvRows<'a, T> {
     pub rows: usize,
 }
 
-/// What each of `key_heads` heads of keys answers to the `query [key_heads · g · p]` of its g heads of queries, over all rows
-/// of `runs` → `out [key_heads · g · value width]`.
+/// Attention of `query [key_heads · g · p]`, g heads of queries for each of `key_heads` heads of keys, over all rows of
+/// `runs` → `out [key_heads · g · value width]`.
 pub(crate) fn attend_step<T: KvElement>(
     query: &[f32],
     runs: &[KvRows<T>],
@@ -171,7 +171,7 @@ fn attend_group<S: Simd, T: KvElement, const G: usize>(
     }
 }
 
-/// Has a row fetched that comes some rows later. Rows are short, and pages end where the CPU stops looking ahead.
+/// Prefetches a row some rows ahead. Rows are short, and the CPU's own prefetcher stops at the end of a page.
 #[inline(always)]
 fn prefetch<S: Simd, T>(s: S, row: &[T], stride: usize) {
     const ROWS: usize = 8;

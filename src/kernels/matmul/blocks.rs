@@ -12,9 +12,10 @@ use crate::kernels::team::Team;
 
 /// Rows that pass over the panels together where all panels stay in a near cache, at least. A multiple of the rows of every tile.
 const FEW_ROWS: usize = 24;
-/// As many on CPUs with AVX-512, whose second cache holds them beside the panels: half as many blocks, each of which reads all panels.
+/// The same on CPUs with AVX-512, whose second-level cache holds them beside the panels: that makes half as many
+/// blocks, each of which reads all panels.
 const WIDE_ROWS: usize = 48;
-/// And where they do not, so that the weights are read from far away a few times only.
+/// The same where the panels do not stay in a near cache, so that the weights are read from far away only a few times.
 const MANY_ROWS: usize = 480;
 /// Bytes of weights that stay in a near cache.
 const NEAR: usize = 2 << 20;
@@ -90,8 +91,8 @@ pub(super) fn blocks<'a>(team: &Team, mut out: ArrayViewMut2<'a, f32>, rows: usi
     all
 }
 
-/// The columns of a product as they are handed out where a strip takes all rows, each with its first column. For few rows a strip is of several panels;
-/// the last ones are of one panel each, so that no thread waits long for the others.
+/// The columns of a product in strips of all rows, each with its first column. For few rows a strip has several panels;
+/// the last ones have one panel each, so that no thread waits long for the others.
 #[cfg_attr(not(all(target_arch = "x86_64", target_pointer_width = "64", target_os = "linux")), allow(dead_code))]
 pub(super) fn strips(mut out: ArrayViewMut2<f32>) -> Vec<(usize, ArrayViewMut2<f32>)> {
     let wide = if out.nrows() <= 6 { 4 * PANEL } else { PANEL };

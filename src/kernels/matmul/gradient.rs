@@ -168,7 +168,7 @@ impl<'a> ByColumns for Across<'a> {
     }
 }
 
-/// What has columns for the rows of a product.
+/// A left operand whose columns are the rows of a product.
 trait ByColumns: Copy {
     type Tile<const R: usize>: LeftTile<[f32; 1]>;
 

@@ -1,6 +1,6 @@
 //! Matrices that stay in the type they are stored in, in the order the product reads them.
 //!
-//! A model of a billion parameters takes memory bandwidth for every token, so its weights are widened to `f32` in
+//! Decoding with a model of a billion parameters is bound by memory bandwidth, so its weights are widened to `f32` in
 //! registers only.
 
 use half::f16;
@@ -23,11 +23,11 @@ use crate::kernels::team::{Team, with_team};
 /// |---|---|---|
 /// | `F32` | 4 | |
 /// | `F16`, `Bf16` | 2 | widened in the products, whose arithmetic is f32 |
-/// | `Q8` | 1.06 | whole numbers of −127 to 127; 32 consecutive weights of a row share a scale, a bfloat16 |
+/// | `Q8` | 1.06 | integers of −127 to 127; 32 consecutive weights of a row share a scale, a bfloat16 |
 /// | `Q4` | 0.56 | the same with −8 to 7 |
 ///
-/// With `Q8` and `Q4` the products bring the inputs to 8 bits, too, 32 at a time, and multiply whole numbers. Rows are filled up to
-/// panels of 32, so that a matrix of few outputs takes more.
+/// With `Q8` and `Q4`, products quantise the inputs to 8 bits, too, 32 at a time, and multiply integers. Outputs are
+/// padded to panels of 32, so a matrix with few outputs takes more than the table says.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 #[non_exhaustive]

@@ -148,7 +148,7 @@ impl<'a, T, C: Fn(usize) -> &'a [f32], F: Fn(&[f32]) -> T> Kernel for Arrange<'_
             for (i, strip) in self.strips.chunks_exact_mut(k).enumerate() {
                 let numbers = self.first + i * width..n.min(self.first + (i + 1) * width);
                 for (to, input) in strip[columns.clone()].iter_mut().zip(columns.clone()) {
-                    // no strip of a column is long enough for the CPU to see where reading goes on
+                    // no strip of a column is long enough for the CPU's own prefetcher
                     if input + COLUMNS < k {
                         let ahead = (self.column)(input + COLUMNS).as_ptr().wrapping_add(numbers.start);
                         for line in (0..size_of::<T>()).step_by(size_of::<Line>()) {

@@ -129,7 +129,7 @@ pub(crate) trait Left: Copy {
     type Inputs: Inputs;
     /// Lines of W that all rows pass over together.
     fn lines<S: Simd, W: Weights<Self::Inputs>>(rows: usize) -> usize;
-    /// Computes so many lines of the product.
+    /// Computes `lines` lines of the product.
     fn by_lines<S: Simd, W: Weights<Self::Inputs>, const N: usize>(
         s: S,
         product: &mut Product<Self, W, N>,

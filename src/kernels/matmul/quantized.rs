@@ -1,12 +1,12 @@
-//! Matrices of 8 or 4 bits a weight, and their products in whole numbers.
+//! Matrices of 8 or 4 bits per weight, and their products in integers.
 //!
-//! [`BLOCK`] consecutive inputs of an output share a scale, a bfloat16: a weight is its scale times a whole number of −127 …
-//! 127, or of −8 … 7. For the product the inputs are brought to 8 bits, too, each block of a row with a scale of its own. The
-//! products of a block are summed exactly, in whole numbers, and the blocks in ascending order in `f32`; so an output is the
-//! same bits for any number of rows and threads.
+//! [`BLOCK`] consecutive inputs of an output share a scale, a bfloat16: a weight is its scale times an integer of −127
+//! … 127, or of −8 … 7. For the product the inputs are quantised to 8 bits, too, each block of a row with a scale of
+//! its own. The products of a block are summed exactly, in integers, and the blocks in ascending order in `f32`; so an
+//! output is the same bits for any number of rows and threads.
 //!
-//! The CPU multiplies bytes without a sign by bytes with one. So weights are kept 128 (or 8) too high, and every sum starts
-//! with as many times the inputs' sum below zero.
+//! The CPU multiplies unsigned bytes by signed ones. So weights are stored with an offset of 128 (or 8), and every sum
+//! starts at −offset · Σx, which cancels it.
 
 use std::ops::Range;
 
@@ -23,7 +23,7 @@ use crate::kernels::rows::{Out, Rows};
 use crate::kernels::simd::{Isa, Kernel, LANES, Simd, dispatch, dispatch_int_at};
 use crate::kernels::team::Team;
 
-/// A block of a row of inputs in 8 bits.
+/// A block of a row of inputs, quantised to 8 bits.
 #[derive(Clone, Copy, Default)]
 struct Inputs {
     quads: [u32; QUADS],
@@ -32,7 +32,7 @@ struct Inputs {
     start: u32,
 }
 
-/// Brings some rows of inputs to 8 bits.
+/// Quantises some rows of inputs to 8 bits.
 struct Narrow<'a> {
     x: Rows<'a>,
     k: usize,
@@ -137,7 +137,7 @@ impl<Q: Quants> Quantized<Q> {
 
     /// As [`Matrix::multiply`](super::matrix::Matrix::multiply).
     pub(crate) fn multiply(&self, level: Isa, team: &Team, x: Rows, m: usize, mut out: ArrayViewMut2<f32>, mode: Out) {
-        /// Rows that one thread narrows at a time.
+        /// Rows that one thread quantises at a time.
         const ROWS: usize = 16;
         thread_local! {
             static INPUTS: Scratch<Inputs> = const { Scratch::new(Vec::new()) };
@@ -303,8 +303,8 @@ impl<Q: Quants> Product<'_, Q> {
     }
 }
 
-/// Adds the products of all blocks, of one half of the panel, by [`dot_rows`](Simd::dot_rows). That takes all registers; with both halves
-/// of a block after each other, the compiler would store what it makes of the first, too.
+/// Adds the products of all blocks, of one half of the panel, by [`dot_rows`](Simd::dot_rows). That takes all
+/// registers; with both halves of a block in turn, the compiler would spill the results of the first.
 #[inline(always)]
 #[allow(clippy::needless_range_loop)] // as above
 fn half_panel<S: Simd, Q: Quants, const R: usize>(

@@ -7,16 +7,16 @@ use crate::kernels::simd::{LANES, Simd};
 /// Inputs that share a scale.
 pub(crate) const BLOCK: usize = 32;
 
-/// A number for each output of a panel.
+/// A word for each output of a panel.
 type Words = [[u32; LANES]; 2];
 
-/// Four inputs' bytes, the first in the low bits.
+/// Quads of a block. A quad is the bytes of four inputs, the first in the low bits.
 pub(super) const QUADS: usize = BLOCK / 4;
 
 /// A panel's weights for [`BLOCK`] inputs.
 pub(crate) trait Quants: Copy + Send + Sync + 'static {
     const ZERO: Self;
-    /// What the bytes are too high by.
+    /// The offset with which bytes are stored.
     const BIAS: u8;
     /// The least quantised value.
     const LEAST: f32;
@@ -26,7 +26,7 @@ pub(crate) trait Quants: Copy + Send + Sync + 'static {
     const FILE_BYTES: usize;
     /// Whether AVX-VNNI is of use beside AVX2.
     const AVX_VNNI: bool;
-    /// The scale and the quants of the nearest weights there are; these are too high by [`BIAS`](Self::BIAS).
+    /// The scale and the quantised values of the nearest weights, stored with the offset [`BIAS`](Self::BIAS).
     fn nearest<S: Simd>(s: S, numbers: &[f32; BLOCK]) -> (bf16, [u8; BLOCK]);
     /// The scales as pairs, the first half of the outputs in the low bits.
     fn scales(&self) -> &[u32; LANES];
@@ -63,7 +63,7 @@ pub(crate) trait Quants: Copy + Send + Sync + 'static {
         starts: [u32; R],
         half: usize,
     ) -> [S::I; R];
-    /// Quotients as they stand in files, and back.
+    /// The quantised values as they are in files, and back.
     fn to_file(quants: &[u8; BLOCK], bytes: &mut Vec<u8>);
     fn of_file(bytes: &[u8]) -> [u8; BLOCK];
 
@@ -164,7 +164,7 @@ impl Quants for Q4Block {
     /// A sum of products by `maddubs` takes two instructions here, and fewer registers: 1.6 times as fast on a Sapphire Rapids.
     const AVX_VNNI: bool = false;
 
-    /// Of some scales, that with the least squared error.
+    /// Of several scales, the one with the least squared error.
     #[inline(always)]
     fn nearest<S: Simd>(s: S, numbers: &[f32; BLOCK]) -> (bf16, [u8; BLOCK]) {
         let (largest, [low, high]) = (largest(numbers), load(s, numbers));
@@ -261,8 +261,9 @@ impl Quants for Q4Block {
     }
 }
 
-/// What the number of largest magnitude in a block of 4 bits is divided by for a scale: −8 maps it to the one quantised value of that
-/// magnitude, the others let it be off for the sake of the rest. Against −8 alone they lower the error by a twentieth.
+/// The divisors tried: the number of largest magnitude in a block of 4 bits over one of them is the scale. −8 maps that
+/// number exactly to the value of that magnitude, the others trade its accuracy for that of the rest. Against −8 alone
+/// they lower the error by a twentieth.
 const DIVISORS: [f32; 8] = [-8.0, -6.9, -7.15, -7.4, -7.65, -7.9, -8.3, -8.6];
 
 /// The number of the largest magnitude, or NaN if there is one that is not finite.

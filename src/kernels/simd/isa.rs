@@ -11,22 +11,26 @@ pub(crate) enum Isa {
     /// Of WebAssembly: in a module that is compiled for it, and there the only one outside tests.
     Simd128,
     Neon,
-    /// As `Neon`, with `sdot` for [`Simd::dot`](super::Simd::dot), which only [`dispatch_int_at`](super::dispatch_int_at) makes use of.
+    /// As `Neon`, with `sdot` for [`Simd::dot`](super::Simd::dot), which only
+    /// [`dispatch_int_at`](super::dispatch_int_at) uses.
     NeonDot,
     /// With `usdot` for it.
     NeonI8mm,
-    /// With `bfdot` for [`Simd::dot_bf16`](super::Simd::dot_bf16) besides, which only [`dispatch_bf16_at`](super::dispatch_bf16_at) makes use of.
+    /// With `bfdot` for [`Simd::dot_bf16`](super::Simd::dot_bf16), too, which only
+    /// [`dispatch_bf16_at`](super::dispatch_bf16_at) uses.
     NeonBf16,
     Avx2,
-    /// As `Avx2`, with an instruction for [`Simd::dot`](super::Simd::dot) (AVX-VNNI), which only [`dispatch_int_at`](super::dispatch_int_at)
-    /// makes use of.
+    /// As `Avx2`, with an instruction for [`Simd::dot`](super::Simd::dot) (AVX-VNNI), which only
+    /// [`dispatch_int_at`](super::dispatch_int_at) uses.
     Avx2Vnni,
     Avx512,
-    /// As `Avx512`, with an instruction for [`Simd::dot`](super::Simd::dot), which only [`dispatch_int_at`](super::dispatch_int_at) makes use of.
+    /// As `Avx512`, with an instruction for [`Simd::dot`](super::Simd::dot), which only
+    /// [`dispatch_int_at`](super::dispatch_int_at) uses.
     Avx512Vnni,
-    /// With one for [`Simd::dot_bf16`](super::Simd::dot_bf16) besides, which only [`dispatch_bf16_at`](super::dispatch_bf16_at) makes use of.
+    /// With one for [`Simd::dot_bf16`](super::Simd::dot_bf16), too, which only
+    /// [`dispatch_bf16_at`](super::dispatch_bf16_at) uses.
     Avx512Bf16,
-    /// With tiles of bfloat16 (AMX), which only products of matrices in bfloat16 make use of.
+    /// With tiles of bfloat16 (AMX), which only products of matrices in bfloat16 use.
     Amx,
 }
 
@@ -112,7 +116,8 @@ impl Isa {
         *CURRENT.get_or_init(|| Isa::best(Isa::Avx512Bf16))
     }
 
-    /// As [`current`](Self::current), or tiles: the first call asks the system for them.
+    /// As [`current`](Self::current), or tiles: the first call asks the system for them, unless `HYMBA_SIMD` names
+    /// another level that the CPU has.
     pub(crate) fn with_tiles() -> Isa {
         static WITH_TILES: OnceLock<Isa> = OnceLock::new();
         *WITH_TILES.get_or_init(|| Isa::best(Isa::Amx))

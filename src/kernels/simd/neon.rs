@@ -1,5 +1,6 @@
-//! NEON, with what later ARM CPUs multiply bytes and bfloat16 by: the products of four bytes (`sdot`), those of bytes without a sign by
-//! bytes with one (`usdot`), and of pairs of bfloat16 (`bfdot`), and those of [`matrices`]. Of these, Rust has no stable functions: they are assembly.
+//! NEON, and the instructions with which later ARM CPUs multiply bytes and bfloat16: four bytes (`sdot`), four unsigned
+//! bytes by signed ones (`usdot`), pairs of bfloat16 (`bfdot`), and those of [`matrices`]. Rust has no stable functions
+//! for these: they are assembly.
 
 use super::{BF16_HIGH, EXPONENT_MAGIC, Kernel, LANES, Line, NIBBLES, Simd, Words, dot_bf16, pair};
 use std::arch::aarch64::*;
@@ -43,7 +44,7 @@ const QUARTERS: usize = LANES / 4;
 #[derive(Clone, Copy)]
 pub(super) struct Neon<const MORE: u8>(());
 
-/// A vector made of three, by an instruction that adds to one what it makes of the others.
+/// An instruction that adds to the first vector a product of the other two.
 macro_rules! accumulate {
     ($instruction:literal, $sum:expr, $a:expr, $b:expr, $lane:literal) => {{
         let mut sum = $sum;
@@ -308,8 +309,8 @@ impl<const MORE: u8> Simd for Neon<MORE> {
     }
 }
 
-/// The products of one of four inputs of six rows, which are in v0 to v5, added to the sums in v8 to v31. The weights come from where is
-/// told, one half after the other.
+/// The products of one of four inputs of six rows, which are in v0 to v5, added to the sums in v8 to v31. The weights
+/// come from the addresses given, one half after the other.
 macro_rules! one_of_four {
     ($lane:literal, $low:literal, $high:literal) => {
         concat!(

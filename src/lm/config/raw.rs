@@ -1,4 +1,4 @@
-//! A config as it stands in the file: any value at any key, until it is looked at.
+//! A config as it stands in the file: any value at any key, until it is checked.
 //!
 //! The parser's own errors say where in the file something is wrong, but not at which key; so values are taken as they
 //! are, and refused here, by name. What is read is what the published `configuration_hymba.py` and `modeling_hymba.py` read.

@@ -10,8 +10,8 @@ use crate::lora::is_lora;
 use crate::parameters::{Parameter, ParameterMut, Visitor, VisitorMut};
 
 impl HymbaLm {
-    /// Calls `f` with the name and the values of every parameter, in a fixed order: matrices as what they are stored in. The names
-    /// are those in files.
+    /// Calls `f` with the name and the values of every parameter, in a fixed order: matrices in the type they are
+    /// stored in. The names are those in files.
     ///
     /// ```
     /// use hymba::HymbaLm;
@@ -43,7 +43,7 @@ impl HymbaLm {
 
     /// Calls `f` with the name and the values of every parameter that can be trained, for changing them: all of a model that was
     /// loaded with [`LoadOptions::trainable`](super::LoadOptions::trainable), all but the big matrices of another, and of one with
-    /// adapters only the active one ([`add_lora`](Self::add_lora)). States made before are then of another model.
+    /// adapters only the active one ([`add_lora`](Self::add_lora)). States made before are refused from then on.
     pub fn visit_mut<'a>(&'a mut self, f: &mut dyn FnMut(&str, ArrayViewMutD<'a, f32>)) {
         let all = self.adapters.is_empty();
         self.walk_mut(&mut |name, parameter| match parameter {
@@ -52,8 +52,8 @@ impl HymbaLm {
         });
     }
 
-    /// A model whose parameters are all zero: where gradients are gathered. Of matrices that are stored for products only, it has
-    /// nothing.
+    /// A model whose parameters are all zero, for accumulating gradients. It has nothing for matrices that are stored
+    /// for products only.
     pub fn zeros_like(&self) -> HymbaLm {
         HymbaLm {
             config: self.config.clone(),

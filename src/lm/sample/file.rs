@@ -69,7 +69,7 @@ impl GenerateOptions {
     }
 }
 
-/// The tokens that end a text by the word of a folder's `generation_config.json`, if it has one.
+/// The tokens that end a text according to a folder's `generation_config.json`, if it has one.
 pub(in crate::lm) fn end_tokens(folder: &Path, vocabulary: usize) -> Result<Option<Vec<u32>>> {
     let Some(file) = GenerationConfig::open(folder)? else { return Ok(None) };
     let ids = file.end_tokens()?;

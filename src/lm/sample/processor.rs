@@ -1,4 +1,4 @@
-//! What changes logits before a token is chosen.
+//! Processors, which change logits before a token is chosen.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -6,10 +6,10 @@ use std::sync::Arc;
 
 use crate::{Error, Result};
 
-/// Changes the logits of a row before its next token is chosen: what is favoured, what is ruled out.
+/// Changes the logits of a row before its next token is chosen, to favour tokens or rule them out.
 ///
-/// A generation takes processors by [`GenerateOptions::processor`](super::GenerateOptions::processor), and each of its rows has
-/// clones of its own, which are told the row's tokens.
+/// A generation takes processors by [`GenerateOptions::processor`](super::GenerateOptions::processor), and each of its
+/// rows has clones of its own, which receive the row's tokens.
 ///
 /// ```
 /// use std::ops::ControlFlow;
@@ -35,17 +35,17 @@ use crate::{Error, Result};
 /// # Ok::<(), hymba::Error>(())
 /// ```
 pub trait LogitsProcessor: Send + Sync {
-    /// Is told the tokens of the prompt, before anything is generated.
+    /// Receives the tokens of the prompt, before anything is generated.
     fn observe_prompt(&mut self, _ids: &[u32]) {}
 
-    /// Is told a token that has become part of the generated text. Stop tokens do not.
+    /// Receives a token that has become part of the generated text, which stop tokens do not.
     fn observe(&mut self, _id: u32) {}
 
     /// Changes the logits, one for each token of the vocabulary; −∞ rules a token out.
     ///
     /// # Errors
     ///
-    /// Whatever keeps it from going on, such as [`Error::Logits`]. It ends the generation.
+    /// Any error, such as [`Error::Logits`]. It ends the generation.
     fn process(&mut self, logits: &mut [f32]) -> Result<()>;
 }
 
@@ -100,7 +100,7 @@ impl PartialEq for Processor {
 pub struct LogitBias(BTreeMap<u32, f32>);
 
 impl LogitBias {
-    /// What is added, by token; −∞ rules the token out. Tokens outside the vocabulary are ignored.
+    /// A bias for each token, by its id; −∞ rules the token out. Tokens outside the vocabulary are ignored.
     ///
     /// # Errors
     ///
@@ -127,7 +127,7 @@ impl LogitsProcessor for LogitBias {
     }
 }
 
-/// Lowers the logit of a token by a number each time that it was generated. Tokens of the prompt do not count.
+/// Lowers the logit of a token by a number for each time that it was generated. Tokens of the prompt do not count.
 #[derive(Debug, Clone, PartialEq)]
 pub struct FrequencyPenalty {
     penalty: f32,
@@ -135,7 +135,7 @@ pub struct FrequencyPenalty {
 }
 
 impl FrequencyPenalty {
-    /// What is taken away; below 0, tokens become more probable. Usual is 0 to 2.
+    /// `penalty` is subtracted, usually 0 to 2; below 0, tokens become more probable.
     ///
     /// # Errors
     ///
@@ -167,7 +167,7 @@ pub struct PresencePenalty {
 }
 
 impl PresencePenalty {
-    /// What is taken away; below 0, tokens become more probable. Usual is 0 to 2.
+    /// `penalty` is subtracted, usually 0 to 2; below 0, tokens become more probable.
     ///
     /// # Errors
     ///

@@ -1,9 +1,9 @@
 //! Special tokens that a message spells out stay text.
 //!
-//! A template makes one text of its own words and of what is said, and the tokenizer finds special tokens in all of it. So where
-//! something said spells one out, a mark is put behind the first character: a character that is nowhere in the chat. The template
-//! carries it along, whatever it does to the message; the tokenizer does not find the special token; and before words are looked
-//! up, the mark is taken out.
+//! A template makes one text of its own words and of what is said, and the tokenizer finds special tokens in all of it.
+//! So where a message spells one out, a mark is put after its first character: a character that occurs nowhere in the
+//! chat. The template carries it along, whatever it does to the message; the tokenizer does not find the special token;
+//! and before words are looked up, the mark is removed.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;

@@ -62,7 +62,7 @@ impl TextStream {
         }
     }
 
-    /// The stream of a text that goes on: what `ids` are is not given out, but a text that they begin has begun.
+    /// The stream of a text that continues `ids`: their own text is not given out.
     pub(crate) fn after(mut self, ids: impl IntoIterator<Item = u32>) -> Self {
         for id in ids {
             self.push(id);
@@ -71,7 +71,7 @@ impl TextStream {
         self
     }
 
-    /// The stream of a text that goes on after something unknown.
+    /// The stream of a text that continues unknown tokens.
     pub(crate) fn within(mut self) -> Self {
         self.strip = 0;
         self

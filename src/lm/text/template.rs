@@ -20,30 +20,31 @@ use crate::{Error, Result};
 /// That of the published Hymba models.
 const HYMBA: &str = include_str!("hymba.jinja");
 const NAME: &str = "chat template";
-/// About so many instructions, or 96 MB of text that is made: a chat of 10 MB, and about a second.
+/// Units of fuel: one for about an instruction, or for 64 bytes of text, 96 MB in all. That is enough for a chat of 10
+/// MB, and lasts about a second.
 const FUEL: u64 = 1_500_000;
 /// Of minijinja's own, those that take no fuel for what they make.
 const NO_FILTERS: [&str; 8] = ["batch", "chain", "format", "groupby", "pprint", "slice", "sum", "zip"];
 const NO_FUNCTIONS: [&str; 1] = ["debug"];
 
-/// Who says a [`Message`].
+/// The author of a [`Message`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Role {
-    /// Instructions that stand over the chat.
+    /// Instructions for the whole chat.
     System,
-    /// The one who asks.
+    /// The user.
     User,
     /// The model.
     Assistant,
-    /// What a tool that the model called gave back.
+    /// The result of a tool that the model called.
     Tool,
 }
 
 /// One message of a chat. As JSON: `{"role": "user", "content": "Hello"}`.
 ///
-/// A special token that the content spells out stays text: see [`Tokenizer::encode_chat`](super::Tokenizer::encode_chat), which
-/// also says what no content is safe from.
+/// A special token that the content spells out stays text: see
+/// [`Tokenizer::encode_chat`](super::Tokenizer::encode_chat), also for what this does not protect from.
 ///
 /// ```
 /// use hymba::lm::{Message, Role};
@@ -53,9 +54,9 @@ pub enum Role {
 /// ```
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Message {
-    /// Who says it.
+    /// Its author.
     pub role: Role,
-    /// What is said.
+    /// Its text.
     pub content: String,
 }
 
@@ -65,28 +66,28 @@ impl Message {
         Message { role, content: content.into() }
     }
 
-    /// Instructions that stand over the chat.
+    /// A system message: instructions for the whole chat.
     pub fn system(content: impl Into<String>) -> Self {
         Self::new(Role::System, content)
     }
 
-    /// What the user says.
+    /// A message of the user.
     pub fn user(content: impl Into<String>) -> Self {
         Self::new(Role::User, content)
     }
 
-    /// What the model said.
+    /// A message of the model.
     pub fn assistant(content: impl Into<String>) -> Self {
         Self::new(Role::Assistant, content)
     }
 
-    /// What a tool gave back.
+    /// The result of a tool.
     pub fn tool(content: impl Into<String>) -> Self {
         Self::new(Role::Tool, content)
     }
 }
 
-/// What a prompt holds beside the messages.
+/// The contents of a prompt beside the messages.
 ///
 /// ```
 /// use hymba::lm::ChatOptions;
@@ -200,8 +201,8 @@ impl ChatTemplate {
     ///
     /// # Errors
     ///
-    /// [`Error::Text`] where it is longer than 64 KiB, has a tag of more than 512 words, or is not Jinja; the line is named.
-    /// Filters that do not exist are found by [`render`](Self::render).
+    /// [`Error::Text`] where it is longer than 64 KiB, has a tag of more than 512 words or more than 64 `elif`, or is
+    /// not Jinja; the message names the line. Filters that do not exist are found by [`render`](Self::render).
     pub fn new(source: &str) -> Result<Self> {
         let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
         let syntax = syntax.map_err(|error| failed(&error))?;

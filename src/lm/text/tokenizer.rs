@@ -110,15 +110,15 @@ impl Templates {
 
 impl Tokenizer {
     /// Reads `tokenizer.json` of the folder and, where they are there, `tokenizer_config.json` (special tokens, chat
-    /// template) and `chat_template.jinja`, which goes before it. Without a template, that of the published Hymba models
-    /// is used. A template that cannot be used is no error here: texts can be encoded all the same, and
-    /// [`render_chat`](Self::render_chat) says what is wrong with it.
+    /// template) and `chat_template.jinja`, which takes precedence over its template. Without a template, that of the
+    /// published Hymba models is used. A template that cannot be used is no error here: texts can be encoded all the
+    /// same, and [`render_chat`](Self::render_chat) says what is wrong with it.
     ///
     /// # Errors
     ///
-    /// [`Error::Io`] where a file cannot be read; [`Error::Format`] where it is too long (64 MiB, the others 4 MiB),
-    /// damaged, or not of a Llama tokenizer, and where the folder has a tokenizer in another form, such as
-    /// SentencePiece's `tokenizer.model`: how to convert it is said.
+    /// [`Error::Io`] where a file cannot be read; [`Error::Format`] where `tokenizer.json` (up to 64 MiB) or
+    /// `tokenizer_config.json` (up to 4 MiB) is too long or damaged, or not of a Llama tokenizer, and where the folder
+    /// has a tokenizer in another form, such as SentencePiece's `tokenizer.model`: the message says how to convert it.
     pub fn from_dir(folder: impl AsRef<Path>) -> Result<Self> {
         let folder = folder.as_ref();
         let path = folder.join("tokenizer.json");
@@ -191,7 +191,8 @@ impl Tokenizer {
         Ok(self.bos.filter(|_| self.add_bos).into_iter().chain(ids).collect())
     }
 
-    /// As [`encode`](Self::encode), without the token that begins a text.
+    /// As [`encode`](Self::encode), without the token that begins a text. Special tokens that are spelled out in the
+    /// text still become those tokens.
     pub fn encode_without_special(&self, text: &str) -> Result<Vec<u32>> {
         let encoding = self.tokenizer.encode_fast(text, false);
         Ok(encoding.map_err(|error| Error::text("the text", error.to_string()))?.get_ids().to_vec())
@@ -283,12 +284,13 @@ impl Tokenizer {
         self.chat_template()?.render(messages, options)
     }
 
-    /// The ids of [`render_chat`](Self::render_chat): nothing is put in front, since a template writes all that is to be
-    /// there. That of Hymba writes no token that begins a text.
+    /// The ids of [`render_chat`](Self::render_chat). No token that begins a text is added: a template writes one
+    /// itself if the model needs it, and that of Hymba does not.
     ///
-    /// Special tokens come from the template alone. What spells one out in a message, a context or a tool is text, whoever
-    /// says it: `"</s>"` there is four characters. Marks of a template that are plain text for the tokenizer, such as the
-    /// `<extra_id_1>` of Hymba's, are the same ids wherever they stand: a message can forge a turn with them.
+    /// Special tokens come from the template alone. One that is spelled out in a message, a context or a tool stays
+    /// text, whatever the role: `"</s>"` there is four characters. Marks of a template that are plain text for the
+    /// tokenizer, such as the `<extra_id_1>` of Hymba's, are the same ids wherever they stand: a message can forge a
+    /// turn with them.
     ///
     /// ```
     /// use hymba::lm::{ChatOptions, Message, Tokenizer};

@@ -12,17 +12,18 @@ use super::tokenizer::Tokenizer;
 use crate::files::replace;
 use crate::{Error, Result};
 
-/// What is no piece of text, in the order of the ids: unknown, the beginning of a text, its end.
+/// Special tokens, in the order of their ids: unknown, the beginning of a text, its end.
 const SPECIAL: [&str; 3] = ["<unk>", "<s>", "</s>"];
 /// What a space is to a Llama tokenizer.
 const SPACE: char = '▁';
 
 impl Tokenizer {
     /// Trains a byte pair encoding of `size` tokens on a text and writes it to `folder`, as the `tokenizer.json` and
-    /// `tokenizer_config.json` of a Llama tokenizer, from which it is read. It has fewer tokens if the text has no more pairs to join.
+    /// `tokenizer_config.json` of a Llama tokenizer, from which it is read. It has fewer tokens if the text has no more
+    /// pairs that occur at least twice.
     ///
-    /// Pieces end with words, numbers and lines. Characters that are not in `text` are written by their bytes. The same text gives the
-    /// same tokenizer.
+    /// No piece crosses the end of a word, a number or a line. Characters that are not in `text` are written by their
+    /// bytes. The same text gives the same tokenizer.
     ///
     /// ```
     /// use hymba::lm::Tokenizer;
@@ -38,8 +39,8 @@ impl Tokenizer {
     ///
     /// # Errors
     ///
-    /// [`Error::Option`] if `size` is too small for the characters of the text, a space, those of all bytes and three more, or above 2²⁰;
-    /// [`Error::Io`] where a file cannot be written.
+    /// [`Error::Option`] if `size` is above 2²⁰ or too small: it must hold the characters of the text, a space, 256
+    /// bytes and three special tokens; [`Error::Io`] where a file cannot be written.
     pub fn train(text: &str, size: usize, folder: impl AsRef<Path>) -> Result<Self> {
         const MOST: usize = 1 << 20;
         let folder = folder.as_ref();
@@ -125,8 +126,8 @@ fn write(path: &Path, value: &Value) -> Result<()> {
     replace(path, |file| file.write_all(text.as_bytes())).map_err(|source| Error::io(path, source))
 }
 
-/// What pieces do not reach beyond: a space and the word, number or marks behind it. Nothing follows `<`, so that no piece is spelled
-/// as a special one.
+/// The units that no piece crosses: a space and the word, number or marks after it. Nothing follows `<`, so that no
+/// piece is spelled as a special one.
 fn words(line: &str) -> Vec<String> {
     let kind = |c: char| match c {
         SPACE => 0,

@@ -1,9 +1,9 @@
 //! Lists and dicts of a stranger's template.
 //!
 //! minijinja bounds by its fuel the instructions that run and the bytes of text they make, not what lists become: `[a, a]`
-//! doubles for the price of one instruction, `a + a` and `a[1:]` are put off until somebody walks through them, and a list in a
-//! list in a list overflows the stack when it is dropped. So whatever an expression gives is made a [`Container`] at once: with
-//! its items in it, nested to a limited depth, and paying for every walk through it, whoever walks.
+//! doubles for the price of one instruction, `a + a` and `a[1:]` are evaluated lazily, and a list in a list in a list
+//! overflows the stack when it is dropped. So whatever an expression gives is made a [`Container`] at once: with its
+//! items in it, nested to a limited depth, and charging every walk through it to a budget.
 
 use std::fmt;
 use std::sync::Arc;

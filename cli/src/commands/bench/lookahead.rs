@@ -1,4 +1,4 @@
-//! What looking ahead is worth: it depends on how often the text goes on as it did before.
+//! The gain of looking ahead, which depends on how often the text goes on as it did before.
 
 use std::ops::ControlFlow;
 use std::sync::Arc;
@@ -11,7 +11,7 @@ use serde_json::json;
 
 use crate::output::{self, out};
 
-/// Has the model write a given text, whatever it thinks of it: so it is the text that decides how many guesses are right.
+/// Makes the model write a given text, whatever its logits: so the text decides how many guesses are right.
 #[derive(Clone)]
 struct Dictation {
     text: Arc<[u32]>,
@@ -63,7 +63,7 @@ pub fn run(lm: &HymbaLm, count: usize, prompt: usize, tokens: usize, json: bool)
     Ok(())
 }
 
-/// Tokens a second once the prompt is read, and passes.
+/// Tokens per second once the prompt is read, and passes.
 fn rate(lm: &HymbaLm, prompt: &[u32], text: &[u32], lookahead: usize) -> Result<(f64, usize)> {
     let dictation = Dictation { text: text.into(), written: 0 };
     let options = GenerateOptions::default().max_tokens(text.len()).stop_tokens(vec![]).lookahead(lookahead);

@@ -11,7 +11,7 @@ pub struct Comparison {
     logits: usize,
     largest: f64,
     squares: f64,
-    /// Kullback–Leibler divergence, from the second model to the first.
+    /// Kullback–Leibler divergence D(second ‖ first) of the next-token distributions, the sum over the tokens, in nats.
     divergence: f64,
 }
 

@@ -297,7 +297,7 @@ impl Writing {
     }
 }
 
-/// What the model itself makes of a token, with `alternatives` of the most probable ones.
+/// The log-probability that the model gives to a token, and those of the `alternatives` most probable ones.
 fn score(logits: &[f32], id: u32, alternatives: Option<usize>) -> Score {
     let Some(count) = alternatives else { return Score { id, log_prob: None, top: Vec::new() } };
     let log_prob = log_probs(logits);
