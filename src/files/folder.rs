@@ -212,8 +212,8 @@ pub(crate) fn other_contents(folder: &Path) -> Option<&'static str> {
     };
     if has("adapter_config.json") || has("adapter_model.safetensors") || has("adapter_model.bin") {
         Some(
-            "it is an adapter of PEFT (LoRA), which changes another model: in Python, merge it into that one with \
-             merge_and_unload(), write the result with save_pretrained, and read that folder",
+            "it is an adapter of PEFT (LoRA), which changes another model: read that one, then this folder with load_lora; or \
+             merge the two in Python with merge_and_unload() and save_pretrained, and read the result",
         )
     } else if ends(&["bin", "pth", "pt"]) {
         Some(
