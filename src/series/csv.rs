@@ -214,11 +214,11 @@ impl Table {
         for (columns_of, channel) in columns.iter().zip(&channels) {
             let times = |columns: &[(u64, usize)]| columns.iter().map(|(t, _)| *t).collect::<Vec<_>>();
             if columns_of.windows(2).any(|pair| pair[0].0 == pair[1].0) {
-                return Err(format!("the channel `{}` has two columns of one number", short(channel)));
+                return Err(format!("the channel `{}` has two columns with the same number", short(channel)));
             }
             if times(columns_of) != times(&columns[0]) {
                 return Err(format!(
-                    "the columns of the channel `{}` have other numbers than those of `{}`; a frame needs a value of each",
+                    "the columns of the channel `{}` are not numbered as those of `{}`; a frame needs a value of each",
                     short(channel),
                     short(&channels[0])
                 ));

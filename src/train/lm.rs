@@ -207,7 +207,7 @@ impl LmTrainer {
         let folder = options.checkpoint.as_deref().filter(|_| ranks.is_first());
         let mut state = match start {
             Start::Resumed(_, data) if data != fingerprint => {
-                return Err(Error::Data("they are not the rows that the resumed training began with".into()));
+                return Err(Error::Data("these are not the rows that the resumed training began with".into()));
             }
             Start::Resumed(state, _) => *state,
             Start::New(mut lm) => {

@@ -352,7 +352,7 @@ impl GenerateOptions {
             return bad("lookahead", self.lookahead.to_string(), allowed);
         }
         if self.stop_strings.iter().any(String::is_empty) {
-            let allowed = "every text ends with an empty one, so that nothing would be generated; leave it out";
+            let allowed = "an empty one would end every text at once; leave it out";
             return bad("stop_strings", format!("{:?}", self.stop_strings), allowed);
         }
         Ok(())
