@@ -25,21 +25,21 @@ pub enum Command {
     Chat(chat::Args),
     /// Continue a text with a language model.
     Complete(complete::Args),
-    /// Measure how well a language model foresees a text.
+    /// Measure how well a language model predicts a text.
     Perplexity(perplexity::Args),
-    /// Write a language model again with fewer bits.
+    /// Write a copy of a language model with fewer bits per weight.
     Quantize(quantize::Args),
     /// Measure how fast a language model runs on this machine.
     Bench(bench::Args),
-    /// Say what is in a file or folder, and what is wrong with it.
+    /// Show what is in a file or folder, and what is wrong with it.
     Info(info::Args),
-    /// Learn from series with classes or numbers.
+    /// Train a predictor on series with classes or numbers.
     Train(train::Args),
     /// Predict the class or the numbers of series, as CSV.
     Predict(predict::Args),
     /// Measure a trained model on series whose classes or numbers are known.
     Evaluate(evaluate::Args),
-    /// Train a language model on a text, from the beginning.
+    /// Train a language model on a text, from scratch.
     TrainLm(train_lm::Args),
     /// Fine-tune a language model with a low-rank adapter.
     Finetune(finetune::Args),

@@ -17,12 +17,12 @@ use crate::load::ThreadArgs;
 use crate::output;
 use crate::text::Text;
 
-/// The last twentieth of the text is held out. A training that was interrupted goes on when the same is called again. The folder at
-/// the end is laid out as on the Hugging Face Hub, with a picture of the loss, curve.svg. The tokens are the bytes of the text, without
-/// a tokenizer, or those of one that is trained on it.
+/// The last twentieth of the text is held out. An interrupted training continues when the same command is run again. The result is a
+/// folder as on the Hugging Face Hub, with a picture of the loss, curve.svg. The tokens are the bytes of the text, or with
+/// --vocabulary those of a tokenizer that is trained on it first.
 #[derive(clap::Args)]
 pub struct Args {
-    /// Texts.
+    /// Text files.
     #[arg(required = true, value_name = "FILE")]
     texts: Vec<PathBuf>,
     /// Folder of the model to write.
@@ -31,15 +31,16 @@ pub struct Args {
     /// Width of the model.
     #[arg(long, value_name = "N", default_value_t = 128)]
     hidden: usize,
+    /// Layers of the model.
     #[arg(long, value_name = "N", default_value_t = 4)]
     layers: usize,
-    /// Trains a byte pair encoding of so many tokens on the text, which is in UTF-8 then.
+    /// Train a byte pair encoding of this many tokens on the text, which must then be UTF-8.
     #[arg(long, value_name = "N")]
     vocabulary: Option<usize>,
-    /// Tokens of a row.
+    /// Tokens per row.
     #[arg(long, value_name = "N", default_value_t = 256)]
     window: usize,
-    /// Rows of a step.
+    /// Rows per step.
     #[arg(long, value_name = "N", default_value_t = LmTrainerOptions::default().batch_size)]
     batch: usize,
     /// Passes over the text.
@@ -48,9 +49,10 @@ pub struct Args {
     /// Peak of the learning rate.
     #[arg(long, value_name = "X", default_value_t = 2e-3)]
     learning_rate: f32,
+    /// Seed of weights and order.
     #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
-    /// Begins anew although there is a training to go on with.
+    /// Start over even if there is an interrupted training.
     #[arg(long)]
     restart: bool,
     #[command(flatten)]
@@ -163,7 +165,7 @@ pub fn fit(
                 checkpoint.display()
             );
         }
-        eprintln!("goes on with the training in {}", checkpoint.display());
+        eprintln!("continuing the training in {}", checkpoint.display());
         trainer
     } else {
         LmTrainer::new(lm, options)?
