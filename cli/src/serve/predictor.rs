@@ -120,7 +120,7 @@ async fn classify(State(series): State<Arc<Series>>, request: Request) -> ApiRes
     }
     // none is predicted where one cannot be
     if let Some(at) = all.iter().position(|one| one.is_empty() || one.ncols() != series.channels) {
-        let message = format!("series {at} must have frames of {} numbers, one at least", series.channels);
+        let message = format!("series {at} must have at least one frame, each of {} numbers", series.channels);
         return Err(ApiError::field("series", message));
     }
     let mut data = Vec::new();
