@@ -18,10 +18,10 @@ pub struct Source {
     /// Series to measure on at the end
     #[arg(long)]
     test: Option<PathBuf>,
-    /// Every rank reads a part of the files only: with 2 ranks every second one, each with its share of the series
+    /// Each rank reads only a part of the files: with 2 ranks every second one, each with its share of the series
     #[arg(long)]
     pub sharded: bool,
-    /// In place of files, so many waves of 20 to 100 frames and three frequencies
+    /// Instead of files, this many generated waves of 20 to 100 frames and three frequencies
     #[arg(long, conflicts_with_all = ["files", "test"])]
     synthetic: Option<usize>,
 }

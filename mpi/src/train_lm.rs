@@ -17,13 +17,13 @@ use crate::{Pace, has_training};
 /// reads all files.
 #[derive(Args)]
 pub struct TrainLm {
-    /// Texts
+    /// Text files
     #[arg(required = true, value_name = "FILE")]
     texts: Vec<PathBuf>,
     /// Where the model, a folder as on the Hugging Face Hub, and the checkpoint go; rank 0 writes, and with --resume every rank reads
     #[arg(long, default_value = "hymba-mpi-run")]
     out: PathBuf,
-    /// Goes on after the last epoch of the checkpoint, with any number of ranks and the same texts and options; begins where there is none
+    /// Continue after the last epoch of the checkpoint, with any number of ranks and the same texts and options; begin if there is none
     #[arg(long)]
     resume: bool,
     /// Width of the model
@@ -32,10 +32,10 @@ pub struct TrainLm {
     /// Layers of the model
     #[arg(long, default_value_t = 4)]
     layers: usize,
-    /// Bytes of a row
+    /// Bytes per row
     #[arg(long, default_value_t = 256)]
     window: usize,
-    /// Rows of a step, of all ranks together
+    /// Rows per step, of all ranks together
     #[arg(long, default_value_t = LmTrainerOptions::default().batch_size)]
     batch: usize,
     /// Passes over the text
@@ -44,7 +44,7 @@ pub struct TrainLm {
     /// Peak of the learning rate
     #[arg(long, default_value_t = 2e-3)]
     learning_rate: f32,
-    /// Of weights and order
+    /// Seed of weights and order
     #[arg(long, default_value_t = 0)]
     seed: u64,
 }
