@@ -28,7 +28,7 @@ pub enum Decay {
 ///
 /// | option | default | range | meaning |
 /// |---|---|---|---|
-/// | `epochs` | 60 | ≥ 1 | how often every series is seen |
+/// | `epochs` | 60 | 1 to 100000 | how often every series is seen |
 /// | `batch_size` | 16 | ≥ 1 | series in a batch |
 /// | `accumulation` | 1 | ≥ 1 | batches in a step of the optimiser, at most |
 /// | `learning_rate` | 0.001 | > 0 | the highest one |
@@ -36,7 +36,7 @@ pub enum Decay {
 /// | `decay` | cosine | | how it falls after that |
 /// | `adamw` | decay 0.01, gradients clipped to 1 | see [`AdamWOptions`] | how the optimiser steps, but for its schedule |
 /// | `label_smoothing` | 0.1 | 0 to 1 | of the cross-entropy, in a classification |
-/// | `class_weights` | none | ≥ 0, one a class | of the cross-entropy |
+/// | `class_weights` | none | ≥ 0, one per class | of the cross-entropy |
 /// | `regression_loss` | mean squared error | | the loss of a regression |
 /// | `augmentations` | none | see [`Augmentation`], at most 16 | what is done to series each time they are seen |
 /// | `average` | none | 0 < decay < 1, or none | exponential moving average of the weights |
