@@ -68,7 +68,7 @@ fn a_row_that_is_a_series_has_no_time() {
         set.notes
     );
     let error = read(text, &usual().time_column("time")).unwrap_err();
-    assert!(error.contains("line 1: a series in each row has no column of times, such as `time`"), "{error}");
+    assert!(error.contains("line 1: with a series in each row there is no column of times"), "{error}");
     // but a target may be called so
     let set = read("time,x\n0.5,1\n1,2\n", &usual().target("time")).unwrap();
     assert_eq!(targets(&set), [Target::Value(0.5), Target::Value(1.0)]);

@@ -61,7 +61,7 @@ impl Source {
         }
         match labels.len() {
             0 => Err("the files have no targets: no classes and no numbers to predict".into()),
-            1 => Err(format!("all series are of the class `{}`, two at least are needed", labels[0]).into()),
+            1 => Err(format!("all series are of the class `{}`; at least two classes are needed", labels[0]).into()),
             _ => Ok(Task::classify(labels)),
         }
     }
@@ -105,7 +105,7 @@ fn joined(task: &Task, sets: Vec<Dataset>) -> Result<Dataset, Box<dyn Error>> {
         match set.targets() {
             Targets::Classes(all) => classes.extend(all),
             Targets::Values(all) => values.extend(all),
-            _ => return Err("a file has targets of frames".into()),
+            _ => return Err("a file has a target for each frame, not for each series".into()),
         }
     }
     let targets = match task.is_classification() {

@@ -109,7 +109,7 @@ impl Table {
         if let (Some(column), Some(_)) = (unused, &options.time_column) {
             let name = short(&names[column]);
             return Err(format!(
-                "a series in each row has no column of times, such as `{name}`: for frames give an `id`, too"
+                "with a series in each row there is no column of times, such as `{name}`: for frames give an `id`, too"
             ));
         }
         let note =

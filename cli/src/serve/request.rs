@@ -242,7 +242,7 @@ impl ChatRequest {
         match &must {
             Some(functions) if functions.is_empty() => wrong("it names none of the tools"),
             Some(_) if !matches!(self.response_format, None | Some(ResponseFormat::Text)) => {
-                wrong("an answer cannot be a call and have a response_format")
+                wrong("a forced call excludes a response_format")
             }
             _ => Ok((tools, must)),
         }
@@ -272,9 +272,7 @@ impl MessageField {
             Some(Content::Parts(parts)) => {
                 let text = |part: &Part| match (&part.text, part.kind.as_str()) {
                     (Some(text), "text" | "input_text" | "refusal") => Ok(text.clone()),
-                    (_, kind) => {
-                        Err(ApiError::field("messages", format!("the model reads text only, and this is {kind:?}")))
-                    }
+                    (_, kind) => Err(ApiError::field("messages", format!("the model reads text only, not {kind:?}"))),
                 };
                 parts.iter().map(text).collect::<ApiResult<Vec<_>>>()?.join("\n")
             }
