@@ -78,7 +78,7 @@ impl std::fmt::Debug for State {
     }
 }
 
-/// What an epoch came to.
+/// The result of an epoch.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 #[non_exhaustive]
@@ -107,7 +107,7 @@ pub struct LmProgress<'a> {
     pub loss: LmLoss,
     /// The learning rate of the last step.
     pub learning_rate: f32,
-    /// At the end of an epoch, what it came to.
+    /// At the end of an epoch, its result.
     pub finished: Option<LmEpoch>,
 }
 
@@ -119,7 +119,7 @@ pub struct LmTrained {
     pub lm: HymbaLm,
     /// The best epoch, from 1; 0 if none was finished.
     pub best_epoch: usize,
-    /// What every epoch came to.
+    /// The results of all epochs.
     pub history: Vec<LmEpoch>,
     /// Why it ended.
     pub stopped: Stopped,

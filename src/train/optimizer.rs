@@ -64,7 +64,7 @@ pub struct AdamW<P> {
     moments: [P; 2],
 }
 
-/// What a step did.
+/// The result of a step.
 #[derive(Debug, Clone, Copy, PartialEq)]
 #[non_exhaustive]
 pub struct StepInfo {
