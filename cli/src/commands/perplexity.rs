@@ -1,4 +1,4 @@
-//! `hymba perplexity DIR FILE`: how well a model foresees a text, and what quantisation costs.
+//! `hymba perplexity DIR FILE`: how well a model predicts a text, and what quantisation costs.
 
 mod comparison;
 
