@@ -5,8 +5,8 @@
 //! cargo run --release --features profile --example profile -- f1 step 5
 //! ```
 //!
-//! Arguments: the cases (`f1`, `f32`, `f1k`, `f8k`, `step`, `train`, `small`; `growth` and `cores`, see below; all unless some are named), and the
-//! number of rounds of 0.3 s a case (3 unless given), of which the fastest is shown. The columns of a table:
+//! Arguments: the cases (`f1`, `f32`, `f1k`, `f8k`, `step`, `train`, `small`; `growth` and `cores`, see below; all but `cores` unless some are
+//! named), and the number of rounds of 0.3 s per case (3 unless given), of which the fastest is shown. The columns of a table:
 //!
 //! | column | |
 //! |---|---|

@@ -54,12 +54,12 @@ pub enum Error {
     #[error("the next token cannot be chosen from the logits: {0}")]
     Logits(String),
 
-    /// A data set is not usable for training.
-    #[error("the data cannot be learned from: {0}")]
+    /// Training data are invalid.
+    #[error("invalid training data: {0}")]
     Data(String),
 
-    /// The targets of a loss are not usable.
-    #[error("the targets cannot be learned: {0}")]
+    /// The targets of a loss are invalid.
+    #[error("invalid targets: {0}")]
     Targets(String),
 
     /// The optimiser does not fit the model it is to train.

@@ -180,12 +180,12 @@ pub use predictor::{
     PredictorState, Task, argmax, softmax,
 };
 
-/// The instruction set the kernels use on this machine: `"avx512"`, `"avx2"`, `"neon"`, `"simd128"` (WebAssembly compiled with
-/// it) or `"scalar"` (what the compiler makes of plain code for the target).
+/// The instruction set the kernels use on this machine: `"avx512"`, `"avx2"`, `"neon"`, `"simd128"` (in WebAssembly compiled for it)
+/// or `"scalar"` (which is what the compiler makes of plain code for the target).
 ///
-/// The environment variable `HYMBA_SIMD`, read once, chooses one by name; one the CPU lacks is ignored. `avx2-vnni` is `avx2` with
-/// AVX-VNNI for matrices of 8 and 4 bits, which is also what a CPU without AVX-512 uses if it has that. (Language models can
-/// use more than these for matrices in bf16: see `lm::Arithmetic`.)
+/// The environment variable `HYMBA_SIMD`, read once, chooses one by name; a name the CPU lacks is ignored. `avx2-vnni` is `avx2` with
+/// AVX-VNNI for matrices of 8 bits, which is also what a CPU without AVX-512 uses if it has that. (Language models can use more
+/// than these for matrices in bf16: see `lm::Arithmetic`.)
 ///
 /// ```
 /// assert!(["avx512", "avx2", "neon", "scalar"].contains(&hymba::simd_level()));

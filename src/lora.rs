@@ -418,7 +418,7 @@ fn check_name(name: &str) -> Result<()> {
         false => Err(Error::Option {
             option: "name",
             given: format!("{name:?}"),
-            allowed: "an adapter's name is 1 to 64 letters of ASCII, digits, - and _".into(),
+            allowed: "an adapter's name consists of 1 to 64 ASCII letters, digits, - and _".into(),
         }),
     }
 }

@@ -152,7 +152,7 @@ fn sources_that_cannot_be_trained_on() {
     assert_eq!(run(None, 3, constant(), 2.0).unwrap().history.len(), 2);
     for (result, expected) in [
         (run(None, 3, options(), 2.0), "the source does not say how many batches it has"),
-        (run(Some(3), 2, options(), 2.0), "announced 3 batches, and in epoch 1 it has another number"),
+        (run(Some(3), 2, options(), 2.0), "announced 3 batches, but epoch 1 has another number"),
         (run(Some(2), 3, options(), 2.0), "announced 2 batches"),
         (run(Some(0), 0, constant(), 2.0), "has no batches"),
         (run(Some(3), 3, options(), 0.0), "none in which anything counts"),

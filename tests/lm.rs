@@ -351,7 +351,7 @@ fn quantised_files_of_others_and_damaged_ones_are_refused() {
     lm.save_dir(path).unwrap();
     let config = std::fs::read_to_string(path.join("config.json")).unwrap();
     for (from, to, says) in [
-        (r#""quant_method": "hymba""#, r#""quant_method": "bitsandbytes""#, "what other tools quantised"),
+        (r#""quant_method": "hymba""#, r#""quant_method": "bitsandbytes""#, "quantised by other tools"),
         (r#""quant_method": "hymba","#, "", "quantization_config.quant_method"),
         (r#""bits": 4"#, r#""bits": 3"#, "8 or 4"),
         (r#""bits": 4"#, r#""bits": 8"#, "has shape"),

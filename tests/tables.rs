@@ -49,8 +49,8 @@ fn numbered_columns_are_frames_of_channels() {
             "x_0,x_1,more",
             "line 1: some columns of values have a number, such as `x_0`, and some have none, such as `more`",
         ),
-        ("x_0,x_1,y_0", "line 1: the columns of the channel `y` have other numbers than those of `x`"),
-        ("x_0,x_00,y_0", "line 1: the channel `x` has two columns of one number"),
+        ("x_0,x_1,y_0", "line 1: the columns of the channel `y` are not numbered as those of `x`"),
+        ("x_0,x_00,y_0", "line 1: the channel `x` has two columns with the same number"),
     ] {
         let error = read(&format!("{header}\n1,2,3\n"), &usual()).unwrap_err();
         assert!(error.contains(expected), "{error}");
@@ -68,7 +68,7 @@ fn a_row_that_is_a_series_has_no_time() {
         set.notes
     );
     let error = read(text, &usual().time_column("time")).unwrap_err();
-    assert!(error.contains("line 1: a series in each row has no column of times, such as `time`"), "{error}");
+    assert!(error.contains("line 1: with a series in each row there is no column of times"), "{error}");
     // but a target may be called so
     let set = read("time,x\n0.5,1\n1,2\n", &usual().target("time")).unwrap();
     assert_eq!(targets(&set), [Target::Value(0.5), Target::Value(1.0)]);
@@ -90,7 +90,7 @@ fn more_classes_than_there_may_be() {
     let more = format!("{text}1,0\n1,{most}\n");
     let error = read(&more, &usual()).unwrap_err();
     let line = most + 3;
-    assert!(error.contains(&format!("line {line}: `{most}` is a class more than")), "{error}");
+    assert!(error.contains(&format!("line {line}: `{most}` is one class too many")), "{error}");
     let set = read(&more, &usual().target_kind(TargetKind::Values)).unwrap();
     assert_eq!(set.cases[most + 1].target, Target::Value(most as f32));
 }

@@ -27,11 +27,11 @@ pub enum Command {
     Complete(complete::Args),
     /// Measure how well a language model predicts a text.
     Perplexity(perplexity::Args),
-    /// Write a language model again with fewer bits.
+    /// Write a copy of a language model with fewer bits per weight.
     Quantize(quantize::Args),
     /// Measure how fast a language model runs on this machine.
     Bench(bench::Args),
-    /// Say what is in a file or folder, and what is wrong with it.
+    /// Show what is in a file or folder, and what is wrong with it.
     Info(info::Args),
     /// Train a predictor on series with classes or numbers.
     Train(train::Args),
@@ -39,7 +39,7 @@ pub enum Command {
     Predict(predict::Args),
     /// Measure a trained model on series whose classes or numbers are known.
     Evaluate(evaluate::Args),
-    /// Train a language model on a text, from the beginning.
+    /// Train a language model on a text, from scratch.
     TrainLm(train_lm::Args),
     /// Fine-tune a language model with a low-rank adapter.
     Finetune(finetune::Args),

@@ -15,7 +15,7 @@ pub struct Interrupted(pub &'static str);
 
 impl Interrupted {
     /// Of a training, which keeps a checkpoint.
-    pub const TRAINING: Interrupted = Interrupted("the epochs that were done are kept; call the same again to go on");
+    pub const TRAINING: Interrupted = Interrupted("finished epochs are kept; run the same command again to continue");
 }
 
 impl fmt::Display for Interrupted {

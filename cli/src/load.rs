@@ -15,10 +15,10 @@ pub struct LoadArgs {
     /// Bits of the weights in memory.
     #[arg(long, value_enum, default_value_t = Bits::None, value_name = "BITS")]
     quantize: Bits,
-    /// Type of activations in products with weights in bf16.
+    /// Type of the activations in products with bf16 weights.
     #[arg(long, value_enum, default_value_t = Float::F32, value_name = "TYPE")]
     arithmetic: Float,
-    /// Type in which keys and values are kept.
+    /// Type of the cached keys and values.
     #[arg(long, value_enum, default_value_t = Float::F32, value_name = "TYPE")]
     kv: Float,
     /// Folder of a low-rank adapter, as `hymba finetune` and the PEFT library write it.
@@ -30,7 +30,7 @@ pub struct LoadArgs {
 
 #[derive(Args, Clone)]
 pub struct ThreadArgs {
-    /// Threads to run on; all cores where it is left out.
+    /// Number of threads; all cores by default.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     threads: Option<u16>,
 }

@@ -13,10 +13,10 @@ use crate::interrupt;
 #[derive(Args, Clone)]
 #[command(next_help_heading = "Generation")]
 pub struct SamplingArgs {
-    /// Tokens to generate at most.
+    /// Generate at most this many tokens.
     #[arg(long, value_name = "N", default_value_t = GenerateOptions::DEFAULT_MAX_TOKENS)]
     max_tokens: usize,
-    /// 0 takes the most probable token, 0.7 is usual; where left out, what the model's folder recommends.
+    /// 0 takes the most probable token, 0.7 is usual. Default of this option and the next four: what the model's folder recommends.
     #[arg(long, value_name = "X")]
     temperature: Option<f32>,
     /// Draw from this many of the most probable tokens; 0 for all.
@@ -25,20 +25,20 @@ pub struct SamplingArgs {
     /// Draw from the fewest most probable tokens that have this probability together.
     #[arg(long, value_name = "P")]
     top_p: Option<f32>,
-    /// Draw from the tokens with this share of the largest probability.
+    /// Draw from the tokens with at least this share of the largest probability.
     #[arg(long, value_name = "P")]
     min_p: Option<f32>,
-    /// Above 1, tokens seen before become less probable.
+    /// Above 1, tokens of the prompt and of the text so far become less probable.
     #[arg(long, value_name = "X")]
     repetition_penalty: Option<f32>,
     /// Seed of the draws.
     #[arg(long, value_name = "N", default_value_t = GenerateOptions::DEFAULT_SEED)]
     seed: u64,
-    /// Text that ends the generation; may be given several times.
+    /// Stop at this text; may be given several times.
     #[arg(long, value_name = "TEXT")]
     stop: Vec<String>,
-    /// Guesses this many tokens where the last ones have occurred before, and checks them in one pass: the same text, sooner where it
-    /// repeats some of the prompt.
+    /// Guess this many tokens where the last ones have occurred before, and check them in one pass: the text is the same, and faster
+    /// where it repeats parts of the prompt.
     #[arg(long, value_name = "N", num_args = 0..=1, require_equals = true, default_missing_value = "10", default_value_t = 0)]
     lookahead: usize,
 }
@@ -102,7 +102,7 @@ impl Clock {
         let end = match reason {
             FinishReason::StopToken | FinishReason::StopString => "",
             FinishReason::MaxTokens => "; ended at --max-tokens",
-            FinishReason::MaxPositions => "; ended where the model's positions do",
+            FinishReason::MaxPositions => "; ended at the model's last position",
             _ => "; ended early",
         };
         format!("{prompt} tokens read, {tokens} written{first}{rate}{end}")

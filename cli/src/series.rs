@@ -15,7 +15,7 @@ use crate::header;
 #[derive(Args, Clone)]
 #[command(next_help_heading = "Reading")]
 pub struct ReadArgs {
-    /// Column to be predicted: its name, or its place from 0 [default: target, class or label].
+    /// Column of the target: its name, or its place from 0 [default: target, class or label].
     #[arg(long, value_name = "COLUMN")]
     target: Option<String>,
     /// Whether the targets are classes or numbers [default: numbers if there are fractions].
@@ -24,20 +24,19 @@ pub struct ReadArgs {
     /// Whether a row of a table is a series or a frame [default: a frame, if there are columns of id and time].
     #[arg(long, value_enum, value_name = "WHAT")]
     row: Option<Row>,
-    /// Column that says which series a frame is of.
+    /// Column of the series that a frame belongs to.
     #[arg(long, value_name = "COLUMN")]
     id: Option<String>,
     /// Column of the times of frames.
     #[arg(long, value_name = "COLUMN")]
     time_column: Option<String>,
-    /// The first row of a table has values, not names.
+    /// The table has no row of names at the top.
     #[arg(long)]
     no_header: bool,
     /// Character that separates the columns of a table.
     #[arg(long, value_name = "C")]
     delimiter: Option<char>,
-    /// What timestamps become: nothing (they must be evenly spaced), or an input: the time since the frame before, or
-    /// its logarithm.
+    /// Timestamps: dropped (even), or an input: the time since the previous frame (delta), or its logarithm (log-delta).
     #[arg(long, value_enum, value_name = "HOW", default_value_t = Time::Even)]
     time: Time,
 }

@@ -39,7 +39,7 @@ pub struct Args {
     /// Key that clients must send as `Authorization: Bearer KEY`.
     #[arg(long, env = "HYMBA_API_KEY", hide_env_values = true, value_name = "KEY")]
     api_key: Option<String>,
-    /// Name of the model in the API; that of the folder or file where it is left out.
+    /// Name of the model in the API; that of the folder or file by default.
     #[arg(long)]
     name: Option<String>,
     #[command(flatten)]
@@ -51,14 +51,13 @@ pub struct Args {
 #[derive(clap::Args, Clone)]
 #[command(next_help_heading = "Limits")]
 pub struct LimitArgs {
-    /// Sequences generated, or streams held, at a time.
+    /// Sequences generated, or streams open, at the same time.
     #[arg(long, default_value_t = 16, value_name = "N", value_parser = count::<1, PLACES>)]
     concurrent: usize,
     /// Sequences that may wait; more are refused with status 429.
     #[arg(long, default_value_t = 64, value_name = "N", value_parser = count::<0, PLACES>)]
     waiting: usize,
-    /// Tokens of a prompt and its continuation together, or frames of a series; where it is left out, the model's
-    /// positions without its meta tokens, or 65536 frames.
+    /// Tokens of a prompt and its continuation together, or frames of a series; by default the model's positions, or 65536 frames.
     #[arg(long, value_name = "N", value_parser = at_least_one)]
     context: Option<usize>,
     /// Tokens of a continuation at most.
@@ -67,22 +66,22 @@ pub struct LimitArgs {
     /// Bytes of a request at most.
     #[arg(long, default_value_t = 2 << 20, value_name = "BYTES")]
     max_body: usize,
-    /// Connections at a time; more wait.
+    /// Connections at the same time; more wait.
     #[arg(long, default_value_t = 256, value_name = "N", value_parser = count::<1, PLACES>)]
     connections: usize,
     /// Seconds that a request may take, waiting included, or a stream may be silent.
     #[arg(long, default_value_t = 600, value_name = "S", value_parser = clap::value_parser!(u64).range(..=YEAR))]
     timeout: u64,
-    /// Seconds that a client may take to send a request, or to read on.
+    /// Seconds that a client may take to send a request, or to read more of an answer.
     #[arg(long, default_value_t = 30, value_name = "S", value_parser = clap::value_parser!(u64).range(1..=YEAR))]
     io_timeout: u64,
-    /// Seconds that requests get to end when the server is told to.
+    /// Seconds that running requests get to finish when the server is told to stop.
     #[arg(long, default_value_t = 30, value_name = "S", value_parser = clap::value_parser!(u64).range(..=YEAR))]
     drain: u64,
-    /// Megabytes of the cache of prompt prefixes; 0 keeps none.
+    /// Megabytes for the prefix cache, the states after beginnings of prompts; 0 turns it off.
     #[arg(long, default_value_t = 512, value_name = "MB")]
     cache: usize,
-    /// Tokens of prompts that are read in a step beside the sequences being generated.
+    /// Tokens of prompts that are read per step, beside the sequences being generated.
     #[arg(long, default_value_t = 64, value_name = "N", value_parser = count::<1, 512>)]
     piece: usize,
 }

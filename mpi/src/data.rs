@@ -18,10 +18,10 @@ pub struct Source {
     /// Series to measure on at the end
     #[arg(long)]
     test: Option<PathBuf>,
-    /// Every rank reads only a part of the files, with 2 ranks every second one, and trains on the series in them
+    /// Each rank reads only a part of the files: with 2 ranks every second one, each with its share of the series
     #[arg(long)]
     pub sharded: bool,
-    /// In place of files, this many waves of 20 to 99 frames and three frequencies
+    /// Instead of files, this many generated waves of 20 to 100 frames and three frequencies
     #[arg(long, conflicts_with_all = ["files", "test"])]
     synthetic: Option<usize>,
 }
@@ -61,7 +61,7 @@ impl Source {
         }
         match labels.len() {
             0 => Err("the files have no targets: no classes and no numbers to predict".into()),
-            1 => Err(format!("all series are of the class `{}`, two at least are needed", labels[0]).into()),
+            1 => Err(format!("all series are of the class `{}`; at least two classes are needed", labels[0]).into()),
             _ => Ok(Task::classify(labels)),
         }
     }
@@ -104,7 +104,7 @@ fn joined(task: &Task, sets: Vec<Dataset>) -> Result<Dataset, Box<dyn Error>> {
         match set.targets() {
             Targets::Classes(all) => classes.extend(all),
             Targets::Values(all) => values.extend(all),
-            _ => return Err("a file has targets of frames".into()),
+            _ => return Err("a file has a target for each frame, not for each series".into()),
         }
     }
     let targets = match task.is_classification() {

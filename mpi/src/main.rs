@@ -18,7 +18,7 @@ mod train_lm;
 #[command(
     name = "hymba-mpi",
     version,
-    about = "Trains models of hymba on many machines: mpirun -n 4 hymba-mpi train …"
+    about = "Trains hymba models on many machines: mpirun -n 4 hymba-mpi train …"
 )]
 struct Program {
     #[command(subcommand)]
@@ -33,8 +33,8 @@ enum Command {
     TrainLm(train_lm::TrainLm),
 }
 
-/// Options that are not given follow from the data of rank 0, as PredictorOptions::recommended_for and
-/// TrainerOptions::recommended_for say.
+/// Options that are not given follow from the training files that rank 0 reads, by PredictorOptions::recommended_for and
+/// TrainerOptions::recommended_for.
 #[derive(Args)]
 struct Train {
     #[command(flatten)]
@@ -42,32 +42,30 @@ struct Train {
     /// Where model.safetensors and the checkpoint go; rank 0 writes, and with --resume every rank reads
     #[arg(long, default_value = "hymba-mpi-run")]
     out: PathBuf,
-    /// Goes on after the last epoch of the checkpoint, with any number of ranks; begins a new training where there is
-    /// none. Of the options below, --hidden, --layers and --plain are only for a new training, and --validation and
-    /// --seed must stay as they were
+    /// Continue after the last epoch of the checkpoint, with any number of ranks; begin if there is none. Of the options below, --hidden,
+    /// --layers and --plain count only when a training begins, and --validation and --seed must stay as they were
     #[arg(long)]
     resume: bool,
     /// Passes over the series
     #[arg(long)]
     epochs: Option<usize>,
-    /// Series per step, of all ranks together; each rank computes its share in pieces that suit the memory. Unless
-    /// --epochs is given, the smaller the batch of a new training, the fewer its epochs
+    /// Series per step, of all ranks together; each rank computes its share in pieces that fit into memory. Unless --epochs is given, a new
+    /// training has fewer epochs with smaller batches
     #[arg(long, value_parser = RangedU64ValueParser::<usize>::new().range(1..))]
     batch: Option<usize>,
     /// Peak of the learning rate
     #[arg(long)]
     learning_rate: Option<f32>,
-    /// Share of the series that is held out to pick the best epoch; 0 by default
+    /// Share of the series held out to pick the best epoch; 0 by default
     #[arg(long)]
     validation: Option<f32>,
-    /// Width of the encoder (hidden_size)
+    /// Width of the encoder
     #[arg(long)]
     hidden: Option<usize>,
-    /// Blocks of the encoder (num_layers)
+    /// Blocks of the encoder
     #[arg(long)]
     layers: Option<usize>,
-    /// Without dropout and augmentations: nothing is drawn at random on a rank, so the result is the same for any
-    /// number of ranks up to rounding
+    /// Without dropout and augmentations: nothing is drawn at random on a rank, so any number of ranks gives the same result
     #[arg(long)]
     plain: bool,
     /// Seed of weights, order and dropout; 0 by default

@@ -17,13 +17,13 @@ use crate::{Pace, has_training};
 /// reads all files.
 #[derive(Args)]
 pub struct TrainLm {
-    /// Texts
+    /// Text files
     #[arg(required = true, value_name = "FILE")]
     texts: Vec<PathBuf>,
     /// Where the model, a folder as on the Hugging Face Hub, and the checkpoint go; rank 0 writes, and with --resume every rank reads
     #[arg(long, default_value = "hymba-mpi-run")]
     out: PathBuf,
-    /// Goes on after the last epoch of the checkpoint, with any number of ranks and the same texts and options; begins where there is none
+    /// Continue after the last epoch of the checkpoint, with any number of ranks and the same texts and options; begin if there is none
     #[arg(long)]
     resume: bool,
     /// Width of the model

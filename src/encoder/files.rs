@@ -168,7 +168,7 @@ impl Hymba {
         options.validate()?;
         let (tensors, _) = header::read(Source::open(path.as_ref())?)?;
         if !tensors.names().any(|name| name.starts_with("blocks.")) {
-            return Err(tensors.error(format!("its tensors have other names than a model's: {}", origin(&tensors))));
+            return Err(tensors.error(format!("its tensors do not have a model's names: {}", origin(&tensors))));
         }
         model(options, tensors, None, None, None)
     }

@@ -106,7 +106,7 @@ impl Hymba {
         options.validate()?;
         let fit = |options: &HymbaOptions| fits(model_bytes(options, None));
         if !fit(&options) {
-            return Err(options.too_large("so many do not fit into memory", fit));
+            return Err(options.too_large("this many do not fit into memory", fit));
         }
         let mut rng = Rng::seed_from_u64(options.seed);
         let mut model = Self::zeros(options, None);

@@ -95,7 +95,7 @@ pub(super) fn check_storage(options: &HymbaOptions, storage: Option<Storage>) ->
             option: "storage",
             given: format!("{storage:?}"),
             allowed: format!(
-                "with hidden_size {} it saves nothing, as outputs are filled up to 32; it is for {LEAST_HIDDEN_SIZE} and more",
+                "with hidden_size {} it saves nothing, as outputs are padded to 32; use it from {LEAST_HIDDEN_SIZE} on",
                 options.hidden_size
             ),
         }),

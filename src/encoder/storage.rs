@@ -77,7 +77,7 @@ impl Hymba {
             return Err(Error::Option {
                 option: "storage",
                 given: storage.map_or("trainable".into(), |storage| format!("{storage:?}")),
-                allowed: format!("the model takes {bytes} bytes then, which do not fit into memory; choose fewer bits"),
+                allowed: format!("the model would take {bytes} bytes, more than fit into memory; choose fewer bits"),
             });
         }
         // beside adapters they stay frozen

@@ -247,7 +247,7 @@ impl Hymba {
         }
         self.check_state(state, batch, "the frame has")?;
         if !fits(work([batch, self.frame_numbers().saturating_add(more), size_of::<f32>()])) {
-            return wrong("fewer streams: a step of so many does not fit into memory".into());
+            return wrong("fewer streams: a step of this many does not fit into memory".into());
         }
         Ok(())
     }

@@ -211,10 +211,7 @@ pub(crate) fn other_contents(folder: &Path) -> Option<&'static str> {
         found.any(|extension| extensions.iter().any(|other| extension.eq_ignore_ascii_case(other)))
     };
     if has("adapter_config.json") || has("adapter_model.safetensors") || has("adapter_model.bin") {
-        Some(
-            "it is an adapter of PEFT (LoRA), which changes another model: read that one, then this folder with load_lora; or \
-             merge the two in Python with merge_and_unload() and save_pretrained, and read the result",
-        )
+        Some("it is an adapter of PEFT (LoRA): read its base model, and add the adapter to that with load_lora")
     } else if ends(&["bin", "pth", "pt"]) {
         Some(
             "files of torch.save (pytorch_model.bin) are not read: convert them to safetensors, in Python with \
@@ -285,7 +282,7 @@ impl<'de> Visitor<'de> for WeightMapVisitor {
             match places.entry(name) {
                 Entry::Vacant(place) => place.insert(shard),
                 Entry::Occupied(first) => {
-                    return Err(A::Error::custom(format!("the tensor {} is there twice", quoted(first.key()))));
+                    return Err(A::Error::custom(format!("the tensor {} appears twice", quoted(first.key()))));
                 }
             };
         }

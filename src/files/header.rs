@@ -77,7 +77,7 @@ impl<'de> Visitor<'de> for HeaderVisitor {
         while let Some(name) = entries.next_key::<String>()? {
             if name == "__metadata__" {
                 if metadata.replace(entries.next_value::<Metadata>()?).is_some() {
-                    return Err(A::Error::custom("__metadata__ is there twice"));
+                    return Err(A::Error::custom("__metadata__ appears twice"));
                 }
                 continue;
             }

@@ -19,7 +19,7 @@ pub(crate) fn replace(path: &Path, write: impl FnOnce(&mut BufWriter<File>) -> i
         old => Some(old?),
     };
     if old.as_ref().is_some_and(|old| !old.is_file()) {
-        return Err(io::Error::new(ErrorKind::InvalidInput, "not a regular file, and nothing else is replaced"));
+        return Err(io::Error::new(ErrorKind::InvalidInput, "not a regular file: only regular files are replaced"));
     }
     let (temporary, file) = temporary_beside(path)?;
     // before the contents, which not everybody may be allowed to read
@@ -47,7 +47,7 @@ fn behind_links(path: &Path) -> io::Result<PathBuf> {
         let next = fs::read_link(&path)?;
         path = path.parent().unwrap_or(Path::new("")).join(next);
     }
-    let reason = format!("its symbolic links go round in a circle, or are more than {MAX_LINKS}");
+    let reason = format!("its symbolic links form a loop, or are more than {MAX_LINKS}");
     Err(io::Error::new(ErrorKind::InvalidInput, reason))
 }
 
@@ -165,7 +165,7 @@ mod tests {
         put(&at("dangling"), "eight").unwrap();
         assert_eq!(fs::read(at("big/v8")).unwrap(), b"eight");
         assert_eq!(put(&at("lost"), "").unwrap_err().kind(), ErrorKind::NotFound);
-        assert!(put(&at("a"), "").unwrap_err().to_string().contains("circle"));
+        assert!(put(&at("a"), "").unwrap_err().to_string().contains("loop"));
         assert!(put(&at("to_folder"), "").unwrap_err().to_string().contains("not a regular file"));
         let interrupted = replace(&at("chain"), |_| Err(io::Error::other("power cut")));
         assert!(interrupted.is_err());

@@ -113,7 +113,7 @@ pub(crate) fn origin(tensors: &Tensors) -> &'static str {
     } else if has("blocks.") {
         "its names look right, so it was probably made elsewhere; read it with Hymba::load_with and the options"
     } else if tensors.names().any(|name| name.contains(".blocks.")) {
-        "all of them stand under a further name; remove it"
+        "all names have a common prefix; remove it"
     } else {
         "it is some other model"
     }

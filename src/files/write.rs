@@ -100,7 +100,7 @@ impl<'a> Contents<'a> {
             let size = tensor.size().and_then(|size| end.checked_add(size)).filter(|_| shape.len() <= MAX_RANK);
             tensor.stop = size.ok_or_else(|| format!("{}: {dtype} {shape:?} is not a size to write", quoted(name)))?;
             if name.len() > MAX_NAME || name == "__metadata__" || !names.insert(name) {
-                return Err(format!("{}: the name is too long, not allowed, or there twice", quoted(name)));
+                return Err(format!("{}: the name is too long, not allowed, or a duplicate", quoted(name)));
             }
             end = tensor.stop;
             contents.tensors.push((name, tensor));

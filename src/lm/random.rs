@@ -100,7 +100,7 @@ impl HymbaLm {
             return Err(Error::Option {
                 option: "quantization",
                 given: format!("{:?}", config.quantization),
-                allowed: "a model to be trained is not quantised; use Quantization::None".into(),
+                allowed: "a quantised model cannot be trained; use Quantization::None".into(),
             });
         }
         config.torch_dtype = Some(TorchDtype::F32);

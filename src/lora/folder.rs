@@ -132,12 +132,12 @@ fn read_config(folder: &Path, model: &impl Adapted) -> Result<(LoraOptions, Vec<
         UNSUPPORTED.into_iter().find(|key| config.others.get(*key).is_some_and(|value| !holds_nothing(value)));
     if let Some(key) = unsupported.or(other_bias.then_some("bias")) {
         let value = printable(&config.others[key].to_string());
-        return Err(source.error(format!("{key} is {value}: only plain LoRA is supported, in which it does nothing")));
+        return Err(source.error(format!("{key} is {value}: not supported, only plain LoRA is")));
     }
     if let Some(value) = config.others.get("init_lora_weights").filter(|value| !keeps_weights(value)) {
         let value = printable(&value.to_string());
         return Err(source.error(format!(
-            "init_lora_weights is {value}: such an adapter changes the weights that it was made on; save it as plain LoRA"
+            "init_lora_weights is {value}: such an adapter changes the base weights; convert it to plain LoRA"
         )));
     }
     let modules = config.modules_to_save.unwrap_or_default();
@@ -145,7 +145,7 @@ fn read_config(folder: &Path, model: &impl Adapted) -> Result<(LoraOptions, Vec<
     if let Some(module) = modules.iter().find(|module| !known.contains(&module[..])) {
         let module = printable(module);
         return Err(source.error(format!(
-            "modules_to_save has {module:?}: of this kind of model there may be {known:?} beside low-rank parts"
+            "modules_to_save has {module:?}: for this kind of model only {known:?} can be saved beside low-rank parts"
         )));
     }
     let Config { r: rank, lora_alpha: alpha, use_rslora: rslora, lora_dropout: dropout, .. } = config;

@@ -71,11 +71,12 @@ impl KernelPredictor {
             }
             Targets::Values(values) => values.mapv(f64::from),
             Targets::Labels(_) => {
-                let reason = "kernels tell one class or numbers; where several labels can be right, train a Predictor";
+                let reason =
+                    "kernels predict one class or numbers; where several labels can be right, train a Predictor";
                 return Err(Error::Data(reason.into()));
             }
             Targets::FrameClasses(_) | Targets::FrameValues(_) => {
-                let reason = "kernel features are of whole series; for a target at each frame, train a Predictor";
+                let reason = "kernel features are per series; for a target at each frame, train a Predictor";
                 return Err(Error::Data(reason.into()));
             }
         };

@@ -121,15 +121,13 @@ impl PredictorOptions {
         self.check_causal()?;
         match self.pooling {
             Pooling::Last => Ok(()),
-            pooling => {
-                refused("pooling", format!("{pooling:?}"), "where every frame is judged, it must be Pooling::Last")
-            }
+            pooling => refused("pooling", format!("{pooling:?}"), "for a task per frame it must be Pooling::Last"),
         }
     }
 
     /// Checks that nothing looks at frames that are still to come.
     pub(super) fn check_causal(&self) -> Result<()> {
-        const WHOLE: &str = "it is for whole sequences: streams and single frames go without it";
+        const WHOLE: &str = "it needs whole sequences: streams and tasks per frame cannot use it";
         if self.normalize_series {
             return refused("normalize_series", "true".into(), WHOLE);
         }

@@ -126,7 +126,7 @@ impl Task {
     pub fn validate(&self) -> Result<()> {
         if self.is_regression() {
             return match self.outputs() {
-                0 => bad("outputs", "0".into(), "a regression predicts 1 number at least".into()),
+                0 => bad("outputs", "0".into(), "a regression predicts at least 1 number".into()),
                 _ => Ok(()),
             };
         }
@@ -140,7 +140,7 @@ impl Task {
             );
         }
         if labels.len() < 2 && self.is_classification() || labels.is_empty() {
-            let allowed = "a classification has 2 classes at least, and 1 label where any number of them may be right";
+            let allowed = "a classification has at least 2 classes, and at least 1 where any number may be right";
             return bad("labels", format!("{labels:?}"), allowed.into());
         }
         let mut seen = BTreeSet::new();

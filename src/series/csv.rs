@@ -109,7 +109,7 @@ impl Table {
         if let (Some(column), Some(_)) = (unused, &options.time_column) {
             let name = short(&names[column]);
             return Err(format!(
-                "a series in each row has no column of times, such as `{name}`: for frames give an `id`, too"
+                "with a series in each row there is no column of times, such as `{name}`: for frames give an `id`, too"
             ));
         }
         let note =
@@ -214,11 +214,11 @@ impl Table {
         for (columns_of, channel) in columns.iter().zip(&channels) {
             let times = |columns: &[(u64, usize)]| columns.iter().map(|(t, _)| *t).collect::<Vec<_>>();
             if columns_of.windows(2).any(|pair| pair[0].0 == pair[1].0) {
-                return Err(format!("the channel `{}` has two columns of one number", short(channel)));
+                return Err(format!("the channel `{}` has two columns with the same number", short(channel)));
             }
             if times(columns_of) != times(&columns[0]) {
                 return Err(format!(
-                    "the columns of the channel `{}` have other numbers than those of `{}`; a frame needs a value of each",
+                    "the columns of the channel `{}` are not numbered as those of `{}`; a frame needs a value of each",
                     short(channel),
                     short(&channels[0])
                 ));

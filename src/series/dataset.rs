@@ -22,7 +22,7 @@ impl SeriesSet {
         let labels = self.labels_with(&[]);
         match labels.len() {
             0 => Err(self.error("its series have no targets: no classes and no numbers to predict")),
-            1 => Err(self.error("the series are of 1 classes, two at least are needed")),
+            1 => Err(self.error("all series are of one class; at least two are needed")),
             _ => Ok(Task::classify(labels)),
         }
     }

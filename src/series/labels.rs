@@ -36,7 +36,7 @@ impl Labels {
         match (self.listed, label.is_empty()) {
             (false, true) => Err("there is no class after the last `:`".into()),
             (false, false) if self.names.len() == Task::MAX_LABELS => Err(format!(
-                "`{}` is a class more than there may be, {}; are they numbers to predict?",
+                "`{}` is one class too many, at most {} are allowed; are they numbers to predict?",
                 short(label),
                 Task::MAX_LABELS
             )),

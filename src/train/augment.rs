@@ -97,7 +97,7 @@ impl Augmentation {
             _ => Err(Error::Option {
                 option: "augmentations",
                 given: format!("{self:?} for a task of every frame"),
-                allowed: "its targets would no longer be those of its frames; Jitter and Scale can be used".into(),
+                allowed: "its targets would no longer match its frames; only Jitter and Scale can be used".into(),
             }),
         }
     }

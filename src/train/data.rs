@@ -108,7 +108,7 @@ impl Dataset {
         let Some(first) = self.series.first() else { return bad("there are no series") };
         let width = first.ncols();
         if width == 0 {
-            return bad("series 0 has frames of no features");
+            return bad("series 0 has frames of width 0");
         }
         for (i, series) in self.series.iter().enumerate() {
             if series.nrows() == 0 {
@@ -119,8 +119,8 @@ impl Dataset {
             }
             if let Some(((frame, feature), x)) = find(series, |x| !x.is_finite()) {
                 return bad(format!(
-                    "series {i}: feature {feature} of frame {frame} is {x}; fill gaps before, with the value before \
-                     them for instance"
+                    "series {i}: feature {feature} of frame {frame} is {x}; fill gaps first, for instance with the \
+                     value before them"
                 ));
             }
         }
@@ -135,7 +135,7 @@ impl Dataset {
         };
         let class = |place: &dyn Display, class: usize| match class < outputs {
             true => Ok(()),
-            false => bad(format!("{place} has class {class}, and there are {outputs}: 0 to {}", outputs - 1)),
+            false => bad(format!("{place} has class {class}, but there are {outputs}: 0 to {}", outputs - 1)),
         };
         let values = |place: &dyn Display, values: &Array2<f32>, rows: usize, unusable: fn(f32) -> bool| {
             if values.dim() != (rows, outputs) {

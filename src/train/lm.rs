@@ -78,7 +78,7 @@ impl std::fmt::Debug for State {
     }
 }
 
-/// The results of an epoch.
+/// The result of an epoch.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 #[non_exhaustive]
@@ -107,7 +107,7 @@ pub struct LmProgress<'a> {
     pub loss: LmLoss,
     /// The learning rate of the last step.
     pub learning_rate: f32,
-    /// At the end of an epoch, its results.
+    /// At the end of an epoch, its result.
     pub finished: Option<LmEpoch>,
 }
 
@@ -209,7 +209,7 @@ impl LmTrainer {
         let folder = options.checkpoint.as_deref().filter(|_| ranks.is_first());
         let mut state = match start {
             Start::Resumed(_, data) if data != fingerprint => {
-                return Err(Error::Data("they are not the rows that the resumed training began with".into()));
+                return Err(Error::Data("these are not the rows that the resumed training began with".into()));
             }
             Start::Resumed(state, _) => *state,
             Start::New(mut lm) => {

@@ -340,7 +340,7 @@ impl CrossEntropy {
             Some(weights) if weights.iter().all(|&weight| weight == 0.0) => Err(Error::Option {
                 option: "class_weights",
                 given: "all 0".into(),
-                allowed: "one weight at least must be above 0".into(),
+                allowed: "at least one weight must be above 0".into(),
             }),
             _ => Ok(()),
         }

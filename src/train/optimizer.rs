@@ -64,7 +64,7 @@ pub struct AdamW<P> {
     moments: [P; 2],
 }
 
-/// What a step did.
+/// The result of a step.
 #[derive(Debug, Clone, Copy, PartialEq)]
 #[non_exhaustive]
 pub struct StepInfo {
@@ -101,9 +101,7 @@ impl<P: Parameters> AdamW<P> {
         let mut names = BTreeSet::new();
         for (name, array) in views(model) {
             if !array.is_standard_layout() {
-                return Err(Error::Optimizer(format!(
-                    "the numbers of {name:?} are not in row-major order without gaps"
-                )));
+                return Err(Error::Optimizer(format!("{name:?} is not contiguous in row-major order")));
             }
             if let Some(name) = names.replace(name) {
                 return Err(Error::Optimizer(format!("two parameters have the name {name:?}")));
@@ -326,7 +324,7 @@ impl<P: Parameters> AdamW<P> {
                 let name = format!("{prefix}{name}");
                 tensors.read_into(&name, array.view_mut())?;
                 if let Some(number) = array.iter().find(|&&number| !usable(number)) {
-                    return Err(tensors.error(format!("{name:?} holds {number}, which no step leaves behind")));
+                    return Err(tensors.error(format!("{name:?} holds {number}, which cannot be a moment")));
                 }
             }
         }
@@ -353,7 +351,7 @@ fn check_same<P: Parameters>(what: &str, given: &P, expected: &P) -> Result<()> 
                     None => "nothing".into(),
                 });
                 return Err(Error::Optimizer(format!(
-                    "{what} has {given} where the optimiser has {expected}; use what the optimiser was made for"
+                    "{what} has {given} where the optimiser has {expected}; use the model it was made for"
                 )));
             }
         }

@@ -36,7 +36,7 @@ impl RegressionMetrics {
     /// [`Error::Shape`] if there are none, or the shapes differ; [`Error::Targets`] if all are NaN.
     pub fn of(predictions: &ArrayRef2<f32>, targets: &ArrayRef2<f32>) -> Result<Self> {
         if targets.is_empty() || predictions.shape() != targets.shape() {
-            let expected = format!("that of the targets, {:?}, and one target at least", targets.shape());
+            let expected = format!("the shape of the targets, {:?}, with at least one target", targets.shape());
             return Err(Error::Shape { argument: "predictions", expected, given: predictions.shape().to_vec() });
         }
         let (mut count, mut outputs) = (0.0, 0.0);

@@ -191,11 +191,11 @@ impl Trainer {
         }
         let refused = |option, given, allowed| Err(Error::Option { option, given, allowed });
         if let Some((option, given)) = options.incomparable(&self.options) {
-            return refused(option, given, "it must stay as it was, or epochs could not be compared".into());
+            return refused(option, given, "it cannot change, or epochs could not be compared".into());
         }
         let done = state.history.len();
         if options.epochs <= done {
-            let allowed = format!("{done} epochs are done, and it is the number of all: it must be more");
+            let allowed = format!("{done} epochs are done, and it counts these, too: it must be more");
             return refused("epochs", options.epochs.to_string(), allowed);
         }
         (state.before_schedule, *prolonged) = (done, true);
@@ -360,7 +360,7 @@ impl Trainer {
         let optimizer = |epochs: usize| options.optimizer((steps.unwrap_or(1) as u64).saturating_mul(epochs as u64));
         let mut state = match start {
             Start::Resumed { data, .. } if data != fingerprint => {
-                return Err(Error::Data("they are not the data that the resumed training began with".into()));
+                return Err(Error::Data("these are not the data that the resumed training began with".into()));
             }
             Start::Resumed { mut state, prolonged, .. } => {
                 let optimizer = optimizer(options.epochs - state.before_schedule);
@@ -371,9 +371,9 @@ impl Trainer {
                     return Err(Error::Checkpoint {
                         path: options.checkpoint.unwrap_or_default(),
                         reason: format!(
-                            "its options, or the number of its steps, here {steps}, are not those that its optimiser goes by: \
-                             were they edited, or are there other batches, or ranks? To train by other options, or longer, \
-                             resume and call Trainer::prolong"
+                            "its options or its steps ({steps}) differ from those its optimiser was made for: were the \
+                             options edited, or did the batches or the ranks change? To change options, or to train \
+                             longer, resume and call Trainer::prolong"
                         ),
                     });
                 }

@@ -181,7 +181,7 @@ fn bad_shards(files: &Files) -> Vec<(&'static str, Files, &'static str)> {
         (
             "a name twice",
             text(files, INDEX, r#"{"weight_map": {"a": "config.json", "a": "config.json"}}"#),
-            "\"a\" is there twice",
+            "\"a\" appears twice",
         ),
         (
             "a tensor in both shards",
@@ -448,7 +448,7 @@ fn configs_of_language_models_are_read_with_little_memory() {
         (filled("{\"hidden_size\": ", "["), "line 1"),
         (filled("{\"hidden_size\": {\"a\": 0", ",\"a\": 0"), "line 1"),
         (filled("{\"hidden_act\": \"", "\\u001b"), "line 1"),
-        (format!("{{\"kq_norm\": \"{}\"}}", "\\u001b".repeat(100_000)), "must be there"),
+        (format!("{{\"kq_norm\": \"{}\"}}", "\\u001b".repeat(100_000)), "is required"),
         (filled("{\"global_attn_idx\": [0", ",0"), "at most 512"),
         (filled("{\"kv_reuse_group\": [[0]", ",[0]"), "at most 512"),
         (filled("{\"kv_reuse_group\": [", &zeros), "at most 512"),

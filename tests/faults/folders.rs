@@ -291,8 +291,8 @@ fn a_wide_folder_can_be_read_narrow() {
 #[test]
 fn other_folders_are_told_what_they_are() {
     for (files, says) in [
-        (&["adapter_config.json", "adapter_model.safetensors"][..], "merge_and_unload"),
-        (&["adapter_config.json", "adapter_model.safetensors", "config.json"], "merge_and_unload"),
+        (&["adapter_config.json", "adapter_model.safetensors"][..], "load_lora"),
+        (&["adapter_config.json", "adapter_model.safetensors", "config.json"], "load_lora"),
         (&["pytorch_model.bin", "config.json"], "convert them to safetensors"),
         (&["pytorch_model.bin"], "convert them to safetensors"),
         (&["pytorch_model-00001-of-00002.bin", "pytorch_model.bin.index.json", "config.json"], "safe_serialization"),

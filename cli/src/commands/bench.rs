@@ -15,14 +15,14 @@ use crate::bandwidth::{self, Memory};
 use crate::load::LoadArgs;
 use crate::output::{self, out, size};
 
-/// Decoding reads every weight once per token, so memory bandwidth is its limit: that is measured, too, in turns with
-/// the tokens, as it can change from one second to the next.
+/// Decoding reads every weight once per token, so its limit is the memory bandwidth. That is measured, too, in turns with the tokens,
+/// because it changes from one second to the next.
 #[derive(clap::Args)]
 pub struct Args {
     /// Folder of the model.
     #[arg(required_unless_present = "random")]
     dir: Option<PathBuf>,
-    /// Random weights in the sizes of Hymba-1.5B, in place of a folder.
+    /// Random weights of the sizes of Hymba-1.5B, instead of a folder.
     #[arg(long, conflicts_with = "dir")]
     random: bool,
     /// Layers of the random model.
@@ -34,7 +34,7 @@ pub struct Args {
     /// Width of the random model's MLP.
     #[arg(long, value_name = "N", requires = "random")]
     intermediate: Option<usize>,
-    /// Writes the random model to a folder in place of measuring.
+    /// Write the random model to a folder instead of measuring.
     #[arg(long, value_name = "DIR", requires = "random")]
     save: Option<PathBuf>,
     /// Tokens of the prompt.
@@ -43,14 +43,13 @@ pub struct Args {
     /// Tokens decoded.
     #[arg(long, value_name = "N", default_value_t = 32, value_parser = at_least_one)]
     tokens: usize,
-    /// Measures decoding with and without guessing this many tokens, on a text that repeats itself and on one that does
-    /// not.
+    /// Measure decoding with and without guessing this many tokens, on a text that repeats itself and on one that does not.
     #[arg(long, value_name = "N", num_args = 0..=1, require_equals = true, default_missing_value = "10", conflicts_with = "save")]
     lookahead: Option<usize>,
     /// Seed of the random weights.
     #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
-    /// JSON in place of words: one object, or with --lookahead one for each text.
+    /// Print one JSON object.
     #[arg(long)]
     json: bool,
     #[command(flatten)]
@@ -60,7 +59,7 @@ pub struct Args {
 fn at_least_one(text: &str) -> Result<usize, String> {
     match text.parse() {
         Ok(number @ 1..) => Ok(number),
-        _ => Err("it must be a whole number of at least 1".into()),
+        _ => Err("it must be a whole number, at least 1".into()),
     }
 }
 

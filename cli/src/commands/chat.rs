@@ -19,7 +19,7 @@ use crate::sampling::{Clock, SamplingArgs};
 pub struct Args {
     /// Folder of the model: config.json, *.safetensors, tokenizer.json.
     dir: PathBuf,
-    /// System message: instructions for the whole conversation.
+    /// Instructions for the whole conversation (the system prompt).
     #[arg(long, value_name = "TEXT")]
     system: Option<String>,
     #[command(flatten)]

@@ -17,9 +17,9 @@ use crate::text::Text;
 pub struct Args {
     /// Folder of the model: config.json, *.safetensors, tokenizer.json.
     dir: PathBuf,
-    /// The text to continue; where left out, it is read from the standard input.
+    /// The text to continue; read from the standard input if left out.
     prompt: Option<String>,
-    /// One object of JSON at the end in place of the text as it comes.
+    /// Print one JSON object at the end instead of the text as it is generated.
     #[arg(long)]
     json: bool,
     #[command(flatten)]

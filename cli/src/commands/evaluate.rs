@@ -18,7 +18,7 @@ pub struct Args {
     model: PathBuf,
     /// Series with their classes or numbers: .ts, .csv or .tsv.
     data: PathBuf,
-    /// One object of JSON in place of words.
+    /// Print one JSON object.
     #[arg(long)]
     json: bool,
     #[command(flatten)]

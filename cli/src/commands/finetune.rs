@@ -16,22 +16,23 @@ use crate::load::LoadArgs;
 use crate::output::size;
 use crate::text::Text;
 
-/// A line of the data is {"text": "…"}, or {"messages": [{"role": "user", "content": "…"}, …]}, which the chat template
-/// of the model turns into text and of which only the answers are learned. The last tenth of the lines is held out. The
-/// adapter is written as the PEFT library reads it. An interrupted training goes on when the same command is run again.
+/// A line of the data is {"text": "…"}, or {"messages": [{"role": "user", "content": "…"}, …]}. To messages the chat template of the
+/// model is applied, and only the answers are learned. The last tenth of the lines is held out. The adapter is written as the PEFT
+/// library reads it. An interrupted training continues when the same command is run again.
 #[derive(clap::Args)]
 pub struct Args {
     /// Folder of the model.
     dir: PathBuf,
     /// Lines of JSON.
     data: PathBuf,
-    /// Random weights in the sizes of the folder's config.json, to see what a training takes without the real ones.
+    /// Random weights of the sizes in the folder's config.json, to see what time and memory a training takes; the folder needs a
+    /// tokenizer, but no weights.
     #[arg(long)]
     random: bool,
     /// Folder of the adapter to write.
     #[arg(long, short, value_name = "DIR")]
     out: PathBuf,
-    /// Names of the maps that get an adapter, separated by commas; * stands for any text.
+    /// Names of the linear maps that get an adapter, separated by commas; * stands for any text.
     #[arg(long, value_name = "A,B", value_delimiter = ',', default_value = "*_proj*")]
     maps: Vec<String>,
     /// Rank of the adapter.
@@ -43,10 +44,10 @@ pub struct Args {
     /// Scale by alpha/√rank instead.
     #[arg(long)]
     rslora: bool,
-    /// Dropout rate of the adapter's inputs in training.
+    /// Share of an adapter's inputs that is dropped in training.
     #[arg(long, value_name = "X", default_value_t = LoraOptions::default().dropout)]
     dropout: f64,
-    /// Passes over the data.
+    /// Passes over the lines.
     #[arg(long, value_name = "N", default_value_t = 1)]
     epochs: usize,
     /// Rows per step.
@@ -55,16 +56,16 @@ pub struct Args {
     /// Peak of the learning rate.
     #[arg(long, value_name = "X", default_value_t = 2e-4)]
     learning_rate: f32,
-    /// Seed of the adapter, the order of the rows and dropout.
+    /// Seed of the adapter, dropout and order.
     #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
-    /// Tokens of a row at most; the rest is cut off.
+    /// Tokens per row at most; the rest is cut off.
     #[arg(long, value_name = "N", default_value_t = 512)]
     length: usize,
-    /// Recomputes activations in the backward pass: takes less memory, and longer.
+    /// Compute activations again in the backward pass: less memory, more time.
     #[arg(long)]
     recompute: bool,
-    /// Begins anew although there is an interrupted training.
+    /// Start over even if there is an interrupted training.
     #[arg(long)]
     restart: bool,
     #[command(flatten)]
@@ -83,7 +84,7 @@ pub fn run(args: Args) -> Result<()> {
         args.load.read(&args.dir)?
     };
     if lm.has_lora() {
-        bail!("--lora: an adapter is trained from the beginning, not over another");
+        bail!("--lora: a new adapter is trained, not one on top of another; leave it out");
     }
     let text = Text::of(&args.dir, &lm)?;
     let (rows, masks) = read(&args, &text)?;

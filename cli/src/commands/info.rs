@@ -13,7 +13,7 @@ use crate::output::{self, out, size};
 pub struct Args {
     /// A model, an adapter, a checkpoint, a state, or a file of series.
     path: PathBuf,
-    /// One object of JSON in place of words.
+    /// Print one JSON object.
     #[arg(long)]
     json: bool,
 }

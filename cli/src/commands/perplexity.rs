@@ -14,23 +14,23 @@ use crate::output::{self, out};
 use crate::text::Text;
 use comparison::Comparison;
 
-/// The text is cut into windows, each of which begins with the beginning-of-text token, if the model has one, and is scored alone.
+/// The text is cut into windows. Each begins with the beginning-of-text token, if the model has one, and is scored on its own.
 #[derive(clap::Args)]
 pub struct Args {
     /// Folder of the model.
     dir: PathBuf,
     /// The text; - for the standard input.
     file: PathBuf,
-    /// Compares, token by token, with the same model in these bits and in f32 arithmetic.
+    /// Compare, token by token, with the same model in these bits and in f32 arithmetic.
     #[arg(long, value_enum, value_name = "BITS")]
     against: Option<Bits>,
-    /// Tokens scored together.
+    /// Tokens per window.
     #[arg(long, value_name = "N", default_value_t = 512, value_parser = window)]
     window: usize,
-    /// At most this many tokens of the text.
+    /// Use at most this many tokens of the text.
     #[arg(long, value_name = "N", default_value_t = usize::MAX, hide_default_value = true)]
     tokens: usize,
-    /// One object of JSON in place of words.
+    /// Print one JSON object.
     #[arg(long)]
     json: bool,
     #[command(flatten)]
@@ -91,7 +91,7 @@ pub fn run(args: Args) -> Result<()> {
         }
         return output::json(&result);
     }
-    out(format!("{scored} tokens: {nats:.5} nats a token, {bits:.5} bits; perplexity {:.4}\n", nats.exp()))?;
+    out(format!("{scored} tokens: {nats:.5} nats per token, {bits:.5} bits; perplexity {:.4}\n", nats.exp()))?;
     if other.is_some() { out(comparison.words()) } else { Ok(()) }
 }
 

@@ -19,11 +19,11 @@ pub struct Args {
     /// Series: .ts, .csv or .tsv. Their targets, if there are any, are ignored.
     #[arg(required_unless_present = "stream")]
     data: Option<PathBuf>,
-    /// Reads frames from the standard input, one in each line, numbers separated by commas or spaces, and answers each line at once
-    /// with one of its own. An empty line begins another series.
+    /// Read frames from the standard input, one per line, numbers separated by commas or spaces, and answer each line at once. An
+    /// empty line begins another series. The model must be one of `train --streaming`.
     #[arg(long, conflicts_with = "data")]
     stream: bool,
-    /// Lines of JSON in place of CSV.
+    /// Print lines of JSON instead of CSV.
     #[arg(long)]
     json: bool,
     #[command(flatten)]
@@ -39,7 +39,7 @@ pub fn run(args: Args) -> Result<()> {
         Some(data) => whole(&args, &model, data),
         None => match &model {
             Model::Encoder(predictor) => stream(&args, predictor),
-            _ => bail!("{}: kernels look at whole series; train with --streaming", args.model.display()),
+            _ => bail!("{}: this model needs whole series; train one with --streaming", args.model.display()),
         },
     }
 }

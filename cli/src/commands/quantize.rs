@@ -15,12 +15,12 @@ use crate::output::{self, out, size};
 pub struct Args {
     /// Folder of the model.
     dir: PathBuf,
-    /// Folder to write, which must not have a model in it.
+    /// Folder to write; it must not hold a model yet.
     out: PathBuf,
-    /// Bits of the big matrices, or their type.
+    /// Bits of the large matrices.
     #[arg(long, value_enum, value_name = "BITS")]
     to: To,
-    /// One object of JSON in place of words.
+    /// Print one JSON object.
     #[arg(long)]
     json: bool,
     #[command(flatten)]

@@ -14,8 +14,7 @@ use crate::load::ThreadArgs;
 use crate::output;
 use crate::series::{Model, ReadArgs};
 
-/// Options that are not given follow from the series. An interrupted training goes on when the same command is run
-/// again.
+/// Options that are not given follow from the series. An interrupted training continues when the same command is run again.
 #[derive(clap::Args)]
 pub struct Args {
     /// Series with their classes or numbers: .ts, .csv or .tsv.
@@ -23,11 +22,11 @@ pub struct Args {
     /// The model to write.
     #[arg(long, short, value_name = "FILE", default_value = "model.safetensors")]
     out: PathBuf,
-    /// The model: ridge regression on features of fixed kernels, a Hymba encoder, or both, in shares chosen on a part
-    /// of the series.
+    /// Kind of model: ridge regression on features of fixed kernels, a Hymba encoder, or both, mixed as held out series show to be
+    /// best.
     #[arg(long, value_enum, value_name = "WHAT", default_value_t = View::Both)]
     view: View,
-    /// An encoder that answers frame by frame, for `predict --stream`.
+    /// Train an encoder that predicts after every frame, for `predict --stream`.
     #[arg(long, conflicts_with = "view")]
     streaming: bool,
     /// Passes over the series.
@@ -42,13 +41,13 @@ pub struct Args {
     /// Peak of the learning rate.
     #[arg(long, value_name = "X")]
     learning_rate: Option<f32>,
-    /// Share of the series that is held out to pick the best epoch.
+    /// Share of the series held out to pick the best epoch.
     #[arg(long, value_name = "X", default_value_t = 0.0)]
     validation: f32,
     /// Seed of kernels, weights, dropout and order.
     #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
-    /// Begins anew although there is an interrupted training.
+    /// Start over even if there is an interrupted training.
     #[arg(long)]
     restart: bool,
     #[command(flatten)]
@@ -80,7 +79,7 @@ pub fn run(args: Args) -> Result<()> {
     let mut trainings = 0;
     let mut train = |part: &Dataset| {
         trainings += 1;
-        eprintln!("trains an encoder on {} series", part.num_series());
+        eprintln!("training an encoder on {} series", part.num_series());
         train_encoder(&args, &task, part, &checkpoint.join(trainings.to_string()))
     };
     let model = match (args.view, args.streaming) {
@@ -90,7 +89,7 @@ pub fn run(args: Args) -> Result<()> {
             let ensemble = Ensemble::fit(&data, args.seed, train)?;
             match ensemble.encoder() {
                 Some(_) => eprintln!("the encoder has a share of {:.1} beside the kernels", ensemble.share()),
-                None => eprintln!("kernels alone: an encoder promises nothing more"),
+                None => eprintln!("kernels alone: an encoder would not add to them"),
             }
             Model::Ensemble(Box::new(ensemble))
         }
@@ -114,7 +113,7 @@ fn train_encoder(args: &Args, task: &Task, data: &Dataset, checkpoint: &Path) ->
             checkpoint.display()
         ),
         Some(trainer) => {
-            eprintln!("goes on with the training in {}", checkpoint.display());
+            eprintln!("continuing the training in {}", checkpoint.display());
             trainer
         }
         None => {

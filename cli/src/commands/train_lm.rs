@@ -17,12 +17,12 @@ use crate::load::ThreadArgs;
 use crate::output;
 use crate::text::Text;
 
-/// The last twentieth of the text is held out. An interrupted training goes on when the same command is run again. The
-/// folder it writes is laid out as on the Hugging Face Hub, with a picture of the loss, curve.svg. The tokens are the
-/// bytes of the text, without a tokenizer, or those of one that is trained on it.
+/// The last twentieth of the text is held out. An interrupted training continues when the same command is run again. The result is a
+/// folder as on the Hugging Face Hub, with a picture of the loss, curve.svg. The tokens are the bytes of the text, or with
+/// --vocabulary those of a tokenizer that is trained on it first.
 #[derive(clap::Args)]
 pub struct Args {
-    /// Texts.
+    /// Text files.
     #[arg(required = true, value_name = "FILE")]
     texts: Vec<PathBuf>,
     /// Folder of the model to write.
@@ -34,7 +34,7 @@ pub struct Args {
     /// Layers of the model.
     #[arg(long, value_name = "N", default_value_t = 4)]
     layers: usize,
-    /// Trains a byte pair encoding of this many tokens on the text, which must be UTF-8 then.
+    /// Train a byte pair encoding of this many tokens on the text, which must then be UTF-8.
     #[arg(long, value_name = "N")]
     vocabulary: Option<usize>,
     /// Tokens per row.
@@ -52,7 +52,7 @@ pub struct Args {
     /// Seed of weights and order.
     #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
-    /// Begins anew although there is an interrupted training.
+    /// Start over even if there is an interrupted training.
     #[arg(long)]
     restart: bool,
     #[command(flatten)]
@@ -166,7 +166,7 @@ pub fn fit(
                 checkpoint.display()
             );
         }
-        eprintln!("goes on with the training in {}", checkpoint.display());
+        eprintln!("continuing the training in {}", checkpoint.display());
         trainer
     } else {
         LmTrainer::new(lm, options)?

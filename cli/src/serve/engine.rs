@@ -291,7 +291,7 @@ impl<'a> Loop<'a> {
         let failure = match catch_unwind(AssertUnwindSafe(|| self.pass(&mut reading))) {
             Ok(Ok(())) => None,
             Ok(Err(error)) => Some(Failure::Internal(error.to_string())),
-            Err(_) => Some(Failure::Internal("the model broke down".into())),
+            Err(_) => Some(Failure::Internal("the model panicked".into())),
         };
         self.writing.retain(|writing| !writing.is_over());
         if let Some(failure) = failure {

@@ -42,7 +42,7 @@ impl ApiError {
     }
 
     pub fn no_model(asked: &str, served: &str) -> Self {
-        let message = format!("the model {asked:?} is not here; this server has {served:?}");
+        let message = format!("there is no model {asked:?}; this server has {served:?}");
         ApiError { code: Some("model_not_found"), ..Self::status(StatusCode::NOT_FOUND, message) }
     }
 
@@ -52,18 +52,18 @@ impl ApiError {
     }
 
     pub fn busy() -> Self {
-        let message = "all places are taken; try again later";
+        let message = "the server is busy; try again later";
         ApiError { code: Some("rate_limit_exceeded"), ..Self::status(StatusCode::TOO_MANY_REQUESTS, message) }
     }
 
     pub fn stopping() -> Self {
-        Self::status(StatusCode::SERVICE_UNAVAILABLE, "the server is going down")
+        Self::status(StatusCode::SERVICE_UNAVAILABLE, "the server is shutting down")
     }
 
     /// What broke is in the log; strangers are told no more than that.
     pub fn internal(what: &str) -> Self {
         log(what);
-        Self::status(StatusCode::INTERNAL_SERVER_ERROR, "something broke in the server")
+        Self::status(StatusCode::INTERNAL_SERVER_ERROR, "internal error of the server")
     }
 
     pub fn body(&self) -> Value {

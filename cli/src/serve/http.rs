@@ -55,14 +55,15 @@ impl Door {
         let text = |name| headers.get(name).and_then(|value| value.to_str().ok());
         let host = text(header::HOST).unwrap_or_default();
         if self.key.is_none() && self.local && !is_local(host) {
-            return Err(ApiError::status(StatusCode::FORBIDDEN, "only names of this machine are answered"));
+            let message = "the Host must be this machine (localhost); other names need an API key";
+            return Err(ApiError::status(StatusCode::FORBIDDEN, message));
         }
         // web pages of others: browsers tell where they come from
         if let Some(origin) = headers.get(header::ORIGIN)
             && self.key.is_none()
             && origin.to_str().ok().and_then(|origin| origin.split_once("://")).is_none_or(|(_, from)| from != host)
         {
-            return Err(ApiError::status(StatusCode::FORBIDDEN, "pages of other servers are not answered"));
+            return Err(ApiError::status(StatusCode::FORBIDDEN, "requests from pages of other servers are refused"));
         }
         let Some(key) = &self.key else { return Ok(()) };
         let given = text(header::AUTHORIZATION).and_then(|value| value.split_once(' '));
@@ -112,10 +113,10 @@ pub async fn serve(
         .route("/health", get(async || axum::Json(serde_json::json!({"status": "ok"}))))
         .route("/metrics", get(metrics_text).with_state(common.clone()))
         .fallback(async || {
-            ApiError::status(StatusCode::NOT_FOUND, "there is nothing here; /v1/models says which model there is")
+            ApiError::status(StatusCode::NOT_FOUND, "there is nothing here; /v1/models names the model served")
         })
-        .method_not_allowed_fallback(async || ApiError::status(StatusCode::METHOD_NOT_ALLOWED, "not by this method"))
-        .layer(CatchPanicLayer::custom(|_| ApiError::internal("a handler broke down").into_response()))
+        .method_not_allowed_fallback(async || ApiError::status(StatusCode::METHOD_NOT_ALLOWED, "method not allowed"))
+        .layer(CatchPanicLayer::custom(|_| ApiError::internal("a handler panicked").into_response()))
         .layer(middleware::from_fn_with_state(common, watch_over));
     // nobody need read it
     let _ = output::out(format!("listening on http://{}\n", listener.local_addr()?));

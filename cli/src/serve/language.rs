@@ -154,7 +154,7 @@ async fn complete(State(language): State<Arc<Language>>, request: Request) -> Ap
                 }
             };
             if ids.is_empty() {
-                return Err(ApiError::field("prompt", "it has no tokens; give one at least"));
+                return Err(ApiError::field("prompt", "it has no tokens; give at least one"));
             }
             encoding.check_length(ids.len(), max_tokens)?;
             if echoes {
@@ -217,7 +217,7 @@ async fn blocking<T: Send + 'static>(work: impl FnOnce() -> ApiResult<T> + Send 
             let _ = sender.send(work());
         }
     });
-    done.await.unwrap_or_else(|_| Err(ApiError::internal("reading a request broke down")))
+    done.await.unwrap_or_else(|_| Err(ApiError::internal("reading a request panicked")))
 }
 
 impl Language {
@@ -282,17 +282,17 @@ impl Language {
         return match (&self.schemas, format, must_call) {
             (Some(schemas), _, Some(functions)) => schemas.call(&functions, options),
             (Some(schemas), Some(format), None) => schemas.apply(&format, options),
-            _ => Err(ApiError::bad("the model has no token that ends a text held to a form")),
+            _ => Err(ApiError::bad("response_format and tool_choice need a model with an end-of-text token")),
         };
         #[cfg(not(feature = "schema"))]
-        Err(ApiError::bad("answers are held to no form: this server was built without the feature `schema`"))
+        Err(ApiError::bad("response_format and tool_choice need the feature `schema`, which this server lacks"))
     }
 
     /// Places in the queue, for the continuations of each prompt, or none at all.
     fn permits(&self, prompts: usize, per_prompt: usize) -> ApiResult<Vec<OwnedSemaphorePermit>> {
         let all = self.limits.concurrent + self.limits.waiting;
         if prompts.saturating_mul(per_prompt) > all {
-            return Err(ApiError::bad(format!("a request can have {all} sequences at most; send several")));
+            return Err(ApiError::bad(format!("a request can have {all} sequences at most; send several requests")));
         }
         let one = |_| self.places.clone().try_acquire_many_owned(per_prompt as u32).map_err(|_| ApiError::busy());
         (0..prompts).map(one).collect()
@@ -302,7 +302,7 @@ impl Language {
     fn check_length(&self, tokens: usize, max_tokens: usize) -> ApiResult<()> {
         let most = self.context - usize::from(max_tokens > 0);
         match tokens > most {
-            true => Err(ApiError::too_long(format!("the prompt has {tokens} tokens, and {most} are the most"))),
+            true => Err(ApiError::too_long(format!("the prompt has {tokens} tokens, at most {most} are allowed"))),
             false => Ok(()),
         }
     }

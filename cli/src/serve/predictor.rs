@@ -116,11 +116,11 @@ async fn classify(State(series): State<Arc<Series>>, request: Request) -> ApiRes
     let all: Vec<Array2<f32>> = asked.series.into_iter().map(array).collect::<ApiResult<_>>()?;
     let most = series.limits.context.unwrap_or(LONGEST_SERIES);
     if let Some(length) = all.iter().map(Array2::nrows).find(|length| *length > most) {
-        return Err(ApiError::field("series", format!("one has {length} frames, and {most} are the most")));
+        return Err(ApiError::field("series", format!("one has {length} frames, at most {most} are allowed")));
     }
     // none is predicted where one cannot be
     if let Some(at) = all.iter().position(|one| one.is_empty() || one.ncols() != series.channels) {
-        let message = format!("series {at} must have frames of {} numbers, one at least", series.channels);
+        let message = format!("series {at} must have at least one frame, each of {} numbers", series.channels);
         return Err(ApiError::field("series", message));
     }
     let mut data = Vec::new();
@@ -164,7 +164,7 @@ fn refused(error: anyhow::Error) -> ApiError {
 fn array(frames: Vec<Vec<f32>>) -> ApiResult<Array2<f32>> {
     let width = frames.first().map_or(0, Vec::len);
     if let Some(at) = frames.iter().position(|frame| frame.len() != width) {
-        let message = format!("frame {at} has {} numbers, and the first {width}", frames[at].len());
+        let message = format!("frame {at} has {} numbers, but the first has {width}", frames[at].len());
         return Err(ApiError::field("series", message));
     }
     let (length, numbers) = (frames.len(), frames.concat());
@@ -199,7 +199,7 @@ impl Series {
             work()
         });
         match timeout_at(deadline, done).await {
-            Ok(done) => done.unwrap_or_else(|_| Err(ApiError::internal("predicting broke down"))),
+            Ok(done) => done.unwrap_or_else(|_| Err(ApiError::internal("predicting panicked"))),
             Err(_) => Err(Failure::Timeout.into()),
         }
     }
@@ -220,7 +220,7 @@ impl Series {
 
 async fn stream(State(series): State<Arc<Series>>, upgrade: WebSocketUpgrade) -> ApiResult<Response> {
     let Some(state) = series.encoder().map(|predictor| predictor.new_state(1)) else {
-        return Err(ApiError::bad("this model reads whole series: only an encoder alone follows streams"));
+        return Err(ApiError::bad("this model needs whole series; for streams, train one with --streaming"));
     };
     let stopping = series.stop.subscribe();
     if *stopping.borrow() {
@@ -243,7 +243,7 @@ impl Series {
             let message = tokio::select! {
                 biased;
                 () = async { drop(stopping.wait_for(|stop| *stop).await) } => {
-                    let close = CloseFrame { code: close_code::AWAY, reason: "the server is going down".into() };
+                    let close = CloseFrame { code: close_code::AWAY, reason: "the server is shutting down".into() };
                     let _ = timeout(GOODBYE, async {
                         socket.send(Message::Close(Some(close))).await?;
                         while socket.recv().await.transpose()?.is_some() {}
@@ -302,7 +302,7 @@ impl Series {
         };
         let (count, model) = (frames.nrows(), self.model.clone());
         if count > PART {
-            let error = ApiError::bad(format!("a message has {count} frames, and {PART} are the most; send several"));
+            let error = ApiError::bad(format!("a message has {count} frames, at most {PART} are allowed"));
             return Err((Some(state), error));
         }
         let done = self.work(Instant::now() + self.limits.timeout, move || {

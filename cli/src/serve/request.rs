@@ -163,7 +163,7 @@ impl Sampling {
             [("frequency_penalty", self.frequency_penalty), ("presence_penalty", self.presence_penalty)]
         {
             if penalty.is_some_and(|penalty| !(-2.0..=2.0).contains(&penalty)) {
-                return Err(ApiError::field(name, format!("{name} must lie between -2 and 2")));
+                return Err(ApiError::field(name, format!("{name} must be between -2 and 2")));
             }
         }
         if let Some(bias) = &self.logit_bias {
@@ -232,7 +232,7 @@ impl ChatRequest {
                 "auto" => None,
                 "none" => return Ok((Vec::new(), None)),
                 "required" => Some(tools.clone()),
-                _ => return wrong("it is auto, none, required or a function"),
+                _ => return wrong("it must be auto, none, required or a function"),
             },
             Some(choice) => {
                 let name = choice.pointer("/function/name").and_then(Value::as_str).map(without_marks);
@@ -240,9 +240,9 @@ impl ChatRequest {
             }
         };
         match &must {
-            Some(functions) if functions.is_empty() => wrong("none of the tools is what it asks for"),
+            Some(functions) if functions.is_empty() => wrong("it names none of the tools"),
             Some(_) if !matches!(self.response_format, None | Some(ResponseFormat::Text)) => {
-                wrong("an answer cannot be a call and have a response_format")
+                wrong("a forced call excludes a response_format")
             }
             _ => Ok((tools, must)),
         }
@@ -272,9 +272,7 @@ impl MessageField {
             Some(Content::Parts(parts)) => {
                 let text = |part: &Part| match (&part.text, part.kind.as_str()) {
                     (Some(text), "text" | "input_text" | "refusal") => Ok(text.clone()),
-                    (_, kind) => {
-                        Err(ApiError::field("messages", format!("the model reads text only, and this is {kind:?}")))
-                    }
+                    (_, kind) => Err(ApiError::field("messages", format!("the model reads text only, not {kind:?}"))),
                 };
                 parts.iter().map(text).collect::<ApiResult<Vec<_>>>()?.join("\n")
             }

@@ -251,7 +251,7 @@ fn hostile_indexes_are_refused() {
         ("{\"weight_map\": {\"a\": 3}}".into(), "expected a string"),
         ("{\"weight_map\": {\"a\": [\"b\"]}}".into(), "expected a string"),
         ("{\"weight_map\": {}, \"weight_map\": {}}".into(), "duplicate field"),
-        ("{\"weight_map\": {\"a\": \"f\", \"a\": \"f\"}}".into(), "\"a\" is there twice"),
+        ("{\"weight_map\": {\"a\": \"f\", \"a\": \"f\"}}".into(), "\"a\" appears twice"),
         (format!("{{\"weight_map\": {}", "{\"a\":".repeat(100_000)), "expected a string"),
         (format!("{{\"metadata\": {}", "[".repeat(100_000)), "not a usable index"),
         (format!("{{\"weight_map\": {{\"{}\": \"f\"}}}}", "n".repeat(300)), "is too long"),

@@ -148,13 +148,13 @@ impl HymbaLmConfig {
         if self.hidden_act != "silu" {
             // it may come from a file
             let given = crate::files::tensors::quoted(&self.hidden_act);
-            return refused("hidden_act", given, "the convolution is followed by \"silu\" only");
+            return refused("hidden_act", given, "only \"silu\" is supported");
         }
         if self.memory_tokens_interspersed_every > 0 {
             return refused(
                 "memory_tokens_interspersed_every",
                 self.memory_tokens_interspersed_every,
-                "meta tokens stand in front of a sequence only: it must be 0",
+                "it must be 0: meta tokens stand in front of a sequence only",
             );
         }
         Ok(())
@@ -175,17 +175,17 @@ impl HymbaLmConfig {
         let mut seen = vec![false; self.num_hidden_layers];
         for group in self.kv_reuse_group.iter().flatten() {
             let Some((&first, others)) = group.split_first() else {
-                return refused(OPTION, "[]", "a group must have a layer");
+                return refused(OPTION, "[]", "a group needs at least one layer");
             };
             let exists = |layer: &&usize| **layer < self.num_hidden_layers;
             if let Some(layer) = others.iter().filter(exists).find(|layer| **layer <= first) {
                 let allowed =
-                    format!("layer {layer} cannot use keys and values of layer {first}, which makes them no earlier");
+                    format!("layer {layer} cannot use keys and values of layer {first}, which does not come before it");
                 return refused(OPTION, shown(group), allowed);
             }
             for &layer in group {
                 if seen.get_mut(layer).is_some_and(|seen| std::mem::replace(seen, true)) {
-                    return refused(OPTION, shown(group), format!("layer {layer} is there twice"));
+                    return refused(OPTION, shown(group), format!("layer {layer} appears twice"));
                 }
             }
         }

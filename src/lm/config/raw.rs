@@ -120,7 +120,7 @@ fn groups(lists: List<List<i64, MAX_LAYERS>, MAX_LAYERS>, num_layers: usize) -> 
     let mut makers = vec![None; num_layers];
     for List(list) in &lists.0 {
         let Some((&maker, users)) = list.split_first() else {
-            return refused("kv_reuse_group", "[]", "a group must have a layer");
+            return refused("kv_reuse_group", "[]", "a group needs at least one layer");
         };
         for user in layers(users) {
             if let Some(place) = makers.get_mut(user) {
@@ -151,7 +151,7 @@ fn groups(lists: List<List<i64, MAX_LAYERS>, MAX_LAYERS>, num_layers: usize) -> 
 impl RawQuantization {
     fn read(self) -> Result<Quantization> {
         const METHOD: &str =
-            "\"hymba\": what other tools quantised is not read; read the original with LoadOptions::quantize";
+            "\"hymba\": what was quantised by other tools is not read; read the original with LoadOptions::quantize";
         let text = |given: &Value| matches!(given, Value::Text(text) if text == "hymba").then_some(());
         self.quant_method.read("quantization_config.quant_method", None, METHOD, text)?;
         self.group_size.read("quantization_config.group_size", None, &BLOCK.to_string(), |given| {

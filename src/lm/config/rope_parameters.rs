@@ -147,7 +147,7 @@ impl RopeParameters {
         };
         let given = if matches!(self.rope_type, Value::Null) { self.type_ } else { self.rope_type };
         if matches!(given, Value::Null) && !matches!(self.factor, Value::Null) {
-            return refused(key, format!("{{\"factor\": {}, …}}", self.factor), "its rope_type must be there");
+            return refused(key, format!("{{\"factor\": {}, …}}", self.factor), "it needs a rope_type");
         }
         let rope_type = match &given {
             Value::Null => None,
@@ -158,7 +158,7 @@ impl RopeParameters {
                     return refused(
                         key,
                         format!("{{\"rope_type\": {}, …}}", quoted(text)),
-                        "of the ways to stretch positions only \"default\" (not at all) and \"ntk\" are computed",
+                        "only \"default\" (positions are not scaled) and \"ntk\" are supported",
                     );
                 }
             },
@@ -168,7 +168,7 @@ impl RopeParameters {
         for (i, (_, kind)) in self.kinds.into_iter().enumerate() {
             let kind = kind.read(key)?;
             if i > 0 && kind != read {
-                return refused(key, "{…}", "it must be the same for all kinds of layers, which are rotated alike");
+                return refused(key, "{…}", "it must be the same for all kinds of layers");
             }
             read = kind;
         }
@@ -177,7 +177,7 @@ impl RopeParameters {
 }
 
 fn whole(key: &'static str, factor: Value) -> Result<()> {
-    factor.read(key, Some(()), "1: queries and keys are rotated in all their width", |given| {
+    factor.read(key, Some(()), "1: queries and keys are rotated over their full width", |given| {
         let is_one = matches!(given, Value::Int(1)) || matches!(given, Value::Float(factor) if *factor == 1.0);
         is_one.then_some(())
     })

@@ -281,7 +281,7 @@ fn bad_values_are_refused_by_name() {
         (json!({"vocab_size": 0}), &["vocab_size = 0"]),
         (json!({"vocab_size": 1u64 << 40}), &["vocab_size"]),
         (json!({"num_attention_heads": 0}), &["num_attention_heads = 0"]),
-        (json!({"num_attention_heads": null}), &["num_attention_heads = null", "must be there"]),
+        (json!({"num_attention_heads": null}), &["num_attention_heads = null", "is required"]),
         (json!({"num_key_value_heads": 0}), &["num_key_value_heads = 0"]),
         (json!({"num_attention_heads": 4, "num_key_value_heads": 3}), &["num_key_value_heads = 3", "divide"]),
         (json!({"mamba_expand": 1.625}), &["mamba_expand = 1.625", "13"]),
@@ -403,7 +403,7 @@ fn files_that_are_no_configs_are_refused() {
     for other in ["null", "3", "\"config\""] {
         assert!(error(other.as_bytes()).contains("expected a config:"), "{}", error(other.as_bytes()));
     }
-    assert!(error(b"[]").contains("must be there"));
+    assert!(error(b"[]").contains("is required"));
     assert!(error(b"{\"rope\": \xff}").contains("UTF-8"));
     assert!(error(b"{\"rope\": true, \"rope\": true}").contains("duplicate field `rope`"));
     assert!(error(b"{\"num_hidden_layers\": NaN}").contains("num_hidden_layers = \"NaN\""));

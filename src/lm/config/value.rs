@@ -101,7 +101,7 @@ impl Value {
     ) -> Result<T> {
         match (self, default) {
             (Value::Null, Some(default)) => Ok(default),
-            (Value::Null, None) => refused(key, "null", format!("it must be there, and be {allowed}")),
+            (Value::Null, None) => refused(key, "null", format!("it is required, and must be {allowed}")),
             (given, _) => match read(&given) {
                 Some(value) => Ok(value),
                 None => refused(key, given, format!("it must be {allowed}")),

@@ -15,7 +15,7 @@ use crate::{Error, Result};
 /// | `temperature` | 0 | finite, ≥ 0 | 0 takes the most probable token; otherwise logits are divided by it and the token is drawn |
 /// | `top_k` | 0 | any | draw from this many of the most probable tokens; 0 turns it off |
 /// | `top_p` | 1.0 | 0 < p ≤ 1 | draw from the fewest most probable tokens that have this probability together; 1 turns it off |
-/// | `min_p` | 0.0 | 0 to 1 | draw from the tokens with this share of the largest probability; 0 turns it off |
+/// | `min_p` | 0.0 | 0 to 1 | draw from the tokens with at least this share of the largest probability; 0 turns it off |
 /// | `repetition_penalty` | 1.0 | finite, > 0 | above 1, tokens of the prompt and of the text so far become less probable; 1 turns it off |
 /// | `seed` | 0 | any | of the draws |
 /// | `stream` | 0 | any | which of the seed's sequences of random numbers the draws take |
@@ -354,7 +354,7 @@ impl GenerateOptions {
             return bad("lookahead", self.lookahead.to_string(), allowed);
         }
         if self.stop_strings.iter().any(String::is_empty) {
-            let allowed = "every text ends with an empty one, so that nothing would be generated; leave it out";
+            let allowed = "an empty one would end every text at once; leave it out";
             return bad("stop_strings", format!("{:?}", self.stop_strings), allowed);
         }
         Ok(())

@@ -160,7 +160,7 @@ fn vocabulary<'de, D: Deserializer<'de>>(deserializer: D) -> Result<HashMap<Stri
                     )));
                 }
                 if pieces.insert(piece, id).is_some() {
-                    return Err(A::Error::custom(format!("the piece {name} is there twice")));
+                    return Err(A::Error::custom(format!("the piece {name} appears twice")));
                 }
             }
             Ok(pieces)

@@ -71,7 +71,7 @@ impl Ensemble {
         };
         let mut ensemble = Ensemble { kernels, encoder };
         if ensemble.encoder().is_some_and(|predictor| predictor.task() != ensemble.task()) {
-            return Err(tensors.error("its encoder has another task than its kernels"));
+            return Err(tensors.error("its encoder and its kernels have different tasks"));
         }
         if let Some(predictor) = ensemble.encoder() {
             check_width(predictor, &ensemble.kernels).map_err(|error| tensors.error(error.to_string()))?;

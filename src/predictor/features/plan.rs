@@ -95,7 +95,7 @@ impl Plan {
             }
             () if !ascending || !self.dilations.iter().all(within) || self.biases() > BIASES_PER_KERNEL => {
                 Err(format!(
-                    "its dilations are not in order, above {MAX_DILATION}, or have not 1 to {BIASES_PER_KERNEL} biases together"
+                    "its dilations are not in order, above {MAX_DILATION}, or without 1 to {BIASES_PER_KERNEL} biases"
                 ))
             }
             () => Ok(()),

@@ -81,10 +81,10 @@ impl KernelPredictor {
     pub(in crate::predictor) fn with_room_for(tensors: &Tensors, prefix: &str, plan: Plan, task: Task) -> Result<Self> {
         task.validate().map_err(|error| tensors.error(error.to_string()))?;
         if task.is_frame_wise() {
-            return Err(tensors.error("its task is one of frames, and kernel features are of whole series"));
+            return Err(tensors.error("its task is per frame, but kernel features are per series"));
         }
         if task.is_multi_label() {
-            return Err(tensors.error("its task has several labels at once, which kernel features are not for"));
+            return Err(tensors.error("its task has several labels at once, which kernel features do not support"));
         }
         plan.check().map_err(|reason| tensors.error(format!("its kernels are not usable: {reason}")))?;
         // every size of the plan stands in the shape of a tensor, whose numbers the file holds
@@ -92,7 +92,7 @@ impl KernelPredictor {
         for (name, shape) in shapes {
             let name = format!("{prefix}{name}");
             if tensors.shape(&name) != Some(&shape) {
-                return Err(tensors.error(format!("its tensor {name} has not the shape {shape:?} of its kernels")));
+                return Err(tensors.error(format!("its tensor {name} must have shape {shape:?} with these kernels")));
             }
         }
         let (channels, outputs) = (plan.channels, task.outputs());

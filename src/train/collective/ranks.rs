@@ -104,7 +104,7 @@ impl<'a> Ranks<'a> {
             _ => format!("on {count} ranks"),
         };
         if said[3] > 0.0 {
-            let elsewhere = || Error::Collective(format!("an error {}, which says what it is", at(said[3], said[4])));
+            let elsewhere = || Error::Collective(format!("an error {}: see its message", at(said[3], said[4])));
             return Err(done.err().filter(|error| !matches!(error, Error::NotFinite { .. })).unwrap_or_else(elsewhere));
         }
         if said[5] == 0.0 && said[0] > 0.0 {

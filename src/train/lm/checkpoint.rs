@@ -52,7 +52,7 @@ fn optimizer(folder: &Path, epoch: usize) -> PathBuf {
 pub(super) fn create(folder: &Path) -> Result<()> {
     fs::create_dir_all(folder).map_err(|source| Error::io(folder, source))?;
     if folder.join(FILE).exists() {
-        let reason = "there is a training in it: go on with it by LmTrainer::resume, or choose another folder";
+        let reason = "it holds a training already: continue it by LmTrainer::resume, or choose another folder";
         return Err(Error::Checkpoint { path: folder.to_path_buf(), reason: reason.into() });
     }
     Ok(())

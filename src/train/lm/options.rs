@@ -12,7 +12,7 @@ use crate::{Error, Result};
 /// | option | default | range | meaning |
 /// |---|---|---|---|
 /// | `epochs` | 1 | 1 … 100000 | passes over all rows |
-/// | `batch_size` | 16 | ≥ 1 | rows of a step |
+/// | `batch_size` | 16 | ≥ 1 | rows per step |
 /// | `pass_size` | 16 | ≥ 1 | rows that pass through the model together; a step adds up several if it has more |
 /// | `learning_rate` | 1e-3 | > 0 | its peak |
 /// | `warm_up` | 0.05 | 0 ≤ … < 1 | share of all steps that the climb takes |
@@ -20,8 +20,8 @@ use crate::{Error, Result};
 /// | `betas` | (0.9, 0.95) | 0 ≤ β < 1 | as in [`AdamWOptions`] |
 /// | `weight_decay` | 0.1 | ≥ 0 | of matrices |
 /// | `clip_norm` | 1.0 | > 0, or none | the largest norm a gradient keeps |
-/// | `patience` | none | ≥ 1 | ends after so many epochs without a better validation loss |
-/// | `seed` | 0 | any | order of the rows, and dropout of adapters |
+/// | `patience` | none | ≥ 1 | ends after this many epochs without a better validation loss |
+/// | `seed` | 0 | | order of the rows |
 /// | `checkpoint` | none | | folder that a killed training goes on from |
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -45,7 +45,7 @@ pub struct LmTrainerOptions {
     pub weight_decay: f32,
     /// The largest norm a gradient keeps.
     pub clip_norm: Option<f32>,
-    /// Ends after so many epochs without a better validation loss.
+    /// Ends after this many epochs without a better validation loss.
     pub patience: Option<usize>,
     /// Seed of the order of the rows, and of the dropout of adapters.
     pub seed: u64,

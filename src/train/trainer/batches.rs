@@ -271,7 +271,7 @@ impl Trainer {
             return Err(Error::Option {
                 option: "decay",
                 given: format!("{:?}, with a warm-up of {}", options.decay, options.warm_up),
-                allowed: "the source does not say how many batches it has: Decay::Constant without warm-up".into(),
+                allowed: "the source does not say how many batches it has: use Decay::Constant without warm-up".into(),
             });
         }
         let batches = Batches::new(source, loss, metric, options, steps);

@@ -54,7 +54,7 @@ impl<'a> Checkpoint<'a> {
         if self.folder.join(FILE).exists() || self.files().iter().any(|path| epoch_of(path).is_some_and(|e| e > 0)) {
             return Err(Error::Checkpoint {
                 path: self.folder.to_path_buf(),
-                reason: "there is a training in it: go on with it by Trainer::resume, or choose another folder".into(),
+                reason: "it holds a training already: continue it by Trainer::resume, or choose another folder".into(),
             });
         }
         Ok(())
@@ -101,7 +101,7 @@ impl<'a> Checkpoint<'a> {
         let mut source = Source::open(&path).map_err(|error| match error {
             Error::Io { source, .. } if source.kind() == ErrorKind::NotFound => Error::Checkpoint {
                 path: self.folder.to_path_buf(),
-                reason: format!("there is no training in it to go on with: no {FILE}"),
+                reason: format!("it holds no training to continue: no {FILE}"),
             },
             error => error,
         })?;
@@ -114,7 +114,7 @@ impl<'a> Checkpoint<'a> {
         let Saved { version, options, data, history, before_schedule }: Saved =
             serde_json::from_slice(&text).map_err(|error| unusable(&error.to_string()))?;
         if version != VERSION {
-            return Err(unusable(&format!("it is of version {version}, and {} is read", VERSION)));
+            return Err(unusable(&format!("it has version {version}, but only {} is read", VERSION)));
         }
         options.validate().map_err(|error| unusable(&error.to_string()))?;
         if history.len() > options.epochs {

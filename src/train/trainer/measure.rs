@@ -115,7 +115,7 @@ impl<'a> Part<'a> {
             return Err(Error::Option {
                 option: "class_weights",
                 given: format!("{weights:?}"),
-                allowed: "one class of the data at least must have a weight above 0".into(),
+                allowed: "at least one class of the data must have a weight above 0".into(),
             });
         }
         Ok(sum / count)

@@ -28,7 +28,7 @@ pub enum Decay {
 ///
 /// | option | default | range | meaning |
 /// |---|---|---|---|
-/// | `epochs` | 60 | 1 to 100,000 | how often every series is seen |
+/// | `epochs` | 60 | 1 to 100000 | how often every series is seen |
 /// | `batch_size` | 16 | ≥ 1 | series in a batch |
 /// | `accumulation` | 1 | ≥ 1 | batches in a step of the optimiser, at most |
 /// | `learning_rate` | 0.001 | > 0 | the highest one |
@@ -43,8 +43,8 @@ pub enum Decay {
 /// | `normalize` | yes | | fit input and output normalization to the training part where the predictor has none |
 /// | `skip_not_finite` | 0 | any | steps with a loss or gradient that is not finite to leave out before it is an error |
 /// | `validation_fraction` | 0 | 0 ≤ fraction < 1 | share of the series that is only measured on |
-/// | `patience` | none | ≥ 1, or none | stop after so many epochs without a better loss |
-/// | `seed` | 0 | any | of the validation part, the order of the series, augmentations and dropout |
+/// | `patience` | none | ≥ 1, or none | stop after this many epochs without a better loss |
+/// | `seed` | 0 | any | of the validation part, the order of the series and dropout |
 /// | `checkpoint` | none | a folder of its own | where to write everything after each epoch |
 ///
 /// The defaults suit a few hundred to a few thousand short series and the default model.
@@ -93,7 +93,7 @@ pub struct TrainerOptions {
     pub skip_not_finite: usize,
     /// Share of the series that is only measured on.
     pub validation_fraction: f32,
-    /// Stop after so many epochs without a better loss.
+    /// Stop after this many epochs without a better loss.
     pub patience: Option<usize>,
     /// Seed of the validation part, the order of the series, augmentations and dropout.
     pub seed: u64,
@@ -230,7 +230,7 @@ impl TrainerOptions {
     /// loss that a step follows   Σ w·loss / (n·mean w)    over the n targets of its batches, the mean over the training part
     /// ```
     ///
-    /// So every target pulls by its own weight, whatever else is in its batch, and the learning rate means the same as without
+    /// So every target counts with its own weight, whatever else is in its batch, and the learning rate means the same as without
     /// class weights. Targets are series, or frames where each has a class.
     ///
     /// Where several labels can be right ([`Task::MultiLabel`](crate::Task::MultiLabel)) they are the weights of a label's being right,

@@ -22,11 +22,11 @@ pub struct Metrics {
     pub accuracy: Option<f32>,
 }
 
-/// The results of an epoch.
+/// The result of an epoch.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[non_exhaustive]
 pub struct EpochMetrics {
-    /// On the training data, while it was learned from: with dropout, and each batch before its step.
+    /// On the training data during training: with dropout, and each batch before its step.
     pub train: Metrics,
     /// On the validation part, at the end of the epoch.
     pub validation: Option<Metrics>,
@@ -102,7 +102,7 @@ pub enum Stopped {
     Finished,
     /// No better loss for as many epochs as [`TrainerOptions::patience`](super::TrainerOptions::patience).
     NoImprovement,
-    /// The callback said so.
+    /// The callback stopped it.
     Callback,
 }
 

@@ -60,8 +60,7 @@ impl<'a, S: BatchSource, L, M> Batches<'a, S, L, M> {
         match self.batches {
             Some(known) if self.given > known || self.next.is_none() && self.given < known => {
                 let epoch = self.epoch + 1;
-                let reason =
-                    format!("the source announced {known} batches, and in epoch {epoch} it has another number");
+                let reason = format!("the source announced {known} batches, but epoch {epoch} has another number");
                 Err(Error::Data(reason))
             }
             _ => Ok(()),
@@ -108,7 +107,7 @@ where
         let found = (self.loss)(&z, &batch)?;
         state.check_loss(found.value)?;
         if found.gradient.dim() != z.dim() {
-            let expected = format!("{:?}, as what was predicted has", z.shape());
+            let expected = format!("{:?}, the shape of the predictions", z.shape());
             return Err(Error::Shape { argument: "gradient", expected, given: found.gradient.shape().to_vec() });
         }
         predictor.run_backward(&cache, found.sum_gradient(), gradient)?;

@@ -49,7 +49,7 @@ fn folder(path: &Path) -> Result<Facts> {
         facts.kind = "language model";
         language_model(path, &mut facts);
     } else {
-        bail!("{}: a folder of nothing that is known here: a model has a config.json in it", path.display());
+        bail!("{}: nothing in this folder is known; a model has a config.json in it", path.display());
     }
     Ok(facts)
 }

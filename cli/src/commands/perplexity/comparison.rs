@@ -54,7 +54,7 @@ impl Comparison {
     pub fn words(&self) -> String {
         format!(
             "against the other: {:.2} % of the greedy choices are the same; logits differ by {:.4} (root of the mean square), at \
-             most {:.3}; divergence {:.6} nats a token\n",
+             most {:.3}; divergence {:.6} nats per token\n",
             100.0 * self.same_choice(),
             self.rms(),
             self.largest,

@@ -265,7 +265,7 @@ impl Writing {
                 metrics.whole.observe(self.common.since.elapsed());
             }
             Ok(Err(error)) => self.fail(metrics, End::Failed, Failure::Internal(error.to_string())),
-            Err(_) => self.fail(metrics, End::Failed, Failure::Internal("choosing a token broke down".into())),
+            Err(_) => self.fail(metrics, End::Failed, Failure::Internal("choosing a token panicked".into())),
         }
     }
 
