@@ -211,7 +211,10 @@ pub(crate) fn other_contents(folder: &Path) -> Option<&'static str> {
         found.any(|extension| extensions.iter().any(|other| extension.eq_ignore_ascii_case(other)))
     };
     if has("adapter_config.json") || has("adapter_model.safetensors") || has("adapter_model.bin") {
-        Some("it is an adapter of PEFT (LoRA): read its base model, and add the adapter to that with load_lora")
+        Some(
+            "it is an adapter of PEFT (LoRA): read its base model, and add the adapter to that with load_lora, or merge the two \
+             in Python with merge_and_unload()",
+        )
     } else if ends(&["bin", "pth", "pt"]) {
         Some(
             "files of torch.save (pytorch_model.bin) are not read: convert them to safetensors, in Python with \
