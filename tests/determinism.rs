@@ -39,6 +39,26 @@ fn any_number_of_threads() {
     }
 }
 
+/// A long sequence passes through the model in pieces; in training it does so as one, which sums attention in other groups of keys.
+#[test]
+fn pieces_of_a_long_sequence_are_the_whole() {
+    for pattern in PATTERNS {
+        for window in [70, 600] {
+            let options = HymbaOptions::new(3).hidden_size(32).num_heads(2).num_layers(2).pattern(pattern);
+            let model = Hymba::build(options.window_size(window)).unwrap();
+            let x = wave(1, 8300, 3);
+            let whole = model.forward_train(&x, None, 0).unwrap().0;
+            let last = model.forward(&x).unwrap();
+            let apart = (&last - &whole).fold(0f32, |most, difference| most.max(difference.abs()));
+            assert!(apart < 5e-6, "{pattern:?}, window {window}: {apart}");
+            let frames = model.forward_sequence(&x).unwrap();
+            assert_eq!(frames.slice(s![.., -1, ..]), last, "{pattern:?}, window {window}");
+            let shorter = model.forward_sequence(&x.slice(s![.., ..500, ..])).unwrap();
+            assert_eq!(frames.slice(s![.., ..500, ..]), shorter, "{pattern:?}, window {window}");
+        }
+    }
+}
+
 /// Work cut for more threads than there are.
 #[cfg(all(feature = "profile", feature = "rayon"))]
 #[test]

@@ -15,11 +15,7 @@ mod data;
 mod train_lm;
 
 #[derive(Parser)]
-#[command(
-    name = "hymba-mpi",
-    version,
-    about = "Trains hymba models on many machines: mpirun -n 4 hymba-mpi train …"
-)]
+#[command(name = "hymba-mpi", version, about = "Trains hymba models on many machines: mpirun -n 4 hymba-mpi train …")]
 struct Program {
     #[command(subcommand)]
     command: Command,

@@ -102,8 +102,13 @@ impl Hymba {
                 work([padded, work([num_layers, per_block]).saturating_add(self.frame_numbers())])
             }
         };
-        // training has a state for each sequence
-        let states = if keeps == Keeps::Cache { work([encoders, work([batch, self.state_numbers(0)])]) } else { 0 };
+        let states = match keeps {
+            // one for each sequence
+            Keeps::Cache => work([encoders, work([batch, self.state_numbers(0)])]),
+            // pieces of a long sequence read the keys and values of those before them, of one layer at a time in copies
+            Keeps::Last | Keeps::Outputs if l > PIECE => work([2, self.state_numbers(l)]),
+            _ => 0,
+        };
         [lists, passing, kept, states].into_iter().fold(0, usize::saturating_add)
     }
 

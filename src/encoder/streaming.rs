@@ -276,5 +276,6 @@ type Each<'a> = &'a mut dyn FnMut(ArrayView3<f32>);
 
 /// Frames of all streams together that go through the blocks at a time.
 const PIECE: usize = 1024;
+
 /// Frames of a window for which a new state must have room.
 const FIRST_FRAMES: usize = 64;

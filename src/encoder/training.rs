@@ -52,7 +52,7 @@ impl Hymba {
     /// Which numbers are dropped follows from `seed`, the row of the batch and the frame; give every batch another seed. Nothing
     /// is dropped from meta tokens: they are shared by the batch, and the state they leave is the one inference uses. Without
     /// dropout, here and in an adapter ([`LoraOptions::dropout`](crate::LoraOptions::dropout)), the outputs are those of
-    /// [`forward`](Self::forward), to the bit.
+    /// [`forward`](Self::forward): to the bit for up to 8,192 frames, above that but for rounding.
     ///
     /// # Errors
     ///

@@ -9,9 +9,7 @@ use super::block::{BackwardPass, Block, BlockCache, PassGradient};
 use super::loss::{HeadGradient, LmLoss};
 use super::model::HymbaLm;
 use crate::kernels::team::{Team, with_team, work};
-use crate::layers::{
-    Angles, Batch, Buffer, KvStorage, SequenceState, SharedKv, Spans, row_seeds, seed_at,
-};
+use crate::layers::{Angles, Batch, Buffer, KvStorage, SequenceState, SharedKv, Spans, row_seeds, seed_at};
 use crate::lora::Host;
 #[cfg(doc)]
 use crate::lora::LoraOptions;

@@ -5,7 +5,6 @@ use std::fmt::Display;
 use ndarray::{Array2, Array3, Axis, s};
 
 use super::{Hash, Ranks};
-use crate::layers::Rng;
 use crate::{Error, Normalization, Predictor, Result, Task};
 
 mod batch;

@@ -3,10 +3,7 @@
 use std::ops::ControlFlow;
 use std::path::Path;
 
-use super::{
-    AdamW, Alone, Collective, Dataset, Parameters, Ranks, TrainingData, hash_of, hash_of_every, hash_of_text, views,
-    views_mut,
-};
+use super::{AdamW, Alone, Collective, Dataset, Parameters, Ranks, TrainingData, hash_of_every, hash_of_text};
 use crate::{Error, Parameter, Predictor, Result};
 
 mod batches;

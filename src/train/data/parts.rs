@@ -3,7 +3,6 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 
-use ndarray::Array2;
 use rand::SeedableRng;
 use rand::seq::SliceRandom;
 
@@ -106,7 +105,7 @@ impl Dataset {
     }
 
     /// Cuts the series `indices` into batches of at most `size`, equal but for one series, in an order drawn from `rng`.
-    pub(super) fn batches_of(&self, indices: &[usize], size: usize, rng: &mut Rng) -> Vec<Vec<usize>> {
+    pub(in crate::train) fn batches_of(&self, indices: &[usize], size: usize, rng: &mut Rng) -> Vec<Vec<usize>> {
         let mut batches = self.sorted_batches(indices, indices.len().div_ceil(size), rng);
         batches.shuffle(rng);
         batches
@@ -114,7 +113,7 @@ impl Dataset {
 
     /// Cuts the series `indices` into `count` batches of equal size (but for one series), in an order drawn from `rng`: series of similar
     /// length in one batch, and all lengths in every few batches. Some batches are empty if there are too few series.
-    pub(super) fn sorted_batches(&self, indices: &[usize], count: usize, rng: &mut Rng) -> Vec<Vec<usize>> {
+    pub(in crate::train) fn sorted_batches(&self, indices: &[usize], count: usize, rng: &mut Rng) -> Vec<Vec<usize>> {
         /// Batches among which series are sorted.
         const POOL: usize = 8;
         let mut order = indices.to_vec();
@@ -129,7 +128,7 @@ impl Dataset {
 }
 
 /// How many of each of several groups are in a part that is this fraction of them all. Of each group one at least is not.
-pub(super) fn shares(sizes: &[usize], fraction: f32) -> Vec<usize> {
+pub(in crate::train) fn shares(sizes: &[usize], fraction: f32) -> Vec<usize> {
     let (fraction, mut seen, mut taken) = (f64::from(fraction), 0, 0);
     let share = |&size: &usize| {
         seen += size;
@@ -143,12 +142,12 @@ pub(super) fn shares(sizes: &[usize], fraction: f32) -> Vec<usize> {
 }
 
 /// Cuts 0..`count` into ranges of equal size (but for 1), at most `most` each.
-pub(super) fn cut(count: usize, most: usize) -> impl Iterator<Item = Range<usize>> {
+pub(in crate::train) fn cut(count: usize, most: usize) -> impl Iterator<Item = Range<usize>> {
     cut_into(count, count.div_ceil(most))
 }
 
 /// Cuts 0..`count` into so many ranges of equal size (but for 1).
-pub(super) fn cut_into(count: usize, pieces: usize) -> impl Iterator<Item = Range<usize>> {
+pub(in crate::train) fn cut_into(count: usize, pieces: usize) -> impl Iterator<Item = Range<usize>> {
     // in u64: the product may be past a usize of 32 bits
     let start = move |piece: usize| (piece as u64 * count as u64 / pieces as u64) as usize;
     (0..pieces).map(move |piece| start(piece)..start(piece + 1))
@@ -156,6 +155,8 @@ pub(super) fn cut_into(count: usize, pieces: usize) -> impl Iterator<Item = Rang
 
 #[cfg(test)]
 mod tests {
+    use ndarray::Array2;
+
     use super::*;
     use crate::Task;
 

@@ -2,7 +2,7 @@
 
 use super::report::best_epoch;
 use super::{EpochMetrics, Metrics, Progress};
-use crate::train::{AdamW, Parameters, hash_of, hash_of_text, views, views_mut};
+use crate::train::{AdamW, hash_of, hash_of_text, views, views_mut};
 use crate::{Error, Predictor, Result};
 
 /// Everything that changes from epoch to epoch.
@@ -68,7 +68,7 @@ impl State {
     }
 
     /// The error of the step that is due, and the parameter that is most to blame.
-    fn not_finite(&self, what: &str) -> Error {
+    pub fn not_finite(&self, what: &str) -> Error {
         let all = views(&self.predictor);
         let numbers = all.iter().flat_map(|(name, array)| array.iter().map(move |number| (name, number)));
         let what = match numbers.clone().find(|(_, number)| !number.is_finite()) {
