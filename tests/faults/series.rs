@@ -230,7 +230,7 @@ fn a_class_that_training_never_saw_counts_as_wrong() {
         ("@classLabel false\n@data\n1\n", train, "have no targets"),
         ("@classLabel true\n@data\n1:?\n", train, "have no targets"),
         (train, "@classLabel true a b\n@data\n1:?\n", "series 1 has no class"),
-        ("@classLabel true a b\n@data\n1:a\n", train, "of 1 classes"),
+        ("@classLabel true a b\n@data\n1:a\n", train, "of one class"),
     ] {
         let error = prepared(train, test).unwrap_err();
         assert!(error.contains(expected), "{error}");
