@@ -69,7 +69,7 @@ pub enum Error {
     /// A number in training is not finite, or too large.
     #[error(
         "at step {step}, {what}: lower the learning rate, warm it up, clip the gradient's norm, or look for extreme \
-         values in the data; to go on without the batch, clear its gradient (Parameters::fill_zero) or set \
+         values in the data; to go on without the batch, clear its gradient (Parameters::fill_zero), or with a Trainer set \
          TrainerOptions::skip_not_finite"
     )]
     NotFinite {
