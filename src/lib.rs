@@ -188,7 +188,7 @@ pub use predictor::{
 /// than these for matrices in bf16: see `lm::Arithmetic`.)
 ///
 /// ```
-/// assert!(["avx512", "avx2", "neon", "scalar"].contains(&hymba::simd_level()));
+/// assert!(["avx512", "avx2", "neon", "simd128", "scalar"].contains(&hymba::simd_level()));
 /// ```
 pub fn simd_level() -> &'static str {
     kernels::simd::Isa::current().name()

@@ -37,8 +37,8 @@ pub struct SamplingArgs {
     /// Stop at this text; may be given several times.
     #[arg(long, value_name = "TEXT")]
     stop: Vec<String>,
-    /// Guess this many tokens where the last ones have occurred before, and check them in one pass: the text is the same, and faster
-    /// where it repeats parts of the prompt.
+    /// Guess this many tokens where the last ones have occurred before, and check them in one pass: the text is the same, and comes
+    /// faster where it repeats parts of the prompt.
     #[arg(long, value_name = "N", num_args = 0..=1, require_equals = true, default_missing_value = "10", default_value_t = 0)]
     lookahead: usize,
 }

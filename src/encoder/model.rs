@@ -149,9 +149,10 @@ impl Hymba {
     /// About `4·(20h + a·⌈p/32⌉·32 + 2n + r + embed_dim)` bytes per frame (6 kB at h = 64, 22 kB at the default h = 256), of the
     /// frames being computed: each thread has at most 256 frames of short sequences, or all together 8,192 frames of a long one,
     /// which is read in pieces; beyond that only the keys and values of its window are kept, `8h` bytes per frame and block with
-    /// attention, and about as much again in one block. [`forward_sequence`](Self::forward_sequence) keeps `8h` bytes of every frame besides, and training, all in all, `4·(25h + n·h/8)` bytes per frame and block. With a shared attention
-    /// block, 24h stands for 20h, and 2p for p; training keeps of a frame 18h in a Mamba block, 12h in an attention block, 12h in a
-    /// fed block and 19h more per use of the shared one, in place of 25h, and `n·h/8` where there is Mamba.
+    /// attention, and about as much again in one block. [`forward_sequence`](Self::forward_sequence) keeps `8h` bytes of every
+    /// frame besides, and training, all in all, `4·(25h + n·h/8)` bytes per frame and block. With a shared attention block, 24h stands
+    /// for 20h, and 2p for p; training keeps of a frame 18h in a Mamba block, 12h in an attention block, 12h in a fed block and 19h
+    /// more per use of the shared one, in place of 25h, and `n·h/8` where there is Mamba.
     ///
     /// # Errors
     ///

@@ -109,7 +109,7 @@ impl Kernel for Scan<'_> {
                             store_pair(s, *state, &mut cells(row)[begin..end]);
                         }
                     }
-                    // or the first frames of the next channels, or those after these
+                    // or the first of these frames of the next channels, or the next frames of the first ones
                     let (next, column) = match t + AHEAD {
                         next if next < stop => (next, here.start),
                         next if end < columns => (next - stop + start, here.end),

@@ -30,8 +30,8 @@ impl Normalization {
     ///
     /// # Errors
     ///
-    /// [`Error::Shape`] if there are not as many of both; [`Error::Option`] if a number is not finite, or a scale is not above 0 or
-    /// subnormal.
+    /// [`Error::Shape`] if there are not as many of both; [`Error::Option`] if a number is not finite, or a scale is subnormal or not
+    /// above 0.
     pub fn new(mean: Array1<f32>, scale: Array1<f32>) -> Result<Self> {
         if mean.len() != scale.len() {
             let expected = format!("[{}], as the mean has", mean.len());

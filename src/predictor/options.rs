@@ -127,7 +127,7 @@ impl PredictorOptions {
 
     /// Checks that nothing looks at frames that are still to come.
     pub(super) fn check_causal(&self) -> Result<()> {
-        const WHOLE: &str = "it needs whole sequences: streams and tasks per frame cannot use it";
+        const WHOLE: &str = "it needs whole sequences: streams and predictions per frame cannot use it";
         if self.normalize_series {
             return refused("normalize_series", "true".into(), WHOLE);
         }

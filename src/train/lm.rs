@@ -162,9 +162,9 @@ impl LmTrainer {
     ///
     /// [`Error::Tokens`] if rows do not go with the model: an id is not in the vocabulary, or they are too long, which is checked
     /// before the first step, or too many for the memory; [`Error::Data`] if they are not those that a resumed training began with;
-    /// [`Error::State`] if the model holds adapters of which none is active; [`Error::Checkpoint`] if the folder has a training in it already; [`Error::NotFinite`] when a gradient is not finite, or, at
-    /// the end of an epoch, a trained parameter or the validation loss is not; and [`Error::Io`] says why a checkpoint could not be
-    /// written. The last checkpoint is intact then.
+    /// [`Error::State`] if the model holds adapters of which none is active; [`Error::Checkpoint`] if the folder has a training in it
+    /// already; [`Error::NotFinite`] when a gradient is not finite, or, at the end of an epoch, a trained parameter or the validation
+    /// loss is not; and [`Error::Io`] says why a checkpoint could not be written. The last checkpoint is intact then.
     pub fn fit(
         self,
         train: &TokenRows,

@@ -351,7 +351,7 @@ fn check_same<P: Parameters>(what: &str, given: &P, expected: &P) -> Result<()> 
                     None => "nothing".into(),
                 });
                 return Err(Error::Optimizer(format!(
-                    "{what} has {given} where the optimiser has {expected}; use the model it was made for"
+                    "{what} has {given} where the optimiser has {expected}; use what the optimiser was made for"
                 )));
             }
         }

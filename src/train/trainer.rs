@@ -176,7 +176,7 @@ impl Trainer {
         }
         let refused = |option, given, allowed| Err(Error::Option { option, given, allowed });
         if let Some((option, given)) = options.incomparable(&self.options) {
-            return refused(option, given, "it cannot change, or epochs could not be compared".into());
+            return refused(option, given, "it cannot change, as epochs could not be compared then".into());
         }
         let done = state.history.len();
         if options.epochs <= done {

@@ -243,7 +243,7 @@ impl<Q: Quants> Kernel for Product<'_, Q> {
                 // as even as can be: a tile of one row would wait for its own sums
                 let left = m - row;
                 let rows = left.div_ceil(left.div_ceil(S::DOT_ROWS));
-                // no less than they are: the compiler leaves out the tiles that are never taken
+                // they are no more than that, but only so does the compiler leave out the tiles that are never taken
                 match rows.min(S::DOT_ROWS) {
                     1 => self.tile::<S, 1>(s, row, panel),
                     2 => self.tile::<S, 2>(s, row, panel),

@@ -5,8 +5,8 @@ use super::{HymbaLmConfig, RopeType, TorchDtype};
 impl HymbaLmConfig {
     /// A small model over bytes, of any width and depth, for training on rows of `length` bytes: 256 tokens, 8 meta
     /// tokens, heads 32 wide, half as many heads of keys and values where that divides them, an MLP 2.75 times as wide
-    /// as the model. The first and the last layer see everything, those between them a window of 48, and share keys and
-    /// values two by two. A text begins with a line feed and ends with a zero.
+    /// as the model. The first and the last layer see everything; those between them see a window of 48 and share keys
+    /// and values two by two. A text begins with a line feed and ends with a zero.
     ///
     /// It is not checked here: [`validate`](Self::validate) refuses a `hidden_size` that its heads do not divide.
     ///

@@ -72,8 +72,8 @@ impl Dataset {
         }
     }
 
-    /// The batches of an epoch, for a training loop of your own: all series, as few batches of at most `size` as hold them, equal in
-    /// size but for one series, in an order drawn from `seed`, with series of similar length together. Each batch is a list of
+    /// The batches of an epoch, for a training loop of your own: all series, in as few batches of at most `size` as hold them, whose
+    /// sizes differ by one at most, in an order drawn from `seed`, with series of similar length together. Each batch is a list of
     /// indices for [`pad`](Self::pad).
     ///
     /// ```
@@ -104,14 +104,14 @@ impl Dataset {
         Ok(self.batches_of(&all, size, &mut Rng::seed_from_u64(seed)))
     }
 
-    /// Cuts the series `indices` into batches of at most `size`, equal but for one series, in an order drawn from `rng`.
+    /// Cuts the series `indices` into batches of at most `size`, whose sizes differ by one at most, in an order drawn from `rng`.
     pub(in crate::train) fn batches_of(&self, indices: &[usize], size: usize, rng: &mut Rng) -> Vec<Vec<usize>> {
         let mut batches = self.sorted_batches(indices, indices.len().div_ceil(size), rng);
         batches.shuffle(rng);
         batches
     }
 
-    /// Cuts the series `indices` into `count` batches of equal size (but for one series), in an order drawn from `rng`: series of similar
+    /// Cuts the series `indices` into `count` batches, whose sizes differ by one at most, in an order drawn from `rng`: series of similar
     /// length in one batch, and all lengths in every few batches. Some batches are empty if there are too few series.
     pub(in crate::train) fn sorted_batches(&self, indices: &[usize], count: usize, rng: &mut Rng) -> Vec<Vec<usize>> {
         /// Batches among which series are sorted.
@@ -141,12 +141,12 @@ pub(in crate::train) fn shares(sizes: &[usize], fraction: f32) -> Vec<usize> {
     sizes.iter().map(share).collect()
 }
 
-/// Cuts 0..`count` into ranges of equal size (but for 1), at most `most` each.
+/// Cuts 0..`count` into ranges of at most `most` each, whose sizes differ by one at most.
 pub(in crate::train) fn cut(count: usize, most: usize) -> impl Iterator<Item = Range<usize>> {
     cut_into(count, count.div_ceil(most))
 }
 
-/// Cuts 0..`count` into so many ranges of equal size (but for 1).
+/// Cuts 0..`count` into `pieces` ranges, whose sizes differ by one at most.
 pub(in crate::train) fn cut_into(count: usize, pieces: usize) -> impl Iterator<Item = Range<usize>> {
     // in u64: the product may be past a usize of 32 bits
     let start = move |piece: usize| (piece as u64 * count as u64 / pieces as u64) as usize;

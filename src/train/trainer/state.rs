@@ -20,7 +20,7 @@ pub(super) struct State {
 }
 
 impl State {
-    /// Of all that must be the same on all ranks.
+    /// A hash of all that must be the same on all ranks.
     pub fn hash(&self) -> u64 {
         let [first, second] = self.optimizer.moments();
         let all = [Some(&self.predictor), self.average.as_ref(), Some(first), Some(second)];
@@ -62,7 +62,7 @@ impl State {
         Ok(Progress { finished: Some(epoch), ..progress })
     }
 
-    /// Refuses a loss that is no number.
+    /// Refuses a loss that is not finite.
     pub fn check_loss(&self, loss: f32) -> Result<()> {
         if loss.is_finite() { Ok(()) } else { Err(self.not_finite(&format!("the loss is {loss}"))) }
     }
