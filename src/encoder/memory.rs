@@ -106,7 +106,10 @@ impl Hymba {
             // one for each sequence
             Keeps::Cache => work([encoders, work([batch, self.state_numbers(0)])]),
             // pieces of a long sequence read the keys and values of those before them, of one layer at a time in copies
-            Keeps::Last | Keeps::Outputs if l > PIECE => work([2, self.state_numbers(l)]),
+            Keeps::Last | Keeps::Outputs if l > PIECE => {
+                let rows = self.options.window().map_or(l, |window| window.min(l)).saturating_add(k);
+                self.state_numbers(l).saturating_add(work([4 * h, rows]))
+            }
             _ => 0,
         };
         [lists, passing, kept, states].into_iter().fold(0, usize::saturating_add)
