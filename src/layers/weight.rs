@@ -165,11 +165,20 @@ impl Weight {
                 across.get_again(|retired| transposed(team, rows.view(), retired.map_or(Vec::new(), |old| old.panels))),
             ),
             _ => {
-                let mut rows = Buffer::uninit((outputs, inputs));
-                for_rows(team, flat_mut(&mut rows), inputs, |first, rows| {
-                    rows.chunks_exact_mut(inputs).enumerate().for_each(|(i, row)| self.row(first + i, row));
-                });
-                Across::Made(transposed(team, rows.view(), Vec::new()))
+                /// Rows that are widened at a time.
+                const ROWS: usize = 512;
+                let mut across = Packed::zeros(inputs, outputs);
+                let mut numbers = Buffer::uninit((ROWS.min(outputs), inputs));
+                for begin in (0..outputs).step_by(ROWS) {
+                    let rows = begin..outputs.min(begin + ROWS);
+                    let numbers = &mut flat_mut(&mut numbers)[..rows.len() * inputs];
+                    for_rows(team, numbers, inputs, |first, numbers| {
+                        let numbers = numbers.chunks_exact_mut(inputs).enumerate();
+                        numbers.for_each(|(i, row)| self.row(begin + first + i, row));
+                    });
+                    across.set_columns(team, rows, |output| &numbers[(output - begin) * inputs..][..inputs]);
+                }
+                Across::Made(across)
             }
         }
     }
@@ -261,8 +270,7 @@ impl Weight {
             Weight::Trainable { packed, across, .. } => {
                 [[packed, across].into_iter().filter(|copy| copy.is_empty()).count() * bytes, 0]
             }
-            // widened, and the transpose
-            Weight::Stored(_) => [0, 2 * bytes],
+            Weight::Stored(_) => [0, bytes],
             Weight::Absent { .. } => [0, 0],
         }
     }

@@ -39,8 +39,12 @@ pub(crate) fn matmul_gradient(team: &Team, dy: Rows, n: usize, x: Rows, k: usize
         let left = parts(team, n, frames, STRIP, &mut strips).map(Operand::Left);
         let right = parts(team, k, frames, PANEL, &mut panels).map(Operand::Right);
         team.for_each(left.chain(right), |part| match part {
-            Operand::Left((first, strips)) => arrange([n, frames, STRIP], |i| dy.row(i, n), strip_row, first, strips),
-            Operand::Right((first, panels)) => arrange([k, frames, PANEL], |i| x.row(i, k), panel_row, first, panels),
+            Operand::Left((first, strips)) => {
+                arrange([n, frames, STRIP], 0..frames, |i| dy.row(i, n), strip_row, first, strips)
+            }
+            Operand::Right((first, panels)) => {
+                arrange([k, frames, PANEL], 0..frames, |i| x.row(i, k), panel_row, first, panels)
+            }
         });
         let x = Packed::<PanelRow, 1> { n: k, k: frames, panels, bias: Vec::new() };
         team.for_each(blocks(team, grad.view_mut(), ROWS), |Block { row, column, out }| {

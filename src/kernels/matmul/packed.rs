@@ -1,5 +1,7 @@
 //! Matrices in the order in which products read them.
 
+use std::ops::Range;
+
 use crate::kernels::memory::filled;
 use crate::kernels::profiler::{Cost, Stage, timed};
 pub(crate) use crate::kernels::simd::Line;
@@ -90,9 +92,21 @@ impl Packed {
         mut panels: Vec<PanelRow>,
     ) -> Self {
         panels.resize(n.div_ceil(PANEL) * k, ZERO_ROW);
-        let parts = parts(team, n, k, PANEL, &mut panels);
-        team.for_each(parts, |(first, panels)| arrange([n, k, PANEL], &column, panel_row, first, panels));
-        Packed { n, k, panels, bias: Vec::new() }
+        let mut packed = Packed { n, k, panels, bias: Vec::new() };
+        packed.set_columns(team, 0..k, column);
+        packed
+    }
+
+    /// Overwrites some of the columns, on several threads.
+    pub(crate) fn set_columns<'a>(
+        &mut self,
+        team: &Team,
+        columns: Range<usize>,
+        column: impl Fn(usize) -> &'a [f32] + Sync,
+    ) {
+        let sizes = [self.n, self.k, PANEL];
+        let parts = parts(team, self.n, self.k, PANEL, &mut self.panels);
+        team.for_each(parts, |(first, panels)| arrange(sizes, columns.clone(), &column, panel_row, first, panels));
     }
 }
 
@@ -112,23 +126,25 @@ pub(super) fn parts<'s, T>(
     strips.chunks_mut((group * k).max(1)).enumerate().map(move |(i, strips)| (i * group * width, strips))
 }
 
-/// Brings k columns of n numbers into strips of `width`, from the number `first` on. `narrow` fills up a strip's numbers of a column.
+/// Brings some of k columns of n numbers into strips of `width`, from the number `first` on. `narrow` fills up a strip's numbers of a column.
 pub(super) fn arrange<'a, T>(
     sizes: [usize; 3],
+    columns: Range<usize>,
     column: impl Fn(usize) -> &'a [f32],
     narrow: impl Fn(&[f32]) -> T,
     first: usize,
     strips: &mut [T],
 ) {
-    let [.., width] = sizes;
-    timed(Stage::Packing, Cost::numbers(2 * width * strips.len()), || {
-        dispatch(Arrange { sizes, column, narrow, first, strips });
+    let [_, k, width] = sizes;
+    timed(Stage::Packing, Cost::numbers(2 * width * columns.len() * (strips.len() / k.max(1))), || {
+        dispatch(Arrange { sizes, columns, column, narrow, first, strips });
     });
 }
 
 struct Arrange<'s, T, C, F> {
     /// n, k and the width of a strip.
     sizes: [usize; 3],
+    columns: Range<usize>,
     column: C,
     narrow: F,
     first: usize,
@@ -143,13 +159,13 @@ impl<'a, T, C: Fn(usize) -> &'a [f32], F: Fn(&[f32]) -> T> Kernel for Arrange<'_
         /// Columns at a time, whose places in all strips stay in a near cache.
         const COLUMNS: usize = 16;
         let [n, k, width] = self.sizes;
-        for begin in (0..k).step_by(COLUMNS) {
-            let columns = begin..k.min(begin + COLUMNS);
+        for begin in self.columns.clone().step_by(COLUMNS) {
+            let columns = begin..self.columns.end.min(begin + COLUMNS);
             for (i, strip) in self.strips.chunks_exact_mut(k).enumerate() {
                 let numbers = self.first + i * width..n.min(self.first + (i + 1) * width);
                 for (to, input) in strip[columns.clone()].iter_mut().zip(columns.clone()) {
                     // no strip of a column is long enough for the CPU's own prefetcher
-                    if input + COLUMNS < k {
+                    if input + COLUMNS < self.columns.end {
                         let ahead = (self.column)(input + COLUMNS).as_ptr().wrapping_add(numbers.start);
                         for line in (0..size_of::<T>()).step_by(size_of::<Line>()) {
                             s.prefetch(ahead.wrapping_byte_add(line));
@@ -199,7 +215,7 @@ impl Store<1> for PanelRow {
 
 impl<W: Store<N>, const N: usize> Packed<W, N> {
     /// All zero; k is filled up to a multiple of N.
-    pub(super) fn zeros(n: usize, k: usize) -> Self {
+    pub(crate) fn zeros(n: usize, k: usize) -> Self {
         let k = k.next_multiple_of(N);
         Packed { n, k, panels: filled(n.div_ceil(PANEL) * k / N, W::ZERO), bias: Vec::new() }
     }
