@@ -350,6 +350,7 @@ fn zeros(maps: &Maps, options: &LoraOptions) -> Parts {
         (name.clone(), Box::new(LowRank::zeros(*inputs, *outputs, options.rank, options.scale(), dropout)))
     };
     let mut parts = Parts::new();
+    // one by one: to collect a map sorts it, which is much code in a small program
     parts.extend(maps.iter().map(part));
     parts
 }

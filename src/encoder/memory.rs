@@ -107,8 +107,7 @@ impl Hymba {
             Keeps::Cache => work([encoders, work([batch, self.state_numbers(0)])]),
             // pieces of a long sequence read the keys and values of those before them, of one layer at a time in copies
             Keeps::Last | Keeps::Outputs if l > PIECE => {
-                let rows = self.options.window().map_or(l, |window| window.min(l)).saturating_add(k);
-                self.state_numbers(l).saturating_add(work([4 * h, rows]))
+                self.state_numbers(l).saturating_add(work([4 * h, self.seen_rows(l)]))
             }
             _ => 0,
         };
@@ -130,11 +129,11 @@ impl Hymba {
 
     /// Numbers that a state of one sequence takes when so many frames are in its window.
     pub(super) fn state_numbers(&self, frames: usize) -> usize {
-        let HymbaOptions { hidden_size: h, state_size: n, num_heads, num_meta_tokens: k, .. } = self.options;
+        let HymbaOptions { hidden_size: h, state_size: n, num_heads, .. } = self.options;
         /// Of a list of keys or values, and its place: in numbers.
         const LIST: usize = 16;
         let mamba = work([2 * h, n.saturating_add(3)]).saturating_add(4 * LIST);
-        let rows = k.saturating_add(self.options.window().map_or(frames, |window| window.min(frames)));
+        let rows = self.seen_rows(frames);
         let kv = |width| work([2 * width, rows]).saturating_add(work([LIST, 2 * num_heads]));
         self.at_all_depths(|kind| match kind {
             BlockKind::Parallel => mamba.saturating_add(kv(h)),
@@ -142,6 +141,12 @@ impl Hymba {
             BlockKind::Attention => kv(h).saturating_add(4 * LIST),
             BlockKind::Fed { by_shared: true } => mamba.saturating_add(kv(2 * h)),
         })
+    }
+
+    /// Meta tokens and frames whose keys and values are kept after so many frames.
+    fn seen_rows(&self, frames: usize) -> usize {
+        let window = self.options.window().map_or(frames, |window| window.min(frames));
+        self.options.num_meta_tokens.saturating_add(window)
     }
 
     /// Numbers that all blocks keep of a frame for the backward pass.

@@ -22,7 +22,7 @@ impl SavedLora {
         let options = |name: &str| Some((name.to_string(), model.options_of(name)?));
         // one encoder of two may have no map of an adapter: to it, that is none
         let has_maps = |(_, options): &(String, LoraOptions)| !options.maps.is_empty();
-        let mut adapters = BTreeMap::new();
+        let mut adapters = BTreeMap::new(); // filled one by one, as in `zeros`
         adapters.extend(model.names().into_iter().filter_map(options).filter(has_maps));
         let active = model.active().filter(|name| adapters.contains_key(*name)).map(Into::into);
         (!adapters.is_empty()).then_some(SavedLora { active, adapters })
