@@ -272,6 +272,9 @@ impl<Q: Quants> Product<'_, Q> {
         for (r, x) in x.iter_mut().enumerate() {
             *x = &self.x[(row + r) * blocks..][..blocks];
         }
+        // whether the sums of both halves of a block, integers and floats, stay in registers: then weights are read from one
+        // end to the other
+        let both = 4 * R <= S::TILE_ROWS * S::TILE_LINES;
         let mut sums = [[s.splat(0.0); 2]; R];
         if S::BY_PAIRS && R >= 4 {
             half_panel::<S, Q, R>(s, x, w, 0, &mut sums);
@@ -286,12 +289,11 @@ impl<Q: Quants> Product<'_, Q> {
             }
             let scales = s.load_int(w[b].scales());
             let scales = [s.low_bf16(scales), s.high_bf16(scales)];
-            if S::TILE_LINES == 1 {
-                // half as many sums at a time stay in registers
+            if both {
+                block::<S, Q, R, 2>(s, x, w, b, 0, scales, &mut sums);
+            } else {
                 block::<S, Q, R, 1>(s, x, w, b, 0, scales, &mut sums);
                 block::<S, Q, R, 1>(s, x, w, b, 1, scales, &mut sums);
-            } else {
-                block::<S, Q, R, 2>(s, x, w, b, 0, scales, &mut sums);
             }
         }
         for (r, sums) in sums.into_iter().enumerate() {
