@@ -50,6 +50,8 @@ impl<const N: usize> Inputs for [f32; N] {
 pub(crate) trait Weights<X: Inputs>: Copy {
     /// The most rows of a tile for which the compiler keeps the sums in registers.
     const MAX_ROWS: usize;
+    /// The same by one half of a panel.
+    const MAX_ROWS_BY_HALF: usize = Self::MAX_ROWS;
     /// Panels side by side for one row or two, which leave registers for them: the sums of one do not wait for those of
     /// another. But memory is read fastest from one end to the other.
     const PANELS: usize;

@@ -9,6 +9,7 @@ use crate::kernels::simd::{LANES, Simd};
 
 impl Weights<[f32; 2]> for PairRow {
     const MAX_ROWS: usize = 8;
+    const MAX_ROWS_BY_HALF: usize = 5;
     const PANELS: usize = 1;
     const AHEAD: usize = 4096;
 

@@ -61,6 +61,13 @@ impl<X: Left, W: Weights<X::Inputs>, const N: usize> Product<'_, X, W, N> {
         let streamed = L > 2 || self.out.nrows() <= W::MAX_ROWS;
         // the first rows to pass over one half of a panel fetch both: memory is read fastest from one end to the other
         let fetches = L == 1 && row == 0 && line.is_multiple_of(2);
+        if self.mode == Out::Add {
+            // what the sums are added to may be far away: it comes while they are made
+            for r in 0..rows {
+                let to = self.out.row(row + r).as_ptr().wrapping_add(line * LANES - self.outputs.start);
+                (0..L).for_each(|l| s.prefetch(to.wrapping_add(l * LANES)));
+            }
+        }
         let mut sums = [[s.splat(0.0); L]; R];
         let mut first = 0;
         if S::BY_LANE {
@@ -167,6 +174,7 @@ impl<X: LeftRows> Left for X {
         let most = match lines > S::TILE_LINES {
             true => S::TILE_ROWS.div_ceil(4),
             false if S::BY_LANE && !W::BY_SIX => S::LANE_ROWS,
+            false if S::TILE_LINES == 1 => S::TILE_ROWS.min(W::MAX_ROWS_BY_HALF),
             false => S::TILE_ROWS.min(W::MAX_ROWS),
         };
         // whether there are tiles of five and six rows by one line
