@@ -145,6 +145,19 @@ pub(crate) trait Left: Copy {
     );
 }
 
+/// Lines of one set of the first-level cache, on most CPUs.
+const WAYS: usize = 8;
+
+/// Whether the same numbers of all rows share one set of the first-level cache, where there are two rows at least: more rows than the
+/// set has ways would drive each other out of it.
+#[inline(always)]
+fn collide<X: LeftRows>(x: X) -> bool {
+    /// All sets, one line each.
+    const BYTES: usize = 4096;
+    let [first, second] = [0, 1].map(|row| x.inputs(row, 0).as_ptr().addr());
+    second.abs_diff(first).is_multiple_of(BYTES)
+}
+
 impl<X: LeftRows> Left for X {
     type Inputs = X::Inputs;
 
@@ -175,6 +188,7 @@ impl<X: LeftRows> Left for X {
             true => S::TILE_ROWS.div_ceil(4),
             false if S::BY_LANE && !W::BY_SIX => S::LANE_ROWS,
             false if S::TILE_LINES == 1 => S::TILE_ROWS.min(W::MAX_ROWS_BY_HALF),
+            false if m > WAYS && collide(product.x) => S::TILE_ROWS.min(W::MAX_ROWS).min(WAYS),
             false => S::TILE_ROWS.min(W::MAX_ROWS),
         };
         // whether there are tiles of five and six rows by one line
