@@ -43,6 +43,8 @@ pub(crate) trait Simd: Copy {
     /// Rows and vectors of the product tile whose sums fit the register file beside what is multiplied. The rows divide 12.
     const TILE_ROWS: usize;
     const TILE_LINES: usize;
+    /// Whether [`prefetch`](Self::prefetch) does anything.
+    const PREFETCHES: bool = false;
     /// Whether an instruction multiplies vectors by one lane of another: then products load four inputs at a time.
     const BY_LANE: bool = false;
     /// Rows of a tile for which the compiler keeps the sums in registers then, if [`six_rows`](Self::six_rows) is not for it.

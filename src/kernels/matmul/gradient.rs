@@ -201,6 +201,8 @@ impl<X: ByColumns> Tiled<X> {
 
 impl<X: ByColumns> Left for Tiled<X> {
     type Inputs = [f32; 1];
+    /// They have just been brought into order.
+    const FAR_WEIGHTS: bool = false;
 
     #[inline(always)]
     fn lines<S: Simd, W: Weights<[f32; 1]>>(_: usize) -> usize {

@@ -4,12 +4,14 @@
 use ndarray::ArrayViewMut2;
 
 use super::operands::{Inputs, LeftRows, LeftTile, Weights};
-use super::packed::{Line, Packed};
+use super::packed::{Line, PANEL, Packed};
 use crate::kernels::rows::Out;
 use crate::kernels::simd::{Isa, Kernel, LANES, Simd, dispatch_bf16_at};
 
 /// How many bytes ahead the weights are fetched of which a tile reads one half.
 const HALVES_AHEAD: usize = 4096;
+/// Weights of a line between two fetches of a line of the next panel: more at once would keep what is needed now waiting.
+const PIECE: usize = 8;
 
 /// The columns `outputs` of a product, summed over `inputs`, as in [`matmul_part`].
 pub(crate) struct Product<'a, X, W, const N: usize> {
@@ -59,8 +61,12 @@ impl<X: Left, W: Weights<X::Inputs>, const N: usize> Product<'_, X, W, N> {
             *w = &self.w.panels[((line + l) / 2 * self.w.k + self.inputs.start) / N..][..count];
         }
         let streamed = L > 2 || self.out.nrows() <= W::MAX_ROWS;
-        // the first rows to pass over one half of a panel fetch both: memory is read fastest from one end to the other
-        let fetches = L == 1 && row == 0 && line.is_multiple_of(2);
+        // memory is read fastest from one end to the other, but a tile may read one half of a panel. So while all rows pass over a
+        // panel, the next one is fetched, or the first rows to pass over it fetch both halves
+        let halves = L == 1 && S::TILE_LINES == 1;
+        let pieces = halves && S::PREFETCHES && X::FAR_WEIGHTS;
+        let leads = row == 0 && if pieces { line == self.outputs.start / LANES } else { line.is_multiple_of(2) };
+        let fetches = halves && leads;
         if self.mode == Out::Add {
             // what the sums are added to may be far away: it comes while they are made
             for r in 0..rows {
@@ -81,37 +87,47 @@ impl<X: Left, W: Weights<X::Inputs>, const N: usize> Product<'_, X, W, N> {
                 };
             }
         }
-        for i in first..count {
-            for l in (0..L).step_by(2) {
-                if W::AHEAD > 0 && streamed {
-                    // a product of few rows waits for memory, and the CPU alone looks not far enough ahead
-                    let ahead = w[l].as_ptr().wrapping_add(i).wrapping_byte_add(W::AHEAD);
+        let (mut ahead, bytes) = self.next_panel::<R>(row, line);
+        while first < count {
+            let mut end = count;
+            if pieces {
+                s.prefetch(ahead);
+                ahead = ahead.wrapping_byte_add(bytes);
+                end = count.min(first + PIECE);
+            }
+            for i in first..end {
+                for l in (0..L).step_by(2) {
+                    if W::AHEAD > 0 && streamed {
+                        // a product of few rows waits for memory, and the CPU alone looks not far enough ahead
+                        let ahead = w[l].as_ptr().wrapping_add(i).wrapping_byte_add(W::AHEAD);
+                        for line in (0..size_of::<W>()).step_by(size_of::<Line>()) {
+                            s.prefetch(ahead.wrapping_byte_add(line));
+                        }
+                    }
+                }
+                if fetches {
+                    let ahead = w[0].as_ptr().wrapping_add(i).wrapping_byte_add(HALVES_AHEAD);
                     for line in (0..size_of::<W>()).step_by(size_of::<Line>()) {
                         s.prefetch(ahead.wrapping_byte_add(line));
                     }
                 }
-            }
-            if fetches {
-                let ahead = w[0].as_ptr().wrapping_add(i).wrapping_byte_add(HALVES_AHEAD);
-                for line in (0..size_of::<W>()).step_by(size_of::<Line>()) {
-                    s.prefetch(ahead.wrapping_byte_add(line));
-                }
-            }
-            for l in (0..L).step_by(2) {
-                for step in 0..X::Inputs::STEPS {
-                    // the two halves of a panel, or one of them
-                    let first = if L == 1 { line } else { 0 };
-                    let low = w[l][i].load(s, step, first);
-                    let high = if L == 1 { low } else { w[l][i].load(s, step, 1) };
-                    for r in 0..R {
-                        let x = x.at(r, i).splat(s, step);
-                        sums[r][l] = X::Inputs::multiply(s, x, low, sums[r][l]);
-                        if L > 1 {
-                            sums[r][l + 1] = X::Inputs::multiply(s, x, high, sums[r][l + 1]);
+                for l in (0..L).step_by(2) {
+                    for step in 0..X::Inputs::STEPS {
+                        // the two halves of a panel, or one of them
+                        let first = if L == 1 { line } else { 0 };
+                        let low = w[l][i].load(s, step, first);
+                        let high = if L == 1 { low } else { w[l][i].load(s, step, 1) };
+                        for r in 0..R {
+                            let x = x.at(r, i).splat(s, step);
+                            sums[r][l] = X::Inputs::multiply(s, x, low, sums[r][l]);
+                            if L > 1 {
+                                sums[r][l + 1] = X::Inputs::multiply(s, x, high, sums[r][l + 1]);
+                            }
                         }
                     }
                 }
             }
+            first = end;
         }
         for (r, sums) in sums.into_iter().enumerate().take(rows) {
             let row = self.out.row_mut(row + r).into_slice().expect("numbers side by side");
@@ -125,6 +141,22 @@ impl<X: Left, W: Weights<X::Inputs>, const N: usize> Product<'_, X, W, N> {
     }
 }
 
+impl<X: Left, W: Weights<X::Inputs>, const N: usize> Product<'_, X, W, N> {
+    /// Where R rows, from `row` on, that pass over a half of a panel begin to fetch the next panel, and how many bytes they go on after
+    /// each [`PIECE`].
+    #[inline(always)]
+    fn next_panel<const R: usize>(&self, row: usize, line: usize) -> (*const W, usize) {
+        let (m, panel) = (self.out.nrows(), line / 2 + 1);
+        if panel * PANEL >= self.outputs.end {
+            return (self.w.panels.as_ptr(), 0);
+        }
+        let start = self.w.panels.as_ptr().wrapping_add((panel * self.w.k + self.inputs.start) / N);
+        let (passes, passed) = (2 * m, line % 2 * m + row);
+        let bytes = self.inputs.len() / N * size_of::<W>();
+        (start.wrapping_byte_add(bytes * passed / passes), (PIECE * size_of::<W>() * R).div_ceil(passes))
+    }
+}
+
 /// Computes a product on one instruction set. A call of its own: it is much code, which several places share.
 #[inline(never)]
 pub(crate) fn product_at<X: Left, W: Weights<X::Inputs>, const N: usize>(level: Isa, product: Product<X, W, N>) {
@@ -134,6 +166,8 @@ pub(crate) fn product_at<X: Left, W: Weights<X::Inputs>, const N: usize>(level: 
 /// The left operand of a product.
 pub(crate) trait Left: Copy {
     type Inputs: Inputs;
+    /// Whether the weights may lie in a far cache or in memory.
+    const FAR_WEIGHTS: bool;
     /// Lines of W that all rows pass over together.
     fn lines<S: Simd, W: Weights<Self::Inputs>>(rows: usize) -> usize;
     /// Computes `lines` lines of the product.
@@ -160,6 +194,7 @@ fn collide<X: LeftRows>(x: X) -> bool {
 
 impl<X: LeftRows> Left for X {
     type Inputs = X::Inputs;
+    const FAR_WEIGHTS: bool = true;
 
     #[inline(always)]
     fn lines<S: Simd, W: Weights<X::Inputs>>(rows: usize) -> usize {
