@@ -3,9 +3,8 @@
 use std::cell::Cell;
 use std::ops::Range;
 
-use ndarray::ArrayViewMut2;
+use ndarray::{ArrayViewMut2, Axis};
 
-use super::blocks::{Block, blocks};
 use super::operands::{LeftTile, Weights};
 use super::packed::{PANEL, Packed, PanelRow, ZERO_ROW, arrange, panel_row, parts};
 use super::product::{Left, Product};
@@ -24,40 +23,78 @@ pub(crate) const STRIP: usize = 12;
 type StripRow = [f32; STRIP];
 
 /// grad `[n, k]` += dyᵀ·x for dy `[m, n]` and x `[m, k]`: the gradient of a matrix from those of its outputs.
+///
+/// Each thread brings into order what its blocks of the gradient are made of. Two blocks may do that with the same columns, but nobody
+/// reads what another has just written, and nobody waits before the end.
 pub(crate) fn matmul_gradient(team: &Team, dy: Rows, n: usize, x: Rows, k: usize, m: usize, grad: &mut [f32]) {
+    let grad = ArrayViewMut2::from_shape((n, k), grad).expect("room for n rows");
+    team.for_each(blocks(grad, team.threads()), |(row, column, grad)| {
+        add_block(dy.skip_columns(row), x.skip_columns(column), m, grad);
+    });
+}
+
+/// As [`matmul_gradient`], for the first columns of dy and x, on this thread.
+fn add_block(dy: Rows, x: Rows, m: usize, mut grad: ArrayViewMut2<f32>) {
     thread_local! {
         static STRIPS: Cell<Vec<StripRow>> = const { Cell::new(Vec::new()) };
         static PANELS: Cell<Vec<PanelRow>> = const { Cell::new(Vec::new()) };
     }
     let (mut strips, mut panels) = (STRIPS.take(), PANELS.take());
-    let mut grad = ArrayViewMut2::from_shape((n, k), grad).expect("room for n rows");
+    let ((n, k), alone) = (grad.dim(), Team::alone());
     for first in (0..m).step_by(FRAMES) {
         let frames = FRAMES.min(m - first);
         let (dy, x) = (dy.skip_rows(first), x.skip_rows(first));
         strips.resize(n.div_ceil(STRIP) * frames, [0.0; STRIP]);
         panels.resize(k.div_ceil(PANEL) * frames, ZERO_ROW);
-        let left = parts(team, n, frames, STRIP, &mut strips).map(Operand::Left);
-        let right = parts(team, k, frames, PANEL, &mut panels).map(Operand::Right);
-        team.for_each(left.chain(right), |part| match part {
-            Operand::Left((first, strips)) => {
-                arrange([n, frames, STRIP], 0..frames, |i| dy.row(i, n), strip_row, first, strips)
-            }
-            Operand::Right((first, panels)) => {
-                arrange([k, frames, PANEL], 0..frames, |i| x.row(i, k), panel_row, first, panels)
-            }
-        });
+        for (first, strips) in parts(&alone, n, frames, STRIP, &mut strips) {
+            arrange([n, frames, STRIP], 0..frames, |i| dy.row(i, n), strip_row, first, strips);
+        }
+        for (first, panels) in parts(&alone, k, frames, PANEL, &mut panels) {
+            arrange([k, frames, PANEL], 0..frames, |i| x.row(i, k), panel_row, first, panels);
+        }
         let x = Packed::<PanelRow, 1> { n: k, k: frames, panels, bias: Vec::new() };
-        team.for_each(blocks(team, grad.view_mut(), ROWS), |Block { row, column, out }| {
-            let (n, outputs, inputs) = (out.nrows(), column..column + out.ncols(), 0..frames);
-            let columns = Tiled(Columns { strips: &strips, frames, first: row });
-            timed_product(n, outputs.len(), frames, || {
-                dispatch(Product { x: columns, w: &x, outputs, inputs, out, mode: Out::Add });
+        for (i, out) in grad.axis_chunks_iter_mut(Axis(0), ROWS).enumerate() {
+            let columns = Tiled(Columns { strips: &strips, frames, first: i * ROWS });
+            timed_product(out.nrows(), k, frames, || {
+                dispatch(Product { x: columns, w: &x, outputs: 0..k, inputs: 0..frames, out, mode: Out::Add });
             });
-        });
+        }
         panels = x.panels;
     }
     STRIPS.set(strips);
     PANELS.set(panels);
+}
+
+/// Cuts a gradient into blocks, each with its first row and column: as few as keep the threads busy, for each brings its own operands
+/// into order.
+fn blocks(grad: ArrayViewMut2<f32>, threads: usize) -> Vec<(usize, usize, ArrayViewMut2<f32>)> {
+    /// Rows, or columns, of a block that is not cut again while there is one for each thread.
+    const ENOUGH: usize = 256;
+    let (n, k) = grad.dim();
+    let (mut height, mut width, mut count) = (n, k, 1);
+    while count < 2 * threads && threads > 1 {
+        let longer = height.max(width);
+        if longer < 2 * PANEL || count >= threads && longer < 2 * ENOUGH {
+            break;
+        }
+        match height >= width {
+            true => height = height.div_ceil(2).next_multiple_of(STRIP),
+            false => width = width.div_ceil(2).next_multiple_of(PANEL),
+        }
+        count *= 2;
+    }
+    let (mut blocks, mut rest, mut row) = (Vec::new(), grad, 0);
+    while rest.nrows() > 0 {
+        let (mut here, below) = rest.split_at(Axis(0), height.min(n - row));
+        let mut column = 0;
+        while here.ncols() > 0 {
+            let (block, right) = here.split_at(Axis(1), width.min(k - column));
+            blocks.push((row, column, block));
+            (here, column) = (right, column + width);
+        }
+        (rest, row) = (below, row + height);
+    }
+    blocks
 }
 
 /// out `[m, n]` = xᵀ·Wᵀ, or added to it, for the first m columns of x `[k, ·]`, on this thread. Rows of x go on to a multiple of
@@ -68,12 +105,6 @@ pub(crate) fn matmul_across(x: Rows, m: usize, w: &Packed, out: &mut [f32], mode
     timed_product(m, w.n, w.k, || {
         dispatch(Product { x: Tiled(Across(x)), w, outputs: 0..w.n, inputs: 0..w.k, out, mode });
     });
-}
-
-/// A part of one of the operands that is to be brought into order.
-enum Operand<'a> {
-    Left((usize, &'a mut [StripRow])),
-    Right((usize, &'a mut [PanelRow])),
 }
 
 /// At most [`STRIP`] numbers, filled up with zeros.
