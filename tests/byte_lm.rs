@@ -1,4 +1,4 @@
-//! A small model that was trained on real text, elsewhere: does it predict as well here, and what does quantisation cost?
+//! A small model that was trained on real text: does it predict as well as in another program, and what does quantisation cost?
 #![cfg(feature = "lm")]
 
 mod common;
@@ -17,10 +17,10 @@ fn perplexity(options: &LoadOptions) -> f64 {
 }
 
 #[test]
-fn it_predicts_as_well_as_where_it_was_trained() {
+fn it_predicts_as_well_as_in_pytorch() {
     let here = perplexity(&LoadOptions::default());
     println!("{here}");
-    assert!((here - 1.9743).abs() < 0.01, "{here}");
+    assert!((here - 1.9012814).abs() < 1e-4, "{here}");
 }
 
 #[test]

@@ -61,6 +61,7 @@ def folder_of(size, out):
     c = {**json.load(open(config)), "hidden_size": h, "num_hidden_layers": layers, "kv_reuse_group": shared, "global_attn_idx": [0, layers - 1],
          "num_attention_heads": h // 32, "num_key_value_heads": h // 64, "intermediate_size": 11 * h // 4, "mamba_dt_rank": h // 16,
          "torch_dtype": "float32"}
+    del c["conv_dim"], c["layer_type"]  # a value for each layer
     json.dump(c, open(f"{folder}/config.json", "w"))
     ours("2", folder, text, "1", "2", "1")
     return folder
