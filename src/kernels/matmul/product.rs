@@ -87,7 +87,7 @@ impl<X: Left, W: Weights<X::Inputs>, const N: usize> Product<'_, X, W, N> {
                 };
             }
         }
-        let (mut ahead, bytes) = self.next_panel::<R>(row, line);
+        let (mut ahead, bytes) = if pieces { self.next_panel::<R>(row, line) } else { (w[0].as_ptr(), 0) };
         while first < count {
             let mut end = count;
             if pieces {
@@ -153,7 +153,7 @@ impl<X: Left, W: Weights<X::Inputs>, const N: usize> Product<'_, X, W, N> {
         let start = self.w.panels.as_ptr().wrapping_add((panel * self.w.k + self.inputs.start) / N);
         let (passes, passed) = (2 * m, line % 2 * m + row);
         let bytes = self.inputs.len() / N * size_of::<W>();
-        (start.wrapping_byte_add(bytes * passed / passes), (PIECE * size_of::<W>() * R).div_ceil(passes))
+        (start.wrapping_byte_add(bytes / passes * passed), (PIECE * size_of::<W>() * R).div_ceil(passes))
     }
 }
 
