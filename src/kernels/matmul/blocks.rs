@@ -61,10 +61,10 @@ pub(super) struct Block<'a> {
 
 /// The blocks of a product, of about `rows` rows each, those of the same rows one after the other. There are several per thread, so
 /// that none waits long for the others; a thread alone takes all columns at once.
-pub(super) fn blocks<'a>(team: &Team, mut out: ArrayViewMut2<'a, f32>, rows: usize) -> Vec<Block<'a>> {
+fn blocks<'a>(team: &Team, out: ArrayViewMut2<'a, f32>, rows: usize) -> Vec<Block<'a>> {
     /// Blocks per thread.
     const EACH: usize = 8;
-    let ((m, n), mut row, mut all) = (out.dim(), 0, Vec::new());
+    let (m, n) = out.dim();
     let threads = team.threads();
     // as even as can be
     let groups = (m / rows).max(1);
@@ -76,15 +76,21 @@ pub(super) fn blocks<'a>(team: &Team, mut out: ArrayViewMut2<'a, f32>, rows: usi
         _ if m <= 6 => 4,
         _ => (panels * groups / (EACH * threads)).clamp(1, 8),
     };
+    grid(out, rows, width * PANEL)
+}
+
+/// Blocks of `height` rows and `width` columns, those at the ends smaller, those of the same rows one after the other.
+pub(super) fn grid(mut out: ArrayViewMut2<f32>, height: usize, width: usize) -> Vec<Block> {
+    let (mut row, mut all) = (0, Vec::new());
     while out.nrows() > 0 {
-        let height = rows.min(out.nrows());
-        let (mut here, below) = out.split_at(Axis(0), height);
+        let size = height.min(out.nrows());
+        let (mut here, below) = out.split_at(Axis(0), size);
         let mut column = 0;
         while here.ncols() > 0 {
-            let size = (width * PANEL).min(here.ncols());
-            let (out, right) = here.split_at(Axis(1), size);
-            all.push(Block { row, column, out });
-            (here, column) = (right, column + size);
+            let size = width.min(here.ncols());
+            let (block, right) = here.split_at(Axis(1), size);
+            all.push(Block { row, column, out: block });
+            (here, column) = (right, column + width);
         }
         (out, row) = (below, row + height);
     }

@@ -5,6 +5,7 @@ use std::ops::Range;
 
 use ndarray::{ArrayViewMut2, Axis};
 
+use super::blocks::{Block, grid};
 use super::operands::{LeftTile, Weights};
 use super::packed::{PANEL, Packed, PanelRow, ZERO_ROW, arrange, panel_row, parts};
 use super::product::{Left, Product};
@@ -28,8 +29,8 @@ type StripRow = [f32; STRIP];
 /// reads what another has just written, and nobody waits before the end.
 pub(crate) fn matmul_gradient(team: &Team, dy: Rows, n: usize, x: Rows, k: usize, m: usize, grad: &mut [f32]) {
     let grad = ArrayViewMut2::from_shape((n, k), grad).expect("room for n rows");
-    team.for_each(blocks(grad, team.threads()), |(row, column, grad)| {
-        add_block(dy.skip_columns(row), x.skip_columns(column), m, grad);
+    team.for_each(cut(grad, team.threads()), |Block { row, column, out }| {
+        add_block(dy.skip_columns(row), x.skip_columns(column), m, out);
     });
 }
 
@@ -65,9 +66,8 @@ fn add_block(dy: Rows, x: Rows, m: usize, mut grad: ArrayViewMut2<f32>) {
     PANELS.set(panels);
 }
 
-/// Cuts a gradient into blocks, each with its first row and column: as few as keep the threads busy, for each brings its own operands
-/// into order.
-fn blocks(grad: ArrayViewMut2<f32>, threads: usize) -> Vec<(usize, usize, ArrayViewMut2<f32>)> {
+/// Cuts a gradient into blocks: as few as keep the threads busy, for each brings its own operands into order.
+fn cut(grad: ArrayViewMut2<f32>, threads: usize) -> Vec<Block> {
     /// Rows, or columns, of a block that is not cut again while there is one for each thread.
     const ENOUGH: usize = 256;
     let (n, k) = grad.dim();
@@ -83,18 +83,7 @@ fn blocks(grad: ArrayViewMut2<f32>, threads: usize) -> Vec<(usize, usize, ArrayV
         }
         count *= 2;
     }
-    let (mut blocks, mut rest, mut row) = (Vec::new(), grad, 0);
-    while rest.nrows() > 0 {
-        let (mut here, below) = rest.split_at(Axis(0), height.min(n - row));
-        let mut column = 0;
-        while here.ncols() > 0 {
-            let (block, right) = here.split_at(Axis(1), width.min(k - column));
-            blocks.push((row, column, block));
-            (here, column) = (right, column + width);
-        }
-        (rest, row) = (below, row + height);
-    }
-    blocks
+    grid(grad, height, width)
 }
 
 /// out `[m, n]` = xᵀ·Wᵀ, or added to it, for the first m columns of x `[k, ·]`, on this thread. Rows of x go on to a multiple of

@@ -139,9 +139,7 @@ impl<X: Left, W: Weights<X::Inputs>, const N: usize> Product<'_, X, W, N> {
             }
         }
     }
-}
 
-impl<X: Left, W: Weights<X::Inputs>, const N: usize> Product<'_, X, W, N> {
     /// Where R rows, from `row` on, that pass over a half of a panel begin to fetch the next panel, and how many bytes they go on after
     /// each [`PIECE`].
     #[inline(always)]
