@@ -165,7 +165,12 @@ fn sequences(c: &mut Criterion) {
             b.iter(|| {
                 let [queries, keys, values] = black_box(&mut frames).each_mut().map(|array| array.view_mut());
                 let [past_keys, past_values] = tokens.each_mut().map(|array| array.view_mut());
-                attend_backward(head, output, AttentionGradient { queries, keys, values, past_keys, past_values });
+                attend_backward(
+                    head,
+                    0..head.frames,
+                    output,
+                    AttentionGradient { queries, keys, values, past_keys, past_values },
+                );
             });
         });
     }

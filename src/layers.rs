@@ -32,7 +32,7 @@ mod state;
 mod stem;
 mod weight;
 
-use ndarray::{Array2, ArrayBase, Data, Dimension};
+use ndarray::{ArrayBase, Data, Dimension, Ix2};
 
 use crate::kernels::rows::Rows;
 
@@ -40,7 +40,7 @@ use crate::kernels::rows::Rows;
 pub(crate) use attention::HeadNorms;
 pub use attention::MetaTokenAttention;
 pub(crate) use attention::{AttentionCache, AttentionConfig, Depth, init_meta_tokens};
-pub(crate) use batch::{Batch, Spans, add_array, copied};
+pub(crate) use batch::{Batch, Ends, Spans, add_array, copied};
 pub(crate) use buffer::Buffer;
 pub(crate) use dropout::{Dropout, row_seeds, seed_at};
 #[cfg(feature = "lm")]
@@ -75,7 +75,7 @@ pub(crate) use weight::{Across, Weight};
 pub(crate) type Rng = rand::rngs::ChaCha8Rng;
 
 /// An array as rows for the kernels.
-pub(crate) fn all_rows(array: &Array2<f32>) -> Rows<'_> {
+pub(crate) fn all_rows<S: Data<Elem = f32>>(array: &ArrayBase<S, Ix2>) -> Rows<'_> {
     Rows { data: flat(array), stride: array.ncols() }
 }
 

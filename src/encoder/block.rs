@@ -7,7 +7,7 @@ use super::options::HymbaOptions;
 use crate::kernels::matmul::Storage;
 use crate::kernels::team::Team;
 use crate::layers::{
-    AttentionCache, Batch, Buffer, Depth, Dropout, Gate, KvStorage, LayerNorm, LayerState, Linear, MambaBranch,
+    AttentionCache, Batch, Buffer, Depth, Dropout, Ends, Gate, KvStorage, LayerNorm, LayerState, Linear, MambaBranch,
     MambaCache, MetaTokenAttention, Rng, Spans, StateGradient, add_array, copied,
 };
 use crate::parameters::{Visitor, VisitorMut, debug_shapes, join};
@@ -42,12 +42,13 @@ const FFN: u64 = 2;
 /// What [`HymbaBlock::backward`] reads.
 pub(crate) struct BlockCache {
     dropout: Dropout,
+    only: Option<Ends>,
     /// Input of the first norm, and its output, `[rows, h]`.
     x: Buffer,
     u: Buffer,
     mamba_cache: MambaCache,
     attention_cache: AttentionCache,
-    /// The branches after dropout, and the gate, `[rows, h]`.
+    /// The branches after dropout, and the gate, `[rows, h]` or `only` some rows of that.
     mamba: Buffer,
     attention: Buffer,
     gate: Buffer,
@@ -161,23 +162,30 @@ impl HymbaBlock {
         layer: usize,
         x: Buffer,
         dropout: Dropout,
+        only: Option<Ends>,
     ) -> (Buffer, BlockCache) {
         let team = batch.team;
+        let rows = only.as_ref().map(|only| &*only.rows);
         let u = self.norm.forward(team, x.view());
-        let (mut mamba, mamba_cache) = self.mamba.forward_train(batch, layer, u.view());
-        dropout.at(MAMBA).apply(team, &batch.spans, &mut mamba);
-        let (mut attention, attention_cache) = self.attention.forward_train(batch, Depth::of(layer), u.view());
-        dropout.at(ATTENTION).apply(team, &batch.spans, &mut attention);
-        let gate = self.gate.forward(team, u.view());
-        let mut mixed = copied(team, &x);
+        let (mut mamba, mamba_cache) = self.mamba.forward_train(batch, layer, u.view(), rows);
+        let (mut attention, attention_cache) = self.attention.forward_train(batch, Depth::of(layer), u.view(), rows);
+        // from here on frames do not meet
+        let _seeded = team.seeded_at(rows);
+        let (rows, ends) = Ends::of(&only, &batch.spans);
+        dropout.at(MAMBA).apply(team, ends, &mut mamba);
+        dropout.at(ATTENTION).apply(team, ends, &mut attention);
+        let (gate, mut mixed) = match rows {
+            Some(rows) => (self.gate.forward(team, u.rows_at(rows).view()), x.rows_at(rows)),
+            None => (self.gate.forward(team, u.view()), copied(team, &x)),
+        };
         Gate::mix(team, &gate, &mamba, &attention, &mut mixed);
-        let (y, ffn) = self.ffn.residual_train(team, &batch.spans, mixed, dropout.at(FFN));
-        let cache = BlockCache { dropout, x, u, mamba_cache, attention_cache, mamba, attention, gate, ffn };
+        let (y, ffn) = self.ffn.residual_train(team, ends, mixed, dropout.at(FFN));
+        let cache = BlockCache { dropout, only, x, u, mamba_cache, attention_cache, mamba, attention, gate, ffn };
         (y, cache)
     }
 
     /// The gradient of [`forward_train`](Self::forward_train) for sequences that all began with the state `initial`: dy
-    /// `[rows, h]` → dx `[rows, h]`. `dfinal` is the gradient of what a single sequence left behind, where it is that of the meta
+    /// of the shape of the output → dx `[rows, h]`. `dfinal` is the gradient of what a single sequence left behind, where it is that of the meta
     /// tokens. Adds that of what was in front to `dinitial`.
     #[allow(clippy::too_many_arguments)]
     pub(crate) fn backward(
@@ -191,23 +199,27 @@ impl HymbaBlock {
         grad: &mut HymbaBlock,
         dinitial: &mut StateGradient,
     ) -> Buffer {
-        let dropout = cache.dropout;
+        let (dropout, (rows, ends)) = (cache.dropout, Ends::of(&cache.only, spans));
+        let seeded = team.seeded_at(rows);
         // y = mixed + FFN(LayerNorm(mixed))
-        self.ffn.residual_backward(team, spans, &cache.ffn, dropout.at(FFN), &mut dy, &mut grad.ffn);
+        self.ffn.residual_backward(team, ends, &cache.ffn, dropout.at(FFN), &mut dy, &mut grad.ffn);
         // mixed = x + g ⊙ Mamba(u) + (1 − g) ⊙ Attention(u)
         let (dgate, mut dmamba, mut dattention) =
             Gate::mix_backward(team, &cache.gate, &cache.mamba, &cache.attention, &dy);
-        dropout.at(MAMBA).apply(team, spans, &mut dmamba);
-        dropout.at(ATTENTION).apply(team, spans, &mut dattention);
+        dropout.at(MAMBA).apply(team, ends, &mut dmamba);
+        dropout.at(ATTENTION).apply(team, ends, &mut dattention);
+        drop(seeded);
         let u = cache.u.view();
         let (dfinal_mamba, mamba) = (dfinal.map(|dfinal| &dfinal.mamba), &cache.mamba_cache);
         let (dmamba, dstate) = (dmamba.view(), &mut dinitial.mamba);
+        let (initial_mamba, grad_mamba) = (&initial.mamba, &mut grad.mamba);
         let mut du =
-            self.mamba.backward(team, spans, u, mamba, &initial.mamba, dmamba, dfinal_mamba, &mut grad.mamba, dstate);
+            self.mamba.backward(team, spans, rows, u, mamba, initial_mamba, dmamba, dfinal_mamba, grad_mamba, dstate);
         let (attention, dattention) = (&cache.attention_cache, dattention.view());
         let of_attention = self.attention.backward(
             team,
             spans,
+            rows,
             u,
             attention,
             initial,
@@ -217,7 +229,23 @@ impl HymbaBlock {
             dinitial,
         );
         add_array(team, &of_attention, &mut du);
-        self.gate.backward_add(team, u, &cache.gate, dgate, &mut du, &mut grad.gate);
+        match rows {
+            Some(rows) => {
+                let _seeded = team.seeded_at(Some(rows));
+                let mut more = Buffer::zeros(dy.dim());
+                self.gate.backward_add(
+                    team,
+                    cache.u.rows_at(rows).view(),
+                    &cache.gate,
+                    dgate,
+                    &mut more,
+                    &mut grad.gate,
+                );
+                du.add_at(rows, &more);
+            }
+            None => self.gate.backward_add(team, u, &cache.gate, dgate, &mut du, &mut grad.gate),
+        }
+        let mut dy = dy.spread(rows, du.nrows());
         // u = LayerNorm(x)
         self.norm.backward_add(team, cache.x.view(), du.view(), &mut dy, &mut grad.norm);
         dy

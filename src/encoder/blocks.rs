@@ -11,7 +11,7 @@ use super::shared::SharedBlock;
 use crate::kernels::matmul::Storage;
 use crate::kernels::team::Team;
 use crate::layers::{
-    Batch, Buffer, Dropout, LayerState, Linear, MambaBranch, MetaTokenAttention, Rng, Spans, StateGradient,
+    Batch, Buffer, Dropout, Ends, LayerState, Linear, MambaBranch, MetaTokenAttention, Rng, Spans, StateGradient,
 };
 use crate::parameters::{Visitor, VisitorMut, join};
 
@@ -234,23 +234,25 @@ impl Blocks {
         &self,
         batch: &mut Batch,
         mut x: Buffer,
+        mut only: Option<Ends>,
         dropout: impl Fn(usize) -> BlockDropout,
     ) -> (Buffer, Vec<DepthCache>) {
-        let (x0, mut caches) = (self.start(&x), Vec::with_capacity(self.len()));
+        let (x0, mut caches, last) = (self.start(&x), Vec::with_capacity(self.len()), self.len() - 1);
         for (layer, block) in self.blocks.iter().enumerate() {
+            let only = if layer == last { only.take() } else { None };
             let BlockDropout { before, inside } = dropout(layer);
             before.apply(batch.team, &batch.spans, &mut x);
             let (y, cache) = match block {
                 Block::Parallel(block) => {
-                    let (y, cache) = block.forward_train(batch, layer, x, inside);
+                    let (y, cache) = block.forward_train(batch, layer, x, inside, only);
                     (y, DepthCache::Parallel(cache))
                 }
                 Block::Serial(block) => {
-                    let (y, cache) = block.forward_train(batch, layer, x, inside);
+                    let (y, cache) = block.forward_train(batch, layer, x, inside, only);
                     (y, DepthCache::Serial(cache))
                 }
                 Block::Fed(block) => {
-                    let (y, cache) = block.forward_train(batch, layer, x, self.feeding(&x0), inside);
+                    let (y, cache) = block.forward_train(batch, layer, x, self.feeding(&x0), inside, only);
                     (y, DepthCache::Fed(cache))
                 }
             };
@@ -260,9 +262,9 @@ impl Blocks {
         (x, caches)
     }
 
-    /// The gradient behind the last block, for [`backward`](Self::backward).
-    pub(crate) fn last_gradient(&self, dx: Buffer) -> StreamGradient {
-        StreamGradient { dx0: self.shared.as_ref().map(|_| Buffer::zeros(dx.dim())), dx }
+    /// The gradient behind the last block, for [`backward`](Self::backward) of so many rows: dx has the shape of the output.
+    pub(crate) fn last_gradient(&self, dx: Buffer, rows: usize) -> StreamGradient {
+        StreamGradient { dx0: self.shared.as_ref().map(|_| Buffer::zeros((rows, dx.ncols()))), dx }
     }
 
     /// The backward pass of the block at one depth, from the last to the first, for sequences that all began with the state

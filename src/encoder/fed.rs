@@ -8,7 +8,7 @@ use super::shared::{SharedBlock, SharedCache};
 use crate::kernels::matmul::Storage;
 use crate::kernels::team::Team;
 use crate::layers::{
-    Batch, Buffer, Dropout, LayerNorm, LayerState, Linear, MambaBranch, MambaCache, Rng, Spans, StateGradient,
+    Batch, Buffer, Dropout, Ends, LayerNorm, LayerState, Linear, MambaBranch, MambaCache, Rng, Spans, StateGradient,
     add_array,
 };
 use crate::parameters::{Visitor, VisitorMut, debug_shapes, join};
@@ -43,6 +43,7 @@ pub(crate) struct Shared<'a> {
 /// What [`FedBlock::backward`] reads.
 pub(crate) struct FedCache {
     dropout: Dropout,
+    only: Option<Ends>,
     /// T and its cache, where it is used.
     shared: Option<(Buffer, SharedCache)>,
     /// Input of the norm, and its output, `[rows, h]`.
@@ -140,8 +141,10 @@ impl FedBlock {
         x: Buffer,
         shared: Shared,
         dropout: Dropout,
+        only: Option<Ends>,
     ) -> (Buffer, FedCache) {
         let team = batch.team;
+        let rows = only.as_ref().map(|only| &*only.rows);
         let (fed, shared) = match &self.shared_proj {
             Some(shared_proj) => {
                 let (y, cache) = shared.block.forward_train(batch, layer, &x, shared.x0);
@@ -150,13 +153,17 @@ impl FedBlock {
             None => (Buffer::copy_of(&x), None),
         };
         let u = self.norm.forward(team, fed.view());
-        let (mut y, mamba_cache) = self.mamba.forward_train(batch, layer, u.view());
-        dropout.at(MAMBA).apply(team, &batch.spans, &mut y);
-        *y += &*x;
-        (y, FedCache { dropout, shared, fed, u, mamba_cache })
+        let (mut y, mamba_cache) = self.mamba.forward_train(batch, layer, u.view(), rows);
+        let (rows, ends) = Ends::of(&only, &batch.spans);
+        dropout.at(MAMBA).apply(team, ends, &mut y);
+        match rows {
+            Some(rows) => *y += &*x.rows_at(rows),
+            None => *y += &*x,
+        }
+        (y, FedCache { dropout, only, shared, fed, u, mamba_cache })
     }
 
-    /// The gradient of [`forward_train`](Self::forward_train): dy `[rows, h]` → dx `[rows, h]`; adds that of x₀ to dx₀, and that of
+    /// The gradient of [`forward_train`](Self::forward_train): dy of the shape of the output → dx `[rows, h]`; adds that of x₀ to dx₀, and that of
     /// the shared block to `grad_shared`. Otherwise as in [`HymbaBlock`](crate::HymbaBlock).
     #[allow(clippy::too_many_arguments)]
     pub(crate) fn backward(
@@ -165,7 +172,7 @@ impl FedBlock {
         spans: &Spans,
         cache: &FedCache,
         initial: &LayerState,
-        mut dy: Buffer,
+        dy: Buffer,
         dfinal: Option<&StateGradient>,
         grad: &mut FedBlock,
         dinitial: &mut StateGradient,
@@ -173,11 +180,13 @@ impl FedBlock {
         dx0: &mut Array2<f32>,
     ) -> Buffer {
         // y = x + Mamba(u)
-        let dropped = cache.dropout.at(MAMBA).applied(team, spans, &dy);
+        let (rows, ends) = Ends::of(&cache.only, spans);
+        let dropped = cache.dropout.at(MAMBA).applied(team, ends, &dy);
         let dmamba = dropped.as_deref().unwrap_or(&dy);
         let du = self.mamba.backward(
             team,
             spans,
+            rows,
             cache.u.view(),
             &cache.mamba_cache,
             &initial.mamba,
@@ -188,6 +197,7 @@ impl FedBlock {
         );
         // u = LayerNorm(x + T·Wᵀ)
         let dfed = self.norm.backward(team, cache.fed.view(), du.view(), &mut grad.norm);
+        let mut dy = dy.spread(rows, du.nrows());
         add_array(team, &dfed, &mut dy);
         if let (Some(shared_proj), Some((y, cache)), Some(grad)) =
             (&self.shared_proj, &cache.shared, &mut grad.shared_proj)

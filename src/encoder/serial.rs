@@ -7,8 +7,8 @@ use super::pattern::BlockKind;
 use crate::kernels::matmul::Storage;
 use crate::kernels::team::Team;
 use crate::layers::{
-    AttentionCache, Batch, Buffer, Depth, Dropout, KvStorage, LayerNorm, LayerState, Linear, MambaBranch, MambaCache,
-    MetaTokenAttention, Rng, Spans, StateGradient, add_array,
+    AttentionCache, Batch, Buffer, Depth, Dropout, Ends, KvStorage, LayerNorm, LayerState, Linear, MambaBranch,
+    MambaCache, MetaTokenAttention, Rng, Spans, StateGradient, add_array,
 };
 use crate::parameters::{Visitor, VisitorMut, debug_shapes, join};
 
@@ -47,6 +47,7 @@ const FFN: u64 = 2;
 /// What [`SerialBlock::backward`] reads.
 pub(crate) struct SerialCache {
     dropout: Dropout,
+    only: Option<Ends>,
     /// Input of the first norm, and its output, `[rows, h]`.
     x: Buffer,
     u: Buffer,
@@ -159,26 +160,33 @@ impl SerialBlock {
         layer: usize,
         x: Buffer,
         dropout: Dropout,
+        only: Option<Ends>,
     ) -> (Buffer, SerialCache) {
         let team = batch.team;
+        let rows = only.as_ref().map(|only| &*only.rows);
         let u = self.norm.forward(team, x.view());
         let (mut mixed, branch) = match &self.branch {
             Branch::Mamba(mamba) => {
-                let (y, cache) = mamba.forward_train(batch, layer, u.view());
+                let (y, cache) = mamba.forward_train(batch, layer, u.view(), rows);
                 (y, BranchCache::Mamba(cache))
             }
             Branch::Attention(attention) => {
-                let (y, cache) = attention.forward_train(batch, Depth::of(layer), u.view());
+                let (y, cache) = attention.forward_train(batch, Depth::of(layer), u.view(), rows);
                 (y, BranchCache::Attention(cache))
             }
         };
-        dropout.at(BRANCH).apply(team, &batch.spans, &mut mixed);
-        add_array(team, &x, &mut mixed);
-        let (y, ffn) = self.ffn.residual_train(team, &batch.spans, mixed, dropout.at(FFN));
-        (y, SerialCache { dropout, x, u, branch, ffn })
+        let _seeded = team.seeded_at(rows);
+        let (rows, ends) = Ends::of(&only, &batch.spans);
+        dropout.at(BRANCH).apply(team, ends, &mut mixed);
+        match rows {
+            Some(rows) => *mixed += &*x.rows_at(rows),
+            None => add_array(team, &x, &mut mixed),
+        }
+        let (y, ffn) = self.ffn.residual_train(team, ends, mixed, dropout.at(FFN));
+        (y, SerialCache { dropout, only, x, u, branch, ffn })
     }
 
-    /// The gradient of [`forward_train`](Self::forward_train): dy `[rows, h]` → dx `[rows, h]`; otherwise as
+    /// The gradient of [`forward_train`](Self::forward_train): dy of the shape of the output → dx `[rows, h]`; otherwise as
     /// [`HymbaBlock::backward`](crate::HymbaBlock).
     #[allow(clippy::too_many_arguments)]
     pub(crate) fn backward(
@@ -192,23 +200,26 @@ impl SerialBlock {
         grad: &mut SerialBlock,
         dinitial: &mut StateGradient,
     ) -> Buffer {
-        let dropout = cache.dropout;
+        let (dropout, (rows, ends)) = (cache.dropout, Ends::of(&cache.only, spans));
         // y = mixed + FFN(LayerNorm(mixed))
-        self.ffn.residual_backward(team, spans, &cache.ffn, dropout.at(FFN), &mut dy, &mut grad.ffn);
+        let seeded = team.seeded_at(rows);
+        self.ffn.residual_backward(team, ends, &cache.ffn, dropout.at(FFN), &mut dy, &mut grad.ffn);
+        drop(seeded);
         // mixed = x + branch(u)
-        let dropped = dropout.at(BRANCH).applied(team, spans, &dy);
+        let dropped = dropout.at(BRANCH).applied(team, ends, &dy);
         let (u, dbranch) = (cache.u.view(), dropped.as_deref().unwrap_or(&dy).view());
         let du = match (&self.branch, &cache.branch, &mut grad.branch) {
             (Branch::Mamba(mamba), BranchCache::Mamba(cache), Branch::Mamba(grad)) => {
                 let (dfinal, dinitial) = (dfinal.map(|dfinal| &dfinal.mamba), &mut dinitial.mamba);
-                mamba.backward(team, spans, u, cache, &initial.mamba, dbranch, dfinal, grad, dinitial)
+                mamba.backward(team, spans, rows, u, cache, &initial.mamba, dbranch, dfinal, grad, dinitial)
             }
             (Branch::Attention(attention), BranchCache::Attention(cache), Branch::Attention(grad)) => {
-                attention.backward(team, spans, u, cache, initial, dbranch, dfinal, grad, dinitial)
+                attention.backward(team, spans, rows, u, cache, initial, dbranch, dfinal, grad, dinitial)
             }
             _ => unreachable!("caches and gradients have the branch of their block"),
         };
         // u = LayerNorm(x)
+        let mut dy = dy.spread(rows, du.nrows());
         self.norm.backward_add(team, cache.x.view(), du.view(), &mut dy, &mut grad.norm);
         dy
     }

@@ -98,7 +98,7 @@ impl SharedBlock {
         let team = batch.team;
         let c = beside(x, x0);
         let u = self.norm.forward(team, c.view());
-        let (t, attention_cache) = self.attention.forward_train(batch, Depth::of(layer), u.view());
+        let (t, attention_cache) = self.attention.forward_train(batch, Depth::of(layer), u.view(), None);
         let (y, ffn) = self.ffn.forward_train(team, t);
         (y, SharedCache { c, u, attention_cache, ffn })
     }
@@ -121,7 +121,8 @@ impl SharedBlock {
         let dt = self.ffn.backward(team, &cache.ffn, dy.view(), &mut grad.ffn);
         let (u, attention) = (cache.u.view(), &cache.attention_cache);
         let (dt, grad_attention) = (dt.view(), &mut grad.attention);
-        let du = self.attention.backward(team, spans, u, attention, initial, dt, dfinal, grad_attention, dinitial);
+        let du =
+            self.attention.backward(team, spans, None, u, attention, initial, dt, dfinal, grad_attention, dinitial);
         let dc = self.norm.backward(team, cache.c.view(), du.view(), &mut grad.norm);
         let h = dx.ncols();
         *dx += &dc.slice(s![.., ..h]);

@@ -11,7 +11,7 @@ use super::options::HymbaOptions;
 use super::size::Keeps;
 use super::variant::Variant;
 use crate::kernels::team::{Team, with_team};
-use crate::layers::{Batch, Buffer, Dropout, SequenceState, Spans, StateGradient, row_seeds, seed_at};
+use crate::layers::{Batch, Buffer, Dropout, Ends, SequenceState, Spans, StateGradient, row_seeds, seed_at};
 use crate::{Error, Result};
 
 /// The intermediate results of a forward pass that [`Hymba::backward`] needs: about 25·h + n·h/8 numbers per block and frame in
@@ -77,8 +77,8 @@ impl Hymba {
         lengths: Option<&[usize]>,
         seed: u64,
     ) -> Result<(Array2<f32>, TrainCache)> {
-        let (frames, mut cache) = self.run_train(x, lengths, seed)?;
-        cache.last = frames.rows_at(&cache.spans().last_rows());
+        let (last, mut cache) = self.run_train(x, lengths, seed, false)?;
+        cache.last = last;
         Ok((self.final_norm.forward(&Team::alone(), cache.last.view()).into_array(), cache))
     }
 
@@ -95,7 +95,7 @@ impl Hymba {
         lengths: Option<&[usize]>,
         seed: u64,
     ) -> Result<(Array3<f32>, TrainCache)> {
-        let (frames, mut cache) = self.run_train(x, lengths, seed)?;
+        let (frames, mut cache) = self.run_train(x, lengths, seed, true)?;
         let y = self.final_norm.forward(&Team::alone(), frames.view());
         cache.last = frames;
         Ok((padded(&y, &cache.spans(), cache.l), cache))
@@ -114,12 +114,7 @@ impl Hymba {
         self.check_backward(cache, &[cache.lengths.len()], dy.shape(), grads)?;
         let dy = dy.as_standard_layout();
         let dlast = self.final_norm.backward(&Team::alone(), cache.last.view(), dy.view(), &mut grads.final_norm);
-        let spans = cache.spans();
-        let mut dframes = Buffer::zeros((spans.rows(), self.options.hidden_size));
-        for (row, dlast) in spans.last_rows().into_iter().zip(dlast.rows()) {
-            dframes.row_mut(row).assign(&dlast);
-        }
-        Ok(self.run_backward(cache, dframes, grads))
+        Ok(self.run_backward(cache, dlast, grads))
     }
 
     /// The gradient of [`forward_sequence_train`](Self::forward_sequence_train): dy `[b, l, hidden_size]` → `[b, l, embed_dim]`;
@@ -142,8 +137,15 @@ impl Hymba {
     }
 
     /// All blocks of a training step, up to the final norm. The whole batch goes through a layer together, so that the
-    /// gradient of a matrix is one product and one sum over all frames.
-    fn run_train(&self, x: &ArrayRef3<f32>, lengths: Option<&[usize]>, seed: u64) -> Result<(Buffer, TrainCache)> {
+    /// gradient of a matrix is one product and one sum over all frames. Of the last block's output there is `every_frame`, or the last
+    /// of each sequence.
+    fn run_train(
+        &self,
+        x: &ArrayRef3<f32>,
+        lengths: Option<&[usize]>,
+        seed: u64,
+        every_frame: bool,
+    ) -> Result<(Buffer, TrainCache)> {
         self.check_trainable()?;
         let (batch, l) = self.check_batch(x, lengths, Keeps::Cache, 0)?;
         let lengths = lengths.map_or_else(|| vec![l; batch], <[usize]>::to_vec);
@@ -158,7 +160,8 @@ impl Hymba {
             let mut states = vec![initial.clone(); lengths.len()];
             let sequences = states.iter_mut().zip(lengths.iter().copied());
             let mut batch = Batch::new(team, sequences, false, None);
-            let (x, blocks) = self.blocks.forward_train(&mut batch, x, |depth| self.dropout(seed, depth));
+            let only = (!every_frame).then(|| batch.spans.ends());
+            let (x, blocks) = self.blocks.forward_train(&mut batch, x, only, |depth| self.dropout(seed, depth));
             let last = Buffer::empty();
             let cache = TrainCache { model: self.cached.id, seed, l, lengths, input, initial, meta, blocks, last };
             (x, cache)
@@ -171,7 +174,8 @@ impl Hymba {
         let (mut state, mut caches) = (self.empty_state(), Vec::new());
         if let Some(tokens) = &self.meta_tokens {
             let mut batch = Batch::new(team, [(&mut state, tokens.nrows())], true, None);
-            (_, caches) = self.blocks.forward_train(&mut batch, Buffer::copy_of(tokens), |_| BlockDropout::NONE);
+            let (x, only) = (Buffer::copy_of(tokens), Some(Ends::none()));
+            (_, caches) = self.blocks.forward_train(&mut batch, x, only, |_| BlockDropout::NONE);
             batch.finish();
         }
         (state, caches)
@@ -180,13 +184,14 @@ impl Hymba {
     /// The backward pass of [`run_train`](Self::run_train).
     fn run_backward(&self, cache: &TrainCache, dx: Buffer, grads: &mut Hymba) -> Array3<f32> {
         grads.changed();
-        with_team(self.work(2 * dx.nrows()), |team| {
-            let spans = cache.spans();
+        let spans = cache.spans();
+        with_team(self.work(2 * spans.rows()), |team| {
             let row_seeds = self.row_seeds(cache.seed, &spans);
             let (empty, tokens) = (self.empty_state(), self.options.num_meta_tokens);
             // of the frames and of the meta tokens, behind the current block
-            let mut dx = self.blocks.last_gradient(dx);
-            let mut dtokens = self.meta_tokens.as_ref().map(|x| self.blocks.last_gradient(Buffer::zeros(x.dim())));
+            let mut dx = self.blocks.last_gradient(dx, spans.rows());
+            let nothing = || Buffer::zeros((0, self.options.hidden_size));
+            let mut dtokens = self.meta_tokens.as_ref().map(|x| self.blocks.last_gradient(nothing(), x.nrows()));
             for i in (0..self.blocks.len()).rev() {
                 let (initial, grads) = (&cache.initial.layers[i], &mut grads.blocks);
                 let mut dinitial = StateGradient::zeros(initial);

@@ -9,6 +9,8 @@
 //! Every output is one sum over k in ascending order (bf16 pairs in the CPU's own), whatever the shape of the product and however
 //! it is shared among threads ([`blocks`]). So a row's result does not depend on the batch it is in.
 
+use std::ops::Range;
+
 use ndarray::{ArrayViewMut2, ShapeBuilder};
 
 use super::profiler::timed_product;
@@ -41,7 +43,22 @@ mod quants;
 /// out `[m, n]` = x `[m, k]` · Wᵀ + bias, or added to it, on the threads of the team.
 pub(crate) fn matmul(team: &Team, x: Rows, m: usize, w: &Packed, out: &mut [f32], mode: Out) {
     let out = ArrayViewMut2::from_shape((m, w.n), out).expect("room for m rows");
-    blocks::multiply(Isa::current(), team, Floats::<1>(x), w, out, mode);
+    blocks::multiply(Isa::current(), team, Floats::<1>(x), w, w.all(), out, mode);
+}
+
+/// The columns `outputs` of the product (from a multiple of [`PANEL`] on), summed over `inputs` only, on the threads of the team.
+/// Row i of `x` starts with input 0; `out` is `[m, outputs]`, the numbers of a row side by side.
+pub(crate) fn matmul_columns(
+    team: &Team,
+    x: Rows,
+    w: &Packed,
+    outputs: Range<usize>,
+    inputs: Range<usize>,
+    out: ArrayViewMut2<f32>,
+    mode: Out,
+) {
+    debug_assert!(outputs.start.is_multiple_of(PANEL) && outputs.end <= w.n && inputs.end <= w.k);
+    blocks::multiply(Isa::current(), team, Floats::<1>(x), w, [outputs, inputs], out, mode);
 }
 
 /// The columns `outputs` of the product (from a multiple of [`PANEL`] on), summed over `inputs` only, on this thread.
@@ -51,8 +68,8 @@ pub(crate) fn matmul_part(
     x: Rows,
     m: usize,
     w: &Packed,
-    outputs: std::ops::Range<usize>,
-    inputs: std::ops::Range<usize>,
+    outputs: Range<usize>,
+    inputs: Range<usize>,
     out: &mut [f32],
     out_stride: usize,
     mode: Out,

@@ -16,7 +16,7 @@ use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::ptr;
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 
 #[cfg(feature = "profile")]
@@ -109,12 +109,24 @@ impl Team {
     /// Until what it returns is dropped, layers deep inside the call find a seed for each row that passes through them by
     /// [`row_seeds`](Self::row_seeds), if there are any.
     pub(crate) fn seeded(&self, seeds: Option<Arc<[u64]>>) -> Seeded<'_> {
-        *self.row_seeds.lock().unwrap_or_else(PoisonError::into_inner) = seeds;
-        Seeded(self)
+        Seeded { team: self, before: std::mem::replace(&mut *self.locked_seeds(), seeds) }
+    }
+
+    /// Until what it returns is dropped, `only` some rows pass through layers, if not all do: of the seeds, these are found.
+    pub(crate) fn seeded_at(&self, only: Option<&[usize]>) -> Seeded<'_> {
+        let seeds = self.row_seeds();
+        self.seeded(match only {
+            Some(rows) => seeds.map(|seeds| rows.iter().map(|&row| seeds[row]).collect()),
+            None => seeds,
+        })
     }
 
     pub(crate) fn row_seeds(&self) -> Option<Arc<[u64]>> {
-        self.row_seeds.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.locked_seeds().clone()
+    }
+
+    fn locked_seeds(&self) -> MutexGuard<'_, Option<Arc<[u64]>>> {
+        self.row_seeds.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Members, the caller among them.
@@ -198,11 +210,15 @@ impl Team {
 }
 
 /// While it lives, the rows of a pass have seeds.
-pub(crate) struct Seeded<'a>(&'a Team);
+pub(crate) struct Seeded<'a> {
+    team: &'a Team,
+    /// The seeds there were before, and will be again.
+    before: Option<Arc<[u64]>>,
+}
 
 impl Drop for Seeded<'_> {
     fn drop(&mut self) {
-        *self.0.row_seeds.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        *self.team.locked_seeds() = self.before.take();
     }
 }
 

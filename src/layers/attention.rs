@@ -84,7 +84,7 @@ pub(crate) struct AttentionCache {
     q: Buffer,
     k: Buffer,
     v: Buffer,
-    /// The input of the last projection, `[rows, h]`.
+    /// The input of the last projection, `[rows, h]`, of which only the rows that were asked for are sure to be there.
     mixed: Buffer,
     /// ln Σ exp(score), `[rows, a]`.
     log_sums: Buffer,
@@ -202,7 +202,7 @@ impl MetaTokenAttention {
         u: ArrayView2<f32>,
         only: Option<&[usize]>,
     ) -> Buffer {
-        let [mut q, mut k, mut v] = self.projected(batch.team, u); // [rows, h] each
+        let [mut q, mut k, mut v] = self.projected(batch.team, u, only); // [rows, h] each
         self.prepare(batch, depth, &mut q, &mut k, &mut v);
         let mixed = self.attend_at(batch, depth, all_rows(&q), all_rows(&k), all_rows(&v), None, only);
         let out = &self.projections().out;
@@ -218,22 +218,30 @@ impl MetaTokenAttention {
         batch: &mut Batch,
         depth: Depth,
         u: ArrayView2<f32>,
+        only: Option<&[usize]>,
     ) -> (Buffer, AttentionCache) {
-        let [q, k, v] = self.projected(batch.team, u);
+        let [q, k, v] = self.projected(batch.team, u, only);
         let mut log_sums = Buffer::zeros((u.nrows(), self.config.query_heads));
-        let mixed = self.attend(batch, depth, all_rows(&q), all_rows(&k), all_rows(&v), Some(&mut *log_sums));
-        let y = self.projections().out.forward(batch.team, mixed.view());
+        let sums = Some(&mut *log_sums);
+        let mixed = self.attend_at(batch, depth, all_rows(&q), all_rows(&k), all_rows(&v), sums, only);
+        let out = &self.projections().out;
+        let _seeded = batch.team.seeded_at(only);
+        let y = match only {
+            Some(rows) => out.forward(batch.team, mixed.rows_at(rows).view()),
+            None => out.forward(batch.team, mixed.view()),
+        };
         (y, AttentionCache { q, k, v, mixed, log_sums })
     }
 
     /// The gradient of [`forward_train`](Self::forward_train) at u, for sequences that all began with the state `initial`: dy
-    /// `[rows, h]` → du `[rows, h]`. `dfinal` are the gradients of the keys and values of a single sequence, where others attended
+    /// of the shape of the output → du `[rows, h]`. `dfinal` are the gradients of the keys and values of a single sequence, where others attended
     /// to them. Adds those of the meta tokens' keys and values in front to `dinitial`.
     #[allow(clippy::too_many_arguments)]
     pub(crate) fn backward(
         &self,
         team: &Team,
         spans: &Spans,
+        only: Option<&[usize]>,
         u: ArrayView2<f32>,
         cache: &AttentionCache,
         initial: &LayerState,
@@ -247,7 +255,13 @@ impl MetaTokenAttention {
             unreachable!("a gradient has the maps of its branch");
         };
         // mixed·W_outᵀ + b_out                               dmixed [rows, h]
-        let dmixed = out.backward(team, cache.mixed.view(), dy, &mut grads.out);
+        let seeded = team.seeded_at(only);
+        let dmixed = match only {
+            Some(rows) => out.backward(team, cache.mixed.rows_at(rows).view(), dy, &mut grads.out),
+            None => out.backward(team, cache.mixed.view(), dy, &mut grads.out),
+        };
+        drop(seeded);
+        let dmixed = dmixed.spread(only, u.nrows());
         // mixed_i = Σ_j P_ij v_j                             dq, dk, dv [rows, h]
         let [mut dq, mut dk, mut dv] = [&cache.q, &cache.k, &cache.v].map(|of| Buffer::uninit(of.dim()));
         let kv = initial.kv.as_ref().expect("a layer with maps of its own has keys and values of its own");
@@ -255,16 +269,25 @@ impl MetaTokenAttention {
         let output =
             AttentionOutput { out: all_rows(&cache.mixed), dout: all_rows(&dmixed), log_sums: cache.log_sums.view() };
         let gradient = [dq.view_mut(), dk.view_mut(), dv.view_mut()];
-        self.attend_backward(team, spans, kv, input, output, gradient, dinitial);
+        self.attend_backward(team, spans, only, kv, input, output, gradient, dinitial);
         if let Some(dfinal) = dfinal {
             *dk += &dfinal.keys;
             *dv += &dfinal.values;
         }
         // q = u·W_qᵀ + b_q, k and v likewise                 du [rows, h], from all three
         scale(team, &mut dq, *query_scale);
-        let mut du = q.backward(team, u, dq.view(), &mut grads.q);
-        k.backward_add(team, u, dk.view(), &mut du, &mut grads.k);
+        let mut du = k.backward(team, u, dk.view(), &mut grads.k);
         v.backward_add(team, u, dv.view(), &mut du, &mut grads.v);
+        match only {
+            Some(rows) => {
+                let _seeded = team.seeded_at(only);
+                du.add_at(
+                    rows,
+                    &*q.backward(team, Buffer::copy_of_rows(&u, rows).view(), dq.rows_at(rows).view(), &mut grads.q),
+                );
+            }
+            None => q.backward_add(team, u, dq.view(), &mut du, &mut grads.q),
+        }
         du
     }
 
@@ -279,7 +302,7 @@ impl MetaTokenAttention {
     /// The attention weights of one sequence of a batch in which all have l rows `[a, l, k + l]`: what each frame takes from each
     /// meta token, then from each frame.
     pub(crate) fn weights(&self, batch: &Batch, depth: Depth, u: ArrayView2<f32>) -> Array4<f32> {
-        let [q, k, v] = self.projected(batch.team, u);
+        let [q, k, v] = self.projected(batch.team, u, None);
         let AttentionConfig { query_heads, kv: KvShape { heads, key_width, value_width, .. } } = self.config;
         let cache = |state: &'_ LayerState| state.kv.as_ref().map_or(0, KvCache::rows);
         let past = batch.states.first().map_or(0, |state| cache(&state.layers[depth.layer]));
@@ -304,12 +327,18 @@ impl MetaTokenAttention {
         all
     }
 
-    /// Queries, keys and values of u `[rows, inputs]`.
-    fn projected(&self, team: &Team, u: ArrayView2<f32>) -> [Buffer; 3] {
+    /// Queries, keys and values of u `[rows, inputs]`. If queries are needed in `only` some rows, those of the others are 0.
+    fn projected(&self, team: &Team, u: ArrayView2<f32>, only: Option<&[usize]>) -> [Buffer; 3] {
         let Projections { q, k, v, query_scale, .. } = self.projections();
-        let mut projected = [q, k, v].map(|map| map.forward(team, u));
-        scale(team, &mut projected[0], *query_scale);
-        projected
+        let mut queries = match only {
+            Some(rows) => {
+                let _seeded = team.seeded_at(only);
+                q.forward(team, Buffer::copy_of_rows(&u, rows).view())
+            }
+            None => q.forward(team, u),
+        };
+        scale(team, &mut queries, *query_scale);
+        [queries.spread(only, u.nrows()), k.forward(team, u), v.forward(team, u)]
     }
 
     fn projections(&self) -> &Projections {

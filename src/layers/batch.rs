@@ -14,47 +14,88 @@ use crate::kernels::team::Team;
 
 /// Which rows of activations `[rows, ·]` belong to which sequence: they lie one after the other.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Spans(Vec<Range<usize>>);
+pub(crate) struct Spans {
+    rows: Vec<Range<usize>>,
+    /// The frame that the first row of each sequence is.
+    first_frames: Vec<usize>,
+}
 
 impl Spans {
     /// Sequences of these lengths.
     pub(crate) fn new(lengths: impl IntoIterator<Item = usize>) -> Self {
         let mut end = 0;
-        let spans = lengths.into_iter().map(|length| {
-            end += length;
-            end - length..end
-        });
-        Spans(spans.collect())
+        let rows: Vec<_> = lengths
+            .into_iter()
+            .map(|length| {
+                end += length;
+                end - length..end
+            })
+            .collect();
+        Spans { first_frames: vec![0; rows.len()], rows }
     }
 
     /// Sequences.
     pub(crate) fn len(&self) -> usize {
-        self.0.len()
+        self.rows.len()
     }
 
     /// Rows of all sequences together.
     pub(crate) fn rows(&self) -> usize {
-        self.0.last().map_or(0, |span| span.end)
+        self.rows.last().map_or(0, |span| span.end)
     }
 
     pub(crate) fn iter(&self) -> impl ExactSizeIterator<Item = &Range<usize>> + Clone {
-        self.0.iter()
+        self.rows.iter()
+    }
+
+    /// The frame that the first row of each sequence is.
+    pub(crate) fn first_frames(&self) -> &[usize] {
+        &self.first_frames
     }
 
     /// The last row of each sequence.
     pub(crate) fn last_rows(&self) -> Vec<usize> {
-        self.0.iter().map(|span| span.end - 1).collect()
+        self.rows.iter().map(|span| span.end - 1).collect()
+    }
+
+    /// The last row of each sequence, alone.
+    pub(crate) fn ends(&self) -> Ends {
+        let (mut spans, rows) = (Spans::new(self.rows.iter().map(|_| 1)), self.last_rows());
+        let frames = self.rows.iter().zip(&self.first_frames);
+        spans.first_frames = frames.map(|(span, first)| first + span.len() - 1).collect();
+        Ends { rows, spans }
     }
 
     /// Activations `[rows, width]`, sequence by sequence.
     pub(crate) fn split<'a>(&self, mut activations: &'a mut [f32], width: usize) -> std::vec::IntoIter<&'a mut [f32]> {
         let mut parts = Vec::with_capacity(self.len());
-        for span in &self.0 {
+        for span in &self.rows {
             let (here, rest) = activations.split_at_mut(span.len() * width);
             parts.push(here);
             activations = rest;
         }
         parts.into_iter()
+    }
+}
+
+/// Those of a batch's rows that a pass goes on with where frames no longer meet, if it does not go on with all.
+#[derive(Debug, Clone)]
+pub(crate) struct Ends {
+    /// Which they are.
+    pub rows: Vec<usize>,
+    /// Which of them belong to which sequence.
+    pub spans: Spans,
+}
+
+impl Ends {
+    /// No row: nobody reads the output.
+    pub(crate) fn none() -> Self {
+        Ends { rows: Vec::new(), spans: Spans::new([]) }
+    }
+
+    /// The rows that a pass goes on with, if `only` some of those of `all`, and the sequences they belong to.
+    pub(crate) fn of<'a>(only: &'a Option<Ends>, all: &'a Spans) -> (Option<&'a [usize]>, &'a Spans) {
+        only.as_ref().map_or((None, all), |only| (Some(&only.rows), &only.spans))
     }
 }
 

@@ -56,9 +56,9 @@ impl Dropout {
         const FRAMES: usize = 64;
         let h = x.ncols();
         let mut blocks = Vec::new();
-        for (sequence, x) in spans.split(flat_mut(x), h).enumerate() {
+        for ((sequence, x), first) in spans.split(flat_mut(x), h).enumerate().zip(spans.first_frames()) {
             let of_sequence = self.at(sequence as u64);
-            blocks.extend(x.chunks_mut(FRAMES * h).enumerate().map(|(i, x)| (of_sequence, i * FRAMES, x)));
+            blocks.extend(x.chunks_mut(FRAMES * h).enumerate().map(|(i, x)| (of_sequence, first + i * FRAMES, x)));
         }
         team.for_each(blocks, |(dropout, first, x)| {
             timed(Stage::Elementwise, Cost::numbers(2 * x.len()), || {

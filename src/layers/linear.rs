@@ -2,7 +2,7 @@
 
 use ndarray::{Array1, Array2, ArrayView2, ArrayViewMut2};
 
-use super::{Across, Buffer, LowRank, Rng, Weight, flat, flat_mut};
+use super::{Across, Buffer, LowRank, Rng, Weight, all_rows, flat, flat_mut};
 use crate::kernels::matmul::{Packed, Storage};
 use crate::kernels::profiler::{Cost, Stage, timed};
 use crate::kernels::rows::{Out, Rows};
@@ -83,13 +83,27 @@ impl Linear {
     /// x `[rows, in]` → `[rows, out]`. Rows may be longer than `in`; the rest is ignored.
     pub(crate) fn forward(&self, team: &Team, x: ArrayView2<f32>) -> Buffer {
         let mut y = Buffer::uninit((x.nrows(), self.dim().0));
-        self.multiply(team, rows(&x), x.nrows(), flat_mut(&mut y), Out::Set);
+        self.multiply(team, all_rows(&x), x.nrows(), flat_mut(&mut y), Out::Set);
+        y
+    }
+
+    /// As [`forward`](Self::forward); given some rows and an output, those from that output on are needed in these rows only: the
+    /// others may be 0.
+    pub(crate) fn forward_needed(&self, team: &Team, x: ArrayView2<f32>, needed: Option<(&[usize], usize)>) -> Buffer {
+        let mut y = Buffer::uninit((x.nrows(), self.dim().0));
+        let bias = self.bias.as_ref().map(flat);
+        let done = needed.is_some_and(|(only, first)| {
+            self.low_rank.is_none() && self.weight.multiply_needed(team, x, bias, &mut y, only, first)
+        });
+        if !done {
+            self.multiply(team, all_rows(&x), x.nrows(), flat_mut(&mut y), Out::Set);
+        }
         y
     }
 
     /// y `[rows, out]` += x·Wᵀ + b
     pub(crate) fn add_to(&self, team: &Team, x: ArrayView2<f32>, y: &mut Array2<f32>) {
-        self.multiply(team, rows(&x), x.nrows(), flat_mut(y), Out::Add);
+        self.multiply(team, all_rows(&x), x.nrows(), flat_mut(y), Out::Add);
     }
 
     fn multiply(&self, team: &Team, x: Rows, m: usize, y: &mut [f32], mode: Out) {
@@ -104,6 +118,26 @@ impl Linear {
     /// dx = dy·W, dW += dyᵀ·x, db += Σ_rows dy
     pub(crate) fn backward(&self, team: &Team, x: ArrayView2<f32>, dy: ArrayView2<f32>, grad: &mut Linear) -> Buffer {
         self.backward_by(team, x, dy, &self.across(team), grad)
+    }
+
+    /// The gradient of [`forward_needed`](Self::forward_needed): dy is 0 where y is not needed.
+    pub(crate) fn backward_needed(
+        &self,
+        team: &Team,
+        x: ArrayView2<f32>,
+        dy: ArrayView2<f32>,
+        needed: Option<(&[usize], usize)>,
+        grad: &mut Linear,
+    ) -> Buffer {
+        match needed {
+            Some((only, first)) if self.low_rank.is_none() => {
+                if let Some(bias) = &mut grad.bias {
+                    add_rows(team, flat(&dy), flat_mut(bias));
+                }
+                self.weight.backward_needed(team, x, dy, only, first, &mut grad.weight)
+            }
+            _ => self.backward(team, x, dy, grad),
+        }
     }
 
     /// W in the order in which products with dy read it.
@@ -151,9 +185,9 @@ impl Linear {
         if let Some(bias) = &mut grad.bias {
             add_rows(team, flat(&dy), flat_mut(bias));
         }
-        self.weight.backward_to(team, rows(&x), dy, across, &mut grad.weight, dx, mode);
+        self.weight.backward_to(team, all_rows(&x), dy, across, &mut grad.weight, dx, mode);
         if let (Some(low_rank), Some(grad)) = (&self.low_rank, &mut grad.low_rank) {
-            low_rank.backward(team, rows(&x), dy, dx, grad);
+            low_rank.backward(team, all_rows(&x), dy, dx, grad);
         }
     }
 
@@ -213,10 +247,6 @@ impl Linear {
             low_rank.visit_mut(name, f);
         }
     }
-}
-
-fn rows<'a>(x: &'a ArrayView2<f32>) -> Rows<'a> {
-    Rows { data: flat(x), stride: x.ncols() }
 }
 
 /// sum `[width]` += Σ of the rows of x `[rows, width]`

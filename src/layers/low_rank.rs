@@ -5,7 +5,7 @@ use std::sync::Arc;
 use ndarray::{Array2, ArrayView2};
 
 use super::batch::{add_array, for_rows};
-use super::{Buffer, Dropout, Rng, Weight, flat, flat_mut};
+use super::{Buffer, Dropout, Rng, Weight, all_rows, flat_mut};
 use crate::kernels::rows::{Out, Rows};
 use crate::kernels::team::Team;
 use crate::parameters::{Visitor, VisitorMut, join};
@@ -38,8 +38,8 @@ impl LowRank {
     /// y `[m, out]` += scale · (x·Aᵀ)·Bᵀ for x `[m, in]`
     pub(crate) fn add_to(&self, team: &Team, x: Rows, m: usize, y: &mut [f32]) {
         let dropped = self.dropped(team, x, m);
-        let down = self.down(team, dropped.as_ref().map_or(x, |(x, _)| rows(x)), m);
-        self.b.multiply(team, rows(&down), m, None, y, Out::Add);
+        let down = self.down(team, dropped.as_ref().map_or(x, |(x, _)| all_rows(x)), m);
+        self.b.multiply(team, all_rows(&down), m, None, y, Out::Add);
     }
 
     /// x `[m, in]` after dropout, and the seeds of its rows, where there is any.
@@ -66,9 +66,9 @@ impl LowRank {
     /// The gradient of [`add_to`](Self::add_to) at x: for dy `[m, out]`, adds to dx `[m, in]`.
     pub(crate) fn backward(&self, team: &Team, x: Rows, dy: ArrayView2<f32>, dx: &mut Array2<f32>, grad: &mut LowRank) {
         let dropped = self.dropped(team, x, dy.nrows());
-        let x = dropped.as_ref().map_or(x, |(x, _)| rows(x));
+        let x = dropped.as_ref().map_or(x, |(x, _)| all_rows(x));
         let down = self.down(team, x, dy.nrows());
-        let mut ddown = self.b.backward(team, rows(&down), dy, &mut grad.b);
+        let mut ddown = self.b.backward(team, all_rows(&down), dy, &mut grad.b);
         *ddown *= self.scale;
         let mut more = self.a.backward(team, x, ddown.view(), &mut grad.a);
         if let Some((_, seeds)) = &dropped {
@@ -103,7 +103,3 @@ impl LowRank {
 
 /// The names of A and B, after that of their map.
 pub(crate) const LORA_NAMES: [&str; 2] = ["lora_A.weight", "lora_B.weight"];
-
-fn rows(x: &Buffer) -> Rows<'_> {
-    Rows { data: flat(x), stride: x.ncols() }
-}

@@ -60,7 +60,7 @@ pub(crate) struct MambaCache {
     /// `[rows, d | d]`
     xz: Buffer,
     inner: InnerCache,
-    /// `[rows, d]`, after the gate.
+    /// `[rows, d]`, after the gate, or `only` some rows of that.
     y: Buffer,
 }
 
@@ -183,12 +183,17 @@ impl MambaBranch {
         only: Option<&[usize]>,
     ) -> Buffer {
         let [in_proj, out_proj] = self.projections();
-        let xz = in_proj.forward(batch.team, u); // [rows, d | d]
+        let xz = in_proj.forward_needed(batch.team, u, self.z_needed(only)); // [rows, d | d]
         let y = self.run(batch, layer, xz.view(), None); // [rows, d]
         match only {
             Some(rows) => out_proj.forward(batch.team, y.rows_at(rows).view()),
             None => out_proj.forward(batch.team, y.view()),
         }
+    }
+
+    /// Where `only` some rows of the output are computed, z is needed in these alone.
+    fn z_needed<'a>(&self, only: Option<&'a [usize]>) -> Option<(&'a [usize], usize)> {
+        only.map(|rows| (rows, self.scan.dim().0))
     }
 
     /// Everything between the outer maps: xz `[rows, ·]`, of which the last 2d columns are xi and z → y ⊙ silu(z) `[rows, d]`.
@@ -232,10 +237,20 @@ impl MambaBranch {
     }
 
     /// As [`forward`](Self::forward); returns also what [`backward`](Self::backward) reads.
-    pub(crate) fn forward_train(&self, batch: &mut Batch, layer: usize, u: ArrayView2<f32>) -> (Buffer, MambaCache) {
+    pub(crate) fn forward_train(
+        &self,
+        batch: &mut Batch,
+        layer: usize,
+        u: ArrayView2<f32>,
+        only: Option<&[usize]>,
+    ) -> (Buffer, MambaCache) {
         let [in_proj, out_proj] = self.projections();
-        let xz = in_proj.forward(batch.team, u);
-        let (y, inner) = self.run_train(batch, layer, xz.view());
+        let xz = in_proj.forward_needed(batch.team, u, self.z_needed(only));
+        let (mut y, inner) = self.run_train(batch, layer, xz.view());
+        if let Some(rows) = only {
+            y = y.rows_at(rows);
+        }
+        let _seeded = batch.team.seeded_at(only);
         (out_proj.forward(batch.team, y.view()), MambaCache { xz, inner, y })
     }
 
@@ -253,13 +268,14 @@ impl MambaBranch {
     }
 
     /// The gradient of [`forward_train`](Self::forward_train) at u, for sequences that all began with the state `initial`: dy
-    /// `[rows, h]` → du `[rows, h]`. `dfinal` is the gradient of the state after the rows of a single sequence, if it was used. Adds
+    /// of the shape of the output → du `[rows, h]`. `dfinal` is the gradient of the state after the rows of a single sequence, if it was used. Adds
     /// that of the state before to `dinitial`.
     #[allow(clippy::too_many_arguments)]
     pub(crate) fn backward(
         &self,
         team: &Team,
         spans: &Spans,
+        only: Option<&[usize]>,
         u: ArrayView2<f32>,
         cache: &MambaCache,
         initial: &MambaState,
@@ -269,11 +285,14 @@ impl MambaBranch {
         dinitial: &mut MambaState,
     ) -> Buffer {
         let [in_proj, out_proj] = self.projections();
-        let dout = out_proj.backward(team, cache.y.view(), dy, &mut grad.projections_mut()[1]); // [rows, d]
+        let seeded = team.seeded_at(only);
+        let dout = out_proj.backward(team, cache.y.view(), dy, &mut grad.projections_mut()[1]);
+        drop(seeded);
+        let dout = dout.spread(only, u.nrows()); // [rows, d]
         let mut dxz = Buffer::uninit(cache.xz.dim()); // [rows, d | d]
         let xz = cache.xz.view();
         self.run_backward(team, spans, xz, &cache.inner, initial, &dout, dfinal, grad, dinitial, &mut dxz);
-        in_proj.backward(team, u, dxz.view(), &mut grad.projections_mut()[0])
+        in_proj.backward_needed(team, u, dxz.view(), self.z_needed(only), &mut grad.projections_mut()[0])
     }
 
     /// The gradient of [`run_train`](Self::run_train), for sequences that all began with the state `initial`: `dout` `[rows, d]` is

@@ -2,12 +2,12 @@
 
 use std::ops::Deref;
 
-use ndarray::{Array2, ArrayView2, ArrayViewMut2};
+use ndarray::{Array2, ArrayView2, ArrayViewMut2, Axis};
 use rand::RngExt;
 
 use super::batch::for_rows;
-use super::{Buffer, Lazy, Rng, flat, flat_mut};
-use crate::kernels::matmul::{Matrix, Packed, PanelRow, Storage, matmul, matmul_gradient};
+use super::{Buffer, Lazy, Rng, all_rows, flat, flat_mut};
+use crate::kernels::matmul::{Matrix, PANEL, Packed, PanelRow, Storage, matmul, matmul_columns, matmul_gradient};
 use crate::kernels::rows::{Out, Rows};
 use crate::kernels::team::{Team, work};
 use crate::parameters::{Parameter, ParameterMut, StoredMatrix, Visitor, VisitorMut};
@@ -116,21 +116,7 @@ impl Weight {
     /// y `[m, out]` = x `[m, in]` · Wᵀ + bias, or added to it.
     pub(crate) fn multiply(&self, team: &Team, x: Rows, m: usize, bias: Option<&[f32]>, y: &mut [f32], mode: Out) {
         match self {
-            Weight::Trainable { rows, packed, .. } => {
-                let packed = packed.get_again(|retired| {
-                    let (outputs, inputs) = rows.dim();
-                    let weight = flat(rows);
-                    Packed::refill_from_rows(
-                        team,
-                        outputs,
-                        inputs,
-                        |output| &weight[output * inputs..][..inputs],
-                        bias,
-                        retired.map_or(Vec::new(), |retired| retired.panels),
-                    )
-                });
-                matmul(team, x, m, packed, y, mode);
-            }
+            Weight::Trainable { rows, packed, .. } => matmul(team, x, m, arranged(team, rows, packed, bias), y, mode),
             Weight::Stored(matrix) => {
                 let mode = match bias {
                     Some(bias) => {
@@ -148,6 +134,60 @@ impl Weight {
                 (None, Out::Add) => {}
             },
         }
+    }
+
+    /// As [`multiply`](Self::multiply); the outputs from `first` on are computed in `only` some rows of y `[rows, out]`, and 0 in the
+    /// others. Says whether it has been done: not every weight can be multiplied in part.
+    pub(crate) fn multiply_needed(
+        &self,
+        team: &Team,
+        x: ArrayView2<f32>,
+        bias: Option<&[f32]>,
+        y: &mut Array2<f32>,
+        only: &[usize],
+        first: usize,
+    ) -> bool {
+        let Weight::Trainable { rows, packed, .. } = self else { return false };
+        if !first.is_multiple_of(PANEL) {
+            return false;
+        }
+        let packed = arranged(team, rows, packed, bias);
+        let ((outputs, inputs), some) = (rows.dim(), Buffer::copy_of_rows(&x, only));
+        let (everywhere, mut needed) = y.view_mut().split_at(Axis(1), first);
+        matmul_columns(team, all_rows(&x), packed, 0..first, 0..inputs, everywhere, Out::Set);
+        let mut at_some = Buffer::uninit((only.len(), outputs - first));
+        matmul_columns(team, all_rows(&some), packed, first..outputs, 0..inputs, at_some.view_mut(), Out::Set);
+        needed.fill(0.0);
+        only.iter().zip(at_some.rows()).for_each(|(&row, numbers)| needed.row_mut(row).assign(&numbers));
+        true
+    }
+
+    /// The gradient of [`multiply_needed`](Self::multiply_needed): dy is 0 where y was not computed.
+    pub(crate) fn backward_needed(
+        &self,
+        team: &Team,
+        x: ArrayView2<f32>,
+        dy: ArrayView2<f32>,
+        only: &[usize],
+        first: usize,
+        grad: &mut Weight,
+    ) -> Buffer {
+        let ((outputs, inputs), m, across) = (self.dim(), dy.nrows(), self.across(team));
+        // dx = dy·W, of what is needed everywhere and then of the rest
+        let mut dx = Buffer::uninit((m, inputs));
+        matmul_columns(team, all_rows(&dy), &across, 0..inputs, 0..first, dx.view_mut(), Out::Set);
+        let (some_x, some_dy) = (Buffer::copy_of_rows(&x, only), Buffer::copy_of_rows(&dy, only));
+        let (rest, mut more) = (all_rows(&some_dy).skip_columns(first), Buffer::uninit((only.len(), inputs)));
+        matmul_columns(team, rest, &across, 0..inputs, first..outputs, more.view_mut(), Out::Set);
+        dx.add_at(only, &more);
+        // dW += dyᵀ·x, likewise
+        grad.forget();
+        if let Weight::Trainable { rows, .. } = grad {
+            let (of_first, of_rest) = flat_mut(rows).split_at_mut(first * inputs);
+            matmul_gradient(team, all_rows(&dy), first, all_rows(&x), inputs, m, of_first);
+            matmul_gradient(team, rest, outputs - first, all_rows(&some_x), inputs, only.len(), of_rest);
+        }
+        dx
     }
 
     /// The gradient of [`multiply`](Self::multiply) at x `[m, in]`: dy `[m, out]` → dx `[m, in]`.
@@ -312,6 +352,15 @@ impl Clone for Weight {
             Weight::Absent { outputs, inputs } => Weight::Absent { outputs: *outputs, inputs: *inputs },
         }
     }
+}
+
+/// W `[out, in]` and the bias packed for products x·Wᵀ + b.
+fn arranged<'a>(team: &Team, rows: &Array2<f32>, packed: &'a Lazy<Packed>, bias: Option<&[f32]>) -> &'a Packed {
+    let ((outputs, inputs), weight) = (rows.dim(), flat(rows));
+    packed.get_again(|retired| {
+        let memory = retired.map_or(Vec::new(), |retired| retired.panels);
+        Packed::refill_from_rows(team, outputs, inputs, |output| &weight[output * inputs..][..inputs], bias, memory)
+    })
 }
 
 /// W `[out, in]` packed for products dy·W.

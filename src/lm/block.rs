@@ -357,7 +357,7 @@ impl Block {
             let (mut dvalues, _) = rest.split_at(Axis(1), value_width);
             let input = [queries, keys, values];
             let of_input = [dqueries, dkeys.view_mut(), dvalues.view_mut()];
-            self.attention.attend_backward(pass.team, pass.spans, kv, input, output, of_input, dinitial);
+            self.attention.attend_backward(pass.team, pass.spans, None, kv, input, output, of_input, dinitial);
             if let Some([of_keys, of_values]) = gradient.shared.remove(&layer) {
                 dkeys += &of_keys;
                 dvalues += &of_values;
@@ -372,7 +372,7 @@ impl Block {
             let [mut dkeys, mut dvalues] = [key_width, value_width].map(|width| Array2::zeros((rows, width)));
             let of_input = [dqueries, dkeys.view_mut(), dvalues.view_mut()];
             let input = [queries, keys, values];
-            self.attention.attend_backward(pass.team, pass.spans, kv, input, output, of_input, dinitial);
+            self.attention.attend_backward(pass.team, pass.spans, None, kv, input, output, of_input, dinitial);
             match gradient.shared.get_mut(&kv_layer) {
                 Some([of_keys, of_values]) => {
                     *of_keys += &dkeys;

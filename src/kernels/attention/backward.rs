@@ -35,7 +35,7 @@ pub(crate) struct AttentionOutput<'a> {
 }
 
 /// The gradient of [`attend_tile`](super::attend_tile) over all tiles of the g heads of queries that share a head of keys;
-/// `head` has the queries of the first. The weights P = exp(scores − log-sum) are computed again, piece by piece; with dout the
+/// `head` has the queries of the first. Queries that are not `used` have no gradient. The weights P = exp(scores − log-sum) are computed again, piece by piece; with dout the
 /// gradient of out = P·V,
 ///
 /// ```text
@@ -43,15 +43,15 @@ pub(crate) struct AttentionOutput<'a> {
 /// dS = P ⊙ (dout·Vᵀ − Σ dout ⊙ out)/√p          of the products of queries and keys
 /// dQ = dS·K,  dK = dSᵀ·Q
 /// ```
-pub(crate) fn attend_backward(head: Head, output: AttentionOutput, gradient: AttentionGradient) {
-    let work = head.work(0, head.frames, 5 * output.log_sums.ncols());
-    timed(Stage::Attention, work, || group_backward(head, output, gradient));
+pub(crate) fn attend_backward(head: Head, used: Range<usize>, output: AttentionOutput, gradient: AttentionGradient) {
+    let work = head.work(used.start, used.len(), 5 * output.log_sums.ncols());
+    timed(Stage::Attention, work, || group_backward(head, used, output, gradient));
 }
 
 /// Numbers of work memory that a thread keeps; what a long sequence takes more is given back.
 const KEPT: usize = 1 << 20;
 
-fn group_backward(head: Head, output: AttentionOutput, mut gradient: AttentionGradient) {
+fn group_backward(head: Head, used: Range<usize>, output: AttentionOutput, mut gradient: AttentionGradient) {
     thread_local! {
         static WORK: Scratch<f32> = const { Scratch::new(Vec::new()) };
     }
@@ -68,11 +68,14 @@ fn group_backward(head: Head, output: AttentionOutput, mut gradient: AttentionGr
     let (dscores, rest) = rest.split_at_mut(scores); // dS
     dkeys.fill(0.0);
     dvalues.fill(0.0);
+    if used.len() < head.frames {
+        gradient.queries.fill(0.0);
+    }
     for (g, log_sums) in output.log_sums.columns().into_iter().enumerate() {
         let (out, dout) = (output.out.skip_columns(g * v), output.dout.skip_columns(g * v));
         let queries = head.queries.skip_columns(g * p);
-        for first in (0..head.frames).step_by(QUERIES) {
-            let m = QUERIES.min(head.frames - first);
+        for first in used.clone().step_by(QUERIES) {
+            let m = QUERIES.min(used.end - first);
             let (queries, out, dout) = (queries.skip_rows(first), out.skip_rows(first), dout.skip_rows(first));
             let queries_across = Packed::from_columns(p, m, |i| queries.row(i, p));
             let dout_across = Packed::from_columns(v, m, |i| dout.row(i, v));

@@ -92,7 +92,7 @@ pub(super) fn multiply(
         if level == Isa::Amx {
             return tiles::multiply(level, team, x, w, out, mode);
         }
-        multiply_blocks(level, team, x, w, out, mode);
+        multiply_blocks(level, team, x, w, w.all(), out, mode);
     });
 }
 

@@ -1,5 +1,7 @@
 //! How a product is shared among threads: in blocks of rows and columns, which depend on its size only.
 
+use std::ops::Range;
+
 use ndarray::{ArrayViewMut2, Axis};
 
 use super::operands::{LeftRows, Weights};
@@ -23,12 +25,13 @@ const NEAR: usize = 2 << 20;
 /// weights they pass over.
 const ROWS_NEAR: usize = 192 << 10;
 
-/// out `[m, n]` = x `[m, k]` · Wᵀ + bias, or added to it, block by block among the team.
+/// out = x `[m, inputs]` · Wᵀ + bias, or added to it, block by block among the team: some `outputs`, summed over some `inputs`.
 pub(crate) fn multiply<X, W, const N: usize>(
     level: Isa,
     team: &Team,
     x: X,
     w: &Packed<W, N>,
+    [outputs, inputs]: [Range<usize>; 2],
     out: ArrayViewMut2<f32>,
     mode: Out,
 ) where
@@ -44,10 +47,10 @@ pub(crate) fn multiply<X, W, const N: usize>(
         false => MANY_ROWS,
     };
     team.for_each(blocks(team, out, rows), |Block { row, column, out }| {
-        let outputs = column..column + out.ncols();
-        timed_product(out.nrows(), outputs.len(), w.k, || {
-            let x = x.skip_rows(row);
-            product_at(level, Product { x, w, outputs, inputs: 0..w.k, out, mode });
+        let (first, inputs) = (outputs.start + column, inputs.clone());
+        timed_product(out.nrows(), out.ncols(), inputs.len(), || {
+            let (x, outputs) = (x.skip_rows(row), first..first + out.ncols());
+            product_at(level, Product { x, w, outputs, inputs, out, mode });
         });
     });
 }

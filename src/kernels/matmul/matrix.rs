@@ -212,15 +212,15 @@ impl Matrix {
             return;
         }
         match &self.panels {
-            Panels::F32(packed) => multiply(level, team, Floats::<1>(x), packed, out, mode),
-            Panels::F16(packed) => multiply(level, team, Floats::<1>(x), packed, out, mode),
+            Panels::F32(packed) => multiply(level, team, Floats::<1>(x), packed, packed.all(), out, mode),
+            Panels::F16(packed) => multiply(level, team, Floats::<1>(x), packed, packed.all(), out, mode),
             Panels::Bf16(packed) if self.rounds_inputs && bfloat16::pays(level) => {
                 bfloat16::multiply(level, team, x, self.k, packed, out, mode);
             }
             Panels::Bf16(packed) => {
                 let mut even = Vec::new();
                 let x = if packed.k == self.k { x } else { with_a_zero(x, m, self.k, &mut even) };
-                multiply(level, team, Floats::<2>(x), packed, out, mode);
+                multiply(level, team, Floats::<2>(x), packed, packed.all(), out, mode);
             }
             Panels::Q8(quantized) => quantized.multiply(level, team, x, m, out, mode),
             Panels::Q4(quantized) => quantized.multiply(level, team, x, m, out, mode),

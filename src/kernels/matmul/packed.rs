@@ -213,6 +213,13 @@ impl Store<1> for PanelRow {
     }
 }
 
+impl<W, const N: usize> Packed<W, N> {
+    /// All outputs, and all inputs.
+    pub(super) fn all(&self) -> [Range<usize>; 2] {
+        [0..self.n, 0..self.k]
+    }
+}
+
 impl<W: Store<N>, const N: usize> Packed<W, N> {
     /// All zero; k is filled up to a multiple of N.
     pub(crate) fn zeros(n: usize, k: usize) -> Self {

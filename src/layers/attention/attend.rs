@@ -1,5 +1,7 @@
 //! Attention of queries to keys and values that are prepared: those of the cache, and those of the batch itself.
 
+use std::ops::Range;
+
 use ndarray::{Array2, Array3, ArrayViewMut2, Axis, s};
 
 use super::{AttentionConfig, Depth, MetaTokenAttention};
@@ -177,12 +179,13 @@ impl MetaTokenAttention {
     }
 
     /// The gradient of [`attend`](Self::attend), for sequences that all began with the keys and values `kv`: of q `[rows, ·]`, k and
-    /// v, prepared, and of its `output`. Overwrites the `gradient` of the three, and adds that of `kv` to `dkv`.
+    /// v, prepared, and of its `output`, of which `only` some rows may have been used. Overwrites the `gradient` of the three, and adds that of `kv` to `dkv`.
     #[allow(clippy::too_many_arguments)]
     pub(crate) fn attend_backward(
         &self,
         team: &Team,
         spans: &Spans,
+        only: Option<&[usize]>,
         kv: &KvCache,
         [q, k, v]: [Rows; 3],
         output: AttentionOutput,
@@ -224,7 +227,7 @@ impl MetaTokenAttention {
                 dout: output.dout.skip_rows(span.start).skip_columns(head * group * value_width),
                 log_sums: output.log_sums.slice(s![span.clone(), head * group..(head + 1) * group]),
             };
-            attend_backward(input, output, gradient);
+            attend_backward(input, used_of(span, only), output, gradient);
         });
         dkv.keys += &dpast_keys.sum_axis(Axis(0));
         dkv.values += &dpast_values.sum_axis(Axis(0));
@@ -248,6 +251,13 @@ impl MetaTokenAttention {
             window,
         }
     }
+}
+
+/// From the first to the last row of a sequence that is used, counted from its first, if `only` some rows of all are.
+fn used_of(span: &Range<usize>, only: Option<&[usize]>) -> Range<usize> {
+    let Some(only) = only else { return 0..span.len() };
+    let mut used = only.iter().filter(|row| span.contains(row)).map(|row| row - span.start);
+    used.next().map_or(0..0, |first| first..used.last().unwrap_or(first) + 1)
 }
 
 fn by_rows(numbers: &mut [f32], rows: usize) -> ArrayViewMut2<'_, f32> {
