@@ -7,10 +7,6 @@ use super::profiler::{Cost, Stage, timed};
 use super::rows::{Rows, RowsMut};
 use super::simd::{Kernel, LANES, Simd, dispatch};
 
-/// Channels that pass through time together: their states stay in the first cache, and two vectors of them hide each
-/// other's latency.
-const CHANNELS: usize = 2 * LANES;
-
 /// The arguments of a scan over l frames of d channels with n states each.
 #[derive(Clone, Copy)]
 pub(crate) struct ScanInput<'a> {
@@ -77,36 +73,33 @@ struct Scan<'a> {
 impl Kernel for Scan<'_> {
     type Output = ();
 
+    /// A vector of channels at a time: the chains of their n states hide each other's latency.
     #[inline(always)]
     fn run<S: Simd>(mut self, s: S) {
         let ScanInput { delta, v, b, c, z, a, skip, mean_delta } = self.input;
         let (n, columns) = self.state.dim();
         let (l, d) = (self.out.nrows(), a.len() / n);
-        let zero = [s.splat(0.0); 2];
         let log2_e = s.splat(std::f32::consts::LOG2_E);
-        let mut decays = vec![zero; n]; // A/ln 2 of these channels
-        let mut states = vec![zero; n]; // S of these channels
+        let mut decays = vec![s.splat(0.0); n]; // A/ln 2 of these channels
+        let mut states = vec![s.splat(0.0); n]; // S of these channels
         for start in (0..l).step_by(FRAMES) {
             let stop = l.min(start + FRAMES);
-            for begin in (0..columns).step_by(CHANNELS) {
-                let end = columns.min(begin + CHANNELS);
+            for begin in (0..columns).step_by(LANES) {
+                let end = columns.min(begin + LANES);
                 let here = self.first + begin..self.first + end;
                 for (row, decay) in a.chunks_exact(d).zip(&mut decays) {
-                    *decay = load_pair(s, &row[here.clone()]).map(|rate| s.mul(rate, log2_e));
+                    *decay = s.mul(s.load_some(&row[here.clone()]), log2_e);
                 }
                 for (row, state) in self.state.rows_mut().into_iter().zip(&mut states) {
-                    *state = load_pair(s, &cells(row)[begin..end]);
+                    *state = s.load_some(&cells(row)[begin..end]);
                 }
-                let skip = match skip {
-                    Some(skip) => load_pair(s, &skip[here.clone()]),
-                    None => zero,
-                };
+                let skip = skip.map_or(s.splat(0.0), |skip| s.load_some(&skip[here.clone()]));
 
                 for t in start..stop {
                     if let (0, Some(kept)) = (t % CHUNK, &mut self.checkpoints) {
                         let mut kept = kept.index_axis_mut(Axis(0), t / CHUNK);
                         for (row, state) in kept.rows_mut().into_iter().zip(&states) {
-                            store_pair(s, *state, &mut cells(row)[begin..end]);
+                            s.store_some(*state, &mut cells(row)[begin..end]);
                         }
                     }
                     // or the first of these frames of the next channels, or the next frames of the first ones
@@ -118,28 +111,22 @@ impl Kernel for Scan<'_> {
                     for rows in [delta, v, z] {
                         fetch(s, rows, next, column);
                     }
-                    let delta = load_pair(s, &delta.data[t * delta.stride..][here.clone()]);
-                    let v = load_pair(s, &v.data[t * v.stride..][here.clone()]);
-                    let z = load_pair(s, &z.data[t * z.stride..][here.clone()]);
-                    let input_delta = input_delta(s, mean_delta, t, delta);
-                    let input = [s.mul(input_delta[0], v[0]), s.mul(input_delta[1], v[1])];
-                    let b = &b.data[t * b.stride..][..n];
-                    let c = &c.data[t * c.stride..][..n];
-                    let mut y = [s.mul(skip[0], v[0]), s.mul(skip[1], v[1])];
+                    let delta = s.load_some(&delta.data[t * delta.stride..][here.clone()]);
+                    let v = s.load_some(&v.data[t * v.stride..][here.clone()]);
+                    let z = s.load_some(&z.data[t * z.stride..][here.clone()]);
+                    let input = s.mul(input_delta(s, mean_delta, t, delta), v);
+                    let (b, c) = (&b.data[t * b.stride..][..n], &c.data[t * c.stride..][..n]);
+                    let mut y = s.mul(skip, v);
                     for ((decay, state), (&b, &c)) in decays.iter().zip(&mut states).zip(b.iter().zip(c)) {
-                        let (b, c) = (s.splat(b), s.splat(c));
-                        for i in 0..2 {
-                            let kept = s.mul(math::exp2_negative(s, s.mul(delta[i], decay[i])), state[i]);
-                            state[i] = s.mul_add(input[i], b, kept);
-                            y[i] = s.mul_add(state[i], c, y[i]);
-                        }
+                        let kept = s.mul(math::exp2_negative(s, s.mul(delta, *decay)), *state);
+                        *state = s.mul_add(input, s.splat(b), kept);
+                        y = s.mul_add(*state, s.splat(c), y);
                     }
-                    let gated = [s.mul(y[0], math::silu(s, z[0])), s.mul(y[1], math::silu(s, z[1]))];
-                    store_pair(s, gated, &mut cells(self.out.row_mut(t))[begin..end]);
+                    s.store_some(s.mul(y, math::silu(s, z)), &mut cells(self.out.row_mut(t))[begin..end]);
                 }
 
                 for (row, state) in self.state.rows_mut().into_iter().zip(&states) {
-                    store_pair(s, *state, &mut cells(row)[begin..end]);
+                    s.store_some(*state, &mut cells(row)[begin..end]);
                 }
             }
         }
@@ -200,154 +187,185 @@ impl Kernel for ScanBackward<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
+        // as many channels at a time as leave registers for what each of their states adds to
+        match S::TILE_LINES {
+            1 => self.by_channels::<S, 1>(s),
+            _ => self.by_channels::<S, 2>(s),
+        }
+    }
+}
+
+impl ScanBackward<'_> {
+    /// P vectors of channels at a time. They pass through each chunk forwards, to make S again, and then backwards.
+    #[inline(always)]
+    #[allow(clippy::needless_range_loop)] // with plain indices the compiler keeps all sums in registers
+    fn by_channels<S: Simd, const P: usize>(self, s: S) {
         let ScanInput { delta, v, b, c, z, a, skip, mean_delta } = self.input;
         let mut gradient = self.gradient;
         let (_, n, d) = self.checkpoints.dim();
         let l = self.dout.len() / d;
-        let zero = [s.splat(0.0); 2];
+        let zero = [s.splat(0.0); P];
+        let log2_e = s.splat(std::f32::consts::LOG2_E);
+        let nothing = Frame { delta: zero, input: zero, dy: zero, y: zero, dinput: zero, ddelta: zero };
+        let mut all: [Frame<S, P>; CHUNK] = [nothing; CHUNK];
         let mut rates = vec![zero; n]; // A of these channels
         let mut powers = vec![zero; n]; // A/ln 2
-        let log2_e = s.splat(std::f32::consts::LOG2_E);
         let mut drates = vec![zero; n];
         let mut dstates = vec![zero; n]; // dS
-        let mut decays = vec![zero; CHUNK * n]; // exp(Δ A) of the chunk
-        let mut states = vec![zero; CHUNK * n]; // S before each frame of the chunk
-        let mut state = vec![zero; n]; // S at the current frame
-        // sums over channels, still in lanes
-        let mut db = vec![s.splat(0.0); CHUNK * n];
-        let mut dc = vec![s.splat(0.0); CHUNK * n];
-        let mut dmean_delta = [s.splat(0.0); CHUNK];
+        let mut state = vec![zero; n]; // S
+        // of each state in each frame of a chunk: exp(Δ A), and what it leaves of S
+        let mut decays = vec![zero; CHUNK * n];
+        let mut kept = vec![zero; CHUNK * n];
+        // sums over channels `[frames, n]`, still in lanes
+        let mut db = vec![s.splat(0.0); n * CHUNK];
+        let mut dc = vec![s.splat(0.0); n * CHUNK];
 
-        for (chunk, kept) in self.checkpoints.outer_iter().enumerate().rev() {
+        for (chunk, start) in self.checkpoints.outer_iter().enumerate().rev() {
             let frames = chunk * CHUNK..l.min((chunk + 1) * CHUNK);
-            let first = frames.start;
             db.fill(s.splat(0.0));
             dc.fill(s.splat(0.0));
-            dmean_delta.fill(s.splat(0.0));
-            for begin in (0..d).step_by(CHANNELS) {
-                let here = begin..d.min(begin + CHANNELS);
+            let mut dmean_delta = [s.splat(0.0); CHUNK];
+            for begin in (0..d).step_by(P * LANES) {
+                let here = begin..d.min(begin + P * LANES);
                 let row = |i: usize| i * d + here.start..i * d + here.end;
-                for i in 0..n {
-                    rates[i] = load_pair(s, &a[row(i)]);
-                    powers[i] = rates[i].map(|rate| s.mul(rate, log2_e));
-                    dstates[i] = load_pair(s, &gradient.state[row(i)]);
-                    drates[i] = load_pair(s, &gradient.a[row(i)]);
-                    let kept = kept.row(i).to_slice().expect("checkpoints are in standard layout");
-                    state[i] = load_pair(s, &kept[here.clone()]);
-                }
+                let skips = skip.map_or(zero, |skip| load_wide(s, &skip[here.clone()]));
+                let mut dskip = zero;
 
-                for t in frames.clone() {
+                let all = &mut all[..frames.len()];
+                for (t, frame) in frames.clone().zip(&mut *all) {
                     // the same frame of the next channels, or of the first ones in the chunk before
                     let (next, column) = if here.end < d { (t, here.end) } else { (t.wrapping_sub(CHUNK), 0) };
                     for rows in [delta, v, z, Rows { data: self.dout, stride: d }] {
-                        fetch(s, rows, next, column);
+                        (0..P).for_each(|p| fetch(s, rows, next, column + p * LANES));
                     }
-                    let delta = load_pair(s, &delta.data[t * delta.stride..][here.clone()]);
-                    let v = load_pair(s, &v.data[t * v.stride..][here.clone()]);
-                    let input_delta = input_delta(s, mean_delta, t, delta);
-                    let input = [s.mul(input_delta[0], v[0]), s.mul(input_delta[1], v[1])];
-                    let b = &b.data[t * b.stride..][..n];
-                    let place = (t - first) * n..(t - first + 1) * n;
-                    let chunk = decays[place.clone()].iter_mut().zip(&mut states[place]);
-                    for (((decay, before), state), (power, &b)) in chunk.zip(&mut state).zip(powers.iter().zip(b)) {
-                        let b = s.splat(b);
-                        *before = *state;
-                        for i in 0..2 {
-                            decay[i] = math::exp2_negative(s, s.mul(delta[i], power[i]));
-                            state[i] = s.mul_add(input[i], b, s.mul(decay[i], state[i]));
-                        }
+                    let v: [S::V; P] = load_wide(s, &v.data[t * v.stride..][here.clone()]);
+                    let z: [S::V; P] = load_wide(s, &z.data[t * z.stride..][here.clone()]);
+                    let dout: [S::V; P] = load_wide(s, &self.dout[row(t)]);
+                    frame.delta = load_wide(s, &delta.data[t * delta.stride..][here.clone()]);
+                    for p in 0..P {
+                        frame.input[p] = s.mul(input_delta(s, mean_delta, t, frame.delta[p]), v[p]);
+                        frame.dy[p] = s.mul(dout[p], math::silu(s, z[p]));
+                        frame.y[p] = s.mul(skips[p], v[p]);
+                        dskip[p] = s.mul_add(frame.dy[p], v[p], dskip[p]);
                     }
-                }
-
-                let skips = match skip {
-                    Some(skip) => load_pair(s, &skip[here.clone()]),
-                    None => zero,
-                };
-                let mut dskip = zero;
-                for t in frames.clone().rev() {
-                    let delta = load_pair(s, &delta.data[t * delta.stride..][here.clone()]);
-                    let v = load_pair(s, &v.data[t * v.stride..][here.clone()]);
-                    let z = load_pair(s, &z.data[t * z.stride..][here.clone()]);
-                    let dout = load_pair(s, &self.dout[row(t)]);
-                    let dy = [s.mul(dout[0], math::silu(s, z[0])), s.mul(dout[1], math::silu(s, z[1]))];
-                    let input_delta = input_delta(s, mean_delta, t, delta);
-                    let input = [s.mul(input_delta[0], v[0]), s.mul(input_delta[1], v[1])];
-                    let b = &b.data[t * b.stride..][..n];
-                    let c = &c.data[t * c.stride..][..n];
-                    let mut y = [s.mul(skips[0], v[0]), s.mul(skips[1], v[1])];
-                    let mut dinput = zero; // dS · B
-                    let mut ddelta = zero;
-                    let place = (t - first) * n..(t - first + 1) * n;
-                    for i in 0..n {
-                        let (bs, cs) = (s.splat(b[i]), s.splat(c[i]));
-                        let (decay, before) = (decays[place.start + i], states[place.start + i]);
-                        let (mut dbs, mut dcs) = (db[place.start + i], dc[place.start + i]);
-                        for half in 0..2 {
-                            let kept = s.mul(decay[half], before[half]);
-                            let state = s.mul_add(input[half], bs, kept);
-                            y[half] = s.mul_add(state, cs, y[half]);
-                            dcs = s.mul_add(dy[half], state, dcs);
-                            let dstate = s.mul_add(dy[half], cs, dstates[i][half]);
-                            dbs = s.mul_add(dstate, input[half], dbs);
-                            dinput[half] = s.mul_add(dstate, bs, dinput[half]);
-                            let dexponent = s.mul(dstate, kept);
-                            ddelta[half] = s.mul_add(dexponent, rates[i][half], ddelta[half]);
-                            drates[i][half] = s.mul_add(dexponent, delta[half], drates[i][half]);
-                            dstates[i][half] = s.mul(dstate, decay[half]);
-                        }
-                        db[place.start + i] = dbs;
-                        dc[place.start + i] = dcs;
-                    }
-                    let mut dv = zero;
-                    let mut dz = zero;
-                    for half in 0..2 {
-                        let dinput_delta = s.mul(v[half], dinput[half]);
-                        match mean_delta {
-                            Some(_) => dmean_delta[t - first] = s.add(dmean_delta[t - first], dinput_delta),
-                            None => ddelta[half] = s.add(ddelta[half], dinput_delta),
-                        }
-                        dv[half] = s.mul_add(input_delta[half], dinput[half], s.mul(skips[half], dy[half]));
-                        dskip[half] = s.mul_add(dy[half], v[half], dskip[half]);
-                        dz[half] = s.mul(s.mul(dout[half], y[half]), math::silu_derivative(s, z[half]));
-                    }
-                    store_pair(s, ddelta, &mut gradient.delta[row(t)]);
-                    store_pair(s, dv, &mut gradient.v[row(t)]);
-                    let last = gradient.z.stride - d;
-                    store_pair(s, dz, &mut gradient.z.data[t * gradient.z.stride + last..][here.clone()]);
                 }
 
                 for i in 0..n {
-                    store_pair(s, dstates[i], &mut gradient.state[row(i)]);
-                    store_pair(s, drates[i], &mut gradient.a[row(i)]);
+                    rates[i] = load_wide(s, &a[row(i)]);
+                    powers[i] = rates[i].map(|rate| s.mul(rate, log2_e));
+                    dstates[i] = load_wide(s, &gradient.state[row(i)]);
+                    drates[i] = load_wide(s, &gradient.a[row(i)]);
+                    let start = start.row(i).to_slice().expect("checkpoints are in standard layout");
+                    state[i] = load_wide(s, &start[here.clone()]);
+                }
+                for (t, frame) in frames.clone().zip(&mut *all) {
+                    let place = (t - frames.start) * n..(t - frames.start + 1) * n;
+                    let (b, c) = (&b.data[t * b.stride..][..n], &c.data[t * c.stride..][..n]);
+                    let chunk = decays[place.clone()].iter_mut().zip(&mut kept[place.clone()]).zip(&mut dc[place]);
+                    let states = state.iter_mut().zip(&powers).zip(b.iter().zip(c));
+                    let Frame { delta, input, dy, mut y, .. } = *frame;
+                    for (((decay, kept), dc), ((state, power), (&b, &c))) in chunk.zip(states) {
+                        let (b, c) = (s.splat(b), s.splat(c));
+                        for p in 0..P {
+                            decay[p] = math::exp2_negative(s, s.mul(delta[p], power[p]));
+                            kept[p] = s.mul(decay[p], state[p]);
+                            state[p] = s.mul_add(input[p], b, kept[p]);
+                            y[p] = s.mul_add(state[p], c, y[p]);
+                            *dc = s.mul_add(dy[p], state[p], *dc);
+                        }
+                    }
+                    frame.y = y;
+                }
+                for (t, frame) in frames.clone().zip(&mut *all).rev() {
+                    let place = (t - frames.start) * n..(t - frames.start + 1) * n;
+                    let (b, c) = (&b.data[t * b.stride..][..n], &c.data[t * c.stride..][..n]);
+                    let chunk = decays[place.clone()].iter().zip(&kept[place.clone()]).zip(&mut db[place]);
+                    let states = dstates.iter_mut().zip(&mut drates).zip(&rates).zip(b.iter().zip(c));
+                    let (Frame { delta, input, dy, .. }, mut dinput, mut ddelta) = (*frame, zero, zero);
+                    for (((decay, kept), db), (((dstate, drate), rate), (&b, &c))) in chunk.zip(states) {
+                        let (b, c) = (s.splat(b), s.splat(c));
+                        for p in 0..P {
+                            let after = s.mul_add(dy[p], c, dstate[p]);
+                            *db = s.mul_add(after, input[p], *db);
+                            dinput[p] = s.mul_add(after, b, dinput[p]);
+                            let dexponent = s.mul(after, kept[p]);
+                            ddelta[p] = s.mul_add(dexponent, rate[p], ddelta[p]);
+                            drate[p] = s.mul_add(dexponent, delta[p], drate[p]);
+                            dstate[p] = s.mul(after, decay[p]);
+                        }
+                    }
+                    (frame.dinput, frame.ddelta) = (dinput, ddelta);
+                }
+                for i in 0..n {
+                    store_wide(s, dstates[i], &mut gradient.state[row(i)]);
+                    store_wide(s, drates[i], &mut gradient.a[row(i)]);
+                }
+
+                for ((t, frame), dmean) in frames.clone().zip(&mut *all).zip(&mut dmean_delta) {
+                    let v: [S::V; P] = load_wide(s, &v.data[t * v.stride..][here.clone()]);
+                    let z: [S::V; P] = load_wide(s, &z.data[t * z.stride..][here.clone()]);
+                    let dout: [S::V; P] = load_wide(s, &self.dout[row(t)]);
+                    let (mut dv, mut dz) = (zero, zero);
+                    for p in 0..P {
+                        let dinput_delta = s.mul(v[p], frame.dinput[p]);
+                        match mean_delta {
+                            Some(_) => *dmean = s.add(*dmean, dinput_delta),
+                            None => frame.ddelta[p] = s.add(frame.ddelta[p], dinput_delta),
+                        }
+                        let input_delta = input_delta(s, mean_delta, t, frame.delta[p]);
+                        dv[p] = s.mul_add(input_delta, frame.dinput[p], s.mul(skips[p], frame.dy[p]));
+                        dz[p] = s.mul(s.mul(dout[p], frame.y[p]), math::silu_derivative(s, z[p]));
+                    }
+                    store_wide(s, frame.ddelta, &mut gradient.delta[row(t)]);
+                    store_wide(s, dv, &mut gradient.v[row(t)]);
+                    let last = gradient.z.stride - d;
+                    store_wide(s, dz, &mut gradient.z.data[t * gradient.z.stride + last..][here.clone()]);
                 }
                 if let Some(skip) = &mut gradient.skip {
                     let skip = &mut skip[here.clone()];
-                    let so_far = load_pair(s, skip);
-                    store_pair(s, [s.add(so_far[0], dskip[0]), s.add(so_far[1], dskip[1])], skip);
+                    let mut sums: [S::V; P] = load_wide(s, skip);
+                    for p in 0..P {
+                        sums[p] = s.add(sums[p], dskip[p]);
+                    }
+                    store_wide(s, sums, skip);
                 }
             }
-            for t in frames {
+            for (i, t) in frames.enumerate() {
                 let RowsMut { data, stride } = &mut gradient.bc;
                 let row = &mut data[t * *stride..][*stride - 2 * n..*stride];
-                for i in 0..n {
-                    row[i] = s.sum(db[(t - first) * n + i]);
-                    row[n + i] = s.sum(dc[(t - first) * n + i]);
+                for state in 0..n {
+                    row[state] = s.sum(db[i * n + state]);
+                    row[n + state] = s.sum(dc[i * n + state]);
                 }
                 if let Some(mean_delta) = &mut gradient.mean_delta {
-                    mean_delta[t] = s.sum(dmean_delta[t - first]);
+                    mean_delta[t] = s.sum(dmean_delta[i]);
                 }
             }
         }
     }
 }
 
+/// What some channels of a frame have in common for all their states.
+#[derive(Clone, Copy)]
+struct Frame<S: Simd, const P: usize> {
+    /// Δ
+    delta: [S::V; P],
+    /// Δ′ · v
+    input: [S::V; P],
+    /// dout ⊙ silu(z)
+    dy: [S::V; P],
+    /// S·C + D ⊙ v, so far
+    y: [S::V; P],
+    /// dS · B, so far
+    dinput: [S::V; P],
+    /// Σ dE ⊙ A, so far
+    ddelta: [S::V; P],
+}
+
 /// What B is scaled by: Δ, or its mean over the channels.
 #[inline(always)]
-fn input_delta<S: Simd>(s: S, mean_delta: Option<&[f32]>, t: usize, delta: [S::V; 2]) -> [S::V; 2] {
-    match mean_delta {
-        Some(mean) => [s.splat(mean[t]); 2],
-        None => delta,
-    }
+fn input_delta<S: Simd>(s: S, mean_delta: Option<&[f32]>, t: usize, delta: S::V) -> S::V {
+    mean_delta.map_or(delta, |mean| s.splat(mean[t]))
 }
 
 /// A row of a matrix or of some of its columns: contiguous, as only whole columns are ever split off.
@@ -356,26 +374,28 @@ fn cells<'a>(row: ArrayViewMut1<'a, f32>) -> &'a mut [f32] {
     row.into_slice().expect("the numbers of a row lie side by side")
 }
 
-/// Prefetches the [`CHANNELS`] numbers of a row that are read at a time.
+/// Prefetches a vector of a row.
 #[inline(always)]
 fn fetch<S: Simd>(s: S, rows: Rows, row: usize, column: usize) {
-    let first = rows.data.as_ptr().wrapping_add(row.wrapping_mul(rows.stride).wrapping_add(column));
-    s.prefetch(first);
-    s.prefetch(first.wrapping_add(LANES));
+    s.prefetch(rows.data.as_ptr().wrapping_add(row.wrapping_mul(rows.stride).wrapping_add(column)));
 }
 
-/// Up to [`CHANNELS`] numbers in two vectors.
+/// At most P·LANES numbers in P vectors.
 #[inline(always)]
-fn load_pair<S: Simd>(s: S, x: &[f32]) -> [S::V; 2] {
-    let (low, high) = x.split_at(x.len().min(LANES));
-    [s.load_some(low), s.load_some(high)]
+fn load_wide<S: Simd, const P: usize>(s: S, x: &[f32]) -> [S::V; P] {
+    let mut v = [s.splat(0.0); P];
+    for (p, v) in v.iter_mut().enumerate() {
+        *v = s.load_some(&x[x.len().min(p * LANES)..x.len().min((p + 1) * LANES)]);
+    }
+    v
 }
 
 #[inline(always)]
-fn store_pair<S: Simd>(s: S, v: [S::V; 2], x: &mut [f32]) {
-    let (low, high) = x.split_at_mut(x.len().min(LANES));
-    s.store_some(v[0], low);
-    s.store_some(v[1], high);
+fn store_wide<S: Simd, const P: usize>(s: S, v: [S::V; P], x: &mut [f32]) {
+    for (p, v) in v.into_iter().enumerate() {
+        let part = x.len().min(p * LANES)..x.len().min((p + 1) * LANES);
+        s.store_some(v, &mut x[part]);
+    }
 }
 
 #[cfg(test)]
