@@ -7,6 +7,8 @@ use super::simd::{Kernel, LANES, Simd, dispatch};
 
 /// Taps of the convolution.
 pub(crate) const TAPS: usize = 4;
+/// Rows that are fetched before their turn.
+const AHEAD: usize = 8;
 
 /// out `[l, d]`: out_t = bias + Σᵢ weight_i ⊙ x_{t−3+i} for i = 0 … 3, the argument of silu in [`conv_silu`].
 pub(crate) fn conv(x: Rows, before: &[f32], weight: &[f32], bias: &[f32], out: &mut [f32]) {
@@ -41,8 +43,10 @@ impl Kernel for Conv<'_> {
                 None => &self.before[(t + tap) * d..][..d],
             });
             let taps: [&[f32]; TAPS] = std::array::from_fn(|tap| &self.weight[tap * d..][..d]);
+            let ahead = self.x.data.as_ptr().wrapping_add((t + AHEAD) * self.x.stride);
             for (first, out) in (0..d).step_by(LANES).zip(out.chunks_mut(LANES)) {
                 let lanes = first..first + out.len();
+                s.prefetch(ahead.wrapping_add(first));
                 let mut sum = s.load_some(&self.bias[lanes.clone()]);
                 for (tap, row) in taps.iter().zip(rows) {
                     sum = s.mul_add(s.load_some(&tap[lanes.clone()]), s.load_some(&row[lanes.clone()]), sum);

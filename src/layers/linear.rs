@@ -251,11 +251,12 @@ impl Linear {
 
 /// sum `[width]` += Σ of the rows of x `[rows, width]`
 fn add_rows(team: &Team, x: &[f32], sum: &mut [f32]) {
-    /// Columns that one thread takes at a time.
+    /// Columns that one thread takes at a time at least: the longer a piece of a row, the sooner memory sends it.
     const COLUMNS: usize = 128;
     let width = sum.len();
-    team.for_each(sum.chunks_mut(COLUMNS).enumerate(), |(i, sum)| {
-        let columns = i * COLUMNS..i * COLUMNS + sum.len();
+    let count = width.div_ceil(team.threads()).next_multiple_of(COLUMNS);
+    team.for_each(sum.chunks_mut(count).enumerate(), |(i, sum)| {
+        let columns = i * count..i * count + sum.len();
         timed(Stage::Elementwise, Cost::numbers(x.len() / width * sum.len()), || {
             for row in x.chunks_exact(width) {
                 sum.iter_mut().zip(&row[columns.clone()]).for_each(|(sum, x)| *sum += x);

@@ -3,7 +3,7 @@
 
 use ndarray::{Array1, Array2, ArrayView3, ArrayViewMut, ArrayViewMut2, ArrayViewMut3, Axis, Dimension};
 
-use super::batch::{Spans, for_rows};
+use super::batch::{Spans, add, for_rows};
 use super::{Buffer, Lazy, flat, flat_mut};
 use crate::kernels::math::{self, Softplus};
 use crate::kernels::profiler::{Cost, Stage, timed};
@@ -198,10 +198,13 @@ impl SelectiveScan {
             self.delta_backward(&delta.data[..span.len() * d], dmean.as_deref(), ddelta);
             (da, dskip, dstate)
         });
-        for (da, dskip, dstate) in shared {
-            self.add_gradient(&da, &dskip, grad);
-            dinitial.iter_mut().zip(dstate).for_each(|(dinitial, dstate)| *dinitial += dstate);
+        let (mut da, mut dskip) = (vec![0.0; n * d], vec![0.0; d]);
+        for (da_here, dskip_here, dstate) in &shared {
+            add(da_here, &mut da);
+            add(dskip_here, &mut dskip);
+            add(dstate, flat_mut(dinitial));
         }
+        self.add_gradient(&da, &dskip, grad);
     }
 
     /// From the gradient of Δ to that of δ.
@@ -220,7 +223,7 @@ impl SelectiveScan {
         });
     }
 
-    /// Adds the gradients of A and D of one sequence to those of the parameters: A = −exp(a_log), so dA/da_log = A.
+    /// Adds the gradients of A and D to those of the parameters: A = −exp(a_log), so dA/da_log = A.
     fn add_gradient(&self, da: &[f32], dskip: &[f32], grad: &mut SelectiveScan) {
         grad.a.forget();
         if let Some((da_log, dd)) = &mut grad.learned {

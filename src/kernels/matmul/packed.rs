@@ -49,25 +49,12 @@ impl Packed {
         bias: Option<&[f32]>,
         mut panels: Vec<PanelRow>,
     ) -> Self {
-        /// Inputs at a time: what is read and written for them stays in the nearest cache.
-        const INPUTS: usize = 32;
         panels.resize(n.div_ceil(PANEL) * k, ZERO_ROW);
         team.for_each(panels.chunks_mut(k.max(1)).enumerate(), |(panel, to)| {
             let mut rows: [&[f32]; PANEL] = [&[]; PANEL];
             let (first, count) = (panel * PANEL, PANEL.min(n - panel * PANEL));
             rows.iter_mut().enumerate().take(count).for_each(|(i, to)| *to = &row(first + i)[..k]);
-            timed(Stage::Packing, Cost::numbers(2 * k * PANEL), || {
-                for (i, to) in to.chunks_mut(INPUTS).enumerate() {
-                    let mut block = [ZERO_ROW; INPUTS];
-                    for (output, row) in rows.iter().enumerate().take(count) {
-                        let (line, lane) = (output / LANES, output % LANES);
-                        for (to, &weight) in block.iter_mut().zip(&row[i * INPUTS..][..to.len()]) {
-                            to[line].0[lane] = weight;
-                        }
-                    }
-                    to.copy_from_slice(&block[..to.len()]);
-                }
-            });
+            timed(Stage::Packing, Cost::numbers(2 * k * PANEL), || dispatch(Transpose { rows: &rows[..count], to }));
         });
         let bias = bias.map_or(Vec::new(), |bias| bias.chunks(PANEL).map(panel_row).collect());
         Packed { n, k, panels, bias }
@@ -107,6 +94,38 @@ impl Packed {
         let sizes = [self.n, self.k, PANEL];
         let parts = parts(team, self.n, self.k, PANEL, &mut self.panels);
         team.for_each(parts, |(first, panels)| arrange(sizes, columns.clone(), &column, panel_row, first, panels));
+    }
+}
+
+/// At most [`PANEL`] rows become a panel.
+struct Transpose<'s> {
+    rows: &'s [&'s [f32]],
+    to: &'s mut [PanelRow],
+}
+
+impl Kernel for Transpose<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        /// Inputs at a time: what is read and written for them stays in the nearest cache.
+        const INPUTS: usize = 32;
+        /// Inputs from which on they are fetched before their turn: so little is read of each row that the CPU's own prefetcher does
+        /// not see it.
+        const AHEAD: usize = 64;
+        for (i, to) in self.to.chunks_mut(INPUTS).enumerate() {
+            let mut block = [ZERO_ROW; INPUTS];
+            for (output, row) in self.rows.iter().enumerate() {
+                let (line, lane) = (output / LANES, output % LANES);
+                for fetched in (0..INPUTS).step_by(LANES) {
+                    s.prefetch(row.as_ptr().wrapping_add(i * INPUTS + AHEAD + fetched));
+                }
+                for (to, &weight) in block.iter_mut().zip(&row[i * INPUTS..][..to.len()]) {
+                    to[line].0[lane] = weight;
+                }
+            }
+            to.copy_from_slice(&block[..to.len()]);
+        }
     }
 }
 
