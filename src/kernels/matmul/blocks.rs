@@ -62,24 +62,35 @@ pub(super) struct Block<'a> {
     pub out: ArrayViewMut2<'a, f32>,
 }
 
-/// The blocks of a product, of about `rows` rows each, those of the same rows one after the other. There are several per thread, so
-/// that none waits long for the others; a thread alone takes all columns at once.
+/// The blocks of a product, of about `rows` rows each. There are several per thread, so that none waits long for the others; a thread
+/// alone takes all columns at once.
 fn blocks<'a>(team: &Team, out: ArrayViewMut2<'a, f32>, rows: usize) -> Vec<Block<'a>> {
     /// Blocks per thread.
     const EACH: usize = 8;
-    let (m, n) = out.dim();
-    let threads = team.threads();
+    /// The same where each thread has rows of its own.
+    const EACH_OF_OWN: usize = 2;
+    /// The rows of a tile on most CPUs, or a multiple of them.
+    const TILE: usize = 6;
+    let ((m, n), threads) = (out.dim(), team.threads());
     // as even as can be
     let groups = (m / rows).max(1);
-    let rows = m.div_ceil(groups).next_multiple_of(FEW_ROWS);
     let panels = n.div_ceil(PANEL);
+    let own = threads.min(m / FEW_ROWS);
+    if groups < own {
+        // columns outside, rows inside: a thread that takes turns with the others keeps to its rows, which lie in its caches from
+        // one product to the next
+        let width = (panels * own / (EACH_OF_OWN * threads)).clamp(1, 8);
+        let mut blocks = grid(out, m.div_ceil(own).next_multiple_of(TILE), width * PANEL);
+        blocks.sort_by_key(|block| (block.column, block.row));
+        return blocks;
+    }
     let width = match threads {
         1 => panels,
         // few rows: several panels side by side, which do not wait for each other's sums
-        _ if m <= 6 => 4,
+        _ if m <= TILE => 4,
         _ => (panels * groups / (EACH * threads)).clamp(1, 8),
     };
-    grid(out, rows, width * PANEL)
+    grid(out, m.div_ceil(groups).next_multiple_of(FEW_ROWS), width * PANEL)
 }
 
 /// Blocks of `height` rows and `width` columns, those at the ends smaller, those of the same rows one after the other.

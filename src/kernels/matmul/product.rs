@@ -145,7 +145,7 @@ impl<X: Left, W: Weights<X::Inputs>, const N: usize> Product<'_, X, W, N> {
     #[inline(always)]
     fn next_panel<const R: usize>(&self, row: usize, line: usize) -> (*const W, usize) {
         let (m, panel) = (self.out.nrows(), line / 2 + 1);
-        if panel * PANEL >= self.outputs.end {
+        if panel * PANEL >= self.w.n {
             return (self.w.panels.as_ptr(), 0);
         }
         let start = self.w.panels.as_ptr().wrapping_add((panel * self.w.k + self.inputs.start) / N);
