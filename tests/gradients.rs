@@ -170,6 +170,32 @@ fn directional_differences() {
     }
 }
 
+/// A step that reads the last frames only leaves the rest of the last block out. The outputs stay those of the step that reads every
+/// frame, dropout included, and the gradients are those of a loss that ignores all but the last.
+#[test]
+fn the_last_frames_alone() {
+    for (i, model) in models().iter().enumerate() {
+        let x = wave(3, 37, model.options().embed_dim);
+        let lengths = [37, 1, 20];
+        let dy = wave(1, 3, 24).index_axis(Axis(0), 0).to_owned();
+        let mut dall = Array3::zeros((3, 37, 24));
+        let (last, cache) = model.forward_train(&x, Some(&lengths), 7).unwrap();
+        let (all, cache_of_all) = model.forward_sequence_train(&x, Some(&lengths), 7).unwrap();
+        for (row, length) in lengths.into_iter().enumerate() {
+            assert_eq!(last.row(row), all.slice(s![row, length - 1, ..]), "model {i}");
+            dall.slice_mut(s![row, length - 1, ..]).assign(&dy.row(row));
+        }
+        let (mut got, mut want) = (model.zeros_like(), model.zeros_like());
+        let dx = model.backward(&cache, &dy, &mut got).unwrap();
+        let dx_of_all = model.backward_sequence(&cache_of_all, &dall, &mut want).unwrap();
+        let (mut got, mut want) = (by_name(&got), by_name(&want));
+        got.insert("input".into(), dx.into_dyn());
+        want.insert("input".into(), dx_of_all.into_dyn());
+        let want: BTreeMap<_, _> = want.into_iter().map(|(name, array)| (name, array.mapv(f64::from))).collect();
+        check(&format!("model {i}"), &got, &want);
+    }
+}
+
 #[test]
 fn a_batch_is_the_sum_of_its_rows_and_gradients_add_up() {
     for model in models().iter().filter(|model| model.options().dropout == 0.0) {

@@ -47,7 +47,7 @@ pub(crate) fn matmul(team: &Team, x: Rows, m: usize, w: &Packed, out: &mut [f32]
 }
 
 /// The columns `outputs` of the product (from a multiple of [`PANEL`] on), summed over `inputs` only, on the threads of the team.
-/// Row i of `x` starts with input 0; `out` is `[m, outputs]`, the numbers of a row side by side.
+/// Row i of `x` starts with input `inputs.start`; `out` is `[m, outputs]`, the numbers of a row side by side.
 pub(crate) fn matmul_columns(
     team: &Team,
     x: Rows,
@@ -78,7 +78,7 @@ pub(crate) fn matmul_part(
     let shape = (m, outputs.len()).strides((out_stride, 1));
     let out = ArrayViewMut2::from_shape(shape, out).expect("room for m rows");
     timed_product(m, outputs.len(), inputs.len(), || {
-        product_at(Isa::current(), Product { x: Floats::<1>(x), w, outputs, inputs, out, mode })
+        product_at(Isa::current(), Product { x: Floats::<1>(x), next: None, w, outputs, inputs, out, mode })
     });
 }
 
@@ -121,7 +121,8 @@ mod tests {
                 for mode in [Out::Set, Out::Add] {
                     let (outputs, inputs) = (0..n, 0..k);
                     let view = ArrayViewMut2::from_shape((m, n), &mut out).unwrap();
-                    let product = Product { x: Floats::<1>(rows), w: &packed, outputs, inputs, out: view, mode };
+                    let product =
+                        Product { x: Floats::<1>(rows), next: None, w: &packed, outputs, inputs, out: view, mode };
                     dispatch_at(level, product);
                     let times = if mode == Out::Set { 1.0 } else { 2.0 };
                     for (got, want) in out.iter().zip(&want) {
@@ -150,9 +151,19 @@ mod tests {
             let rows = Rows { data: &x[inputs.start..], stride: k };
             matmul_part(rows, m, &packed, 32..n, inputs, &mut out, n - 32, Out::Add);
         }
-        for i in 0..m {
-            for j in 32..n {
-                assert!((out[i * (n - 32) + j - 32] as f64 - want[i * n + j]).abs() < 1e-4);
+        let mut of_team = vec![0.0; m * (n - 32)];
+        with_team(usize::MAX, |team| {
+            for (inputs, mode) in [(0..31, Out::Set), (31..k, Out::Add)] {
+                let rows = Rows { data: &x[inputs.start..], stride: k };
+                let out = ArrayViewMut2::from_shape((m, n - 32), &mut of_team).unwrap();
+                matmul_columns(team, rows, &packed, 32..n, inputs, out, mode);
+            }
+        });
+        for out in [out, of_team] {
+            for i in 0..m {
+                for j in 32..n {
+                    assert!((out[i * (n - 32) + j - 32] as f64 - want[i * n + j]).abs() < 1e-4);
+                }
             }
         }
     }

@@ -161,6 +161,12 @@ mod tests {
             assert_eq!(short.row(5 + frame), long.row(9 + frame));
             assert_ne!(short.row(frame), short.row(5 + frame));
         }
+        let ends = Spans::new([9, 100, 9]).ends();
+        let mut last = Array2::ones((3, 130));
+        Dropout::new(0.5, 1).apply(&Team::alone(), &ends.spans, &mut last);
+        for (last, row) in last.rows().into_iter().zip(ends.rows) {
+            assert_eq!(last, long.row(row));
+        }
     }
 
     #[test]

@@ -52,6 +52,11 @@ impl LeftRows for Rows<'_, u16> {
     }
 
     #[inline(always)]
+    fn address(self, row: usize, input: usize) -> *const () {
+        self.data.as_ptr().wrapping_add(row * self.stride + input).cast()
+    }
+
+    #[inline(always)]
     fn inputs(&self, row: usize, count: usize) -> &[[u16; 2]] {
         self.row(row, count).as_chunks().0
     }

@@ -25,6 +25,9 @@ const NEAR: usize = 2 << 20;
 /// weights they pass over.
 const ROWS_NEAR: usize = 192 << 10;
 
+/// Bytes of rows that no near cache holds: they are fetched before their turn.
+const ROWS_FAR: usize = 1 << 20;
+
 /// out = x `[m, inputs]` · Wᵀ + bias, or added to it, block by block among the team: some `outputs`, summed over some `inputs`.
 pub(crate) fn multiply<X, W, const N: usize>(
     level: Isa,
@@ -46,11 +49,15 @@ pub(crate) fn multiply<X, W, const N: usize>(
         true => FEW_ROWS,
         false => MANY_ROWS,
     };
+    let (m, threads) = (out.nrows(), team.threads());
+    let are_far = 4 * m * inputs.len() >= ROWS_FAR;
     team.for_each(blocks(team, out, rows), |Block { row, column, out }| {
+        let after = row + threads * out.nrows();
+        let next = (are_far && after < m).then(|| x.skip_rows(after));
         let (first, inputs) = (outputs.start + column, inputs.clone());
         timed_product(out.nrows(), out.ncols(), inputs.len(), || {
             let (x, outputs) = (x.skip_rows(row), first..first + out.ncols());
-            product_at(level, Product { x, w, outputs, inputs, out, mode });
+            product_at(level, Product { x, next, w, outputs, inputs, out, mode });
         });
     });
 }

@@ -57,7 +57,15 @@ fn add_block(dy: Rows, x: Rows, m: usize, mut grad: ArrayViewMut2<f32>) {
         for (i, out) in grad.axis_chunks_iter_mut(Axis(0), ROWS).enumerate() {
             let columns = Tiled(Columns { strips: &strips, frames, first: i * ROWS });
             timed_product(out.nrows(), k, frames, || {
-                dispatch(Product { x: columns, w: &x, outputs: 0..k, inputs: 0..frames, out, mode: Out::Add });
+                dispatch(Product {
+                    x: columns,
+                    next: None,
+                    w: &x,
+                    outputs: 0..k,
+                    inputs: 0..frames,
+                    out,
+                    mode: Out::Add,
+                });
             });
         }
         panels = x.panels;
@@ -92,7 +100,7 @@ pub(crate) fn matmul_across(x: Rows, m: usize, w: &Packed, out: &mut [f32], mode
     debug_assert!(m.next_multiple_of(STRIP) <= x.stride && x.data.len() >= w.k * x.stride);
     let out = ArrayViewMut2::from_shape((m, w.n), out).expect("room for m rows");
     timed_product(m, w.n, w.k, || {
-        dispatch(Product { x: Tiled(Across(x)), w, outputs: 0..w.n, inputs: 0..w.k, out, mode });
+        dispatch(Product { x: Tiled(Across(x)), next: None, w, outputs: 0..w.n, inputs: 0..w.k, out, mode });
     });
 }
 

@@ -104,6 +104,8 @@ pub(crate) trait LeftRows: Copy {
     type Inputs: Inputs;
     /// Without the first rows.
     fn skip_rows(self, rows: usize) -> Self;
+    /// Where a number of a row is, or would be.
+    fn address(self, row: usize, input: usize) -> *const ();
     /// The first `count` numbers of a row, as many at a time as meet one of the weights.
     fn inputs(&self, row: usize, count: usize) -> &[Self::Inputs];
 }
@@ -117,6 +119,11 @@ impl<const N: usize> LeftRows for Floats<'_, N> {
 
     fn skip_rows(self, rows: usize) -> Self {
         Floats(self.0.skip_rows(rows))
+    }
+
+    #[inline(always)]
+    fn address(self, row: usize, input: usize) -> *const () {
+        self.0.data.as_ptr().wrapping_add(row * self.0.stride + input).cast()
     }
 
     #[inline(always)]

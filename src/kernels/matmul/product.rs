@@ -16,6 +16,8 @@ const PIECE: usize = 8;
 /// The columns `outputs` of a product, summed over `inputs`, as in [`matmul_part`].
 pub(crate) struct Product<'a, X, W, const N: usize> {
     pub x: X,
+    /// As many rows, which this thread may multiply next: they are fetched on the way.
+    pub next: Option<X>,
     pub w: &'a Packed<W, N>,
     pub outputs: std::ops::Range<usize>,
     /// From a multiple of N to one.
@@ -226,6 +228,12 @@ impl<X: LeftRows> Left for X {
         };
         // whether there are tiles of five and six rows by one line
         let wide = S::TILE_LINES == 1 && (W::BY_SIX || !S::BY_LANE);
+        // of the next rows, the inputs that these lines fetch
+        let ahead = product.next.map(|next| {
+            let (first, count) = (product.outputs.start / LANES, product.outputs.len().div_ceil(LANES));
+            let part = |line: usize| product.inputs.len() * (line - first).min(count) / count;
+            (next, part(line), part(line + lines))
+        });
         let mut row = 0;
         while row < m {
             // as even as can be: a tile of one row would wait for its own sums
@@ -256,6 +264,13 @@ impl<X: LeftRows> Left for X {
                 (11, _) if S::TILE_ROWS > 6 => product.rows::<S, 11, 2>(s, row, line),
                 (12, _) if S::TILE_ROWS > 6 => product.rows::<S, 12, 2>(s, row, line),
                 _ => unreachable!("a tile that does not fit the registers"),
+            }
+            if let Some((next, begin, end)) = ahead {
+                for input in (begin.next_multiple_of(LANES)..end).step_by(LANES) {
+                    for r in row..row + rows {
+                        s.prefetch(next.address(r, input));
+                    }
+                }
             }
             row += rows;
         }
