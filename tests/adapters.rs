@@ -562,6 +562,11 @@ fn dropout_in_training_alone() {
         // alone as in a batch
         let alone = model.forward_train(&x.slice(hymba::ndarray::s![..1, .., ..]), None, 7).unwrap().0;
         assert_eq!(alone.row(0), y.row(0));
+        // the last frames as among all frames
+        let all = model.forward_sequence_train(&x, Some(&lengths), 7).unwrap().0;
+        for (row, length) in lengths.into_iter().enumerate() {
+            assert_eq!(y.row(row), all.slice(hymba::ndarray::s![row, length - 1, ..]));
+        }
 
         let mut gradient = model.zeros_like();
         let dx = model.backward(&cache, &slopes(&y), &mut gradient).unwrap();

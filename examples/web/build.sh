@@ -8,6 +8,8 @@ target=wasm32-unknown-unknown
 out=pkg
 # code that is not worth its size stays where it is called; kernels are inlined whatever this says
 flags='-C llvm-args=-inline-threshold=10 -C llvm-args=-inlinehint-threshold=60'
+# no places of this machine in the messages of panics, which would also make the size depend on them
+flags+=" --remap-path-prefix=$(cd ../.. && pwd)=hymba --remap-path-prefix=${CARGO_HOME:-$HOME/.cargo}/registry/src="
 simd='-C target-feature=+simd128'
 if [ "${1:-}" = scalar ]; then
     out=pkg-scalar

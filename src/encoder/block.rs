@@ -171,7 +171,7 @@ impl HymbaBlock {
         let (mut attention, attention_cache) = self.attention.forward_train(batch, Depth::of(layer), u.view(), rows);
         // from here on frames do not meet
         let _seeded = team.seeded_at(rows);
-        let (rows, ends) = Ends::of(&only, &batch.spans);
+        let ends = only.as_ref().map_or(&batch.spans, |only| &only.spans);
         dropout.at(MAMBA).apply(team, ends, &mut mamba);
         dropout.at(ATTENTION).apply(team, ends, &mut attention);
         let (gate, mut mixed) = match rows {
@@ -185,8 +185,8 @@ impl HymbaBlock {
     }
 
     /// The gradient of [`forward_train`](Self::forward_train) for sequences that all began with the state `initial`: dy
-    /// of the shape of the output → dx `[rows, h]`. `dfinal` is the gradient of what a single sequence left behind, where it is that of the meta
-    /// tokens. Adds that of what was in front to `dinitial`.
+    /// of the shape of the output → dx `[rows, h]`. `dfinal` is the gradient of what a single sequence left behind, where it is that of the
+    /// meta tokens. Adds that of what was in front to `dinitial`.
     #[allow(clippy::too_many_arguments)]
     pub(crate) fn backward(
         &self,

@@ -239,7 +239,7 @@ impl Blocks {
     ) -> (Buffer, Vec<DepthCache>) {
         let (x0, mut caches, last) = (self.start(&x), Vec::with_capacity(self.len()), self.len() - 1);
         for (layer, block) in self.blocks.iter().enumerate() {
-            let only = if layer == last { only.take() } else { None };
+            let only = only.take_if(|_| layer == last);
             let BlockDropout { before, inside } = dropout(layer);
             before.apply(batch.team, &batch.spans, &mut x);
             let (y, cache) = match block {

@@ -154,7 +154,7 @@ impl FedBlock {
         };
         let u = self.norm.forward(team, fed.view());
         let (mut y, mamba_cache) = self.mamba.forward_train(batch, layer, u.view(), rows);
-        let (rows, ends) = Ends::of(&only, &batch.spans);
+        let ends = only.as_ref().map_or(&batch.spans, |only| &only.spans);
         dropout.at(MAMBA).apply(team, ends, &mut y);
         match rows {
             Some(rows) => *y += &*x.rows_at(rows),
@@ -163,8 +163,8 @@ impl FedBlock {
         (y, FedCache { dropout, only, shared, fed, u, mamba_cache })
     }
 
-    /// The gradient of [`forward_train`](Self::forward_train): dy of the shape of the output → dx `[rows, h]`; adds that of x₀ to dx₀, and that of
-    /// the shared block to `grad_shared`. Otherwise as in [`HymbaBlock`](crate::HymbaBlock).
+    /// The gradient of [`forward_train`](Self::forward_train): dy of the shape of the output → dx `[rows, h]`; adds that of x₀ to dx₀, and
+    /// that of the shared block to `grad_shared`. Otherwise as in [`HymbaBlock`](crate::HymbaBlock).
     #[allow(clippy::too_many_arguments)]
     pub(crate) fn backward(
         &self,

@@ -314,7 +314,7 @@ impl Hymba {
             if let Some(tokens) = &self.meta_tokens {
                 with_team(self.work(tokens.nrows()), |team| {
                     let mut batch = Batch::new(team, [(&mut state, tokens.nrows())], true, None);
-                    self.blocks.forward(&mut batch, Buffer::copy_of(tokens), None);
+                    self.blocks.forward(&mut batch, Buffer::copy_of(tokens), Some(&[]));
                     batch.finish();
                 });
             }

@@ -176,7 +176,7 @@ impl SerialBlock {
             }
         };
         let _seeded = team.seeded_at(rows);
-        let (rows, ends) = Ends::of(&only, &batch.spans);
+        let ends = only.as_ref().map_or(&batch.spans, |only| &only.spans);
         dropout.at(BRANCH).apply(team, ends, &mut mixed);
         match rows {
             Some(rows) => *mixed += &*x.rows_at(rows),

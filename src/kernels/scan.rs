@@ -29,8 +29,8 @@ pub(crate) struct ScanInput<'a> {
 }
 
 /// Frames of a chunk: the states at the start of each are kept for the backward pass, those inside computed again. Keeping all
-/// would take n times as much memory as the output; with 16 frames the states and decays of a chunk (64 kB at n = 16) stay in
-/// the second cache, and what is kept is one number in 16.
+/// would take n times as much memory as the output; with 16 frames what is computed again for a chunk (32 kB for each
+/// vector of channels at n = 16) stays in the second cache, and what is kept is one number in 16.
 pub(crate) const CHUNK: usize = 16;
 
 /// Frames through which some channels pass before the next channels do: their rows stay in the second cache. A few channels

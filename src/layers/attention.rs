@@ -80,11 +80,11 @@ impl Depth {
 
 /// What [`MetaTokenAttention::backward`] reads.
 pub(crate) struct AttentionCache {
-    /// Queries, keys and values `[rows, h]`.
+    /// Keys and values `[rows, h]`; queries, of which only the rows that were asked for are not 0.
     q: Buffer,
     k: Buffer,
     v: Buffer,
-    /// The input of the last projection, `[rows, h]`, of which only the rows that were asked for are sure to be there.
+    /// The input of the last projection, `[rows, h]`; only the rows that were asked for are sure to be there, here and in the log-sums.
     mixed: Buffer,
     /// ln Σ exp(score), `[rows, a]`.
     log_sums: Buffer,
@@ -234,8 +234,8 @@ impl MetaTokenAttention {
     }
 
     /// The gradient of [`forward_train`](Self::forward_train) at u, for sequences that all began with the state `initial`: dy
-    /// of the shape of the output → du `[rows, h]`. `dfinal` are the gradients of the keys and values of a single sequence, where others attended
-    /// to them. Adds those of the meta tokens' keys and values in front to `dinitial`.
+    /// of the shape of the output → du `[rows, h]`. `dfinal` are the gradients of the keys and values of a single sequence, where others
+    /// attended to them. Adds those of the meta tokens' keys and values in front to `dinitial`.
     #[allow(clippy::too_many_arguments)]
     pub(crate) fn backward(
         &self,

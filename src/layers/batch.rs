@@ -79,7 +79,7 @@ impl Spans {
 }
 
 /// Those of a batch's rows that a pass goes on with where frames no longer meet, if it does not go on with all.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub(crate) struct Ends {
     /// Which they are.
     pub rows: Vec<usize>,

@@ -117,6 +117,10 @@ impl Linear {
     ///
     /// dx = dy·W, dW += dyᵀ·x, db += Σ_rows dy
     pub(crate) fn backward(&self, team: &Team, x: ArrayView2<f32>, dy: ArrayView2<f32>, grad: &mut Linear) -> Buffer {
+        if dy.is_empty() {
+            // nobody read the output, and the transpose would be made for nothing
+            return Buffer::zeros((dy.nrows(), self.dim().1));
+        }
         self.backward_by(team, x, dy, &self.across(team), grad)
     }
 
@@ -168,6 +172,9 @@ impl Linear {
         dx: &mut Array2<f32>,
         grad: &mut Linear,
     ) {
+        if dy.is_empty() {
+            return;
+        }
         self.backward_to(team, x, dy, &self.across(team), grad, dx, Out::Add);
     }
 
@@ -254,7 +261,7 @@ fn add_rows(team: &Team, x: &[f32], sum: &mut [f32]) {
     /// Columns that one thread takes at a time at least: the longer a piece of a row, the sooner memory sends it.
     const COLUMNS: usize = 128;
     let width = sum.len();
-    let count = width.div_ceil(team.threads()).next_multiple_of(COLUMNS);
+    let count = width.div_ceil(team.threads()).max(1).next_multiple_of(COLUMNS);
     team.for_each(sum.chunks_mut(count).enumerate(), |(i, sum)| {
         let columns = i * count..i * count + sum.len();
         timed(Stage::Elementwise, Cost::numbers(x.len() / width * sum.len()), || {

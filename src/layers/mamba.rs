@@ -268,8 +268,8 @@ impl MambaBranch {
     }
 
     /// The gradient of [`forward_train`](Self::forward_train) at u, for sequences that all began with the state `initial`: dy
-    /// of the shape of the output → du `[rows, h]`. `dfinal` is the gradient of the state after the rows of a single sequence, if it was used. Adds
-    /// that of the state before to `dinitial`.
+    /// of the shape of the output → du `[rows, h]`. `dfinal` is the gradient of the state after the rows of a single sequence, if it was
+    /// used. Adds that of the state before to `dinitial`.
     #[allow(clippy::too_many_arguments)]
     pub(crate) fn backward(
         &self,

@@ -35,8 +35,8 @@ pub(crate) struct AttentionOutput<'a> {
 }
 
 /// The gradient of [`attend_tile`](super::attend_tile) over all tiles of the g heads of queries that share a head of keys;
-/// `head` has the queries of the first. Queries that are not `used` have no gradient. The weights P = exp(scores − log-sum) are computed again, piece by piece; with dout the
-/// gradient of out = P·V,
+/// `head` has the queries of the first. Queries that are not `used` have no gradient. The weights P = exp(scores − log-sum) are computed
+/// again, piece by piece; with dout the gradient of out = P·V,
 ///
 /// ```text
 /// dV = Pᵀ·dout

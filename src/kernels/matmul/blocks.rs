@@ -1,4 +1,5 @@
-//! How a product is shared among threads: in blocks of rows and columns, which depend on its size only.
+//! How a product is shared among threads: in blocks of rows and columns, which depend on its size, the number of threads and their
+//! instruction set; the results do not.
 
 use std::ops::Range;
 
@@ -25,8 +26,8 @@ const NEAR: usize = 2 << 20;
 /// weights they pass over.
 const ROWS_NEAR: usize = 192 << 10;
 
-/// Bytes of rows that no near cache holds: they are fetched before their turn.
-const ROWS_FAR: usize = 1 << 20;
+/// Numbers of rows that no near cache holds: they are fetched before their turn.
+const ROWS_FAR: usize = 256 << 10;
 
 /// out = x `[m, inputs]` · Wᵀ + bias, or added to it, block by block among the team: some `outputs`, summed over some `inputs`.
 pub(crate) fn multiply<X, W, const N: usize>(
@@ -50,10 +51,11 @@ pub(crate) fn multiply<X, W, const N: usize>(
         false => MANY_ROWS,
     };
     let (m, threads) = (out.nrows(), team.threads());
-    let are_far = 4 * m * inputs.len() >= ROWS_FAR;
+    let are_far = m * inputs.len() >= ROWS_FAR;
     team.for_each(blocks(team, out, rows), |Block { row, column, out }| {
+        // where blocks have all columns, the other threads take as many rows each before it is this one's turn again
         let after = row + threads * out.nrows();
-        let next = (are_far && after < m).then(|| x.skip_rows(after));
+        let next = (are_far && out.ncols() == outputs.len() && after < m).then(|| x.skip_rows(after));
         let (first, inputs) = (outputs.start + column, inputs.clone());
         timed_product(out.nrows(), out.ncols(), inputs.len(), || {
             let (x, outputs) = (x.skip_rows(row), first..first + out.ncols());
@@ -69,8 +71,8 @@ pub(super) struct Block<'a> {
     pub out: ArrayViewMut2<'a, f32>,
 }
 
-/// The blocks of a product, of about `rows` rows each. There are several per thread, so that none waits long for the others; a thread
-/// alone takes all columns at once.
+/// The blocks of a product, of about `rows` rows each, or fewer where they would not do for all threads. There are several per thread, so
+/// that none waits long for the others; a thread alone takes all columns at once.
 fn blocks<'a>(team: &Team, out: ArrayViewMut2<'a, f32>, rows: usize) -> Vec<Block<'a>> {
     /// Blocks per thread.
     const EACH: usize = 8;
@@ -84,8 +86,8 @@ fn blocks<'a>(team: &Team, out: ArrayViewMut2<'a, f32>, rows: usize) -> Vec<Bloc
     let panels = n.div_ceil(PANEL);
     let own = threads.min(m / FEW_ROWS);
     if groups < own {
-        // columns outside, rows inside: a thread that takes turns with the others keeps to its rows, which lie in its caches from
-        // one product to the next
+        // columns outside, rows inside: threads that take turns keep to their rows, as a rule, which lie in their caches from one
+        // product to the next
         let width = (panels * own / (EACH_OF_OWN * threads)).clamp(1, 8);
         let mut blocks = grid(out, m.div_ceil(own).next_multiple_of(TILE), width * PANEL);
         blocks.sort_by_key(|block| (block.column, block.row));
@@ -94,7 +96,7 @@ fn blocks<'a>(team: &Team, out: ArrayViewMut2<'a, f32>, rows: usize) -> Vec<Bloc
     let width = match threads {
         1 => panels,
         // few rows: several panels side by side, which do not wait for each other's sums
-        _ if m <= TILE => 4,
+        _ if m <= 6 => 4,
         _ => (panels * groups / (EACH * threads)).clamp(1, 8),
     };
     grid(out, m.div_ceil(groups).next_multiple_of(FEW_ROWS), width * PANEL)

@@ -16,7 +16,7 @@ const PIECE: usize = 8;
 /// The columns `outputs` of a product, summed over `inputs`, as in [`matmul_part`].
 pub(crate) struct Product<'a, X, W, const N: usize> {
     pub x: X,
-    /// As many rows, which this thread may multiply next: they are fetched on the way.
+    /// Rows, as many at most, that this thread may multiply next: they are fetched on the way.
     pub next: Option<X>,
     pub w: &'a Packed<W, N>,
     pub outputs: std::ops::Range<usize>,
@@ -229,7 +229,7 @@ impl<X: LeftRows> Left for X {
         // whether there are tiles of five and six rows by one line
         let wide = S::TILE_LINES == 1 && (W::BY_SIX || !S::BY_LANE);
         // of the next rows, the inputs that these lines fetch
-        let ahead = product.next.map(|next| {
+        let ahead = product.next.filter(|_| S::PREFETCHES).map(|next| {
             let (first, count) = (product.outputs.start / LANES, product.outputs.len().div_ceil(LANES));
             let part = |line: usize| product.inputs.len() * (line - first).min(count) / count;
             (next, part(line), part(line + lines))

@@ -179,7 +179,8 @@ impl MetaTokenAttention {
     }
 
     /// The gradient of [`attend`](Self::attend), for sequences that all began with the keys and values `kv`: of q `[rows, ·]`, k and
-    /// v, prepared, and of its `output`, of which `only` some rows may have been used. Overwrites the `gradient` of the three, and adds that of `kv` to `dkv`.
+    /// v, prepared, and of its `output`, of which `only` some rows may have been used. Overwrites the `gradient` of the three, and adds
+    /// that of `kv` to `dkv`.
     #[allow(clippy::too_many_arguments)]
     pub(crate) fn attend_backward(
         &self,
@@ -253,11 +254,14 @@ impl MetaTokenAttention {
     }
 }
 
-/// From the first to the last row of a sequence that is used, counted from its first, if `only` some rows of all are.
+/// The rows of a sequence that are used, counted from its first, if `only` some of all are: one at most, as those between two would
+/// not be there.
 fn used_of(span: &Range<usize>, only: Option<&[usize]>) -> Range<usize> {
     let Some(only) = only else { return 0..span.len() };
     let mut used = only.iter().filter(|row| span.contains(row)).map(|row| row - span.start);
-    used.next().map_or(0..0, |first| first..used.last().unwrap_or(first) + 1)
+    let used_row = used.next();
+    debug_assert!(used.next().is_none(), "one row of each sequence at most");
+    used_row.map_or(0..0, |row| row..row + 1)
 }
 
 fn by_rows(numbers: &mut [f32], rows: usize) -> ArrayViewMut2<'_, f32> {
