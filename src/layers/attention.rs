@@ -281,10 +281,8 @@ impl MetaTokenAttention {
         match only {
             Some(rows) => {
                 let _seeded = team.seeded_at(only);
-                du.add_at(
-                    rows,
-                    &*q.backward(team, Buffer::copy_of_rows(&u, rows).view(), dq.rows_at(rows).view(), &mut grads.q),
-                );
+                let (u, dq) = (Buffer::copy_of_rows(&u, rows), dq.rows_at(rows));
+                du.add_at(rows, &q.backward(team, u.view(), dq.view(), &mut grads.q));
             }
             None => q.backward_add(team, u, dq.view(), &mut du, &mut grads.q),
         }
