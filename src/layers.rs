@@ -40,7 +40,7 @@ use crate::kernels::rows::Rows;
 pub(crate) use attention::HeadNorms;
 pub use attention::MetaTokenAttention;
 pub(crate) use attention::{AttentionCache, AttentionConfig, Depth, init_meta_tokens};
-pub(crate) use batch::{Batch, Ends, Spans, add_array, copied};
+pub(crate) use batch::{Batch, Ends, Spans, add_array, copied, needed};
 pub(crate) use buffer::Buffer;
 pub(crate) use dropout::{Dropout, row_seeds, seed_at};
 #[cfg(feature = "lm")]

@@ -8,7 +8,7 @@ use crate::kernels::matmul::Storage;
 use crate::kernels::team::Team;
 use crate::layers::{
     AttentionCache, Batch, Buffer, Depth, Dropout, Ends, Gate, KvStorage, LayerNorm, LayerState, Linear, MambaBranch,
-    MambaCache, MetaTokenAttention, Rng, Spans, StateGradient, add_array, copied,
+    MambaCache, MetaTokenAttention, Rng, Spans, StateGradient, add_array, copied, needed,
 };
 use crate::parameters::{Visitor, VisitorMut, debug_shapes, join};
 
@@ -174,10 +174,8 @@ impl HymbaBlock {
         let ends = only.as_ref().map_or(&batch.spans, |only| &only.spans);
         dropout.at(MAMBA).apply(team, ends, &mut mamba);
         dropout.at(ATTENTION).apply(team, ends, &mut attention);
-        let (gate, mut mixed) = match rows {
-            Some(rows) => (self.gate.forward(team, u.rows_at(rows).view()), x.rows_at(rows)),
-            None => (self.gate.forward(team, u.view()), copied(team, &x)),
-        };
+        let gate = self.gate.forward(team, needed(&u, rows).view());
+        let mut mixed = rows.map_or_else(|| copied(team, &x), |rows| x.rows_at(rows));
         Gate::mix(team, &gate, &mamba, &attention, &mut mixed);
         let (y, ffn) = self.ffn.residual_train(team, ends, mixed, dropout.at(FFN));
         let cache = BlockCache { dropout, only, x, u, mamba_cache, attention_cache, mamba, attention, gate, ffn };
@@ -232,15 +230,8 @@ impl HymbaBlock {
         match rows {
             Some(rows) => {
                 let _seeded = team.seeded_at(Some(rows));
-                let mut more = Buffer::zeros(dy.dim());
-                self.gate.backward_add(
-                    team,
-                    cache.u.rows_at(rows).view(),
-                    &cache.gate,
-                    dgate,
-                    &mut more,
-                    &mut grad.gate,
-                );
+                let (u, mut more) = (cache.u.rows_at(rows), Buffer::zeros(dy.dim()));
+                self.gate.backward_add(team, u.view(), &cache.gate, dgate, &mut more, &mut grad.gate);
                 du.add_at(rows, &more);
             }
             None => self.gate.backward_add(team, u, &cache.gate, dgate, &mut du, &mut grad.gate),

@@ -9,7 +9,7 @@ use crate::kernels::matmul::Storage;
 use crate::kernels::team::Team;
 use crate::layers::{
     Batch, Buffer, Dropout, Ends, LayerNorm, LayerState, Linear, MambaBranch, MambaCache, Rng, Spans, StateGradient,
-    add_array,
+    add_array, needed,
 };
 use crate::parameters::{Visitor, VisitorMut, debug_shapes, join};
 
@@ -126,10 +126,7 @@ impl FedBlock {
             None => self.norm.forward(batch.team, x.view()),
         };
         let mut y = self.mamba.forward(batch, layer, u.view(), only);
-        match only {
-            Some(rows) => *y += &*x.rows_at(rows),
-            None => *y += &*x,
-        }
+        *y += &needed(&x, only);
         y
     }
 
@@ -156,10 +153,7 @@ impl FedBlock {
         let (mut y, mamba_cache) = self.mamba.forward_train(batch, layer, u.view(), rows);
         let ends = only.as_ref().map_or(&batch.spans, |only| &only.spans);
         dropout.at(MAMBA).apply(team, ends, &mut y);
-        match rows {
-            Some(rows) => *y += &*x.rows_at(rows),
-            None => *y += &*x,
-        }
+        *y += &needed(&x, rows);
         (y, FedCache { dropout, only, shared, fed, u, mamba_cache })
     }
 

@@ -133,7 +133,7 @@ impl Kernel for Scan<'_> {
     }
 }
 
-/// What [`selective_scan_backward`] writes. Rows of `bc` and `xz` are longer than what belongs to the scan.
+/// What [`selective_scan_backward`] writes. Rows of `bc` and `z` are longer than what belongs to the scan.
 pub(crate) struct ScanGradient<'a> {
     /// dΔ `[l, d]`, overwritten.
     pub delta: &'a mut [f32],
@@ -206,8 +206,8 @@ impl ScanBackward<'_> {
         let l = self.dout.len() / d;
         let zero = [s.splat(0.0); P];
         let log2_e = s.splat(std::f32::consts::LOG2_E);
-        let nothing = Frame { delta: zero, input: zero, dy: zero, y: zero, dinput: zero, ddelta: zero };
-        let mut all: [Frame<S, P>; CHUNK] = [nothing; CHUNK];
+        let blank = Frame { delta: zero, input: zero, dy: zero, y: zero, dinput: zero, ddelta: zero };
+        let mut chunk: [Frame<S, P>; CHUNK] = [blank; CHUNK];
         let mut rates = vec![zero; n]; // A of these channels
         let mut powers = vec![zero; n]; // A/ln 2
         let mut drates = vec![zero; n];
@@ -220,8 +220,8 @@ impl ScanBackward<'_> {
         let mut db = vec![s.splat(0.0); n * CHUNK];
         let mut dc = vec![s.splat(0.0); n * CHUNK];
 
-        for (chunk, start) in self.checkpoints.outer_iter().enumerate().rev() {
-            let frames = chunk * CHUNK..l.min((chunk + 1) * CHUNK);
+        for (i, checkpoint) in self.checkpoints.outer_iter().enumerate().rev() {
+            let frames = i * CHUNK..l.min((i + 1) * CHUNK);
             db.fill(s.splat(0.0));
             dc.fill(s.splat(0.0));
             let mut dmean_delta = [s.splat(0.0); CHUNK];
@@ -231,8 +231,8 @@ impl ScanBackward<'_> {
                 let skips = skip.map_or(zero, |skip| load_wide(s, &skip[here.clone()]));
                 let mut dskip = zero;
 
-                let all = &mut all[..frames.len()];
-                for (t, frame) in frames.clone().zip(&mut *all) {
+                let chunk = &mut chunk[..frames.len()];
+                for (t, frame) in frames.clone().zip(&mut *chunk) {
                     // the same frame of the next channels, or of the first ones in the chunk before
                     let (next, column) = if here.end < d { (t, here.end) } else { (t.wrapping_sub(CHUNK), 0) };
                     for rows in [delta, v, z, Rows { data: self.dout, stride: d }] {
@@ -255,16 +255,16 @@ impl ScanBackward<'_> {
                     powers[i] = rates[i].map(|rate| s.mul(rate, log2_e));
                     dstates[i] = load_wide(s, &gradient.state[row(i)]);
                     drates[i] = load_wide(s, &gradient.a[row(i)]);
-                    let start = start.row(i).to_slice().expect("checkpoints are in standard layout");
-                    state[i] = load_wide(s, &start[here.clone()]);
+                    let checkpoint = checkpoint.row(i).to_slice().expect("checkpoints are in standard layout");
+                    state[i] = load_wide(s, &checkpoint[here.clone()]);
                 }
-                for (t, frame) in frames.clone().zip(&mut *all) {
+                for (t, frame) in frames.clone().zip(&mut *chunk) {
                     let place = (t - frames.start) * n..(t - frames.start + 1) * n;
                     let (b, c) = (&b.data[t * b.stride..][..n], &c.data[t * c.stride..][..n]);
-                    let chunk = decays[place.clone()].iter_mut().zip(&mut kept[place.clone()]).zip(&mut dc[place]);
+                    let of_frame = decays[place.clone()].iter_mut().zip(&mut kept[place.clone()]).zip(&mut dc[place]);
                     let states = state.iter_mut().zip(&powers).zip(b.iter().zip(c));
                     let Frame { delta, input, dy, mut y, .. } = *frame;
-                    for (((decay, kept), dc), ((state, power), (&b, &c))) in chunk.zip(states) {
+                    for (((decay, kept), dc), ((state, power), (&b, &c))) in of_frame.zip(states) {
                         let (b, c) = (s.splat(b), s.splat(c));
                         for p in 0..P {
                             decay[p] = math::exp2_negative(s, s.mul(delta[p], power[p]));
@@ -276,13 +276,13 @@ impl ScanBackward<'_> {
                     }
                     frame.y = y;
                 }
-                for (t, frame) in frames.clone().zip(&mut *all).rev() {
+                for (t, frame) in frames.clone().zip(&mut *chunk).rev() {
                     let place = (t - frames.start) * n..(t - frames.start + 1) * n;
                     let (b, c) = (&b.data[t * b.stride..][..n], &c.data[t * c.stride..][..n]);
-                    let chunk = decays[place.clone()].iter().zip(&kept[place.clone()]).zip(&mut db[place]);
+                    let of_frame = decays[place.clone()].iter().zip(&kept[place.clone()]).zip(&mut db[place]);
                     let states = dstates.iter_mut().zip(&mut drates).zip(&rates).zip(b.iter().zip(c));
                     let (Frame { delta, input, dy, .. }, mut dinput, mut ddelta) = (*frame, zero, zero);
-                    for (((decay, kept), db), (((dstate, drate), rate), (&b, &c))) in chunk.zip(states) {
+                    for (((decay, kept), db), (((dstate, drate), rate), (&b, &c))) in of_frame.zip(states) {
                         let (b, c) = (s.splat(b), s.splat(c));
                         for p in 0..P {
                             let after = s.mul_add(dy[p], c, dstate[p]);
@@ -301,7 +301,7 @@ impl ScanBackward<'_> {
                     store_wide(s, drates[i], &mut gradient.a[row(i)]);
                 }
 
-                for ((t, frame), dmean) in frames.clone().zip(&mut *all).zip(&mut dmean_delta) {
+                for ((t, frame), dmean) in frames.clone().zip(&mut *chunk).zip(&mut dmean_delta) {
                     let v: [S::V; P] = load_wide(s, &v.data[t * v.stride..][here.clone()]);
                     let z: [S::V; P] = load_wide(s, &z.data[t * z.stride..][here.clone()]);
                     let dout: [S::V; P] = load_wide(s, &self.dout[row(t)]);

@@ -8,7 +8,7 @@ mod prepare;
 use ndarray::{Array2, Array4, ArrayView2};
 use rand_distr::{Distribution, Normal};
 
-use super::batch::{Batch, Spans, for_rows};
+use super::batch::{Batch, Spans, for_rows, needed};
 use super::kv_cache::{KvCache, KvShape, KvStorage};
 use super::state::{LayerState, StateGradient};
 use super::{Buffer, Linear, Rng, all_rows, flat_mut};
@@ -206,10 +206,7 @@ impl MetaTokenAttention {
         self.prepare(batch, depth, &mut q, &mut k, &mut v);
         let mixed = self.attend_at(batch, depth, all_rows(&q), all_rows(&k), all_rows(&v), None, only);
         let out = &self.projections().out;
-        match only {
-            Some(rows) => out.forward(batch.team, mixed.rows_at(rows).view()),
-            None => out.forward(batch.team, mixed.view()),
-        }
+        out.forward(batch.team, needed(&mixed, only).view())
     }
 
     /// As [`forward`](Self::forward); returns also what [`backward`](Self::backward) reads.
@@ -226,10 +223,7 @@ impl MetaTokenAttention {
         let mixed = self.attend_at(batch, depth, all_rows(&q), all_rows(&k), all_rows(&v), sums, only);
         let out = &self.projections().out;
         let _seeded = batch.team.seeded_at(only);
-        let y = match only {
-            Some(rows) => out.forward(batch.team, mixed.rows_at(rows).view()),
-            None => out.forward(batch.team, mixed.view()),
-        };
+        let y = out.forward(batch.team, needed(&mixed, only).view());
         (y, AttentionCache { q, k, v, mixed, log_sums })
     }
 
@@ -256,10 +250,7 @@ impl MetaTokenAttention {
         };
         // mixed·W_outᵀ + b_out                               dmixed [rows, h]
         let seeded = team.seeded_at(only);
-        let dmixed = match only {
-            Some(rows) => out.backward(team, cache.mixed.rows_at(rows).view(), dy, &mut grads.out),
-            None => out.backward(team, cache.mixed.view(), dy, &mut grads.out),
-        };
+        let dmixed = out.backward(team, needed(&cache.mixed, only).view(), dy, &mut grads.out);
         drop(seeded);
         let dmixed = dmixed.spread(only, u.nrows());
         // mixed_i = Σ_j P_ij v_j                             dq, dk, dv [rows, h]
@@ -281,7 +272,7 @@ impl MetaTokenAttention {
         match only {
             Some(rows) => {
                 let _seeded = team.seeded_at(only);
-                let (u, dq) = (Buffer::copy_of_rows(&u, rows), dq.rows_at(rows));
+                let (u, dq) = (needed(&u, only), dq.rows_at(rows));
                 du.add_at(rows, &q.backward(team, u.view(), dq.view(), &mut grads.q));
             }
             None => q.backward_add(team, u, dq.view(), &mut du, &mut grads.q),
@@ -328,13 +319,9 @@ impl MetaTokenAttention {
     /// Queries, keys and values of u `[rows, inputs]`. If queries are needed in `only` some rows, those of the others are 0.
     fn projected(&self, team: &Team, u: ArrayView2<f32>, only: Option<&[usize]>) -> [Buffer; 3] {
         let Projections { q, k, v, query_scale, .. } = self.projections();
-        let mut queries = match only {
-            Some(rows) => {
-                let _seeded = team.seeded_at(only);
-                q.forward(team, Buffer::copy_of_rows(&u, rows).view())
-            }
-            None => q.forward(team, u),
-        };
+        let seeded = team.seeded_at(only);
+        let mut queries = q.forward(team, needed(&u, only).view());
+        drop(seeded);
         scale(team, &mut queries, *query_scale);
         [queries.spread(only, u.nrows()), k.forward(team, u), v.forward(team, u)]
     }

@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 
-use ndarray::Array2;
+use ndarray::{Array2, ArrayRef2, Axis, CowArray, Ix2};
 
 use super::rope::{Angles, Rotary};
 use super::shared_kv::SharedKv;
@@ -176,6 +176,11 @@ pub(crate) fn for_rows_summed(
     let mut total = vec![0.0; count];
     sums.iter().for_each(|sums| add(sums, &mut total));
     total
+}
+
+/// x `[rows, width]`, or a copy of `only` some of its rows.
+pub(crate) fn needed<'a>(x: &'a ArrayRef2<f32>, only: Option<&[usize]>) -> CowArray<'a, f32, Ix2> {
+    only.map_or_else(|| x.view().into(), |rows| x.select(Axis(0), rows).into())
 }
 
 /// A copy of an array.

@@ -8,7 +8,7 @@ use std::ops::{Deref, DerefMut};
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::{Mutex, MutexGuard, TryLockError};
 
-use ndarray::{Array2, ArrayRef2};
+use ndarray::Array2;
 
 /// The most that is kept, in numbers: 256 MB, somewhat more than a training step of the default model on a batch of 32
 /// sequences of 60 frames has in use.
@@ -114,18 +114,13 @@ impl Buffer {
     }
 
     /// A copy of some rows.
-    pub(crate) fn copy_of_rows(array: &ArrayRef2<f32>, rows: &[usize]) -> Self {
-        let mut copy = Self::uninit((rows.len(), array.ncols()));
-        copy.rows_mut().into_iter().zip(rows).for_each(|(mut copy, &row)| copy.assign(&array.row(row)));
+    pub(crate) fn rows_at(&self, rows: &[usize]) -> Self {
+        let mut copy = Self::uninit((rows.len(), self.ncols()));
+        copy.rows_mut().into_iter().zip(rows).for_each(|(mut copy, &row)| copy.assign(&self.row(row)));
         copy
     }
 
-    /// A copy of some rows.
-    pub(crate) fn rows_at(&self, rows: &[usize]) -> Self {
-        Self::copy_of_rows(&self.0, rows)
-    }
-
-    /// `count` rows, of which these are `only` some and the others zero.
+    /// `count` rows: these, or if these are `only` some of them, with zeros in the others.
     pub(crate) fn spread(self, only: Option<&[usize]>, count: usize) -> Self {
         let Some(rows) = only else { return self };
         let mut all = Self::zeros((count, self.ncols()));

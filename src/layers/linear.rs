@@ -90,15 +90,12 @@ impl Linear {
     /// As [`forward`](Self::forward); given some rows and an output, those from that output on are needed in these rows only: the
     /// others may be 0.
     pub(crate) fn forward_needed(&self, team: &Team, x: ArrayView2<f32>, needed: Option<(&[usize], usize)>) -> Buffer {
-        let mut y = Buffer::uninit((x.nrows(), self.dim().0));
-        let bias = self.bias.as_ref().map(flat);
-        let done = needed.is_some_and(|(only, first)| {
-            self.low_rank.is_none() && self.weight.multiply_needed(team, x, bias, &mut y, only, first)
-        });
-        if !done {
-            self.multiply(team, all_rows(&x), x.nrows(), flat_mut(&mut y), Out::Set);
+        match needed {
+            Some((only, first)) if self.low_rank.is_none() => {
+                self.weight.multiply_needed(team, x, self.bias.as_ref().map(flat), only, first)
+            }
+            _ => self.forward(team, x),
         }
-        y
     }
 
     /// y `[rows, out]` += x·Wᵀ + b

@@ -3,7 +3,7 @@
 use ndarray::{Array2, ArrayView2, ArrayView3, ArrayViewMut3, s};
 use rand::RngExt;
 
-use super::batch::{Batch, Spans, copied, for_rows, for_rows_summed};
+use super::batch::{Batch, Spans, copied, for_rows, for_rows_summed, needed};
 use super::conv::{CausalConv, HISTORY};
 use super::rms_norm::RmsNorm;
 use super::scan::{ScanRows, ScanRowsGradient, SelectiveScan, TimeStep};
@@ -185,10 +185,7 @@ impl MambaBranch {
         let [in_proj, out_proj] = self.projections();
         let xz = in_proj.forward_needed(batch.team, u, self.z_needed(only)); // [rows, d | d]
         let y = self.run(batch, layer, xz.view(), None); // [rows, d]
-        match only {
-            Some(rows) => out_proj.forward(batch.team, y.rows_at(rows).view()),
-            None => out_proj.forward(batch.team, y.view()),
-        }
+        out_proj.forward(batch.team, needed(&y, only).view())
     }
 
     /// Where `only` some rows of the output are computed, z is needed in these alone.

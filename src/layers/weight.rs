@@ -136,30 +136,32 @@ impl Weight {
         }
     }
 
-    /// As [`multiply`](Self::multiply); the outputs from `first` on are computed in `only` some rows of y `[rows, out]`, and 0 in the
-    /// others. Says whether it has been done: not every weight can be multiplied in part.
+    /// As [`multiply`](Self::multiply) → `[rows, out]`; the outputs from `first` on are needed in `only` some rows, and may be 0 in the
+    /// others.
     pub(crate) fn multiply_needed(
         &self,
         team: &Team,
         x: ArrayView2<f32>,
         bias: Option<&[f32]>,
-        y: &mut Array2<f32>,
         only: &[usize],
         first: usize,
-    ) -> bool {
-        let Weight::Trainable { rows, packed, .. } = self else { return false };
-        if !first.is_multiple_of(PANEL) {
-            return false;
+    ) -> Buffer {
+        let ((outputs, inputs), m) = (self.dim(), x.nrows());
+        let mut y = Buffer::uninit((m, outputs));
+        match self {
+            Weight::Trainable { rows, packed, .. } if first.is_multiple_of(PANEL) => {
+                let packed = arranged(team, rows, packed, bias);
+                let (everywhere, mut rest) = y.view_mut().split_at(Axis(1), first);
+                matmul_columns(team, all_rows(&x), packed, 0..first, 0..inputs, everywhere, Out::Set);
+                let (x, mut some) = (x.select(Axis(0), only), Buffer::uninit((only.len(), outputs - first)));
+                matmul_columns(team, all_rows(&x), packed, first..outputs, 0..inputs, some.view_mut(), Out::Set);
+                rest.fill(0.0);
+                only.iter().zip(some.rows()).for_each(|(&row, numbers)| rest.row_mut(row).assign(&numbers));
+            }
+            // the columns of other weights cannot be told apart
+            _ => self.multiply(team, all_rows(&x), m, bias, flat_mut(&mut y), Out::Set),
         }
-        let packed = arranged(team, rows, packed, bias);
-        let ((outputs, inputs), some) = (rows.dim(), Buffer::copy_of_rows(&x, only));
-        let (everywhere, mut needed) = y.view_mut().split_at(Axis(1), first);
-        matmul_columns(team, all_rows(&x), packed, 0..first, 0..inputs, everywhere, Out::Set);
-        let mut at_some = Buffer::uninit((only.len(), outputs - first));
-        matmul_columns(team, all_rows(&some), packed, first..outputs, 0..inputs, at_some.view_mut(), Out::Set);
-        needed.fill(0.0);
-        only.iter().zip(at_some.rows()).for_each(|(&row, numbers)| needed.row_mut(row).assign(&numbers));
-        true
+        y
     }
 
     /// The gradient of [`multiply_needed`](Self::multiply_needed): dy is 0 where y was not computed.
@@ -176,7 +178,7 @@ impl Weight {
         // dx = dy·W, of what is needed everywhere and then of the rest
         let mut dx = Buffer::uninit((m, inputs));
         matmul_columns(team, all_rows(&dy), &across, 0..inputs, 0..first, dx.view_mut(), Out::Set);
-        let (some_x, some_dy) = (Buffer::copy_of_rows(&x, only), Buffer::copy_of_rows(&dy, only));
+        let [some_x, some_dy] = [x, dy].map(|of| of.select(Axis(0), only));
         let (rest, mut more) = (all_rows(&some_dy).skip_columns(first), Buffer::uninit((only.len(), inputs)));
         matmul_columns(team, rest, &across, 0..inputs, first..outputs, more.view_mut(), Out::Set);
         dx.add_at(only, &more);
