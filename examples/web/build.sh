@@ -7,13 +7,17 @@ cd "$(dirname "$0")"
 target=wasm32-unknown-unknown
 out=pkg
 # code that is not worth its size stays where it is called; kernels are inlined whatever this says
-flags='-C llvm-args=-inline-threshold=10 -C llvm-args=-inlinehint-threshold=60'
+flags=(-C llvm-args=-inline-threshold=10 -C llvm-args=-inlinehint-threshold=60)
 # no places of this machine in the messages of panics, which would also make the size depend on them
-flags+=" --remap-path-prefix=$(cd ../.. && pwd)=hymba --remap-path-prefix=${CARGO_HOME:-$HOME/.cargo}/registry/src="
-simd='-C target-feature=+simd128'
+flags+=("--remap-path-prefix=$(cd ../.. && pwd)=hymba")
+cargo fetch --target $target
+for sources in "${CARGO_HOME:-$HOME/.cargo}"/registry/src/*; do
+    flags+=("--remap-path-prefix=$sources=")
+done
 if [ "${1:-}" = scalar ]; then
     out=pkg-scalar
-    simd=
+else
+    flags+=(-C target-feature=+simd128)
 fi
 
 rustc --print target-libdir --target $target | xargs test -d || rustup target add $target
@@ -23,7 +27,8 @@ if [ "$(wasm-bindgen --version 2>/dev/null)" != "wasm-bindgen $version" ]; then
     cargo install wasm-bindgen-cli --version "$version"
 fi
 
-RUSTFLAGS="$flags $simd" cargo build --release --lib --target $target --target-dir "target/$out"
+# not RUSTFLAGS, which would cut a path with spaces
+CARGO_ENCODED_RUSTFLAGS=$(IFS=$'\x1f' && echo "${flags[*]}") cargo build --release --lib --target $target --target-dir "target/$out"
 rm -rf "$out"
 wasm-bindgen --target web --remove-name-section --remove-producers-section --out-dir "$out" "target/$out/$target/release/hymba_web.wasm"
 cp package.json README.md "$out"
